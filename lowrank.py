@@ -116,10 +116,8 @@ class BlendedLinear(nn.Module):
 
     def init_weights(self, std=0.02):
         nn.init.normal_(self.weight, std=std)
-        with torch.no_grad():
-            self.lowrank.A.data, self.lowrank.B.data = svd_factors(self.weight, self.rank)
-        if self.lowrank.bias is not None:
-            nn.init.zeros_(self.lowrank.bias)
+        self.lowrank.init_weights(std)
+        self.alpha.fill_(1)
 
     def forward(self, x):
         y = self.alpha * F.linear(x, self.weight)  # (..., out)

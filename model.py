@@ -207,16 +207,20 @@ class Transformer(nn.Module):
 
     def init_weights(self):
         """GPT-2's: deviation 0.02, and smaller by sqrt(2N) for the two matrices of a block that write to the residual stream."""
-        for name, module in self.named_modules():
-            std = 0.02 / (math.sqrt(2 * self.config.blocks) if name.endswith((".o", ".down")) else 1)
+        def visit(module, name):
+            std = 0.02 / (math.sqrt(2 * self.config.blocks) if name in ("o", "down") else 1)
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
-            elif hasattr(module, "init_weights") and module is not self:  # a layer of lowrank.py
+            elif hasattr(module, "init_weights") and module is not self:  # a layer of lowrank.py knows its own
                 module.init_weights(std)
+            else:
+                for child_name, child in module.named_children():
+                    visit(child, child_name)
+        visit(self, "")
 
     def begin(self, tokens, cache=None):
         """What comes before the blocks: embeddings (B, T, C), and the rope tables and mask that every block is given."""

@@ -24,6 +24,11 @@ class InputError(ValueError):
     """The user's input is wrong. The message says what, with the values, and what to do; `command` prints it alone."""
 
 
+def cache_dir():
+    """Where what was downloaded or tokenized once is kept: $FINGPT_CACHE, or ~/.cache/fingpt-hpc."""
+    return Path(os.environ.get("FINGPT_CACHE") or Path.home() / ".cache" / "fingpt-hpc")
+
+
 def say(*words):
     """Print a line, from the first process only."""
     if rank() == 0:
@@ -169,6 +174,9 @@ class RunFolder:
         if self.file:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
+
+    def rows(self):
+        return read_metrics(self.path / "metrics.jsonl")
 
     def finish(self, **summary):
         if self.file:

@@ -1,0 +1,262 @@
+"""Models and training state on disk.
+
+A model is a folder that can be rebuilt from itself alone:
+
+    config.json            the architecture, and for each layer that was swapped its kind and rank
+    model.safetensors      the weights (model-0000i-of-0000n.safetensors and an index when large), with a checksum inside
+    tokenizer.json or tokenizer.model
+
+Training state is such a folder with two files more, so that weights and optimizer can never be of different steps:
+
+    OUT/state/             config.json, model.safetensors, tokenizer, optimizer.safetensors, state.json
+    OUT/state.previous/    the one before
+    OUT/model.safetensors  ... the same files as in state/, by hard link: OUT is itself a model folder
+
+Everything is written beside, synced, then renamed: a process killed at any moment leaves a state that can be read.
+Nothing here is ever unpickled.
+"""
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, swap_layers
+from model import CONFIGS, Config, Transformer
+from runtime import InputError, cache_dir, write_atomic
+from tokenizer import load_tokenizer
+
+FORMAT = "fingpt-hpc"
+SHARD_BYTES = 4 << 30
+
+
+# ----------------------------------------------------------------------------- tensors on disk
+
+def _bytes(tensor):
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def write_tensors(path, tensors):
+    """A safetensors file whose header holds the sha256 of names and contents; synced and renamed into place."""
+    path = Path(path)
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(_bytes(tensors[name]))
+    partial = path.with_name(path.name + ".partial")
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt", "sha256": digest.hexdigest()})
+    with open(partial, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def read_tensors(path):
+    """Yield (name, tensor) of a file of write_tensors, one at a time in the order of names; at the end the checksum must agree."""
+    digest = hashlib.sha256()
+    try:
+        with safe_open(path, framework="pt") as f:
+            wanted = (f.metadata() or {}).get("sha256")
+            for name in sorted(f.keys()):
+                tensor = f.get_tensor(name)
+                digest.update(name.encode())
+                digest.update(_bytes(tensor))
+                yield name, tensor
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path} is missing, truncated or not a safetensors file ({e})") from None
+    if wanted and wanted != digest.hexdigest():
+        raise InputError(f"{path} was altered after it was written: its checksum is {digest.hexdigest()[:12]}, it should be {wanted[:12]}")
+
+
+def sync_folder(path):
+    """Make renames inside a folder last through a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ----------------------------------------------------------------------------- the model folder
+
+KINDS = {"lowrank": LowRankLinear, "blended": BlendedLinear, "lowrank embedding": LowRankEmbedding}
+
+
+def describe_layers(model):
+    """What config.json says of the layers that are not nn.Linear: name -> kind, shape, rank."""
+    layers = {}
+    for kind, cls in KINDS.items():
+        for name, m in model.named_modules():
+            if type(m) is cls and not name.endswith(".lowrank"):  # a blended layer's own part is not a layer of the model
+                shape = (m.num_embeddings, m.embedding_dim) if kind == "lowrank embedding" else (m.in_features, m.out_features)
+                layers[name] = dict(kind=kind, shape=list(shape), rank=m.rank, **({} if kind == "lowrank embedding" else dict(bias=m.bias is not None)))
+    return layers
+
+
+def build(config, layers):
+    """The model of a config.json, on the meta device: shapes without memory."""
+    def make(name, old):
+        if name not in layers:
+            return None
+        d = layers.pop(name)
+        return KINDS[d["kind"]](*d["shape"], d["rank"], *([d["bias"]] if "bias" in d else []))
+    layers = dict(layers)
+    with torch.device("meta"):
+        model = Transformer(config)
+        swap_layers(model, make, wanted=lambda m: isinstance(m, (nn.Linear, nn.Embedding)))
+    if layers:
+        raise InputError(f"config.json describes layers that a {config.kind} of {config.blocks} blocks does not have: {', '.join(layers)[:200]}")
+    return model
+
+
+def own_tensors(model):
+    """Parameters and buffers by name, a shared one once."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def save_model(folder, model, tokenizer=None):
+    """Write a model folder. `folder` should be new or about to be renamed: use save_state for a run's folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = own_tensors(model)
+    shards, size = [[]], 0
+    for name in sorted(tensors):
+        size += tensors[name].nbytes
+        if size > SHARD_BYTES and shards[-1]:
+            shards, size = shards + [[]], tensors[name].nbytes
+        shards[-1].append(name)
+    files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, names in zip(files, shards):
+        write_tensors(folder / file, {n: tensors[n] for n in names})
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    config = dict(format=FORMAT, version=1, architecture=model.config.as_dict(), layers=describe_layers(model), files=files)
+    write_atomic(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    sync_folder(folder)
+
+
+def read_config(folder):
+    """config.json of a model folder of this project, or None if it is somebody else's."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise InputError(f"{path} is damaged ({e})") from None
+    if config.get("format") != FORMAT:
+        return None
+    if config.get("version") != 1:
+        raise InputError(f"{path} is of version {config.get('version')}, this program reads version 1: use the program that wrote it")
+    return config
+
+
+def fill(model, tensors, device, dtype, where):
+    """Give a meta model its memory and copy tensors (name, tensor) into it one at a time; every name must fit, none may be left."""
+    model.materialize(device)
+    if dtype is not None:
+        model.to(dtype)
+    own = own_tensors(model)
+    for name, tensor in tensors:
+        if name not in own:
+            raise InputError(f"{where}: unexpected tensor {name} {tuple(tensor.shape)}")
+        if own[name].shape != tensor.shape:
+            raise InputError(f"{where}: {name} is {tuple(tensor.shape)}, the architecture needs {tuple(own[name].shape)}")
+        own.pop(name).data.copy_(tensor)
+    if own:
+        raise InputError(f"{where}: {len(own)} tensors are missing, first {min(own)}: a shard may be missing")
+    return model
+
+
+def load_model(name, device="cpu", dtype=torch.float32):
+    """(model, tokenizer) of a known name, a folder or a file, in eval mode; tokenizer None if there is none beside the weights."""
+    path = locate(name)
+    config = read_config(path) if path.is_dir() else None
+    if config is None:
+        from formats import open_source
+        with open_source(path) as source:
+            with torch.device("meta"):
+                model = Transformer(source.config)
+            model = fill(model, ((n, source.get(n)) for n in source.names), device, dtype, path)
+            return model.eval(), source.tokenizer()
+    try:
+        model = build(Config(**config["architecture"]), config["layers"])
+    except (TypeError, KeyError) as e:
+        raise InputError(f"{path}/config.json is damaged or of another version ({e})") from None
+    tensors = (pair for file in config["files"] for pair in read_tensors(path / file))
+    model = fill(model, tensors, device, dtype, path)
+    has_tokenizer = any((path / f).exists() for f in ("tokenizer.json", "tokenizer.model"))
+    return model.eval(), load_tokenizer(path) if has_tokenizer else None
+
+
+def locate(name):
+    """The folder or file that --model means: a path, or a known name that is fetched."""
+    path = Path(name)
+    if path.exists():
+        return path
+    from formats import fetch_smollm2, hub_snapshot
+    if name == "smollm2-135m":
+        return Path(fetch_smollm2(cache_dir()))
+    hub = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium", "gpt2-large": "openai-community/gpt2-large",
+           "gpt2-xl": "openai-community/gpt2-xl", "llama2-7b": "meta-llama/Llama-2-7b-hf", "llama2-13b": "meta-llama/Llama-2-13b-hf",
+           "llama2-70b": "meta-llama/Llama-2-70b-hf"}
+    if name in hub or "/" in str(name) and not str(name).startswith((".", "/")) and str(name).count("/") == 1:
+        return Path(hub_snapshot(hub.get(name, name)))
+    raise InputError(f"{name}: no such folder or file, nor a known model ({', '.join(CONFIGS)})")
+
+
+# ----------------------------------------------------------------------------- training state
+
+def save_state(out_dir, model, tokenizer, optimizer_tensors, state):
+    """Replace OUT/state by the state of now, keeping the one before; then make OUT a model folder of the same weights."""
+    out = Path(out_dir)
+    new, current, previous = out / "state.partial", out / "state", out / "state.previous"
+    shutil.rmtree(new, ignore_errors=True)
+    save_model(new, model, tokenizer)
+    write_tensors(new / "optimizer.safetensors", optimizer_tensors)
+    write_atomic(new / "state.json", json.dumps(state, indent=1) + "\n")
+    if current.exists():  # from here on there is always a whole state under one of the two names
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(current, previous)
+    os.replace(new, current)
+    sync_folder(out)
+    publish(current, out)
+
+
+def publish(state, out):
+    """Link the model's files of a state folder into the run's folder, each replaced in one step."""
+    for file in state.iterdir():
+        if file.name not in ("optimizer.safetensors", "state.json"):
+            partial = out / (file.name + ".partial")
+            partial.unlink(missing_ok=True)
+            try:
+                os.link(file, partial)
+            except OSError:  # a file system without hard links
+                shutil.copy(file, partial)
+            os.replace(partial, out / file.name)
+
+
+def read_state(out_dir):
+    """(folder, state.json, optimizer tensors) of the last whole state of a run; a damaged one is reported and the one before is taken."""
+    problems = []
+    for folder in (Path(out_dir) / "state", Path(out_dir) / "state.previous"):
+        if not folder.exists():
+            continue
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            for file in read_config(folder)["files"]:
+                for _ in read_tensors(folder / file):
+                    pass
+            optimizer = dict(read_tensors(folder / "optimizer.safetensors"))
+        except (InputError, OSError, json.JSONDecodeError, TypeError, KeyError) as e:
+            problems.append(f"{folder}: {e}")
+            continue
+        for problem in problems:
+            print(f"warning: {problem}; going on from {folder} at step {state['step']}", file=sys.stderr)
+        return folder, state, optimizer
+    raise InputError("; ".join(problems) or f"{out_dir} holds no training state: start the run without --resume")

@@ -1,0 +1,405 @@
+"""Pretrain a transformer whose linear layers are y = B A x (sections IV.A and VI.B of the paper).
+
+    python train.py --rank 192                                     GPT-2 on the text that comes with Python, a few minutes on a laptop
+    python train.py --model tiny --rank 16 --data my_books/        a small model on your own text
+    python train.py --method 2 --init-from gpt2 --rank 192         start from the SVD of a pretrained model
+    python train.py --method 3 --init-from gpt2 --rank 192         blend a pretrained model away: y = a W x + (1-a) B A x
+    torchrun --nproc_per_node 8 train.py --rank 192 --data openwebtext
+    python train.py --resume                                       go on after Ctrl-C, a kill or a power cut
+
+It leaves OUT/ as a model folder (python sample.py --model OUT), with metrics.jsonl, summary.json, loss.png and the state to resume from.
+"""
+import argparse
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from checkpoint import load_model, read_state, save_state
+from data import check_length, eval_batches, open_corpus, prepare, train_batch
+from lowrank import blend_alpha, finish_blend, replace_linears, set_alpha
+from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_token
+from recompute import head_loss
+from runtime import (InputError, RunFolder, StopSignal, command, find_device, local_rank, peak_memory, plot_losses, rank, say, world_size)
+
+# What a resumed run may not change: with another value it would not be the same run.
+FIXED = ("model", "rank", "method", "init_from", "embedding_rank", "dropout", "data", "batch_size", "grad_accum", "seq_len", "seed")
+
+
+def parse(argv):
+    """The arguments and the names of those that were given; what was not given is filled in by `defaults`."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("model")
+    g.add_argument("--model", help=f"architecture: {', '.join(CONFIGS)} (default: gpt2)")
+    g.add_argument("--rank", type=int, help="rank r of every linear layer; 0 is full rank (default: 0)")
+    g.add_argument("--method", type=int, help="1 from scratch, 2 from the SVD of --init-from, 3 blended (default: 1, with --init-from 2)")
+    g.add_argument("--init-from", help="a pretrained model to start from: a folder, a file or a known name")
+    g.add_argument("--embedding-rank", type=int, help="rank of the embedding W^E too; 0 leaves it dense (default: 0)")
+    g.add_argument("--dropout", type=float, help="dropout while training (default: 0)")
+    g = p.add_argument_group("data")
+    g.add_argument("--data", help="builtin, openwebtext, or a text file or folder (default: builtin)")
+    g.add_argument("--data-dir", help="where named data sets are (default: $DATA_DIR, then data/)")
+    g.add_argument("--batch-size", type=int, help="sequences a step in each process (default: 4 on a CPU, 16 on a GPU)")
+    g.add_argument("--grad-accum", type=int, help="batches whose gradients are added up for one step (default: 1)")
+    g.add_argument("--seq-len", type=int, help="tokens in a training window (default: 256 on a CPU, else 1,024; at most the model's context)")
+    g = p.add_argument_group("optimization")
+    g.add_argument("--max-iters", type=int, help="steps of the whole schedule (default: 100 on a CPU, 5,000 on a GPU)")
+    g.add_argument("--stop-at", type=int, help="end after this many steps, with a checkpoint; the schedule stays that of --max-iters")
+    g.add_argument("--lr", type=float, help="highest learning rate (default: 1e-3)")
+    g.add_argument("--warmup", type=int, help="steps to reach it (default: a tenth of --max-iters, at most 200)")
+    g.add_argument("--weight-decay", type=float, help="decay of matrices; vectors have none (default: 0.1)")
+    g.add_argument("--grad-clip", type=float, help="largest norm of the whole gradient; 0 leaves it as it is (default: 1)")
+    g.add_argument("--seed", type=int, help="of weights, batches and dropout (default: 1)")
+    g = p.add_argument_group("machine")
+    g.add_argument("--dtype", help="float32, bfloat16, or auto: the one whose matrix products are faster here (default: auto)")
+    g.add_argument("--compile", action="store_true", default=None, help="compile the blocks with torch.compile")
+    g = p.add_argument_group("output")
+    g.add_argument("--out-dir", help="folder of this run (default: out/train)")
+    g.add_argument("--resume", action="store_true", default=None, help="continue the run in --out-dir")
+    g.add_argument("--log-interval", type=int, help="steps between two lines (default: 10)")
+    g.add_argument("--eval-interval", type=int, help="steps between two looks at the validation text (default: a quarter of --max-iters)")
+    g.add_argument("--eval-tokens", type=int, help="tokens of the validation text that are looked at (default: 8,192)")
+    g.add_argument("--save-interval", type=int, help="steps between two checkpoints (default: 500)")
+    args = p.parse_args(argv)
+    return args, {k for k, v in vars(args).items() if v is not None}
+
+
+def defaults(args, device):
+    """Fill in what was not given."""
+    gpu = device.torch_device.type == "cuda"
+    iters = args.max_iters if args.max_iters is not None else 5000 if gpu else 100
+    values = dict(model="gpt2", rank=0, method=2 if args.init_from else 1, embedding_rank=0, dropout=0.0, data="builtin",
+                  data_dir=os.environ.get("DATA_DIR", "data"), batch_size=16 if gpu else 4, grad_accum=1, max_iters=iters, stop_at=iters, lr=1e-3,
+                  warmup=min(200, iters // 10), weight_decay=0.1, grad_clip=1.0, seed=1, dtype="auto", compile=False, out_dir="out/train",
+                  resume=False, log_interval=10, eval_interval=max(1, iters // 4), eval_tokens=8192, save_interval=500)
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def check(args):
+    for name in ("batch_size", "grad_accum", "max_iters", "stop_at", "log_interval", "eval_interval", "eval_tokens", "save_interval"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("rank", "embedding_rank", "warmup", "lr", "weight_decay", "grad_clip", "seed"):
+        if getattr(args, name) < 0:
+            raise InputError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    if args.method not in (1, 2, 3):
+        raise InputError(f"--method must be 1, 2 or 3, got {args.method}")
+    if args.method == 2 and not args.init_from:
+        raise InputError("--method 2 starts from the SVD of pretrained weights: say which with --init-from")
+    if args.method == 1 and args.init_from and args.rank:
+        raise InputError(f"--method 1 starts from random factors and would not use --init-from {args.init_from}: choose --method 2 or 3")
+    if args.method == 3 and not args.rank:
+        raise InputError("--method 3 blends into layers of a rank: give --rank")
+
+
+# ----------------------------------------------------------------------------- what is trained
+
+def new_model(args, device):
+    """The model that a fresh run starts from, its tokenizer (None: none came with it) and the count of parameters at full rank."""
+    if args.init_from:
+        model, tokenizer = load_model(args.init_from)
+        full_rank = count_parameters(model)
+        if args.rank:
+            bar = lambda layers: tqdm(layers, desc="decomposing", unit=" layers", disable=None, leave=False)  # noqa: E731
+            say(replace_linears(model, args.rank, args.method, args.embedding_rank, bar))
+        return model.to(device), tokenizer, full_rank
+    return None, None, None
+
+
+def random_model(args, vocab_size, device):
+    """A model of the named architecture with random weights: shapes first, then memory, then values."""
+    torch.manual_seed(args.seed)
+    changes = dict(vocab_size=vocab_size) if args.model == "tiny" else {}
+    with torch.device("meta"):
+        model = Transformer(config_for(args.model, dropout=args.dropout, **changes))
+        full_rank = count_parameters(model)
+        line = replace_linears(model, args.rank, args.method, args.embedding_rank) if args.rank else f"full rank: {full_rank / 1e6:,.1f}M parameters"
+    say(line)
+    model.materialize(device).init_weights()
+    return model, full_rank
+
+
+class Loss(torch.nn.Module):
+    """(tokens, targets) -> mean loss: the forward pass that DistributedDataParallel wraps."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, targets):
+        return head_loss(self.model.head, self.model.hidden(tokens), targets)
+
+
+# ----------------------------------------------------------------------------- optimization
+
+def make_optimizer(model, args):
+    """AdamW; matrices decay, vectors (biases, norms) do not. The fused kernel reads and writes each number once."""
+    learn = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in learn if p.dim() >= 2], weight_decay=args.weight_decay),
+              dict(params=[p for p in learn if p.dim() < 2], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then half a cosine down to a tenth."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    progress = (step - args.warmup) / max(1, args.max_iters - args.warmup)
+    return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
+
+
+def optimizer_tensors(model, optimizer):
+    """The optimizer's state by the names of the parameters, which outlive their order."""
+    return {f"{name}#{key}": value for name, p in model.named_parameters() for key, value in optimizer.state.get(p, {}).items()}
+
+
+def restore_optimizer(model, optimizer, tensors):
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, part = key.rsplit("#", 1)
+        p = parameters[name]
+        optimizer.state[p][part] = value.to(p.device)
+
+
+@torch.no_grad()
+def evaluate(loss_of, val, args, device):
+    """Mean loss over the same windows of the validation text at every call, shared out among the processes."""
+    loss_of.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    for i, (x, y) in enumerate(eval_batches(val, args.seq_len, args.batch_size, args.eval_tokens)):
+        if i % world_size() == rank():
+            with device.autocast():
+                loss = loss_of(x.to(device.torch_device), y.to(device.torch_device))
+            total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64)
+    loss_of.train()
+    total = all_reduce(total, device)
+    return (total[0] / total[1]).item()
+
+
+def all_reduce(tensor, device, op=dist.ReduceOp.SUM):
+    """Sum (or max) over the processes, returned on the CPU."""
+    if world_size() == 1:
+        return tensor
+    tensor = tensor.to(device.torch_device)
+    dist.all_reduce(tensor, op)
+    return tensor.cpu()
+
+
+# ----------------------------------------------------------------------------- the run
+
+def set_aside(out_dir):
+    """An earlier run in the same folder is moved, not overwritten."""
+    out = Path(out_dir)
+    if rank() == 0 and ((out / "state").exists() or (out / "state.previous").exists() or (out / "summary.json").exists()):
+        n = next(n for n in range(1, 10 ** 6) if not out.with_name(f"{out.name}-{n}").exists())
+        os.replace(out, out.with_name(f"{out.name}-{n}"))
+        say(f"{out} held an earlier run: moved to {out}-{n} (to go on with it: --resume --out-dir {out}-{n})")
+
+
+def restored_arguments(args, given, saved):
+    """The saved run's arguments, with those that were given now where they may change."""
+    for name in FIXED:
+        if name in given and getattr(args, name) != saved[name]:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} differs from the {saved[name]} of the run that --resume continues: "
+                             f"leave it out, or start another run with another --out-dir")
+    for name, value in saved.items():
+        if name not in given and name not in ("resume", "stop_at", "out_dir"):
+            setattr(args, name, value)
+    return args
+
+
+def set_up(argv):
+    """Everything before the first step: device, arguments, model, data, and the state to go on from."""
+    args, given = parse(argv)
+    state, folder, moments = None, None, {}
+    if args.resume:
+        folder, state, moments = read_state(args.out_dir or "out/train")
+        args = restored_arguments(args, given, state["args"])
+    device = find_device(args.dtype or "auto")
+    if world_size() > 1:
+        dist.init_process_group("nccl" if device.torch_device.type == "cuda" else "gloo")
+    say(f"device {device.name}: {str(device.dtype)[6:]} ({device.why}), {device.rate / 1e12:.2f} TFLOPS in matrix products"
+        + (f", {world_size()} processes" if world_size() > 1 else ""))
+    if args.init_from is None:
+        config_for(args.model or "gpt2")  # an unknown name is refused before anything slow begins
+    check(defaults(args, device))
+    args.dtype = str(device.dtype)[6:]  # a resumed run computes as it began
+    if state is None:
+        set_aside(args.out_dir)
+        model, tokenizer, full_rank = new_model(args, device.torch_device)
+    else:
+        model, tokenizer = load_model(folder, device.torch_device)
+        full_rank = state["parameters_full_rank"]
+    corpus = open_corpus(args.data, args.data_dir)
+    for turn in range(2):  # the first process prepares the data, then the others find it
+        if (rank() == 0) == (turn == 0):
+            tokens = prepare(corpus, tokenizer, vocabulary=8192 if args.model == "gpt2" else None)
+        if world_size() > 1:
+            dist.barrier()
+    if model is None:
+        model, full_rank = random_model(args, tokens.tokenizer.vocab_size, device.torch_device)
+    return args, device, model.train(), tokens, full_rank, state, moments
+
+
+def main(argv=None):
+    args, device, model, tokens, full_rank, state, moments = set_up(argv)
+    say(f"data {args.data}: {len(tokens.train):,} training and {len(tokens.val):,} validation tokens, tokenizer {tokens.tokenizer.name}")
+    tokens.check_fits(model.config.vocab_size)
+    args.seq_len = args.seq_len if args.seq_len is not None else min(model.config.context, 1024 if device.torch_device.type == "cuda" else 256)
+    if args.seq_len < 1:
+        raise InputError(f"--seq-len must be at least 1, got {args.seq_len}")
+    if args.seq_len > model.config.context:
+        raise InputError(f"--seq-len {args.seq_len} is longer than the model's context of {model.config.context}")
+    check_length(tokens.train, args.seq_len, "training")
+    run = Run(args, device, model, tokens, full_rank, state, moments)
+    try:
+        return run.train()
+    finally:
+        if world_size() > 1:
+            dist.destroy_process_group()
+
+
+class Run:
+    """One training run: `train` is the loop, the rest is what it calls."""
+
+    def __init__(self, args, device, model, tokens, full_rank, state, moments):
+        self.args, self.device, self.model, self.tokens, self.full_rank = args, device, model, tokens, full_rank
+        self.optimizer = make_optimizer(model, args)
+        restore_optimizer(model, self.optimizer, moments)
+        self.step = state["step"] if state else 0
+        self.seconds_before = state["seconds"] if state else 0.0
+        self.folder = RunFolder(args.out_dir, resume_step=self.step if state else None)
+        self.rows = args.batch_size * args.grad_accum * world_size()  # the whole batch of a step
+        self.tokens_per_step = self.rows * args.seq_len
+        self.flops = flops_per_token(model, args.seq_len, training=True)
+        self.saved_at, self.val_loss = self.step, None
+        self.started = time.perf_counter()
+        if args.compile:
+            if shutil.which("g++") is None and device.torch_device.type == "cpu":
+                raise InputError("--compile needs a C++ compiler: install g++, or leave it out")
+            for block in model.blocks:
+                block.compile()
+        self.loss_of = Loss(model)
+        if world_size() > 1:
+            self.loss_of = DistributedDataParallel(self.loss_of, device_ids=[local_rank()] if device.torch_device.type == "cuda" else None,
+                                                   broadcast_buffers=False)
+
+    def train(self):
+        args, stop = self.args, StopSignal()
+        last = min(args.stop_at, args.max_iters)
+        bar = tqdm(total=last, initial=self.step, unit=" steps", disable=None if rank() == 0 else True, dynamic_ncols=True)
+        times = []
+        while self.step < last:
+            began = time.perf_counter()
+            loss = self.one_step()
+            self.step += 1
+            bar.update()
+            times.append(time.perf_counter() - began)
+            stopped = self.any_process(stop.name is not None)
+            if self.step == 1 or self.step % args.log_interval == 0 or self.step == last or stopped:
+                self.log(all_reduce(loss.cpu(), self.device).item() / world_size(), times, last, bar)
+            if stopped:
+                break
+            if self.step % args.save_interval == 0 and self.step < last:
+                self.save()
+        bar.close()
+        if self.saved_at < self.step:
+            self.save()
+        self.finish(times, stop.name)
+        if stop.name:
+            say(f"stopped by {stop.name} after step {self.step}, saved: go on with python train.py --resume --out-dir {args.out_dir}")
+            return 130 if stop.name == "SIGINT" else 143
+        return 0
+
+    def one_step(self):
+        """One optimizer step on the whole batch of this step; returns this process's mean loss (a tensor: reading it would wait for a GPU)."""
+        args, step = self.args, self.step
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank())).generate_state(1)[0]))  # dropout depends on the step alone
+        alpha = blend_alpha(step, args.max_iters)
+        if args.method == 3 and set_alpha(self.model, alpha) and alpha == 0:
+            say(f"step {step}: alpha is 0, {finish_blend(self.model)} blended layers are low-rank from now on")
+            self.flops = flops_per_token(self.model, args.seq_len, training=True)
+        rate = learning_rate(step, args)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        count = args.batch_size * args.grad_accum
+        x, y = train_batch(self.tokens.train, args.seq_len, self.rows, args.seed, step, first=rank() * count, count=count)
+        total = torch.zeros((), device=self.device.torch_device)
+        for i in range(args.grad_accum):
+            part = slice(i * args.batch_size, (i + 1) * args.batch_size)
+            if world_size() > 1:
+                self.loss_of.require_backward_grad_sync = i == args.grad_accum - 1  # gradients travel once, with the last part
+            with self.device.autocast():
+                loss = self.loss_of(x[part].to(self.device.torch_device), y[part].to(self.device.torch_device)) / args.grad_accum
+            loss.backward()
+            total += loss.detach()
+        if args.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)  # the next step adds into the same memory
+        return total
+
+    def any_process(self, flag):
+        """Whether any process was told to stop: all must leave the loop at the same step."""
+        return bool(all_reduce(torch.tensor(float(flag)), self.device, dist.ReduceOp.MAX))
+
+    def log(self, loss, times, last, bar):
+        args, step = self.args, self.step
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is {loss} at step {step}: the run stops, {args.out_dir}/state keeps step {self.saved_at}. "
+                             f"A smaller --lr than {args.lr:g}, or a longer --warmup, usually helps")
+        row = dict(step=step, loss=loss, lr=learning_rate(step - 1, args), tokens=step * self.tokens_per_step)
+        if step % args.eval_interval == 0 or step == last:
+            row["val_loss"] = self.val_loss = evaluate(self.loss_of, self.tokens.val, args, self.device)
+        seconds = float(np.median(times[-args.log_interval:]))
+        row |= dict(tokens_per_second=self.tokens_per_step / seconds, step_ms=seconds * 1e3, mfu=self.mfu(seconds),
+                    peak_memory_bytes=peak_memory(self.device.torch_device))
+        self.folder.log(**row)
+        left = time.strftime("%H:%M:%S", time.gmtime((last - step) * seconds))
+        if rank() == 0:
+            bar.write(f"step {step} loss {loss:.4f} lr {row['lr']:.1e} {row['tokens_per_second']:.0f} tok/s {row['step_ms']:.0f} ms "
+                      f"{row['peak_memory_bytes'] / 1e9:.1f} GB mfu {row['mfu']:.0%} left {left}" + (f"\nstep {step} val_loss {self.val_loss:.4f}" if "val_loss" in row else ""))
+
+    def mfu(self, seconds):
+        return self.flops * self.tokens_per_step / seconds / (self.device.rate * world_size())
+
+    def save(self):
+        if rank() == 0:
+            state = dict(step=self.step, args=vars(self.args), parameters_full_rank=self.full_rank, seconds=self.seconds())
+            save_state(self.args.out_dir, self.model, self.tokens.tokenizer, optimizer_tensors(self.model, self.optimizer), state)
+            plot_losses(self.folder.path, f"{self.args.model} r{self.args.rank} on {self.args.data}" if self.args.rank else f"{self.args.model} on {self.args.data}")
+        if world_size() > 1:
+            dist.barrier()
+        self.saved_at = self.step
+
+    def seconds(self):
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def finish(self, times, stopped):
+        parameters, memory = count_parameters(self.model), peak_memory(self.device.torch_device)
+        total_memory = int(all_reduce(torch.tensor(float(memory), dtype=torch.float64), self.device))
+        largest = int(all_reduce(torch.tensor(float(memory), dtype=torch.float64), self.device, dist.ReduceOp.MAX))
+        seconds = float(np.median(times)) if times else math.nan
+        rows = [r for r in self.folder.rows() if r.get("loss") is not None]
+        self.folder.finish(
+            model=self.args.model, rank=self.args.rank, method=self.args.method, parameters=parameters, parameters_full_rank=self.full_rank,
+            compression=self.full_rank / parameters, steps=self.step, tokens=self.step * self.tokens_per_step,
+            loss=rows[-1]["loss"] if rows else None, val_loss=self.val_loss, tokens_per_second=self.tokens_per_step / seconds, step_ms=seconds * 1e3,
+            mfu=self.mfu(seconds), peak_memory_bytes=largest, peak_memory_bytes_total=total_memory, seconds=self.seconds(),
+            devices=world_size(), device_hours=world_size() * self.seconds() / 3600, device=self.device.name, dtype=str(self.device.dtype)[6:],
+            stopped_by=stopped, arguments=vars(self.args))
+        say(f"{self.args.out_dir}: model, metrics.jsonl, summary.json, loss.png. Try: python sample.py --model {self.args.out_dir} --prompt \"The file\"")
+
+
+if __name__ == "__main__":
+    command(main)
