@@ -88,23 +88,21 @@ KINDS = {"lowrank": LowRankLinear, "blended": BlendedLinear, "lowrank embedding"
 
 
 def describe_layers(model):
-    """What config.json says of the layers that are not nn.Linear: name -> kind, shape, rank."""
-    layers = {}
-    for kind, cls in KINDS.items():
-        for name, m in model.named_modules():
-            if type(m) is cls and not name.endswith(".lowrank"):  # a blended layer's own part is not a layer of the model
-                shape = (m.num_embeddings, m.embedding_dim) if kind == "lowrank embedding" else (m.in_features, m.out_features)
-                layers[name] = dict(kind=kind, shape=list(shape), rank=m.rank, **({} if kind == "lowrank embedding" else dict(bias=m.bias is not None)))
-    return layers
+    """What config.json says of the layers that are not nn.Linear: name -> kind and rank; the shapes follow from the architecture."""
+    kinds = {cls: kind for kind, cls in KINDS.items()}
+    return {name: dict(kind=kinds[type(m)], rank=m.rank) for name, m in model.named_modules()
+            if type(m) in kinds and not name.endswith(".lowrank")}  # a blended layer's own part is not a layer of the model
 
 
 def build(config, layers):
     """The model of a config.json, on the meta device: shapes without memory."""
     def make(name, old):
-        if name not in layers:
+        d = layers.pop(name, None)
+        if d is None:
             return None
-        d = layers.pop(name)
-        return KINDS[d["kind"]](*d["shape"], d["rank"], *([d["bias"]] if "bias" in d else []))
+        if isinstance(old, nn.Embedding):
+            return KINDS[d["kind"]](old.num_embeddings, old.embedding_dim, d["rank"])
+        return KINDS[d["kind"]](old.in_features, old.out_features, d["rank"], old.bias is not None)
     layers = dict(layers)
     with torch.device("meta"):
         model = Transformer(config)

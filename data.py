@@ -31,7 +31,7 @@ from tqdm import tqdm
 from runtime import InputError, cache_dir, command, say, write_atomic
 from tokenizer import gpt2_tokenizer, load_tokenizer, train_tokenizer
 
-DOCUMENT = 16384  # characters: longer texts are cut into documents of about this size, so that a few books still have validation text
+DOCUMENT = 8192  # characters: longer texts are cut into documents of about this size, so that a few books still have validation text
 
 
 # ----------------------------------------------------------------------------- corpora: a name, a key, documents

@@ -1,0 +1,140 @@
+"""Every figure that the README quotes, measured again on the machine at hand.
+
+    python bench.py train             training GPT-2: full rank against r = 192, 96, 48
+    python bench.py NAME --json FILE  also write {"device": ..., "rows": [...]} to a file
+
+What is compared is timed in turn (a, b, c, a, b, c, ...) in one process, and medians are quoted: these machines are shared, and their
+speed drifts by more than most differences. Ratios carry over to other machines, absolute times do not.
+"""
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from argparse import Namespace
+
+import torch
+from tqdm import tqdm
+
+from lowrank import replace_linears
+from model import Transformer, config_for, count_parameters, flops_per_token
+from runtime import Device, InputError, command, find_device, matmul_rate, write_atomic
+
+
+def interleaved(steps, rounds):
+    """Median seconds of each named step, all of them run in turn `rounds` times after a warm-up. steps: name -> function."""
+    times = {name: [] for name in steps}
+    for i in tqdm(range(rounds + 1), desc="rounds", disable=None, leave=False):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if i:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def table(rows, columns):
+    """Rows as a Markdown table; columns: title -> function of a row."""
+    cells = [list(columns)] + [[str(f(r)) for f in columns.values()] for r in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = ["| " + " | ".join(c.rjust(w) for c, w in zip(row, widths)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------- train
+
+def training_step(model, device, batch, length):
+    """One whole optimizer step as train.py does it, on random tokens."""
+    from train import Loss, make_optimizer
+    optimizer = make_optimizer(model, Namespace(weight_decay=0.1, lr=1e-4))
+    loss_of = Loss(model)
+    tokens = torch.randint(model.config.vocab_size, (batch, length + 1), device=device.torch_device)
+
+    def step(dtype):
+        with Device(device.torch_device, dtype, 0, "", "").autocast():
+            loss = loss_of(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    return step
+
+
+def gpt2_of_rank(name, rank, device):
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Transformer(config_for(name))
+        if rank:
+            replace_linears(model, rank)
+    model.materialize(device.torch_device).init_weights()
+    return model
+
+
+def peak_of_one(name, rank, dtype, batch, length):
+    """Peak bytes of two steps in a process of their own: resident memory on a CPU, allocated memory on a GPU."""
+    code = (f"import bench, resource, runtime, torch; d = runtime.find_device({dtype!r}); m = bench.gpt2_of_rank({name!r}, {rank}, d); "
+            f"s = bench.training_step(m, d, {batch}, {length}); s(d.dtype); s(d.dtype); print(runtime.peak_memory(d.torch_device))")
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def bench_train(args):
+    """Tokens a second of a training step at each rank and dtype, MFU against the rate of matrix products of the same run."""
+    device = find_device("float32")
+    batch, length = args.batch_size, args.seq_len
+    dtypes = [d for d in (args.dtypes or "bfloat16,float32").split(",")]
+    rates = {d: matmul_rate(device.torch_device, getattr(torch, d)) for d in dtypes}
+    models = {rank: gpt2_of_rank(args.model, rank, device) for rank in args.ranks}
+    steps = {}
+    for rank, model in models.items():
+        step = training_step(model, device, batch, length)
+        steps |= {(rank, d): lambda step=step, d=d: step(getattr(torch, d)) for d in dtypes}
+    seconds = interleaved(steps, args.rounds)
+    rates = {d: max(rates[d], matmul_rate(device.torch_device, getattr(torch, d))) for d in dtypes}
+    rows = []
+    for (rank, d), s in seconds.items():
+        flops = flops_per_token(models[rank], length, training=True) * batch * length
+        rows.append(dict(model=args.model, rank=rank, dtype=d, parameters=count_parameters(models[rank]), tokens_per_second=batch * length / s,
+                         step_ms=s * 1e3, mfu=flops / s / rates[d], matmul_tflops=rates[d] / 1e12,
+                         peak_memory_bytes=peak_of_one(args.model, rank, d, batch, length)))
+    full = {r["dtype"]: r["tokens_per_second"] for r in rows if r["rank"] == args.ranks[0]}
+    print(f"{args.model}, batch {batch} x {length} tokens, {device.name}, matrix products "
+          + ", ".join(f"{r / 1e12:.2f} TFLOPS in {d}" for d, r in rates.items()))
+    print(table(rows, {"rank": lambda r: r["rank"] or "full", "dtype": lambda r: r["dtype"], "parameters": lambda r: f"{r['parameters'] / 1e6:.1f}M",
+                       "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}", "step ms": lambda r: f"{r['step_ms']:.0f}",
+                       "mfu": lambda r: f"{r['mfu']:.0%}", "peak GB": lambda r: f"{r['peak_memory_bytes'] / 1e9:.1f}",
+                       "speedup": lambda r: f"{r['tokens_per_second'] / full[r['dtype']]:.2f}x"}))
+    return device, rows
+
+
+BENCHES = {"train": bench_train}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    p = sub.add_parser("train", help=bench_train.__doc__)
+    p.add_argument("--model", default="gpt2", help="architecture (default: %(default)s)")
+    p.add_argument("--ranks", type=lambda s: [int(r) for r in s.split(",")], default=[0, 192, 96, 48], help="0 is full rank (default: 0,192,96,48)")
+    p.add_argument("--dtypes", help="default: bfloat16,float32")
+    p.add_argument("--batch-size", type=int, default=4, help="sequences (default: %(default)s)")
+    p.add_argument("--seq-len", type=int, default=256, help="tokens of each (default: %(default)s)")
+    p.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
+    for p in sub.choices.values():
+        p.add_argument("--json", help="write the rows to this file too")
+    args = parser.parse_args(argv)
+    device, rows = BENCHES[args.name](args)
+    if args.json:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        record = dict(command=" ".join(["python bench.py", *(argv or sys.argv[1:])]), device=device.name, torch=torch.__version__, commit=commit,
+                      date=time.strftime("%Y-%m-%d"), rows=rows)
+        write_atomic(args.json, json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    command(main)

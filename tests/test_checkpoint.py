@@ -1,0 +1,186 @@
+"""checkpoint.py: model folders and training state; what a kill, a truncation or a changed byte does to them."""
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import load_model, read_state, save_model, save_state
+from lowrank import replace_linears, set_alpha
+from model import Config, Transformer
+from runtime import InputError
+from tokenizer import train_tokenizer
+
+GPT2 = Config("gpt2", vocab_size=400, context=32, blocks=2, heads=4, kv_heads=4, width=32, ffn=128)
+LLAMA = Config("llama", vocab_size=400, context=32, blocks=2, heads=4, kv_heads=2, width=32, ffn=48, tied=False)
+TOKENS = torch.arange(60).reshape(3, 20)
+
+
+def variants():
+    for config in (GPT2, LLAMA):
+        for method, embedding_rank in ((0, 0), (1, 0), (1, 16), (2, 0), (3, 0)):
+            torch.manual_seed(0)
+            model = Transformer(config).eval()
+            if method:
+                replace_linears(model, 8, method, embedding_rank)
+            if method == 3:
+                set_alpha(model, 0.375)
+            yield pytest.param(model, id=f"{config.kind} method {method} {'embedding' if embedding_rank else ''}")
+
+
+@pytest.mark.parametrize("model", list(variants()))
+def test_a_folder_rebuilds_its_model(model, tmp_path):
+    save_model(tmp_path / "m", model)
+    again, tokenizer = load_model(tmp_path / "m")
+    assert tokenizer is None and not again.training
+    assert torch.equal(again(TOKENS), model(TOKENS))
+    ours, theirs = dict(model.named_parameters()), dict(again.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], theirs[n]) and ours[n].requires_grad == theirs[n].requires_grad for n in ours)
+    assert (again.head.weight is again.embed.weight) == (model.head.weight is model.embed.weight) if hasattr(model.head, "weight") else True
+
+
+def test_the_tokenizer_comes_along(tmp_path, text_file):
+    tokenizer = train_tokenizer([text_file.read_text(encoding="utf-8")], 400)
+    save_model(tmp_path / "m", Transformer(GPT2), tokenizer)
+    _, again = load_model(tmp_path / "m")
+    assert again.encode("The quick brown fox") == tokenizer.encode("The quick brown fox")
+
+
+def test_large_models_are_sharded(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 50_000)
+    model = Transformer(GPT2).eval()
+    save_model(tmp_path / "m", model)
+    files = json.loads((tmp_path / "m" / "config.json").read_text())["files"]
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert torch.equal(load_model(tmp_path / "m")[0](TOKENS), model(TOKENS))
+    os.remove(tmp_path / "m" / files[1])
+    with pytest.raises(InputError, match=f"{files[1]} is missing"):
+        load_model(tmp_path / "m")
+
+
+def damage_cases():
+    def truncate(path):
+        raw = (path / "model.safetensors").read_bytes()
+        (path / "model.safetensors").write_bytes(raw[:len(raw) // 2])
+
+    def flip(path):
+        raw = bytearray((path / "model.safetensors").read_bytes())
+        raw[-5] ^= 1
+        (path / "model.safetensors").write_bytes(raw)
+
+    def edit(change):
+        def apply(path):
+            config = json.loads((path / "config.json").read_text())
+            change(config)
+            (path / "config.json").write_text(json.dumps(config))
+        return apply
+    yield truncate, "model.safetensors is missing, truncated or not a safetensors file"
+    yield flip, "model.safetensors was altered after it was written"
+    yield edit(lambda c: c["architecture"].update(blocks=3)), "tensors are missing, first blocks.2"
+    yield edit(lambda c: c["architecture"].update(blocks=1)), "describes layers that a gpt2 of 1 blocks does not have: blocks.1"
+    yield edit(lambda c: c["architecture"].update(ffn=64)), "mlp.down.A is .8, 128., the architecture needs .8, 64."
+    yield edit(lambda c: c["layers"]["blocks.0.mlp.up"].update(rank=9)), "is .8, 32., the architecture needs .9, 32."
+    yield edit(lambda c: c["layers"].pop("blocks.0.mlp.up")), "unexpected tensor blocks.0.mlp.up.A"
+    yield edit(lambda c: c.update(version=7)), "is of version 7, this program reads version 1"
+    yield edit(lambda c: c["architecture"].update(surprise=1)), "damaged or of another version"
+    yield lambda path: (path / "config.json").write_text("{"), "config.json is damaged"
+
+
+@pytest.mark.parametrize("damage, message", list(damage_cases()))
+def test_damage_is_one_clear_line(damage, message, tmp_path):
+    model = Transformer(GPT2)
+    replace_linears(model, 8)
+    save_model(tmp_path / "m", model)
+    damage(tmp_path / "m")
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path / "m")
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(InputError, match="no such folder or file, nor a known model"):
+        load_model("no-such-model")
+
+
+# ----------------------------------------------------------------------------- training state
+
+def state_of(step):
+    torch.manual_seed(step)
+    return Transformer(GPT2), {"embed.weight#exp_avg": torch.full((3,), float(step))}, dict(step=step, args={})
+
+
+def save(out, step):
+    model, moments, state = state_of(step)
+    save_state(out, model, None, moments, state)
+
+
+def test_state_is_read_back_and_the_run_folder_is_a_model(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    folder, state, moments = read_state(tmp_path)
+    assert state["step"] == 2 and torch.equal(moments["embed.weight#exp_avg"], torch.full((3,), 2.0))
+    assert json.loads((tmp_path / "state.previous" / "state.json").read_text())["step"] == 1
+    assert torch.equal(load_model(tmp_path)[0](TOKENS), state_of(2)[0].eval()(TOKENS))
+    assert os.stat(tmp_path / "model.safetensors").st_ino == os.stat(folder / "model.safetensors").st_ino, "no second copy of the weights"
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_kill_between_any_two_file_operations_leaves_a_whole_state(tmp_path, monkeypatch):
+    """Every call that changes the disk is a place to die at; afterwards the state is that of step 1 or 2, and the next save works."""
+    calls = []
+
+    def count(target, name):
+        real = getattr(target, name)
+
+        def wrapped(*args, **kw):
+            if calls and calls[0] == 0:
+                raise Killed
+            if calls:
+                calls[0] -= 1
+            return real(*args, **kw)
+        monkeypatch.setattr(target, name, wrapped)
+    for target, name in ((os, "replace"), (os, "link"), (shutil, "rmtree"), (checkpoint, "save_file"), (checkpoint, "sync_folder")):
+        count(target, name)
+    seen, n = set(), 0
+    while True:
+        out = tmp_path / f"run{n}"
+        calls.clear()
+        save(out, 1)
+        save(out, 2)
+        calls.append(n)
+        try:
+            save(out, 3)
+            finished = True
+        except Killed:
+            finished = False
+        calls.clear()
+        _, state, moments = read_state(out)
+        assert moments["embed.weight#exp_avg"][0] == state["step"]
+        seen.add(state["step"])
+        load_model(out)
+        save(out, 4)
+        assert read_state(out)[1]["step"] == 4
+        if finished:
+            break
+        n += 1
+    assert seen == {2, 3} and n > 8
+
+
+def test_a_damaged_state_falls_back_on_the_one_before(tmp_path, capsys):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    raw = bytearray((tmp_path / "state" / "optimizer.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "state" / "optimizer.safetensors").write_bytes(raw)
+    assert read_state(tmp_path)[1]["step"] == 1
+    assert "optimizer.safetensors was altered" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "state.previous")
+    with pytest.raises(InputError, match="optimizer.safetensors was altered"):
+        read_state(tmp_path)
+    with pytest.raises(InputError, match="holds no training state: start the run without --resume"):
+        read_state(tmp_path / "nowhere")

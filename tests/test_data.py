@@ -1,0 +1,143 @@
+"""data.py: corpora, token files, the order of batches, and what it refuses."""
+import hashlib
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import TokenFiles, check_length, eval_batches, open_corpus, prepare, train_batch, write_tokens
+from runtime import InputError
+from tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(text_file):
+    return train_tokenizer([text_file.read_text(encoding="utf-8")], 600)
+
+
+def test_token_files_hold_every_character_of_the_text(text_file, tokenizer):
+    files = prepare(open_corpus(str(text_file), "data"), tokenizer)
+    meta = json.loads((files.folder / "meta.json").read_text())
+    for split, tokens in (("train", files.train), ("val", files.val)):
+        assert len(tokens) == meta[split]["tokens"] > 1000
+        assert hashlib.sha256((files.folder / f"{split}.bin").read_bytes()).hexdigest() == meta[split]["sha256"]
+    assert files.train.dtype == np.dtype("<u2") and isinstance(files.train, np.memmap)
+    documents = list(open_corpus(str(text_file), "data").documents())
+    assert "".join(documents) == text_file.read_text(encoding="utf-8")
+    kept = [d for i, d in enumerate(documents) if i % 20 != 19]
+    end = files.tokenizer.end
+    assert files.tokenizer.decode([i for i in files.train.tolist() if i != end]) == "".join(kept)
+
+
+def test_the_second_time_nothing_is_tokenized(text_file, tokenizer, monkeypatch):
+    first = prepare(open_corpus(str(text_file), "data"), tokenizer)
+    monkeypatch.setattr(data, "write_tokens", None)
+    again = prepare(open_corpus(str(text_file), "data"), tokenizer)
+    assert again.folder == first.folder and np.array_equal(again.train, first.train)
+
+
+def test_a_corpus_streams_through_without_being_held(tokenizer, tmp_path):
+    """No more than one batch of documents is asked for before the last one was written."""
+    asked, written = [], []
+
+    class Spy:
+        name, vocab_size, end = tokenizer.name, tokenizer.vocab_size, tokenizer.end
+        save = staticmethod(tokenizer.save)
+
+        def encode(self, text):
+            written.append(threading.get_ident())
+            return tokenizer.encode(text)
+
+    def documents():
+        for i in range(1000):
+            assert len(asked) - len(written) <= 64
+            asked.append(i)
+            yield f"document {i} of many\n"
+    corpus = data.Corpus("many", "1", documents)
+    write_tokens(corpus, Spy(), tmp_path / "many", batch=64)
+    files = TokenFiles(tmp_path / "many")
+    texts = tokenizer.decode(files.train.tolist())
+    assert len(asked) == 1000 and texts.index("document 3 ") < texts.index("document 500 ") < texts.index("document 998 ")
+    assert not list(tmp_path.glob(".many-*")), "no partial folder is left"
+
+
+def test_an_interrupted_preparation_leaves_nothing_behind(tokenizer, tmp_path):
+    def documents():
+        yield "some text\n"
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_tokens(data.Corpus("cut", "1", documents), tokenizer, tmp_path / "cut", batch=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_builtin_text_is_about_two_megabytes_of_english():
+    text = "".join(data.builtin_documents())
+    assert 1e6 < len(text) < 6e6 and text.count(" the ") > 10_000
+
+
+def test_batches_depend_on_seed_and_step_alone_and_are_shared_out():
+    tokens = np.arange(5000, dtype=np.uint16)
+    x, y = train_batch(tokens, 16, 8, seed=3, step=10)
+    assert x.shape == y.shape == (8, 16) and x.dtype == torch.int64 and torch.equal(y, x + 1)
+    again, _ = train_batch(tokens, 16, 8, seed=3, step=10)
+    parts = [train_batch(tokens, 16, 8, seed=3, step=10, first=i * 4, count=4)[0] for i in range(2)]
+    assert torch.equal(again, x) and torch.equal(torch.cat(parts), x)
+    for other in (dict(seed=4, step=10), dict(seed=3, step=11)):
+        assert not torch.equal(train_batch(tokens, 16, 8, **other)[0], x)
+    starts = torch.cat([train_batch(tokens, 16, 64, 0, s)[0][:, 0] for s in range(200)])
+    assert starts.min() < 50 and 4900 < starts.max() <= 5000 - 17
+
+
+def test_eval_windows_are_fixed_and_side_by_side():
+    tokens = np.arange(1000, dtype=np.uint16)
+    rows = torch.cat([x for x, _ in eval_batches(tokens, 64, 3, limit=512)])
+    assert torch.equal(rows.flatten(), torch.arange(512))
+    assert sum(len(x) for x, _ in eval_batches(tokens, 64, 3, limit=10 ** 9)) == 15
+    assert next(eval_batches(tokens[:20], 64, 3, limit=100))[0].shape == (1, 19)
+
+
+def test_bad_text_is_refused(tmp_path, tokenizer):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "zero.txt").write_bytes(b"text with a \0 in it\n")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9 cr\xe8me\n".encode("latin-1"))
+    (tmp_path / "nothing").mkdir()
+    for path, message in (("missing.txt", "there is no such file or folder"), ("empty.txt", "the text is empty"), ("nothing", "no .txt or .md file")):
+        with pytest.raises(InputError, match=message):
+            open_corpus(str(tmp_path / path), "data")
+    for path, message in (("zero.txt", "is not text: it has zero bytes"), ("latin.txt", "not UTF-8 text .byte 3 of a block is 0xe9")):
+        with pytest.raises(InputError, match=message):
+            prepare(open_corpus(str(tmp_path / path), "data"), tokenizer)
+
+
+def test_bad_token_files_are_refused(text_file, tokenizer, tmp_path):
+    write_tokens(open_corpus(str(text_file), "data"), tokenizer, tmp_path / "t")
+    files = TokenFiles(tmp_path / "t")
+    with pytest.raises(InputError, match="outside the model's vocabulary 0..99"):
+        files.check_fits(100)
+    with pytest.raises(InputError, match="the training text has 10 tokens, a window of 32 needs 33"):
+        check_length(files.train[:10], 32, "training")
+    with open(tmp_path / "t" / "train.bin", "ab") as f:
+        f.write(b"xx")
+    with pytest.raises(InputError, match="train.bin has .* bytes, meta.json says"):
+        TokenFiles(tmp_path / "t")
+
+
+def test_openwebtext_without_its_library_says_what_to_install(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(InputError, match="pip install datasets"):
+        prepare(open_corpus("openwebtext", tmp_path), tokenizer)
+
+
+def test_openwebtext_streams_through_datasets(tmp_path, tokenizer, monkeypatch):
+    class FakeLibrary:
+        @staticmethod
+        def load_dataset(name, split, streaming):
+            assert (name, split, streaming) == ("Skylion007/openwebtext", "train", True)
+            return ({"text": f"page {i} of the web\n"} for i in range(4001))
+    monkeypatch.setitem(__import__("sys").modules, "datasets", FakeLibrary)
+    files = prepare(open_corpus("openwebtext", tmp_path), tokenizer)
+    assert files.folder == tmp_path / "openwebtext"
+    assert "page 1999 of" in tokenizer.decode(files.val.tolist()) and "page 4000 of" in tokenizer.decode(files.train.tolist())
