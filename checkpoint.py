@@ -51,6 +51,9 @@ def write_tensors(path, tensors):
         digest.update(_bytes(tensors[name]))
     partial = path.with_name(path.name + ".partial")
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt", "sha256": digest.hexdigest()})
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(partial, 0o666 & ~mask)  # safetensors makes its files readable for their owner alone
     with open(partial, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(partial, path)

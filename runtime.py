@@ -48,8 +48,7 @@ def command(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    if rank() == 0 or world_size() == 1:
-        print(f"error: {line}", file=sys.stderr)
+    print(f"error: {line}" if world_size() == 1 else f"error (process {rank()}): {line}", file=sys.stderr)
     sys.exit(2)
 
 

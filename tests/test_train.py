@@ -1,0 +1,205 @@
+"""train.py as a user runs it: losses that fall, runs that are stopped, killed and resumed, processes that share a batch, bad input."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from checkpoint import load_model, read_state
+from lowrank import LowRankLinear
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ("--model", "tiny", "--rank", 8, "--batch-size", 2, "--seq-len", 32, "--log-interval", 1, "--eval-tokens", 64, "--dtype", "float32")
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    steps = [r["step"] for r in rows]
+    assert steps == sorted(set(steps)), "a step stands twice"
+    return {r["step"]: r["loss"] for r in rows}
+
+
+def weights(folder):
+    return {n: p for n, p in load_model(folder)[0].named_parameters()}
+
+
+def assert_same_run(a, b):
+    assert losses(a) == losses(b)
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    (_, _, m1), (_, _, m2) = read_state(a), read_state(b)
+    assert m1.keys() == m2.keys() and all(torch.equal(m1[k], m2[k]) for k in m1)
+
+
+def call(*args):
+    return train.main([str(a) for a in args])
+
+
+def test_the_loss_falls_and_the_run_leaves_its_files(tmp_path, text_file, run):
+    out = tmp_path / "run"
+    done = run("train.py", "--model", "tiny", "--rank", 16, "--data", text_file, "--max-iters", 120, "--seq-len", 64, "--lr", "3e-3", "--out-dir", out)
+    assert done.returncode == 0, done.stderr
+    found = losses(out)
+    assert found[120] < found[1] - 1.5
+    for line in ("device ", "training a SentencePiece model on the corpus", "tokenizer ", "replaced 17 linears: ", "step 120 loss ", "step 120 val_loss "):
+        assert line in done.stdout + done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    for key in ("parameters", "parameters_full_rank", "compression", "loss", "val_loss", "tokens_per_second", "peak_memory_bytes", "seconds", "device",
+                "devices", "device_hours", "arguments", "peak_memory_bytes_total"):
+        assert summary[key] is not None, key
+    assert summary["parameters"] == sum(p.numel() for p in weights(out).values())
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    text = run("sample.py", "--model", out, "--prompt", "The statement", "--max-new-tokens", 20)
+    assert text.returncode == 0 and text.stdout.startswith("The statement") and len(text.stdout) > 30
+
+
+def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(tmp_path, text_file):
+    common = (*TINY, "--data", text_file, "--max-iters", 20, "--dropout", 0.1)
+    assert call(*common, "--out-dir", tmp_path / "a") == 0
+    assert call(*common, "--out-dir", tmp_path / "b", "--stop-at", 10) == 0
+    assert max(losses(tmp_path / "b")) == 10
+    assert call("--resume", "--out-dir", tmp_path / "b") == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed_equals_undisturbed(tmp_path, text_file):
+    """SIGKILL at random times, most of them during a save (a save follows every step), until the run is through."""
+    common = [str(a) for a in (*TINY, "--data", text_file, "--max-iters", 60, "--save-interval", 1)]
+    assert call(*common, "--out-dir", tmp_path / "a") == 0
+    out, kills, clock = tmp_path / "b", 0, random.Random(0)
+    while kills < 4:
+        resume = ["--resume"] if (out / "state").exists() or (out / "state.previous").exists() else []
+        process = subprocess.Popen([sys.executable, "train.py", *common, *resume, "--out-dir", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1"))
+        before = _steps(out)
+        while process.poll() is None and _steps(out) < before + 3:
+            time.sleep(0.005)
+        time.sleep(clock.uniform(0, 0.1))
+        process.kill()
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, process.stderr.read()
+        kills += 1
+    assert kills == 4, "the run was over before it was killed four times"
+    assert call(*common, "--resume", "--out-dir", out) == 0
+    assert_same_run(tmp_path / "a", out)
+
+
+def _steps(out):
+    return (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_cleanly_and_saves_first(tmp_path, text_file, number, code):
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "train.py", *map(str, TINY), "--data", str(text_file), "--max-iters", "100000", "--out-dir", str(out)],
+                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while _steps(out) < 3:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in stderr, stderr
+    step = max(losses(out))
+    assert read_state(out)[1]["step"] == step and f"after step {step}, saved: go on with python train.py --resume --out-dir" in stdout
+    assert json.loads((out / "summary.json").read_text())["stopped_by"] == signal.Signals(number).name
+
+
+def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path, text_file, run):
+    common = ("--model", "tiny", "--rank", 8, "--batch-size", 2, "--seq-len", 32, "--log-interval", 1, "--dtype", "float32", "--data", text_file,
+              "--max-iters", 6, "--eval-tokens", 512)
+    one = run("train.py", *common, "--grad-accum", 2, "--out-dir", tmp_path / "one")
+    two = run("train.py", *common, "--out-dir", tmp_path / "two", processes=2)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert a.keys() == b.keys() and max(abs(a[k] - b[k]) for k in a) < 1e-5
+    summaries = [json.loads((tmp_path / d / "summary.json").read_text()) for d in ("one", "two")]
+    assert [s["devices"] for s in summaries] == [1, 2] and abs(summaries[0]["val_loss"] - summaries[1]["val_loss"]) < 1e-5
+    assert two.stdout.count("device ") == 1, "only the first process speaks"
+
+
+def test_methods_2_and_3_start_from_a_trained_model(tmp_path, text_file):
+    dense = tmp_path / "dense"
+    assert call("--model", "tiny", "--data", text_file, "--max-iters", 60, "--seq-len", 64, "--lr", "3e-3", "--out-dir", dense) == 0
+    common = ("--init-from", dense, "--rank", 32, "--data", text_file, "--seq-len", 64, "--log-interval", 1, "--eval-tokens", 512, "--lr", "1e-3")
+    assert call(*common, "--method", 2, "--max-iters", 10, "--out-dir", tmp_path / "two") == 0
+    assert call(*common, "--method", 3, "--max-iters", 20, "--out-dir", tmp_path / "three") == 0
+    two, three = losses(tmp_path / "two"), losses(tmp_path / "three")
+    trained = losses(dense)[60]
+    assert two[1] < trained + 1.5, "the SVD keeps most of what was learned"
+    assert three[1] < trained + 0.5, "with alpha near 1 it is nearly the dense model"
+    assert three[20] < three[1] + 0.5
+    for folder in ("two", "three"):
+        model, _ = load_model(tmp_path / folder)
+        assert isinstance(model.head, LowRankLinear) and model.head.rank == 32 and all(p.requires_grad for p in model.parameters())
+    summary = json.loads((tmp_path / "three" / "summary.json").read_text())
+    assert summary["parameters"] == json.loads((tmp_path / "two" / "summary.json").read_text())["parameters"] < summary["parameters_full_rank"]
+
+
+def test_method_3_from_random_weights_resumes_within_the_blend(tmp_path, text_file):
+    common = (*TINY, "--method", 3, "--data", text_file, "--max-iters", 12)
+    assert call(*common, "--out-dir", tmp_path / "a") == 0
+    assert call(*common, "--out-dir", tmp_path / "b", "--stop-at", 4) == 0
+    assert call("--resume", "--out-dir", tmp_path / "b", "--stop-at", 9) == 0
+    assert call("--resume", "--out-dir", tmp_path / "b") == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path, text_file, capsys):
+    common = (*TINY, "--data", text_file, "--max-iters", 2, "--out-dir", tmp_path / "run")
+    assert call(*common) == 0 and call(*common, "--seed", 5) == 0
+    assert losses(tmp_path / "run") != losses(tmp_path / "run-1")
+    assert "held an earlier run: moved to" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path, text_file, run):
+    done = run("train.py", *TINY, "--data", text_file, "--max-iters", 50, "--lr", "1e30", "--warmup", 0, "--grad-clip", 0, "--save-interval", 1,
+               "--out-dir", tmp_path / "run")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "the loss is nan at step" in done.stderr or "the loss is inf at step" in done.stderr
+    model, _ = load_model(read_state(tmp_path / "run")[0])
+    assert model is not None
+
+
+@pytest.mark.parametrize("args, message", [
+    (("--rank", 100000), "rank must be in 1..128 for a 128x384 layer, got 100000"),
+    (("--rank", -1), "--rank must not be negative, got -1"),
+    (("--model", "gpt5"), "no model is called 'gpt5': known names are tiny, gpt2"),
+    (("--data", "/nowhere/at/all.txt"), "--data /nowhere/at/all.txt: there is no such file or folder"),
+    (("--method", 2, "--rank", 8), "--method 2 starts from the SVD of pretrained weights"),
+    (("--method", 3), "--method 3 blends into layers of a rank: give --rank"),
+    (("--method", 7), "--method must be 1, 2 or 3, got 7"),
+    (("--batch-size", 0), "--batch-size must be at least 1, got 0"),
+    (("--seq-len", 1000), "--seq-len 1000 is longer than the model's context of 256"),
+    (("--dtype", "float8"), "--dtype must be auto, float32 or bfloat16, got float8"),
+    (("--dropout", 2), "dropout must be in 0..1"),
+    (("--resume",), "holds no training state: start the run without --resume"),
+    (("--init-from", "/nowhere"), "no such folder or file")])
+def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path, text_file, capsys):
+    from runtime import command
+    argv = ["--model", "tiny", "--data", str(text_file), "--max-iters", "1", "--out-dir", str(tmp_path / "run"), *map(str, args)]
+    with pytest.raises(SystemExit) as e:
+        command(lambda: train.main(argv))
+    stderr = capsys.readouterr().err
+    assert e.value.code == 2 and message in stderr and stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists(), "nothing half written"
+
+
+def test_resume_refuses_to_become_another_run(tmp_path, text_file, run):
+    assert call(*TINY, "--data", text_file, "--max-iters", 2, "--out-dir", tmp_path / "run") == 0
+    done = run("train.py", "--resume", "--rank", 16, "--out-dir", tmp_path / "run")
+    assert done.returncode == 2 and "--rank 16 differs from the 8 of the run that --resume continues" in done.stderr
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
+    args = train.argparse.Namespace(lr=1.0, warmup=10, max_iters=110)
+    rates = [train.learning_rate(s, args) for s in range(111)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and abs(rates[60] - 0.55) < 1e-9 and abs(rates[110] - 0.1) < 1e-9
