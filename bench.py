@@ -8,7 +8,6 @@ speed drifts by more than most differences. Ratios carry over to other machines,
 """
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from lowrank import replace_linears
 from model import Transformer, config_for, count_parameters, flops_per_token
-from runtime import Device, InputError, command, find_device, matmul_rate, write_atomic
+from runtime import Device, command, find_device, matmul_rate, write_atomic
 
 
 def interleaved(steps, rounds):
@@ -77,7 +76,7 @@ def gpt2_of_rank(name, rank, device):
 
 def peak_of_one(name, rank, dtype, batch, length):
     """Peak bytes of two steps in a process of their own: resident memory on a CPU, allocated memory on a GPU."""
-    code = (f"import bench, resource, runtime, torch; d = runtime.find_device({dtype!r}); m = bench.gpt2_of_rank({name!r}, {rank}, d); "
+    code = (f"import bench, runtime; d = runtime.find_device({dtype!r}); m = bench.gpt2_of_rank({name!r}, {rank}, d); "
             f"s = bench.training_step(m, d, {batch}, {length}); s(d.dtype); s(d.dtype); print(runtime.peak_memory(d.torch_device))")
     return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()[-1])
 

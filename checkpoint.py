@@ -14,8 +14,13 @@ Training state is such a folder with two files more, so that weights and optimiz
 
 Everything is written beside, synced, then renamed: a process killed at any moment leaves a state that can be read.
 Nothing here is ever unpickled.
+
+    python checkpoint.py info out/train              layers, ranks, bytes
+    python checkpoint.py export out/train out/hf     a dense Hugging Face folder, which transformers, peft and llama.cpp's converter read
 """
+import argparse
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -27,9 +32,10 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from formats import fetch_smollm2, hub_snapshot, open_source, their_name
 from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, swap_layers
 from model import CONFIGS, Config, Transformer
-from runtime import InputError, cache_dir, write_atomic
+from runtime import InputError, cache_dir, command, write_atomic
 from tokenizer import load_tokenizer
 
 FORMAT = "fingpt-hpc"
@@ -43,7 +49,7 @@ def _bytes(tensor):
 
 
 def write_tensors(path, tensors):
-    """A safetensors file whose header holds the sha256 of names and contents; synced and renamed into place."""
+    """Write a safetensors file whose header holds the sha256 of names and contents; synced and renamed into place."""
     path = Path(path)
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -60,16 +66,20 @@ def write_tensors(path, tensors):
 
 
 def read_tensors(path):
-    """Yield (name, tensor) of a file of write_tensors, one at a time in the order of names; at the end the checksum must agree."""
+    """Yield (name, tensor) of a file of write_tensors, one at a time in the order of names; at the end the checksum must agree.
+
+    The file is mapped anew for each tensor: pages of a mapping that stays open would pile up to the size of the file."""
     digest = hashlib.sha256()
     try:
         with safe_open(path, framework="pt") as f:
-            wanted = (f.metadata() or {}).get("sha256")
-            for name in sorted(f.keys()):
+            wanted, names = (f.metadata() or {}).get("sha256"), sorted(f.keys())
+        for name in names:
+            with safe_open(path, framework="pt") as f:
                 tensor = f.get_tensor(name)
-                digest.update(name.encode())
-                digest.update(_bytes(tensor))
-                yield name, tensor
+            digest.update(name.encode())
+            digest.update(_bytes(tensor))
+            yield name, tensor
+            del tensor  # before the next one comes
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path} is missing, truncated or not a safetensors file ({e})") from None
     if wanted and wanted != digest.hexdigest():
@@ -159,9 +169,7 @@ def read_config(folder):
 
 def fill(model, tensors, device, dtype, where):
     """Give a meta model its memory and copy tensors (name, tensor) into it one at a time; every name must fit, none may be left."""
-    model.materialize(device)
-    if dtype is not None:
-        model.to(dtype)
+    model.to(dtype).materialize(device)
     own = own_tensors(model)
     for name, tensor in tensors:
         if name not in own:
@@ -169,6 +177,7 @@ def fill(model, tensors, device, dtype, where):
         if own[name].shape != tensor.shape:
             raise InputError(f"{where}: {name} is {tuple(tensor.shape)}, the architecture needs {tuple(own[name].shape)}")
         own.pop(name).data.copy_(tensor)
+        del tensor
     if own:
         raise InputError(f"{where}: {len(own)} tensors are missing, first {min(own)}: a shard may be missing")
     return model
@@ -179,7 +188,6 @@ def load_model(name, device="cpu", dtype=torch.float32):
     path = locate(name)
     config = read_config(path) if path.is_dir() else None
     if config is None:
-        from formats import open_source
         with open_source(path) as source:
             with torch.device("meta"):
                 model = Transformer(source.config)
@@ -189,7 +197,7 @@ def load_model(name, device="cpu", dtype=torch.float32):
         model = build(Config(**config["architecture"]), config["layers"])
     except (TypeError, KeyError) as e:
         raise InputError(f"{path}/config.json is damaged or of another version ({e})") from None
-    tensors = (pair for file in config["files"] for pair in read_tensors(path / file))
+    tensors = itertools.chain.from_iterable(read_tensors(path / file) for file in config["files"])
     model = fill(model, tensors, device, dtype, path)
     has_tokenizer = any((path / f).exists() for f in ("tokenizer.json", "tokenizer.model"))
     return model.eval(), load_tokenizer(path) if has_tokenizer else None
@@ -200,7 +208,6 @@ def locate(name):
     path = Path(name)
     if path.exists():
         return path
-    from formats import fetch_smollm2, hub_snapshot
     if name == "smollm2-135m":
         return Path(fetch_smollm2(cache_dir()))
     hub = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium", "gpt2-large": "openai-community/gpt2-large",
@@ -261,3 +268,142 @@ def read_state(out_dir):
             print(f"warning: {problem}; going on from {folder} at step {state['step']}", file=sys.stderr)
         return folder, state, optimizer
     raise InputError("; ".join(problems) or f"{out_dir} holds no training state: start the run without --resume")
+
+
+# ----------------------------------------------------------------------------- taking a model elsewhere
+
+def dense_tensors(model):
+    """(name, tensor) of the dense model that computes the same: low-rank, blended, adapted and quantized layers multiplied out, one at a time."""
+    def visit(module, prefix):
+        if hasattr(module, "dense_weight"):
+            yield prefix + "weight", module.dense_weight()
+            if module.bias is not None:
+                yield prefix + "bias", module.bias
+            return
+        for name, p in module.named_parameters(recurse=False):
+            if not (prefix == "head." and p is getattr(model.embed, "weight", None)):  # a tied head is the embedding
+                yield prefix + name, p
+        for name, child in module.named_children():
+            yield from visit(child, f"{prefix}{name}.")
+    with torch.no_grad():
+        yield from visit(model, "")
+
+
+def huggingface_config(config, tied, dtype, tokenizer):
+    """config.json of transformers' GPT2LMHeadModel or LlamaForCausalLM."""
+    common = dict(vocab_size=config.vocab_size, tie_word_embeddings=tied, torch_dtype=str(dtype)[6:],
+                  bos_token_id=tokenizer and tokenizer.begin, eos_token_id=tokenizer and tokenizer.end)
+    if config.kind == "gpt2":
+        return dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_positions=config.context, n_embd=config.width, n_layer=config.blocks,
+                    n_head=config.heads, n_inner=config.ffn, activation_function="gelu_new", layer_norm_epsilon=config.norm_eps, **common)
+    return dict(model_type="llama", architectures=["LlamaForCausalLM"], max_position_embeddings=config.context, hidden_size=config.width,
+                num_hidden_layers=config.blocks, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads, intermediate_size=config.ffn,
+                rms_norm_eps=config.norm_eps, rope_theta=config.rope_base, hidden_act="silu", attention_bias=False, mlp_bias=False,
+                head_dim=config.head_size, **common)
+
+
+def export(model, tokenizer, out, dtype=torch.float32):
+    """Write a dense Hugging Face folder, a shard at a time; it appears when it is complete."""
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty: choose a new folder to export into")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    column = model.config.kind
+    prefix = "transformer." if column == "gpt2" else "model."
+    shards, shard, size, names = [], {}, 0, set()
+    for name, tensor in dense_tensors(model):
+        theirs = their_name(name, column)
+        if column == "gpt2" and tensor.dim() == 2 and name.startswith("blocks."):
+            tensor = tensor.T  # their Conv1D keeps (in, out)
+        shard[theirs if name.startswith("head.") else prefix + theirs] = tensor.to(dtype).contiguous()
+        size += tensor.numel() * dtype.itemsize
+        names.add(name)
+        if size > SHARD_BYTES:
+            shards, shard, size = shards + [_write_shard(partial, len(shards), shard)], {}, 0
+    if shard:
+        shards.append(_write_shard(partial, len(shards), shard))
+    _name_shards(partial, shards)
+    config = huggingface_config(model.config, "head.weight" not in names, dtype, tokenizer)
+    write_atomic(partial / "config.json", json.dumps(config, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(partial)
+    if out.exists():
+        out.rmdir()
+    os.replace(partial, out)
+
+
+def _write_shard(folder, number, tensors):
+    file = f"shard{number}.safetensors"
+    write_tensors(folder / file, tensors)
+    return file, {n: t.nbytes for n, t in tensors.items()}
+
+
+def _name_shards(folder, shards):
+    """The names and the index that transformers expects, known only when all shards are written."""
+    if len(shards) == 1:
+        os.replace(folder / shards[0][0], folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, (file, sizes) in enumerate(shards):
+        new = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(folder / file, folder / new)
+        weight_map |= dict.fromkeys(sizes, new)
+    total = sum(sum(sizes.values()) for _, sizes in shards)
+    write_atomic(folder / "model.safetensors.index.json", json.dumps(dict(metadata=dict(total_size=total), weight_map=weight_map), indent=1) + "\n")
+
+
+# ----------------------------------------------------------------------------- python checkpoint.py
+
+def info(path):
+    """The table of a model's layers; the same layer of all blocks is one line."""
+    path = locate(path)
+    config = read_config(path) if path.is_dir() else None
+    if config is None:
+        with open_source(path) as source:
+            architecture, layers, stored = source.config, {}, source.bytes
+        with torch.device("meta"):
+            model = Transformer(architecture)
+    else:
+        architecture, layers = Config(**config["architecture"]), config["layers"]
+        model = build(architecture, layers)
+        stored = sum((path / f).stat().st_size for f in config["files"])
+    rows = {}
+    for name, p in own_tensors(model).items():
+        owner = name.rsplit(".", 1)[0]
+        layer = next((layers[o] for o in (owner, owner.rsplit(".", 1)[0]) if o in layers), {})
+        key = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        row = rows.setdefault(key, dict(shape=tuple(p.shape), kind=layer.get("kind", "dense"), rank=layer.get("rank", ""), count=0, numbers=0))
+        row["count"] += 1
+        row["numbers"] += p.numel()
+    total = sum(r["numbers"] for r in rows.values())
+    print(f"{architecture.kind}: {architecture.blocks} blocks, width {architecture.width}, {architecture.heads} heads ({architecture.kv_heads} key/value), "
+          f"context {architecture.context}, vocabulary {architecture.vocab_size}" + (", head tied to the embedding" if architecture.tied else ""))
+    print(f"{'tensor':36} {'count':>5} {'shape':>15} {'kind':>9} {'rank':>5} {'numbers':>13} {'share':>6}")
+    for key, r in rows.items():
+        print(f"{key:36} {r['count']:5} {'x'.join(map(str, r['shape'])):>15} {r['kind'][:9]:>9} {r['rank']:>5} {r['numbers']:13,} {r['numbers'] / total:6.1%}")
+    print(f"{total / 1e6:,.1f}M parameters, {stored / 1e6:,.1f} MB on disk, {8 * stored / total:.1f} bits a parameter")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = parser.add_subparsers(dest="command", required=True)
+    p = sub.add_parser("info", help="a table of layers, ranks and bytes")
+    p.add_argument("model", help="a folder, a file, or a known name")
+    p = sub.add_parser("export", help="write a dense Hugging Face folder")
+    p.add_argument("model", help="a folder, a file, or a known name")
+    p.add_argument("out", help="the new folder")
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the written weights (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        info(args.model)
+    else:
+        model, tokenizer = load_model(args.model)
+        export(model, tokenizer, args.out, getattr(torch, args.dtype))
+        print(f"{args.out}: {args.model} as a dense {model.config.kind} for transformers: AutoModelForCausalLM.from_pretrained({args.out!r})")
+    return 0
+
+
+if __name__ == "__main__":
+    command(main)

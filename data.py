@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sysconfig
 import tempfile
@@ -47,7 +48,7 @@ class Corpus:
 def open_corpus(data, data_dir):
     """The corpus that --data names: builtin, openwebtext, or a path."""
     if data == "builtin":
-        return Corpus("builtin", f"python-{sysconfig.get_python_version()}", builtin_documents)
+        return Corpus("builtin", f"python{sysconfig.get_python_version()}", builtin_documents)
     if data == "openwebtext":
         return openwebtext(data_dir)
     return text_corpus(Path(data))
@@ -56,7 +57,7 @@ def open_corpus(data, data_dir):
 def builtin_documents():
     """Text that every Python has: the language's documentation topics and the docstrings of the standard library, about 2 MB."""
     from pydoc_data.topics import topics
-    yield from (topics[name] for name in sorted(topics))
+    yield from (unwrap(topics[name]) for name in sorted(topics))
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "idlelib", "site-packages", "dist-packages", "pydoc_data", "lib2to3", "turtledemo", "__pycache__"}
     for path in sorted(root.rglob("*.py")):
@@ -75,7 +76,12 @@ def _docstrings(path):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
             found.append(f"{getattr(node, 'name', path.stem)}\n\n{text}\n")
     if found:
-        yield "\n".join(found)
+        yield unwrap("\n".join(found))
+
+
+def unwrap(text):
+    """Join the lines of a paragraph: a line end before a letter at the margin is where an editor broke the line."""
+    return re.sub(r"(?<=\S)\n(?=[^\W_])", " ", text)
 
 
 def text_corpus(path):

@@ -123,7 +123,7 @@ def find_device(dtype="auto"):
         name, candidates = torch.cuda.get_device_name(device), ["bfloat16"] if torch.cuda.is_bf16_supported() else ["float32"]
     else:
         device = torch.device("cpu")
-        name = f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+        name = f"{cpu_name()}, {torch.get_num_threads()} threads"
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         candidates = ["float32", "bfloat16"] if has_bf16 else ["float32"]
     rates = {d: matmul_rate(device, getattr(torch, d)) for d in (candidates if dtype == "auto" else [dtype])}
@@ -131,6 +131,12 @@ def find_device(dtype="auto"):
     why = "as asked" if dtype != "auto" else "the only one here" if len(rates) == 1 else \
         f"{rates[best] / min(rates.values()):.1f}x the rate of {min(rates, key=rates.get)} here"
     return Device(device, getattr(torch, best), rates[best], name, why)
+
+
+def cpu_name():
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in (info.read_text().splitlines() if info.exists() else ()) if line.startswith("model name")]
+    return names[0] if names else f"{platform.processor() or platform.machine()} CPU"
 
 
 def keep_freed_memory():
@@ -151,7 +157,10 @@ def peak_memory(device):
     import torch
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status")
+    if status.exists():  # a child process inherits its parent's ru_maxrss, but not its VmHWM
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ----------------------------------------------------------------------------- the folder of a run

@@ -27,7 +27,7 @@ from data import check_length, eval_batches, open_corpus, prepare, train_batch
 from lowrank import blend_alpha, finish_blend, replace_linears, set_alpha
 from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_token
 from recompute import head_loss
-from runtime import (InputError, RunFolder, StopSignal, command, find_device, local_rank, peak_memory, plot_losses, rank, say, world_size)
+from runtime import (InputError, RunFolder, StopSignal, command, find_device, local_rank, matmul_rate, peak_memory, plot_losses, rank, say, world_size)
 
 # What a resumed run may not change: with another value it would not be the same run.
 FIXED = ("model", "rank", "method", "init_from", "embedding_rank", "dropout", "data", "batch_size", "grad_accum", "seq_len", "seed")
@@ -50,7 +50,7 @@ def parse(argv):
     g.add_argument("--grad-accum", type=int, help="batches whose gradients are added up for one step (default: 1)")
     g.add_argument("--seq-len", type=int, help="tokens in a training window (default: 256 on a CPU, else 1,024; at most the model's context)")
     g = p.add_argument_group("optimization")
-    g.add_argument("--max-iters", type=int, help="steps of the whole schedule (default: 100 on a CPU, 5,000 on a GPU)")
+    g.add_argument("--max-iters", type=int, help="steps of the whole schedule (default: 150 on a CPU, 5,000 on a GPU)")
     g.add_argument("--stop-at", type=int, help="end after this many steps, with a checkpoint; the schedule stays that of --max-iters")
     g.add_argument("--lr", type=float, help="highest learning rate (default: 1e-3)")
     g.add_argument("--warmup", type=int, help="steps to reach it (default: a tenth of --max-iters, at most 200)")
@@ -74,7 +74,7 @@ def parse(argv):
 def defaults(args, device):
     """Fill in what was not given."""
     gpu = device.torch_device.type == "cuda"
-    iters = args.max_iters if args.max_iters is not None else 5000 if gpu else 100
+    iters = args.max_iters if args.max_iters is not None else 5000 if gpu else 150
     values = dict(model="gpt2", rank=0, method=2 if args.init_from else 1, embedding_rank=0, dropout=0.0, data="builtin",
                   data_dir=os.environ.get("DATA_DIR", "data"), batch_size=16 if gpu else 4, grad_accum=1, max_iters=iters, stop_at=iters, lr=1e-3,
                   warmup=min(200, iters // 10), weight_decay=0.1, grad_clip=1.0, seed=1, dtype="auto", compile=False, out_dir="out/train",
@@ -306,7 +306,7 @@ class Run:
             bar.update()
             times.append(time.perf_counter() - began)
             stopped = self.any_process(stop.name is not None)
-            if self.step == 1 or self.step % args.log_interval == 0 or self.step == last or stopped:
+            if self.step == 1 or self.step % args.log_interval == 0 or self.step % args.eval_interval == 0 or self.step == last or stopped:
                 self.log(all_reduce(loss.cpu(), self.device).item() / world_size(), times, last, bar)
             if stopped:
                 break
@@ -361,6 +361,7 @@ class Run:
         row = dict(step=step, loss=loss, lr=learning_rate(step - 1, args), tokens=step * self.tokens_per_step)
         if step % args.eval_interval == 0 or step == last:
             row["val_loss"] = self.val_loss = evaluate(self.loss_of, self.tokens.val, args, self.device)
+            self.device.rate = max(self.device.rate, matmul_rate(self.device.torch_device, self.device.dtype))  # the first time may have been a busy one
         seconds = float(np.median(times[-args.log_interval:]))
         row |= dict(tokens_per_second=self.tokens_per_step / seconds, step_ms=seconds * 1e3, mfu=self.mfu(seconds),
                     peak_memory_bytes=peak_memory(self.device.torch_device))

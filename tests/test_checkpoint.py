@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import load_model, read_state, save_model, save_state
-from lowrank import replace_linears, set_alpha
+from checkpoint import export, load_model, read_state, read_tensors, save_model, save_state
+from lowrank import attach_lora, replace_linears, set_alpha
 from model import Config, Transformer
 from runtime import InputError
 from tokenizer import train_tokenizer
@@ -184,3 +184,85 @@ def test_a_damaged_state_falls_back_on_the_one_before(tmp_path, capsys):
         read_state(tmp_path)
     with pytest.raises(InputError, match="holds no training state: start the run without --resume"):
         read_state(tmp_path / "nowhere")
+
+
+# ----------------------------------------------------------------------------- export and info
+
+def exported_logits(folder):
+    from transformers import AutoModelForCausalLM
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return theirs(TOKENS).logits
+
+
+@pytest.mark.parametrize("model", [*variants(), pytest.param("lora", id="lora"), pytest.param("sharded", id="sharded")])
+def test_transformers_loads_an_export_with_equal_logits(model, tmp_path, monkeypatch):
+    if isinstance(model, str):
+        kind, model = model, Transformer(LLAMA).eval()
+        if kind == "lora":
+            attach_lora(model, 4, 8, ["q", "down"])
+            for m in model.modules():
+                if hasattr(m, "B"):
+                    torch.nn.init.normal_(m.B)
+        else:
+            monkeypatch.setattr(checkpoint, "SHARD_BYTES", 40_000)
+    with torch.no_grad():
+        for p in model.parameters():  # biases and norms too
+            p.add_(0.05 * torch.randn_like(p))
+        ours = model(TOKENS)
+    export(model, None, tmp_path / "hf")
+    assert (exported_logits(tmp_path / "hf") - ours).abs().max() < 1e-5 * ours.abs().max()
+    again, _ = load_model(tmp_path / "hf")
+    assert (again(TOKENS) - ours).abs().max() < 1e-5 * ours.abs().max()
+
+
+def test_export_takes_the_tokenizer_along_and_refuses_a_full_folder(tmp_path, text_file):
+    from transformers import AutoTokenizer
+    text = text_file.read_text(encoding="utf-8")
+    tokenizer = train_tokenizer([text], 400)
+    save_model(tmp_path / "m", Transformer(GPT2), tokenizer)
+    assert checkpoint.main(["export", str(tmp_path / "m"), str(tmp_path / "hf"), "--dtype", "bfloat16"]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").encode(text[:2000], add_special_tokens=False) == tokenizer.encode(text[:2000])
+    assert all(t.dtype == torch.bfloat16 for _, t in read_tensors(tmp_path / "hf" / "model.safetensors"))
+    with pytest.raises(InputError, match="is not empty"):
+        checkpoint.main(["export", str(tmp_path / "m"), str(tmp_path / "hf")])
+
+
+def test_info_counts_layers_ranks_and_bytes(tmp_path, capsys):
+    model = Transformer(GPT2)
+    replace_linears(model, 8)
+    save_model(tmp_path / "m", model)
+    checkpoint.main(["info", str(tmp_path / "m")])
+    lines = capsys.readouterr().out.splitlines()
+    total = sum(p.numel() for p in model.parameters())
+    assert f"{total / 1e6:,.1f}M parameters" in lines[-1]
+    row = next(line for line in lines if line.startswith("blocks.*.mlp.up.A")).split()
+    assert row[1:5] == ["2", "8x32", "lowrank", "8"] and int(row[5].replace(",", "")) == 2 * 8 * 32
+    assert sum(int(line.split()[-2].replace(",", "")) for line in lines[2:-1]) == total
+    assert all(len(line) <= 100 for line in lines[1:])
+
+
+def test_loading_needs_little_more_than_the_model(tmp_path, run):
+    """Peak resident memory of loading a sharded model of 0.5 GB: the model, its largest tensor, and what Python with torch takes anyway."""
+    config = Config("llama", vocab_size=32000, context=64, blocks=8, heads=8, kv_heads=8, width=1024, ffn=2816, tied=False)
+    torch.manual_seed(0)
+    model = Transformer(config)
+    size = sum(p.nbytes for p in model.parameters())
+    largest = max(p.nbytes for p in model.parameters())
+    assert 0.5e9 < size < 0.8e9
+    shards = checkpoint.SHARD_BYTES
+    checkpoint.SHARD_BYTES = 100 << 20
+    try:
+        save_model(tmp_path / "ours", model)
+        export(model, None, tmp_path / "hf")
+    finally:
+        checkpoint.SHARD_BYTES = shards
+    del model
+    for folder, dtype in (("ours", "float32"), ("hf", "float32"), ("hf", "bfloat16")):
+        code = (f"import torch, checkpoint, runtime; torch.ones(1) @ torch.ones(1); before = runtime.peak_memory(torch.device('cpu')); "
+                f"m, _ = checkpoint.load_model({str(tmp_path / folder)!r}, dtype=torch.{dtype}); "
+                f"print(runtime.peak_memory(torch.device('cpu')) - before)")
+        done = run("-c", code)
+        assert done.returncode == 0, done.stderr
+        needed = size // (2 if dtype == "bfloat16" else 1)
+        assert int(done.stdout) < needed + 1.1 * largest + 30e6, (folder, dtype, int(done.stdout), needed, largest)
