@@ -378,11 +378,13 @@ def info(path):
         row["count"] += 1
         row["numbers"] += p.numel()
     total = sum(r["numbers"] for r in rows.values())
-    print(f"{architecture.kind}: {architecture.blocks} blocks, width {architecture.width}, {architecture.heads} heads ({architecture.kv_heads} key/value), "
-          f"context {architecture.context}, vocabulary {architecture.vocab_size}" + (", head tied to the embedding" if architecture.tied else ""))
+    a = architecture
+    print(f"{a.kind}: {a.blocks} blocks, width {a.width}, {a.heads} heads ({a.kv_heads} key/value), context {a.context}, vocabulary {a.vocab_size}"
+          + (", head tied to the embedding" if a.tied and "head" not in layers else ""))
     print(f"{'tensor':36} {'count':>5} {'shape':>15} {'kind':>9} {'rank':>5} {'numbers':>13} {'share':>6}")
     for key, r in rows.items():
-        print(f"{key:36} {r['count']:5} {'x'.join(map(str, r['shape'])):>15} {r['kind'][:9]:>9} {r['rank']:>5} {r['numbers']:13,} {r['numbers'] / total:6.1%}")
+        shape = "x".join(map(str, r["shape"]))
+        print(f"{key:36} {r['count']:5} {shape:>15} {r['kind'][:9]:>9} {r['rank']:>5} {r['numbers']:13,} {r['numbers'] / total:6.1%}")
     print(f"{total / 1e6:,.1f}M parameters, {stored / 1e6:,.1f} MB on disk, {8 * stored / total:.1f} bits a parameter")
 
 

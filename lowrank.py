@@ -311,8 +311,9 @@ def attach_lora(model, r=8, alpha=32, targets=("q", "k", "v", "qkv"), dropout=0.
     if not wrapped:
         names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if is_linear(m)})
         raise InputError(f"no layer is called {', '.join(targets)}: this model has {', '.join(names)}")
-    trainable, total = sum(p.numel() for p in model.parameters() if p.requires_grad), count_parameters(model)
-    return f"attached {len(wrapped)} adapters: {trainable:,} trainable parameters ({trainable / (total - trainable):.2%} of the base's {_millions(total - trainable)})"
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = count_parameters(model) - trainable
+    return f"attached {len(wrapped)} adapters: {trainable:,} trainable parameters ({trainable / base:.2%} of the base's {_millions(base)})"
 
 
 def _adapters(model):

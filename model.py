@@ -222,6 +222,15 @@ class Transformer(nn.Module):
                     visit(child, child_name)
         visit(self, "")
 
+    def set_dropout(self, p):
+        """Change the dropout of a model that was loaded."""
+        self.config = replace(self.config, dropout=p)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.config = self.config
+            elif isinstance(module, nn.Dropout):
+                module.p = p
+
     def begin(self, tokens, cache=None):
         """What comes before the blocks: embeddings (B, T, C), and the rope tables and mask that every block is given."""
         T, start = tokens.shape[1], 0 if cache is None else cache.end
@@ -362,7 +371,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         if not 1 <= len(row) <= config.context:
             raise InputError(f"a prompt has {len(row)} tokens: the model reads 1 to {config.context}")
         if max(row) >= config.vocab_size or min(row) < 0:
-            raise InputError(f"token {max(row) if min(row) >= 0 else min(row)} is outside the vocabulary 0..{config.vocab_size - 1}: is this the model's tokenizer?")
+            wrong = max(row) if min(row) >= 0 else min(row)
+            raise InputError(f"token {wrong} is outside the vocabulary 0..{config.vocab_size - 1}: is this the model's tokenizer?")
     rows, longest = [list(p) for p in prompts], max(map(len, prompts))
     cache = KVCache(config, len(rows), min(config.context, longest + max_new_tokens), device) if use_cache else None
     alive, new = [True] * len(rows), None

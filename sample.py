@@ -24,7 +24,8 @@ def parse(argv):
     p.add_argument("--max-new-tokens", type=int, default=200, help="tokens to write at most (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token (default: %(default)s)")
     p.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens only; 0: from all (default: %(default)s)")
-    p.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens that together have this probability (default: %(default)s)")
+    p.add_argument("--top-p", type=float, default=0.95,
+                   help="draw from the likeliest tokens that have this probability together (default: %(default)s)")
     p.add_argument("--seed", type=int, default=1, help="of the draws (default: %(default)s)")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (default: %(default)s)")
     p.add_argument("--no-cache", action="store_true", help="read the whole text again for every token, as in section III.C.2 (slow)")
@@ -34,7 +35,8 @@ def parse(argv):
 def write(model, tokenizer, ids, args, generator):
     """Stream the continuation of ids to the terminal; returns its text and the count of tokens."""
     stream, text, count = tokenizer.stream(), "", 0
-    for step in generate(model, [ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, tokenizer.stop_ids, generator, not args.no_cache):
+    for step in generate(model, [ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, tokenizer.stop_ids, generator,
+                         use_cache=not args.no_cache):
         count += 1
         if step[0] not in tokenizer.stop_ids:
             piece = stream.feed(step[0])

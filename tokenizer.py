@@ -25,6 +25,7 @@ import struct
 import tempfile
 import threading
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -78,7 +79,8 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.save_model(folder)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.roles, "add_bos_token": self.begin is not None, "clean_up_tokenization_spaces": False}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.roles, "add_bos_token": self.begin is not None,
+                  "clean_up_tokenization_spaces": False}
         if self.chat_template:
             config["chat_template"] = self.chat_template
         write_atomic(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
@@ -149,16 +151,17 @@ def last_join(token, ranks):
     """The two parts that BPE joins last when it builds this token; more than two if it never can."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        rank, at = min((ranks.get(parts[i] + parts[i + 1], math.inf), i) for i in range(len(parts) - 1))
-        if rank == math.inf:
+        found = [ranks.get(a + b, math.inf) for a, b in pairwise(parts)]
+        if min(found) == math.inf:
             break
+        at = found.index(min(found))
         parts[at:at + 2] = [parts[at] + parts[at + 1]]
     return tuple(parts)
 
 
 class ByteBPE(Tokenizer):
     """tiktoken joins the neighbours whose union has the lowest rank. `ranks` maps bytes to that rank, and `ids` a rank to the
-    model's id, None for a byte that the model has no token for (it is left out of the text, as transformers leaves it)."""
+    model's id, None for a byte that the model has no token for: SmolLM2 lacks a few control characters. Those are left out."""
 
     library = "tiktoken"
 
@@ -209,28 +212,29 @@ def spelled_bytes(word):
     return bytes(BYTE_OF[c] for c in word)
 
 
-GPT2_FILES = {  # address of each file: its SHA-256
-    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
+GPT2_HOST = "openaipublic.blob.core.windows.net"  # where tiktoken gets these two files, and their SHA-256
+GPT2_FILES = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+              "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
 
 
 def gpt2_tokenizer():
     """GPT-2's own, from tiktoken's cache or its download; None where neither can be had (within seconds: tiktoken itself waits forever)."""
-    if not (all(map(in_tiktoken_cache, GPT2_FILES)) or answers(urlsplit(next(iter(GPT2_FILES))).netloc)):
+    if not (all(map(in_tiktoken_cache, GPT2_FILES)) or answers(GPT2_HOST)):
         return None
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except (OSError, ValueError):  # no connection after all, or a file that isn't what it should be
         return None
-    ranks, roles = encoding._mergeable_ranks, dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    ranks, roles = encoding._mergeable_ranks, dict.fromkeys(("bos_token", "eos_token", "unk_token"), STOPS[0])
     return ByteBPE("gpt2", ranks, range(len(ranks)), BYTE_LEVEL, dict(encoding._special_tokens), roles, {r: t for t, r in ranks.items()})
 
 
-def in_tiktoken_cache(address):
+def in_tiktoken_cache(file):
+    """Whether the file is there, whole, under the name that tiktoken gives it: the SHA-1 of its address."""
     default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
-    path = Path(folder) / hashlib.sha1(address.encode()).hexdigest()
-    return folder != "" and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == GPT2_FILES[address]
+    path = Path(folder) / hashlib.sha1(f"https://{GPT2_HOST}/gpt-2/encodings/main/{file}".encode()).hexdigest()
+    return folder != "" and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == GPT2_FILES[file]
 
 
 def answers(host, seconds=3):
@@ -377,8 +381,8 @@ def train_tokenizer(texts, vocab_size=4096):
             largest = re.search(r"too high .*value <= (\d+)", str(e))
             if largest:  # a small corpus has fewer pieces in it
                 vocab_size = int(largest[1])
-            elif "smaller than required_chars" in str(e) and coverage > 0.5:  # a script of thousands of signs: the rare ones become bytes
-                coverage -= 0.05
+            elif "smaller than required_chars" in str(e) and coverage > 0.98:  # a script of thousands of signs: the rarest become bytes
+                coverage = max(0.98, coverage - 0.005)
             else:
                 why = str(e).split("] ")[-1] if lines else "it is empty"
                 raise InputError(f"no tokenizer of {vocab_size} tokens can be trained on this text: {why}") from None
@@ -461,11 +465,12 @@ def from_gguf(name, fields):
         return SentencePiece(name, model, roles, add_begin=get("add_bos_token", True), chat_template=template)
     cut = GGUF_CUTS.get(get("pre", "default"))
     if get("model") != "gpt2" or cut is None:
-        raise InputError(f"{name}: its tokenizer is of the kind {get('model')!r}, {get('pre')!r}; known are llama, and gpt2 with {', '.join(GGUF_CUTS)}")
+        raise InputError(f"{name}: its tokenizer is {get('model')!r} with {get('pre')!r}; known are llama, and gpt2 with {', '.join(GGUF_CUTS)}")
     ids = {token: i for i, token in enumerate(tokens)}
     special = {token: i for token, i in ids.items() if kinds[i] in (CONTROL, USER_DEFINED)}
-    return ByteBPE.from_merges(name, ids, get("merges"), cut, special, roles, whole_words=cut is LLAMA3, add_begin=get("add_bos_token", cut is LLAMA3),
-                               chat_template=template, always=[token for token, i in special.items() if kinds[i] == USER_DEFINED])
+    llama3 = cut is LLAMA3
+    return ByteBPE.from_merges(name, ids, get("merges"), cut, special, roles, llama3, add_begin=get("add_bos_token", llama3), chat_template=template,
+                               always=[token for token, i in special.items() if kinds[i] == USER_DEFINED])
 
 
 # ----------------------------------------------------------------------------- chat

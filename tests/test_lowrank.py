@@ -7,8 +7,22 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lowrank import (BlendedLinear, LoRALinear, LowRankEmbedding, LowRankLinear, attach_lora, blend_alpha, drop_lora, finish_blend, merge_lora,
-                     replace_linears, set_alpha, svd_factors, swap_layers, unmerge_lora)
+from lowrank import (
+    BlendedLinear,
+    LoRALinear,
+    LowRankEmbedding,
+    LowRankLinear,
+    attach_lora,
+    blend_alpha,
+    drop_lora,
+    finish_blend,
+    merge_lora,
+    replace_linears,
+    set_alpha,
+    svd_factors,
+    swap_layers,
+    unmerge_lora,
+)
 from model import CONFIGS, Config, Transformer, config_for, count_parameters, flops_per_token, matmul_weights
 from runtime import InputError
 

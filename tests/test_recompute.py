@@ -1,0 +1,364 @@
+"""Recomputation changes what is kept, never a bit of the result; the hand-written backward passes equal autograd's."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import recompute
+from lowrank import BlendedLinear, LoRALinear, LowRankLinear, attach_lora, replace_linears
+from model import Config, KVCache, Transformer, attend, config_for
+from quant import quantize
+from recompute import MODES, head_loss, materialized_attention, recomputed_attention, recomputed_block, use_recompute
+from runtime import InputError
+
+KINDS = ("gpt2", "llama", "shared")  # shared: two query heads read one key head
+LAYERS = ("dense", "lowrank", "lora", "lora on int8")
+
+
+def make_model(kind, layers="dense", dropout=0.1, **changes):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=128, context=1024, blocks=2, heads=4, kv_heads=2 if kind == "shared" else 4, width=64, ffn=160, dropout=dropout)
+    model = Transformer(Config("gpt2" if kind == "gpt2" else "llama", tied=kind == "gpt2", **shape | changes))
+    if layers == "lowrank":
+        replace_linears(model, 24)
+    if layers == "lora on int8":
+        quantize(model, 8)
+    if layers.startswith("lora"):
+        attach_lora(model, 4, dropout=0.1)
+        for m in model.modules():
+            if isinstance(m, LoRALinear):
+                nn.init.normal_(m.B, std=0.1)
+    return model
+
+
+def step(model, mode, tokens, autocast=False):
+    """Loss, the gradient of every parameter that has one, and what was recomputed."""
+    use_recompute(model, mode).train()
+    model.zero_grad()
+    recompute.recomputed.clear()
+    torch.manual_seed(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = head_loss(model.head, model.hidden(tokens[:, :-1]), tokens[:, 1:], chunk=100)
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, dict(recompute.recomputed)
+
+
+def assert_same_bits(a, b):
+    assert torch.equal(a[0], b[0])
+    assert a[1].keys() == b[1].keys() and a[1]
+    for name in a[1]:
+        assert torch.equal(a[1][name], b[1][name]), name
+    assert any(g.abs().max() > 0 for g in a[1].values())
+
+
+@pytest.mark.parametrize("autocast", (False, True), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_mode_gives_the_same_bits_with_dropout_on(kind, layers, autocast):
+    model, tokens = make_model(kind, layers), torch.randint(128, (2, 161))
+    runs = {mode: step(model, mode, tokens, autocast) for mode in MODES}
+    for with_it, without in (("attention", "none"), ("block", "sdpa"), ("lowrank", "sdpa")):
+        assert_same_bits(runs[with_it], runs[without])
+    assert runs["none"][2].keys() == runs["sdpa"][2].keys() == ({"norm"} if kind != "gpt2" else set())
+    assert runs["block"][2]["block"] == runs["attention"][2]["attention"] == 2  # each block once: it did take place
+    assert runs["lowrank"][2].get("lowrank", 0) == (2 * (4 if kind == "gpt2" else 7) if layers == "lowrank" else 0)
+    torch.testing.assert_close(runs["none"][0], step(model.eval(), "none", tokens)[0], rtol=0.05, atol=0)
+
+
+def test_dropout_is_on_in_these_tests():
+    model, tokens = make_model("gpt2"), torch.randint(128, (2, 33))
+    losses = {mode: step(model, mode, tokens)[0] for mode in ("none", "block")}
+    model.apply(lambda m: setattr(m, "p", 0.0) if isinstance(m, nn.Dropout) else None)
+    assert step(model, "block", tokens)[0] != losses["block"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_dropout_all_modes_agree_to_rounding(kind):
+    model, tokens = make_model(kind, dropout=0.0).double(), torch.randint(128, (2, 301))
+    loss, gradients, _ = step(model, "sdpa", tokens)
+    for mode in ("none", "attention", "block"):
+        other = step(model, mode, tokens)
+        torch.testing.assert_close(other[0], loss, rtol=1e-10, atol=0)
+        for name, g in gradients.items():
+            torch.testing.assert_close(other[1][name], g, rtol=1e-8, atol=1e-12)
+
+
+# ----------------------------------------------------------------------------- attention
+
+def make_qkv(T, heads=4, kv_heads=2, d=8, dtype=torch.float64, S=None, B=2):
+    torch.manual_seed(1)
+    return [torch.randn(B, n, t, d, dtype=dtype, requires_grad=True) for n, t in ((heads, T), (kv_heads, S or T), (kv_heads, S or T))]
+
+
+@pytest.mark.parametrize("function", (materialized_attention, recomputed_attention))
+@pytest.mark.parametrize("T, S", ((1, 1), (1, 40), (33, 33), (256, 256), (700, 700)))
+def test_attention_equals_torchs(function, T, S):
+    q, k, v = make_qkv(T, S=S)
+    y, expected = function(q, k, v), attend(q, k, v)
+    torch.testing.assert_close(y, expected)
+    g = torch.randn_like(y)
+    for ours, theirs in zip(torch.autograd.grad(y, (q, k, v), g), torch.autograd.grad(expected, (q, k, v), g)):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("function", (materialized_attention, recomputed_attention))
+def test_attention_under_a_mask(function):
+    q, k, v = make_qkv(300, S=320)
+    mask = torch.rand(2, 1, 300, 320) < 0.5
+    mask[..., 0] = True  # a query that sees nothing has no softmax
+    y, expected = function(q, k, v, mask), attend(q, k, v, mask)
+    torch.testing.assert_close(y, expected)
+    g = torch.randn_like(y)
+    for ours, theirs in zip(torch.autograd.grad(y, (q, k, v), g), torch.autograd.grad(expected, (q, k, v), g)):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("T", (100, 600))
+def test_attention_and_its_materialized_form_drop_the_same(T):
+    q, k, v = make_qkv(T)
+    results = []
+    for function in (materialized_attention, recomputed_attention):
+        torch.manual_seed(2)
+        y = function(q, k, v, None, 0.3)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+    assert not torch.allclose(results[0][0], attend(q, k, v))
+
+
+def test_dropout_leaves_the_expectation():
+    q, k, v = make_qkv(16, B=1)
+    mean = torch.stack([recomputed_attention(q, k, v, None, 0.2) for _ in range(3000)]).mean(0)
+    torch.testing.assert_close(mean, attend(q, k, v), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.4))
+def test_gradcheck_of_attention(dropout, monkeypatch):
+    monkeypatch.setattr(recompute, "QUERIES", 3)  # several blocks, the last one short
+
+    def function(q, k, v):
+        torch.manual_seed(3)
+        return recomputed_attention(q, k, v, None, dropout)
+    torch.autograd.gradcheck(function, make_qkv(7, d=3, B=1))
+
+
+def test_random_numbers_after_the_backward_pass_are_those_without_recomputation():
+    q, k, v = make_qkv(20)
+    after = []
+    for function in (materialized_attention, recomputed_attention):
+        torch.manual_seed(2)
+        function(q, k, v, None, 0.3).sum().backward()
+        after.append(torch.rand(1))
+    assert after[0] == after[1]
+
+
+# ----------------------------------------------------------------------------- the block
+
+def test_gradcheck_of_a_block():
+    block = make_model("llama").blocks[0].double()
+    tables = [t.double() for t in (torch.rand(5, 8), torch.rand(5, 8))]
+
+    def function(x, W):
+        torch.manual_seed(4)
+        block.mlp.up.weight.data = W.detach()
+        return recomputed_block(block, x, tables)
+    torch.autograd.gradcheck(function, (torch.randn(1, 5, 64, dtype=torch.float64, requires_grad=True), block.mlp.up.weight.detach()), fast_mode=True)
+
+
+def test_a_block_keeps_its_input_alone():
+    model, kept = use_recompute(make_model("gpt2"), "block"), []
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    x = torch.randn(2, 10, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model.blocks[0](x)
+    assert [t.data_ptr() for t in kept if t.untyped_storage().data_ptr() not in own] == [x.data_ptr()]
+
+
+@pytest.mark.parametrize("mode", ("attention", "block"))
+def test_an_input_that_wants_no_gradient(mode):
+    model, tokens = make_model("llama", "lora"), torch.randint(128, (2, 21))
+    model.blocks[0].attention.q = model.blocks[0].attention.q.base  # the first block has nothing to learn
+    for name in ("k", "v"):
+        setattr(model.blocks[0].attention, name, getattr(model.blocks[0].attention, name).base)
+    assert_same_bits(step(model, mode, tokens), step(model, "none" if mode == "attention" else "sdpa", tokens))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluation_and_the_cache_are_left_alone(mode):
+    model = make_model("llama").eval()
+    tokens = torch.randint(128, (1, 12))
+    with torch.no_grad():
+        expected = model(tokens)
+        use_recompute(model, mode)
+        recompute.recomputed.clear()
+        torch.testing.assert_close(model(tokens), expected)
+        cache = KVCache(model.config, 1, 12)
+        parts = [model(part, cache) for part in (tokens[:, :5], tokens[:, 5:11], tokens[:, 11:])]
+        torch.testing.assert_close(torch.cat(parts, 1), expected)
+    assert not recompute.recomputed
+
+
+def test_autocast_around_the_backward_pass_too():
+    model, tokens, gradients = make_model("gpt2"), torch.randint(128, (2, 33)), {}
+    for mode in ("sdpa", "block"):
+        use_recompute(model, mode).zero_grad()
+        torch.manual_seed(5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            head_loss(model.head, model.hidden(tokens[:, :-1]), tokens[:, 1:], chunk=100).backward()
+        gradients[mode] = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for name, g in gradients["sdpa"].items():
+        assert torch.equal(g, gradients["block"][name]), name
+
+
+def test_a_copy_of_the_model_recomputes_its_own_blocks():
+    model, tokens = use_recompute(make_model("gpt2"), "block"), torch.randint(128, (2, 33))
+    twin = copy.deepcopy(model)
+    twin.blocks[0].mlp.up.weight.data.zero_()
+    twin.hidden(tokens).sum().backward()
+    assert twin.blocks[0].mlp.up.weight.grad is not None and model.blocks[0].mlp.up.weight.grad is None
+
+
+def test_modes_can_be_changed_and_unknown_ones_are_refused():
+    model = use_recompute(make_model("llama"), "sdpa")
+    before = {n: set(m.__dict__) for n, m in model.named_modules()}
+    for mode in (*MODES, "sdpa"):
+        use_recompute(model, mode)
+    assert {n: set(m.__dict__) for n, m in model.named_modules()} == before
+    with pytest.raises(InputError, match="none, sdpa, lowrank, attention, block, got all"):
+        use_recompute(model, "all")
+
+
+# ----------------------------------------------------------------------------- the low-rank layer
+
+@pytest.mark.parametrize("bias", (True, False))
+def test_lowrank_gradcheck_and_what_is_kept(bias):
+    torch.manual_seed(0)
+    layer, x = LowRankLinear(6, 5, 3, bias).double(), torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(recompute.RecomputedLowRank.apply, (x, layer.A, layer.B, layer.bias))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        recompute.lowrank_forward(layer, x)
+    assert sorted(map(tuple, kept)) == [(2, 4, 6), (3, 6), (5, 3)]
+
+
+# ----------------------------------------------------------------------------- the norm
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_norm_equals_torchs(dtype):
+    torch.manual_seed(0)
+    norm, x = nn.RMSNorm(32, eps=1e-5).to(dtype), torch.randn(3, 5, 32, dtype=dtype, requires_grad=True)
+    nn.init.normal_(norm.weight)
+    y, expected, g = recompute.norm_forward(norm, x), norm(x), torch.randn(3, 5, 32, dtype=dtype)
+    assert torch.equal(y, expected)
+    for ours, theirs in zip(torch.autograd.grad(y, (x, norm.weight), g), torch.autograd.grad(expected, (x, norm.weight), g)):
+        torch.testing.assert_close(ours, theirs, **(dict(rtol=0.02, atol=0.03) if dtype == torch.bfloat16 else {}))
+
+
+def test_gradcheck_of_the_norm():
+    x, w = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 6), (6,)))
+    torch.autograd.gradcheck(lambda x, w: recompute.RecomputedNorm.apply(x, w, 1e-5), (x, w))
+
+
+# ----------------------------------------------------------------------------- the loss
+
+def heads(C=12, V=50):
+    torch.manual_seed(0)
+    yield "dense", nn.Linear(C, V, bias=False)
+    yield "bias", nn.Linear(C, V)
+    yield "lowrank", LowRankLinear(C, V, 5, bias=False)
+    yield "lowrank with bias", LowRankLinear(C, V, 5)
+    blended = BlendedLinear(C, V, 5)
+    blended.init_weights()
+    yield "blended", blended
+    lora = LoRALinear(nn.Linear(C, V), 4, 8)
+    nn.init.normal_(lora.B)
+    yield "lora", lora
+
+
+@pytest.mark.parametrize("ignored", (False, True))
+@pytest.mark.parametrize("chunk", (1, 7, 1000))
+@pytest.mark.parametrize("name, head", list(heads()))
+def test_loss_equals_cross_entropy(name, head, chunk, ignored):
+    torch.manual_seed(1)
+    head = copy.deepcopy(head).double()
+    x, targets = torch.randn(3, 10, 12, dtype=torch.float64, requires_grad=True), torch.randint(50, (3, 10))
+    if ignored:
+        targets[0], targets[1, ::2] = -100, -100
+    wanted = [x, *(p for p in head.parameters() if p.requires_grad)]
+    loss, expected = head_loss(head, x, targets, chunk), F.cross_entropy(head(x).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(torch.autograd.grad(3 * loss, wanted), torch.autograd.grad(3 * expected, wanted)):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(head_loss(head, x, targets, chunk), expected)
+
+
+@pytest.mark.parametrize("name, head", list(heads()))
+def test_gradcheck_of_the_loss(name, head):
+    head, targets = copy.deepcopy(head).double(), torch.randint(50, (1, 3))
+    torch.autograd.gradcheck(lambda x, *_: head_loss(head, x, targets, 2), (torch.randn(1, 3, 12, dtype=torch.float64, requires_grad=True), *head.parameters()))
+
+
+def test_loss_in_16_bit_is_as_near_to_the_truth_as_cross_entropys():
+    torch.manual_seed(0)
+    head, x, targets = nn.Linear(64, 999, bias=False), torch.randn(2, 300, 64, requires_grad=True), torch.randint(999, (2, 300))
+    exact = copy.deepcopy(head).double()
+    truth = torch.autograd.grad(F.cross_entropy(exact(x.double()).flatten(0, 1), targets.flatten()), (x, exact.weight))
+    errors = []
+    for loss_of in (lambda: head_loss(head, x, targets, 64), lambda: F.cross_entropy(head(x).flatten(0, 1), targets.flatten())):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of()
+        assert loss.dtype == torch.float32
+        errors.append([((g - t).norm() / t.norm()).item() for g, t in zip(torch.autograd.grad(loss, (x, head.weight)), truth)])
+    for ours, theirs in zip(*errors):
+        assert ours < 1.2 * theirs < 0.02
+
+
+def test_loss_of_tokens_that_the_model_thinks_impossible():
+    head = nn.Linear(2, 3, bias=False)
+    head.weight.data = torch.tensor([[200.0, 0], [0, 0], [0, 90.0]])
+    x, targets = torch.eye(2)[None].requires_grad_(), torch.tensor([[1, 0]])
+    torch.testing.assert_close(head_loss(head, x, targets), F.cross_entropy(head(x).flatten(0, 1), targets.flatten()))
+
+
+def test_loss_keeps_no_logits_and_only_wanted_gradients():
+    head, x, targets = nn.Linear(8, 1000, bias=False).requires_grad_(False), torch.randn(1, 64, 8, requires_grad=True), torch.randint(1000, (1, 64))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        head_loss(head, x, targets, 16).backward()
+    assert sum(kept) == x.numel() and head.weight.grad is None
+
+
+def test_loss_where_no_token_counts_is_zero_with_zero_gradients():
+    head, x = nn.Linear(8, 10, bias=False), torch.randn(1, 4, 8, requires_grad=True)
+    loss = head_loss(head, x, torch.full((1, 4), -100))
+    loss.backward()
+    assert loss == 0 and x.grad.abs().max() == 0
+
+
+def test_backward_twice_gives_twice_the_gradient():
+    head, x, targets = nn.Linear(8, 10, bias=False), torch.randn(1, 4, 8, requires_grad=True), torch.randint(10, (1, 4))
+    loss = head_loss(head, x, targets)
+    loss.backward(retain_graph=True)
+    once = head.weight.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(head.weight.grad, 2 * once)
+
+
+def test_recomputation_with_the_loss_of_tied_weights():
+    model, tokens = make_model("gpt2", dropout=0.0), torch.randint(128, (2, 40))
+    loss, gradients, _ = step(model, "block", tokens)
+    plain = F.cross_entropy(use_recompute(model, "sdpa")(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    model.zero_grad()
+    plain.backward()
+    torch.testing.assert_close(loss, plain.detach())
+    torch.testing.assert_close(gradients["embed.weight"], model.embed.weight.grad)
+
+
+def test_known_configurations_take_every_mode():
+    with torch.device("meta"):
+        model = Transformer(config_for("tiny"))
+    for mode in MODES:
+        assert use_recompute(model, mode) is model
