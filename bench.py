@@ -7,12 +7,14 @@ What is compared is timed in turn (a, b, c, a, b, c, ...) in one process, and me
 speed drifts by more than most differences. Ratios carry over to other machines, absolute times do not.
 """
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -64,6 +66,25 @@ def training_step(model, device, batch, length):
     return step
 
 
+def nanogpt_step(folder, device, batch, length):
+    """A step of nanoGPT's GPT-2 124M, by its own model.py and optimizer: the peer, from a checkout of its repository."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    model = theirs.GPT(theirs.GPTConfig(block_size=1024, vocab_size=50257, dropout=0.0, bias=True)).to(device.torch_device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.torch_device.type)
+    tokens = torch.randint(50257, (batch, length + 1), device=device.torch_device)
+
+    def step(dtype):
+        with Device(device.torch_device, dtype, 0, "", "").autocast():
+            _, loss = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step, model
+
+
 def gpt2_of_rank(name, rank, device):
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -72,6 +93,11 @@ def gpt2_of_rank(name, rank, device):
             replace_linears(model, rank)
     model.materialize(device.torch_device).init_weights()
     return model
+
+
+def gpt2_on_meta():
+    with torch.device("meta"):
+        return Transformer(config_for("gpt2"))
 
 
 def peak_of_one(name, rank, dtype, batch, length):
@@ -92,20 +118,28 @@ def bench_train(args):
     for rank, model in models.items():
         step = training_step(model, device, batch, length)
         steps |= {(rank, d): lambda step=step, d=d: step(getattr(torch, d)) for d in dtypes}
+    if args.nanogpt:
+        peer, peer_model = nanogpt_step(args.nanogpt, device, batch, length)
+        steps |= {("nanoGPT", d): lambda d=d: peer(getattr(torch, d)) for d in dtypes}
     seconds = interleaved(steps, args.rounds)
     rates = {d: max(rates[d], matmul_rate(device.torch_device, getattr(torch, d))) for d in dtypes}
     rows = []
+    for d in dtypes if args.nanogpt else ():
+        s = seconds.pop(("nanoGPT", d))
+        flops = flops_per_token(gpt2_on_meta(), length, training=True) * batch * length
+        rows.append(dict(model="nanoGPT", rank=0, dtype=d, parameters=sum(p.numel() for p in peer_model.parameters()), step_ms=s * 1e3,
+                         tokens_per_second=batch * length / s, mfu=flops / s / rates[d], matmul_tflops=rates[d] / 1e12, peak_memory_bytes=None))
     for (rank, d), s in seconds.items():
         flops = flops_per_token(models[rank], length, training=True) * batch * length
         rows.append(dict(model=args.model, rank=rank, dtype=d, parameters=count_parameters(models[rank]), tokens_per_second=batch * length / s,
                          step_ms=s * 1e3, mfu=flops / s / rates[d], matmul_tflops=rates[d] / 1e12,
                          peak_memory_bytes=peak_of_one(args.model, rank, d, batch, length)))
-    full = {r["dtype"]: r["tokens_per_second"] for r in rows if r["rank"] == args.ranks[0]}
+    full = {r["dtype"]: r["tokens_per_second"] for r in rows if r["model"] == args.model and r["rank"] == args.ranks[0]}
     print(f"{args.model}, batch {batch} x {length} tokens, {device.name}, matrix products "
           + ", ".join(f"{r / 1e12:.2f} TFLOPS in {d}" for d, r in rates.items()))
-    print(table(rows, {"rank": lambda r: r["rank"] or "full", "dtype": lambda r: r["dtype"], "parameters": lambda r: f"{r['parameters'] / 1e6:.1f}M",
+    print(table(rows, {"model": lambda r: r["model"], "rank": lambda r: r["rank"] or "full", "dtype": lambda r: r["dtype"], "parameters": lambda r: f"{r['parameters'] / 1e6:.1f}M",
                        "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}", "step ms": lambda r: f"{r['step_ms']:.0f}",
-                       "mfu": lambda r: f"{r['mfu']:.0%}", "peak GB": lambda r: f"{r['peak_memory_bytes'] / 1e9:.1f}",
+                       "mfu": lambda r: f"{r['mfu']:.0%}", "peak GB": lambda r: f"{r['peak_memory_bytes'] / 1e9:.1f}" if r["peak_memory_bytes"] else "-",
                        "speedup": lambda r: f"{r['tokens_per_second'] / full[r['dtype']]:.2f}x"}))
     return device, rows
 
@@ -123,6 +157,7 @@ def main(argv=None):
     p.add_argument("--batch-size", type=int, default=4, help="sequences (default: %(default)s)")
     p.add_argument("--seq-len", type=int, default=256, help="tokens of each (default: %(default)s)")
     p.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
+    p.add_argument("--nanogpt", metavar="DIR", help="also time nanoGPT's 124M from a checkout of its repository")
     for p in sub.choices.values():
         p.add_argument("--json", help="write the rows to this file too")
     args = parser.parse_args(argv)

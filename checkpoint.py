@@ -23,6 +23,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -56,7 +57,14 @@ def write_tensors(path, tensors):
         digest.update(name.encode())
         digest.update(_bytes(tensors[name]))
     partial = path.with_name(path.name + ".partial")
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt", "sha256": digest.hexdigest()})
+    try:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt", "sha256": digest.hexdigest()})
+    except SafetensorError as e:
+        partial.unlink(missing_ok=True)
+        code = re.search(r"os error (\d+)", str(e))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(partial, 0o666 & ~mask)  # safetensors makes its files readable for their owner alone
@@ -225,9 +233,13 @@ def save_state(out_dir, model, tokenizer, optimizer_tensors, state):
     out = Path(out_dir)
     new, current, previous = out / "state.partial", out / "state", out / "state.previous"
     shutil.rmtree(new, ignore_errors=True)
-    save_model(new, model, tokenizer)
-    write_tensors(new / "optimizer.safetensors", optimizer_tensors)
-    write_atomic(new / "state.json", json.dumps(state, indent=1) + "\n")
+    try:
+        save_model(new, model, tokenizer)
+        write_tensors(new / "optimizer.safetensors", optimizer_tensors)
+        write_atomic(new / "state.json", json.dumps(state, indent=1) + "\n")
+    except OSError:  # a full disk: leave the last good state and give the space back
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     if current.exists():  # from here on there is always a whole state under one of the two names
         shutil.rmtree(previous, ignore_errors=True)
         os.replace(current, previous)

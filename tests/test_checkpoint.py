@@ -10,7 +10,7 @@ import checkpoint
 from checkpoint import export, load_model, read_state, read_tensors, save_model, save_state
 from lowrank import attach_lora, replace_linears, set_alpha
 from model import Config, Transformer
-from runtime import InputError
+from runtime import InputError, command
 from tokenizer import train_tokenizer
 
 GPT2 = Config("gpt2", vocab_size=400, context=32, blocks=2, heads=4, kv_heads=4, width=32, ffn=128)
@@ -184,6 +184,20 @@ def test_a_damaged_state_falls_back_on_the_one_before(tmp_path, capsys):
         read_state(tmp_path)
     with pytest.raises(InputError, match="holds no training state: start the run without --resume"):
         read_state(tmp_path / "nowhere")
+
+
+def test_a_full_disk_keeps_the_last_state_and_is_one_line(tmp_path, monkeypatch, capsys):
+    save(tmp_path, 1)
+
+    def full(*args, **kw):
+        raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(SystemExit) as e:
+        command(lambda: save(tmp_path, 2))
+    assert e.value.code == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: No space left on device") and "free some space" in stderr and stderr.count("\n") == 1
+    assert read_state(tmp_path)[1]["step"] == 1 and not (tmp_path / "state.partial").exists()
 
 
 # ----------------------------------------------------------------------------- export and info

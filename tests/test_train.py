@@ -199,6 +199,33 @@ def test_resume_refuses_to_become_another_run(tmp_path, text_file, run):
     assert done.returncode == 2 and "--rank 16 differs from the 8 of the run that --resume continues" in done.stderr
 
 
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses(tmp_path, text_file, run):
+    common = ("--model", "tiny", "--rank", 8, "--batch-size", 2, "--seq-len", 32, "--log-interval", 1, "--data", text_file, "--max-iters", 3,
+              "--dtype", "float32", "--eval-tokens", 64)
+    for extra, out in (((), "eager"), (("--compile",), "compiled")):
+        done = run("train.py", *common, *extra, "--out-dir", tmp_path / out, timeout=600)
+        assert done.returncode == 0, done.stderr
+    a, b = losses(tmp_path / "eager"), losses(tmp_path / "compiled")
+    assert max(abs(a[k] - b[k]) for k in a) < 1e-4
+
+
+@pytest.mark.parametrize("mode", ["none", "attention", "block", "lowrank"])
+def test_recomputation_does_not_change_the_losses(mode, tmp_path, text_file):
+    common = (*TINY, "--data", text_file, "--max-iters", 3)
+    assert call(*common, "--out-dir", tmp_path / "sdpa") == 0 and call(*common, "--recompute", mode, "--out-dir", tmp_path / mode) == 0
+    a, b = losses(tmp_path / "sdpa"), losses(tmp_path / mode)
+    assert max(abs(a[k] - b[k]) for k in a) < 1e-5
+
+
+def test_out_of_memory_names_the_flag_that_helps(tmp_path, text_file, monkeypatch):
+    def too_large(self):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    monkeypatch.setattr(train.Run, "one_step", too_large)
+    with pytest.raises(train.InputError, match="out of memory: a step on 2 x 32 tokens was expected to take .* --batch-size 1 --grad-accum 2"):
+        call(*TINY, "--data", text_file, "--out-dir", tmp_path / "run")
+
+
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     args = train.argparse.Namespace(lr=1.0, warmup=10, max_iters=110)
     rates = [train.learning_rate(s, args) for s in range(111)]
