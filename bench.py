@@ -137,10 +137,12 @@ def bench_train(args):
     full = {r["dtype"]: r["tokens_per_second"] for r in rows if r["model"] == args.model and r["rank"] == args.ranks[0]}
     print(f"{args.model}, batch {batch} x {length} tokens, {device.name}, matrix products "
           + ", ".join(f"{r / 1e12:.2f} TFLOPS in {d}" for d, r in rates.items()))
-    print(table(rows, {"model": lambda r: r["model"], "rank": lambda r: r["rank"] or "full", "dtype": lambda r: r["dtype"], "parameters": lambda r: f"{r['parameters'] / 1e6:.1f}M",
-                       "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}", "step ms": lambda r: f"{r['step_ms']:.0f}",
-                       "mfu": lambda r: f"{r['mfu']:.0%}", "peak GB": lambda r: f"{r['peak_memory_bytes'] / 1e9:.1f}" if r["peak_memory_bytes"] else "-",
-                       "speedup": lambda r: f"{r['tokens_per_second'] / full[r['dtype']]:.2f}x"}))
+    print(table(rows, {
+        "model": lambda r: r["model"], "rank": lambda r: r["rank"] or "full", "dtype": lambda r: r["dtype"],
+        "parameters": lambda r: f"{r['parameters'] / 1e6:.1f}M", "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}",
+        "step ms": lambda r: f"{r['step_ms']:.0f}", "mfu": lambda r: f"{r['mfu']:.0%}",
+        "peak GB": lambda r: f"{r['peak_memory_bytes'] / 1e9:.1f}" if r["peak_memory_bytes"] else "-",
+        "speedup": lambda r: f"{r['tokens_per_second'] / full[r['dtype']]:.2f}x"}))
     return device, rows
 
 

@@ -163,7 +163,7 @@ def prepare(corpus, tokenizer=None, vocabulary=None):
     """
     if tokenizer is None:
         tokenizer = gpt2_tokenizer()
-    kind = hashlib.sha256(f"{tokenizer.name} {tokenizer.vocab_size}".encode()).hexdigest()[:8] if tokenizer else f"sp{vocabulary or 4096}"
+    kind = f"sp{vocabulary or 4096}" if tokenizer is None else hashlib.sha256(repr(sorted(tokenizer.pieces.items())).encode()).hexdigest()[:8]
     folder = getattr(corpus, "folder", None) or cache_dir() / "tokens" / f"{corpus.name}-{corpus.key}-{kind}"
     if not (folder / "meta.json").exists():
         if tokenizer is None:

@@ -129,7 +129,7 @@ def find_device(dtype="auto"):
     rates = {d: matmul_rate(device, getattr(torch, d)) for d in (candidates if dtype == "auto" else [dtype])}
     best = max(rates, key=rates.get)
     why = "as asked" if dtype != "auto" else "the only one here" if len(rates) == 1 else \
-        f"{rates[best] / min(rates.values()):.1f}x the rate of {min(rates, key=rates.get)} here"
+        f"{rates[best] / min(rates.values()):.1f}x as fast as {min(rates, key=rates.get)} here"
     return Device(device, getattr(torch, best), rates[best], name, why)
 
 

@@ -246,8 +246,8 @@ def set_up(argv):
     device = find_device(args.dtype or "auto")
     if world_size() > 1:
         dist.init_process_group("nccl" if device.torch_device.type == "cuda" else "gloo")
-    say(f"device {device.name}: {str(device.dtype)[6:]} ({device.why}), {device.rate / 1e12:.2f} TFLOPS in matrix products"
-        + (f", {world_size()} processes" if world_size() > 1 else ""))
+    say(f"device {device.name}" + (f", {world_size()} processes" if world_size() > 1 else ""))
+    say(f"dtype {str(device.dtype)[6:]} ({device.why}), {device.rate / 1e12:.2f} TFLOPS in products")
     if args.init_from is None:
         config_for(args.model or "gpt2")  # an unknown name is refused before anything slow begins
     check(defaults(args, device))
@@ -271,7 +271,8 @@ def set_up(argv):
 
 def main(argv=None):
     args, device, model, tokens, full_rank, state, moments = set_up(argv)
-    say(f"data {args.data}: {len(tokens.train):,} training and {len(tokens.val):,} validation tokens, tokenizer {tokens.tokenizer.name}")
+    say(f"data {args.data}: {len(tokens.train):,} tokens to train on, {len(tokens.val):,} to validate")
+    say(f"tokenizer {tokens.tokenizer.name}")
     tokens.check_fits(model.config.vocab_size)
     args.seq_len = args.seq_len if args.seq_len is not None else min(model.config.context, 1024 if device.torch_device.type == "cuda" else 256)
     if args.seq_len < 1:
@@ -343,7 +344,8 @@ class Run:
             self.save()
         self.finish(times, stop.name)
         if stop.name:
-            say(f"stopped by {stop.name} after step {self.step}, saved: go on with python train.py --resume --out-dir {args.out_dir}")
+            say(f"stopped by {stop.name} after step {self.step}, saved; go on with")
+            say(f"    python train.py --resume --out-dir {args.out_dir}")
             return 130 if stop.name == "SIGINT" else 143
         return 0
 
@@ -428,7 +430,8 @@ class Run:
             mfu=self.mfu(seconds), peak_memory_bytes=largest, peak_memory_bytes_total=total_memory, seconds=self.seconds(),
             devices=world_size(), device_hours=world_size() * self.seconds() / 3600, device=self.device.name, dtype=str(self.device.dtype)[6:],
             stopped_by=stopped, arguments=vars(self.args))
-        say(f"{self.args.out_dir}: model, metrics.jsonl, summary.json, loss.png. Try: python sample.py --model {self.args.out_dir} --prompt \"The file\"")
+        say(f"{self.args.out_dir}/ has the model, metrics.jsonl, summary.json and loss.png; try")
+        say(f"    python sample.py --model {self.args.out_dir} --prompt \"The file\"")
 
 
 if __name__ == "__main__":

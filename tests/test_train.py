@@ -109,7 +109,7 @@ def test_a_signal_stops_cleanly_and_saves_first(tmp_path, text_file, number, cod
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in stderr, stderr
     step = max(losses(out))
-    assert read_state(out)[1]["step"] == step and f"after step {step}, saved: go on with python train.py --resume --out-dir" in stdout
+    assert read_state(out)[1]["step"] == step and f"after step {step}, saved; go on with\n    python train.py --resume --out-dir" in stdout
     assert json.loads((out / "summary.json").read_text())["stopped_by"] == signal.Signals(number).name
 
 
