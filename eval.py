@@ -55,7 +55,7 @@ def perplexity(model, tokenizer, device, args):
             continue
         row = row.to(device.torch_device)[None]
         with device.autocast():
-            losses.append(head_loss(model.head, model.hidden(row[:, :-1]), row[:, 1:], ignore_index=None).item())
+            losses.append(head_loss(model.head, model.hidden(row[:, :-1]), row[:, 1:]).item())
         counts.append(row.shape[1] - 1)
     losses, counts = np.array(losses), np.array(counts)
     loss = float((losses * counts).sum() / counts.sum())

@@ -4,7 +4,7 @@
     gradients      as large as the weights that learn
     optimizer      AdamW's two moments (and a 32-bit copy of the weights, where they have 16 bits)
     activations    what autograd keeps of the forward pass until the backward pass: Table IV
-    transient      the most that exists for a moment beside these: the working set of one block's backward pass, or of the loss
+    transient      what exists for a moment beside these: the working set of one block's backward pass, of the loss
 
 The first three follow from the shapes. The last two are read off a run on fake tensors, which have a shape, a dtype and a storage but
 no memory: torch's hooks on saved tensors see each tensor that autograd keeps, and a dispatch mode sees each tensor that comes and goes.
@@ -40,6 +40,9 @@ class Watch(TorchDispatchMode):
         self.alive = self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for t in tree_iter((args, kwargs)):
+            if isinstance(t, torch.Tensor):
+                t.untyped_storage().watched = True  # not made in here, if not seen before
         out = function(*args, **(kwargs or {}))
         for t in tree_iter(out):
             if isinstance(t, torch.Tensor):
@@ -47,12 +50,11 @@ class Watch(TorchDispatchMode):
         return out
 
     def see(self, storage):
-        if getattr(storage, "watched", False):
-            return
-        storage.watched, size = True, storage.nbytes()
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self.gone, size)
+        if not hasattr(storage, "watched"):
+            storage.watched, size = True, storage.nbytes()
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self.gone, size)
 
     def gone(self, size):
         self.alive -= size
@@ -142,7 +144,7 @@ class Kept:
         for last, module in self.path:
             if is_linear(module):
                 return self.guess_linear(t, last, module)
-        return "x^g and silu(x^g)" if "mlp" in inside else "angles of RoPE" if "attention" in inside else "loss"
+        return "silu(x^g)" if "mlp" in inside else "angles of RoPE" if "attention" in inside else "loss"
 
     def guess_linear(self, t, last, module):
         if any(t.shape in (p.shape, p.shape[::-1]) for p in module.parameters()):
@@ -176,9 +178,11 @@ def measure(piece, x, autocast, kept):
         x = torch.empty_like(x).requires_grad_(x.requires_grad)
         with kept.hooks(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = piece(x)
+        sizes = kept.totals()
+        kept.storages.clear()  # so that the backward pass can free them
         if y.requires_grad:
-            y.backward(torch.empty_like(y))
-    return kept.totals(), watch.peak - sum(kept.totals().values()), y.detach().requires_grad_(y.requires_grad)
+            y.backward(y.detach())  # any gradient would do; this one takes no memory beside y, which a next layer would have freed
+    return sizes, watch.peak - sum(sizes.values()), y.detach().requires_grad_(y.requires_grad)
 
 
 def shapes_of(block):
@@ -187,7 +191,7 @@ def shapes_of(block):
 
 
 def activations(model, batch, length, dtype=None, autocast=False, recompute=None):
-    """(name -> bytes kept, transient bytes) of a training step on `batch` sequences of `length` tokens."""
+    """Of a training step on `batch` sequences of `length` tokens: name -> bytes kept; working sets of the largest block, and of the ends."""
     with FakeTensorMode():
         model = fake_copy(model, dtype).train()
         if recompute:
@@ -201,16 +205,22 @@ def activations(model, batch, length, dtype=None, autocast=False, recompute=None
         def end(x):
             return head_loss(model.head, model.norm(x), tokens)
 
-        total, transient, x = measure(begin, tokens, autocast, Kept(None, parameters))
-        seen = {}
+        total, ends, x = measure(begin, tokens, autocast, Kept(None, parameters))
+        largest, seen = 0, {}
         for block in model.blocks:
             kind = (shapes_of(block), x.requires_grad)
             if kind not in seen:
                 seen[kind] = measure(lambda x, block=block: block(x, rope), x, autocast, Kept(block, parameters))
             kept, working, x = seen[kind]
-            total, transient = total + kept, max(transient, working)
+            total, largest = total + kept, max(largest, working)
         kept, working, _ = measure(end, x, autocast, Kept(nn.ModuleDict({"norm": model.norm}), parameters, model.head.parameters()))
-    return total + kept, max(transient, working)
+    return total + kept, largest, max(ends, working)
+
+
+KINDS = {"parameter": "parameters", "gradient": "gradients", "optimizer": "optimizer", "activation": "activations", "transient": "working set"}
+NAMES = ("tokens", "x^e", "dropout masks", "inside the norms", "x~^e", "q, k, v", "k", "q", "v", "angles of RoPE", "s",
+         "row sums of attention", "heads", "x^o", "x~^o", "x^u", "x^g", "silu(x^g)", "x^u silu(x^g)", "gelu(x^u)", "A x",
+         "weights in 16 bit", "x of other layers", "x^d", "loss")
 
 
 def account(model, batch, length, dtype=None, autocast=False, recompute=None, optimizer_bytes=None):
@@ -221,23 +231,17 @@ def account(model, batch, length, dtype=None, autocast=False, recompute=None, op
     def size(tensors):
         return sum(t.numel() * (dtype.itemsize if dtype and isinstance(t, nn.Parameter) else t.element_size()) for t in tensors)
     learn = [p for p in model.parameters() if p.requires_grad]
-    kept, transient = activations(model, batch, length, dtype, autocast, recompute)
     optimizer = 2 * size(learn) if optimizer_bytes is None else optimizer_bytes * sum(p.numel() for p in learn)
+    kept, block, ends = activations(model, batch, length, dtype, autocast, recompute)
     rows = [("parameters", "parameter", size([*model.parameters(), *model.buffers()])), ("gradients", "gradient", size(learn)),
-            ("AdamW", "optimizer", optimizer), *((name, "activation", n) for name, n in kept.items() if n),
-            ("working set", "transient", transient)]
+            ("AdamW", "optimizer", optimizer), *((name, "activation", kept[name]) for name in NAMES if kept[name]),
+            ("working set of a block", "transient", block), ("working set of W^E and the loss", "transient", ends)]
     return [dict(name=name, kind=kind, bytes=n) for name, kind, n in rows]
 
 
-KINDS = {"parameter": "parameters", "gradient": "gradients", "optimizer": "optimizer", "activation": "activations", "transient": "working set"}
-
-
-NAMES = ("tokens", "x^e", "dropout masks", "inside the norms", "x~^e", "q, k, v", "k", "q", "v", "angles of RoPE", "s", "row sums of attention", "heads",
-         "x^o", "x~^o", "x^u", "x^g", "silu(x^g)", "x^u silu(x^g)", "gelu(x^u)", "A x", "weights in 16 bit", "x of other layers", "x^d", "loss")
-
-
 def by_kind(rows):
-    return {kind: sum(r["bytes"] for r in rows if r["kind"] == kind) for kind in KINDS}
+    """kind -> bytes. What is transient is not there at the same time: the largest counts."""
+    return {kind: (max if kind == "transient" else sum)(r["bytes"] for r in rows if r["kind"] == kind) for kind in KINDS}
 
 
 def gb(n):
@@ -283,13 +287,13 @@ WHY = {
     "x^e": "the input of every block, not of the first alone",
     "q k^T": "the softmax's gradient is made from its result s; q k^T is not needed",
     "heads": "s v, which W^O reads; torch's fused attention keeps its own copy",
-    "x^g and silu(x^g)": "the factors of x^u silu(x^g)",
+    "silu(x^g)": "a factor of the next",
     "x^u silu(x^g)": "W^D reads it",
     "inside the norms": "LayerNorm's mean and deviation of each token",
     "row sums of attention": "from which the fused attention computes s again",
     "loss": "the gradient of what W^H reads: the loss is differentiated in chunks on the way forward",
 }
-MODES = ("none", "sdpa", "attention", "block")
+COLUMNS = ("none", "sdpa", "attention", "block")
 
 
 def memory_rows(name, model, batch, length, dtype=torch.bfloat16, recompute="sdpa"):
@@ -334,25 +338,28 @@ def print_table_iii():
 
 def print_table_iv():
     """Llama2-7B, batch 1, length 4,096: what is kept by each mode of --recompute, beside the paper's figures."""
+    def line(name, paper, figures, remark=""):
+        print(f"{name:24}{paper:>8}" + "".join(f"{gb(n) if n else '-':>11}" for n in figures) + f"   {remark}")
     print("\nTable IV. GB kept by autograd, Llama2-7B, batch 1, length 4,096, 16 bit")
-    print(f"{'':24}{'paper':>8}" + "".join(f"{m:>11}" for m in MODES))
-    model, columns = meta_model("llama2-7b"), {}
-    for mode in MODES:
-        columns[mode] = {r["name"]: r["bytes"] for r in memory_rows("llama2-7b", model, 1, 4096, recompute=mode) if r["kind"] in ("activation", "transient")}
-    for name in [*PAPER_IV, *sorted({n for c in columns.values() for n in c} - PAPER_IV.keys() - {"working set"})]:
-        paper = PAPER_IV.get(name)
-        print(f"{name:24}{'-' if paper is None else paper:>8}" + "".join(f"{gb(c.get(name, 0)):>11}" for c in columns.values()) + f"   {WHY.get(name, '')}")
-    kept = {mode: sum(c.values()) - c["working set"] for mode, c in columns.items()}
-    print(f"{'kept':24}{81:>8}" + "".join(f"{gb(n):>11}" for n in kept.values()) + "   the paper: 81, 12.2 without q k^T and s, 2.5 with one block")
-    print(f"{'working set':24}{'-':>8}" + "".join(f"{gb(c['working set']):>11}" for c in columns.values()) + "   for a moment, beside what is kept")
+    print(f"{'':24}{'paper':>8}" + "".join(f"{mode:>11}" for mode in COLUMNS))
+    model, columns, working = meta_model("llama2-7b"), [], []
+    for mode in COLUMNS:
+        rows = memory_rows("llama2-7b", model, 1, 4096, recompute=mode)
+        columns.append({r["name"]: r["bytes"] for r in rows if r["kind"] == "activation"})
+        working.append(by_kind(rows)["transient"])
+    for name in [*PAPER_IV, *(n for n in NAMES if n not in PAPER_IV and any(n in c for c in columns))]:
+        line(name, PAPER_IV.get(name, "-"), [c.get(name) for c in columns], WHY.get(name, ""))
+    line("kept", 81, [sum(c.values()) for c in columns], "the paper: 81, 12.2 without q k^T and s, 2.5 with one block")
+    line("working set", "-", working, "for a moment, beside what is kept")
 
 
 def print_memory_tables(name, rows, batch, length, limit_gb=24):
     """The account of one configuration, whether it fits, and the paper's two tables."""
-    kinds, total = by_kind(rows), sum(r["bytes"] for r in rows)
+    kinds = by_kind(rows)
+    total = sum(kinds.values())
     print(f"{name}, batch {batch} x {length} tokens: " + ", ".join(f"{KINDS[k]} {gb(n)}" for k, n in kinds.items()) + f"; {gb(total)} GB in all")
     for r in rows:
-        print(f"    {r['name']:24}{gb(r['bytes']):>10} GB  {r['kind']:12}" + (f" the paper: {r['paper_gb']}" if "paper_gb" in r else ""))
+        print(f"    {r['name']:32}{gb(r['bytes']):>10} GB  {r['kind']:12}" + (f" the paper: {r['paper_gb']}" if "paper_gb" in r else ""))
     print(f"does it fit in {limit_gb:g} GB? {'yes' if total <= limit_gb * 1e9 else 'no'}: {gb(total)} GB")
     print_table_iii()
     print_table_iv()

@@ -9,7 +9,7 @@ from torch import nn
 import recompute
 from lowrank import BlendedLinear, LoRALinear, LowRankLinear, attach_lora, replace_linears
 from model import Config, KVCache, Transformer, attend, config_for
-from quant import quantize
+from quant import attach_fake_quantization, quantize
 from recompute import MODES, head_loss, materialized_attention, recomputed_attention, recomputed_block, use_recompute
 from runtime import InputError
 
@@ -220,6 +220,41 @@ def test_a_copy_of_the_model_recomputes_its_own_blocks():
     assert twin.blocks[0].mlp.up.weight.grad is not None and model.blocks[0].mlp.up.weight.grad is None
 
 
+def test_layers_that_another_file_changed_stay_changed():
+    model, tokens = make_model("gpt2", dropout=0.0), torch.randint(128, (2, 33))
+    plain = step(model, "sdpa", tokens)
+    attach_fake_quantization(model, 4)
+    runs = {mode: step(model, mode, tokens) for mode in ("sdpa", "block", "lowrank", "attention", "none")}
+    assert runs["sdpa"][0] != plain[0]
+    assert_same_bits(runs["block"], runs["sdpa"])
+    assert_same_bits(runs["attention"], runs["none"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_distributed_data_parallel_sees_every_gradient(mode, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, tokens = make_model("llama"), torch.randint(128, (2, 33))
+        expected = step(model, mode, tokens)
+        model.zero_grad()
+        parallel = torch.nn.parallel.DistributedDataParallel(HiddenAndLoss(model))
+        torch.manual_seed(5)
+        parallel(tokens).backward()  # a gradient that DDP did not see would end the next forward pass
+        assert all(torch.equal(p.grad, expected[1][n]) for n, p in model.named_parameters())
+        parallel(tokens)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class HiddenAndLoss(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        return head_loss(self.model.head, self.model.hidden(tokens[:, :-1]), tokens[:, 1:], chunk=100)
+
+
 def test_modes_can_be_changed_and_unknown_ones_are_refused():
     model = use_recompute(make_model("llama"), "sdpa")
     before = {n: set(m.__dict__) for n, m in model.named_modules()}
@@ -298,7 +333,8 @@ def test_loss_equals_cross_entropy(name, head, chunk, ignored):
 @pytest.mark.parametrize("name, head", list(heads()))
 def test_gradcheck_of_the_loss(name, head):
     head, targets = copy.deepcopy(head).double(), torch.randint(50, (1, 3))
-    torch.autograd.gradcheck(lambda x, *_: head_loss(head, x, targets, 2), (torch.randn(1, 3, 12, dtype=torch.float64, requires_grad=True), *head.parameters()))
+    x = torch.randn(1, 3, 12, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda x, *_: head_loss(head, x, targets, 2), (x, *head.parameters()))
 
 
 def test_loss_in_16_bit_is_as_near_to_the_truth_as_cross_entropys():
