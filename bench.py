@@ -1,6 +1,8 @@
 """Every figure that the README quotes, measured again on the machine at hand.
 
     python bench.py train             training GPT-2: full rank against r = 192, 96, 48
+    python bench.py memory            Tables III and IV: bytes of a training step of Llama2-7B, counted without running it
+    python bench.py recompute         what recomputation costs in time and saves in bytes
     python bench.py NAME --json FILE  also write {"device": ..., "rows": [...]} to a file
 
 What is compared is timed in turn (a, b, c, a, b, c, ...) in one process, and medians are quoted: these machines are shared, and their
@@ -14,13 +16,16 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from lowrank import replace_linears
+from lowrank import attach_lora, replace_linears
+from memory import Watch, memory_rows, meta_model, print_memory_tables
 from model import Transformer, config_for, count_parameters, flops_per_token
+from recompute import MODES, head_loss, use_recompute
 from runtime import Device, command, find_device, matmul_rate, write_atomic
 
 
@@ -146,7 +151,63 @@ def bench_train(args):
     return device, rows
 
 
-BENCHES = {"train": bench_train}
+# ----------------------------------------------------------------------------- memory
+
+def bench_memory(args):
+    """Bytes of a training step by kind, counted without running it, and the paper's Tables III and IV beside ours."""
+    model = meta_model(args.model)
+    if args.rank:
+        print(replace_linears(model, args.rank))
+    if args.lora:
+        print(attach_lora(model, args.lora))
+    rows = memory_rows(args.model, model, args.batch, args.seq, getattr(torch, args.dtype), args.recompute)
+    print_memory_tables(args.model, rows, args.batch, args.seq, args.limit_gb)
+    return find_device("float32"), rows
+
+
+# ----------------------------------------------------------------------------- recompute
+
+def checkpointed(model):
+    """The blocks through torch.utils.checkpoint, to compare with."""
+    from torch.utils.checkpoint import checkpoint
+    use_recompute(model, "sdpa")
+    for block in model.blocks:
+        block.__dict__["forward"] = lambda *args, block=block: checkpoint(type(block).forward, block, *args, use_reentrant=False)
+
+
+def bench_recompute(args):
+    """A training step with each mode of --recompute and with torch.utils.checkpoint, in turn: time, bytes kept, peak."""
+    device = find_device(args.dtype)
+    torch.manual_seed(0)
+    config = config_for("gpt2", blocks=args.blocks, vocab_size=4096)
+    models = {mode: Transformer(config).to(device.torch_device) for mode in ("none", "sdpa", "attention", "block", "torch.utils.checkpoint")}
+    for mode, model in models.items():
+        checkpointed(model) if mode == "torch.utils.checkpoint" else use_recompute(model, mode)
+    tokens = torch.randint(config.vocab_size, (args.batch_size, args.seq_len + 1), device=device.torch_device)
+
+    def step(model, watch=None):
+        with device.autocast():
+            loss = head_loss(model.head, model.hidden(tokens[:, :-1]), tokens[:, 1:])
+        kept = watch.alive if watch else 0
+        loss.backward()
+        model.zero_grad(set_to_none=False)
+        return kept
+    seconds, rows = interleaved({mode: partial(step, model) for mode, model in models.items()}, args.rounds), []
+    against = {"none": "none", "sdpa": "none", "attention": "none", "block": "sdpa", "torch.utils.checkpoint": "sdpa"}
+    for mode, model in models.items():
+        with Watch() as watch:
+            kept = step(model, watch)
+        rows.append(dict(mode=mode, step_ms=seconds[mode] * 1e3, against=against[mode], overhead=seconds[mode] / seconds[against[mode]] - 1,
+                         saved_bytes=kept, peak_bytes=watch.peak))
+    print(f"GPT-2's blocks ({args.blocks}), batch {args.batch_size} x {args.seq_len} tokens, {device.name}. Overhead: attention over the same "
+          "attention without recomputation (none), a block over the same block without (sdpa)")
+    print(table(rows, {"mode": lambda r: r["mode"], "step ms": lambda r: f"{r['step_ms']:.0f}", "over": lambda r: r["against"],
+                       "overhead": lambda r: f"{r['overhead']:+.1%}", "kept MB": lambda r: f"{r['saved_bytes'] / 1e6:.0f}",
+                       "peak MB": lambda r: f"{r['peak_bytes'] / 1e6:.0f}"}))
+    return device, rows
+
+
+BENCHES = {"train": bench_train, "memory": bench_memory, "recompute": bench_recompute}
 
 
 def main(argv=None):
@@ -160,6 +221,21 @@ def main(argv=None):
     p.add_argument("--seq-len", type=int, default=256, help="tokens of each (default: %(default)s)")
     p.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
     p.add_argument("--nanogpt", metavar="DIR", help="also time nanoGPT's 124M from a checkout of its repository")
+    p = sub.add_parser("memory", help=bench_memory.__doc__)
+    p.add_argument("--model", default="llama2-7b", help="a known name (default: %(default)s)")
+    p.add_argument("--batch", type=int, default=1, help="sequences (default: %(default)s)")
+    p.add_argument("--seq", type=int, default=4096, help="tokens of each (default: %(default)s)")
+    p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of parameters and gradients (default: %(default)s)")
+    p.add_argument("--rank", type=int, default=0, help="of every linear layer; 0 is full rank (default: %(default)s)")
+    p.add_argument("--lora", type=int, default=0, metavar="R", help="freeze the model and put adapters of this rank on q, k, v; 0: none (default: 0)")
+    p.add_argument("--recompute", default="sdpa", choices=MODES, help="as in train.py (default: %(default)s)")
+    p.add_argument("--limit-gb", type=float, default=24, help="does it fit in this much? (default: %(default)s)")
+    p = sub.add_parser("recompute", help=bench_recompute.__doc__)
+    p.add_argument("--blocks", type=int, default=2, help="blocks of GPT-2 (default: %(default)s)")
+    p.add_argument("--batch-size", type=int, default=1, help="sequences (default: %(default)s)")
+    p.add_argument("--seq-len", type=int, default=1024, help="tokens of each; below 512 attention costs up to 8%% (default: %(default)s)")
+    p.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto (default: %(default)s)")
+    p.add_argument("--rounds", type=int, default=9, help="timed rounds (default: %(default)s)")
     for p in sub.choices.values():
         p.add_argument("--json", help="write the rows to this file too")
     args = parser.parse_args(argv)
