@@ -82,7 +82,8 @@ def main(argv=None):
     start = time.perf_counter()
     _, count = write(model, tokenizer, ids, args, generator)
     seconds = time.perf_counter() - start
-    print(f"\n[{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s on {device.name}]", file=sys.stderr)
+    print()
+    print(f"[{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s on {device.name}]", file=sys.stderr)
     return 0
 
 
