@@ -230,6 +230,23 @@ def test_transformers_loads_an_export_with_equal_logits(model, tmp_path, monkeyp
     assert (again(TOKENS) - ours).abs().max() < 1e-5 * ours.abs().max()
 
 
+@pytest.mark.slow
+def test_the_real_model_exported_gives_transformers_the_same_logits(tmp_path):
+    try:
+        model, tokenizer = load_model("smollm2-135m")
+    except InputError as e:
+        pytest.skip(f"no network: {e}")
+    export(model, tokenizer, tmp_path / "hf")
+    with torch.no_grad():
+        ours = model(TOKENS)
+    assert (exported_logits(tmp_path / "hf") - ours).abs().max() < 1e-3
+    replace_linears(model, 64, method=1)
+    export(model, tokenizer, tmp_path / "low")
+    with torch.no_grad():
+        ours = model(TOKENS)
+    assert (exported_logits(tmp_path / "low") - ours).abs().max() < 1e-4 * ours.abs().max()
+
+
 def test_export_takes_the_tokenizer_along_and_refuses_a_full_folder(tmp_path, text_file):
     from transformers import AutoTokenizer
     text = text_file.read_text(encoding="utf-8")
