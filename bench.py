@@ -25,6 +25,7 @@ from tqdm import tqdm
 from lowrank import attach_lora, replace_linears
 from memory import Watch, memory_rows, meta_model, print_memory_tables
 from model import Transformer, config_for, count_parameters, flops_per_token
+from quant import quantize
 from recompute import MODES, head_loss, use_recompute
 from runtime import Device, command, find_device, matmul_rate, write_atomic
 
@@ -158,8 +159,10 @@ def bench_memory(args):
     model = meta_model(args.model)
     if args.rank:
         print(replace_linears(model, args.rank))
+    if args.bits < 16:
+        print(quantize(model.to(getattr(torch, args.dtype)), args.bits))
     if args.lora:
-        print(attach_lora(model, args.lora))
+        print(attach_lora(model, args.lora, targets=args.targets.split(",")))
     rows = memory_rows(args.model, model, args.batch, args.seq, getattr(torch, args.dtype), args.recompute)
     print_memory_tables(args.model, rows, args.batch, args.seq, args.limit_gb)
     return find_device("float32"), rows
@@ -227,7 +230,9 @@ def main(argv=None):
     p.add_argument("--seq", type=int, default=4096, help="tokens of each (default: %(default)s)")
     p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of parameters and gradients (default: %(default)s)")
     p.add_argument("--rank", type=int, default=0, help="of every linear layer; 0 is full rank (default: %(default)s)")
-    p.add_argument("--lora", type=int, default=0, metavar="R", help="freeze the model and put adapters of this rank on q, k, v; 0: none (default: 0)")
+    p.add_argument("--bits", type=int, default=16, choices=[4, 8, 16], help="of the weights; quantized ones do not learn (default: %(default)s)")
+    p.add_argument("--lora", type=int, default=0, metavar="R", help="freeze the model and put adapters of this rank beside it; 0: none (default: 0)")
+    p.add_argument("--targets", default="q,v", help="the layers that get adapters (default: %(default)s, the paper's for Llama2-7B)")
     p.add_argument("--recompute", default="sdpa", choices=MODES, help="as in train.py (default: %(default)s)")
     p.add_argument("--limit-gb", type=float, default=24, help="does it fit in this much? (default: %(default)s)")
     p = sub.add_parser("recompute", help=bench_recompute.__doc__)

@@ -16,9 +16,11 @@ Everything is written beside, synced, then renamed: a process killed at any mome
 Nothing here is ever unpickled.
 
     python checkpoint.py info out/train              layers, ranks, bytes
+    python checkpoint.py quantize out/train out/int8 --bits 8
     python checkpoint.py export out/train out/hf     a dense Hugging Face folder, which transformers, peft and llama.cpp's converter read
 """
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -32,10 +34,14 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from formats import fetch_smollm2, hub_snapshot, open_source, their_name
-from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, swap_layers
-from model import CONFIGS, Config, Transformer
+from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, replace_linears, swap_layers
+from model import CONFIGS, Config, Transformer, config_for, count_parameters
+from quant import KINDS as QUANT_KINDS
+from quant import QuantEmbedding, QuantLinear, bits_and_group, describe, from_description, leave_cpu_forms, quantize, quantize_layer, takes
+from quant import tie as tie_quantized
 from runtime import InputError, cache_dir, command, write_atomic
 from tokenizer import load_tokenizer
 
@@ -110,9 +116,13 @@ KINDS = {"lowrank": LowRankLinear, "blended": BlendedLinear, "lowrank embedding"
 
 def describe_layers(model):
     """What config.json says of the layers that are not nn.Linear: name -> kind and rank; the shapes follow from the architecture."""
-    kinds = {cls: kind for kind, cls in KINDS.items()}
-    return {name: dict(kind=kinds[type(m)], rank=m.rank) for name, m in model.named_modules()
-            if type(m) in kinds and not name.endswith(".lowrank")}  # a blended layer's own part is not a layer of the model
+    kinds, layers = {cls: kind for kind, cls in KINDS.items()}, {}
+    for name, m in model.named_modules():
+        if type(m) in kinds and not name.endswith(".lowrank"):  # a blended layer's own part is not a layer of the model
+            layers[name] = dict(kind=kinds[type(m)], rank=m.rank)
+        elif type(m) in QUANT_KINDS.values():
+            layers[name] = describe(m)
+    return layers
 
 
 def build(config, layers):
@@ -121,6 +131,8 @@ def build(config, layers):
         d = layers.pop(name, None)
         if d is None:
             return None
+        if d["kind"] in QUANT_KINDS:
+            return from_description(d, old)
         if isinstance(old, nn.Embedding):
             return KINDS[d["kind"]](old.num_embeddings, old.embedding_dim, d["rank"])
         return KINDS[d["kind"]](old.in_features, old.out_features, d["rank"], old.bias is not None)
@@ -128,6 +140,7 @@ def build(config, layers):
     with torch.device("meta"):
         model = Transformer(config)
         swap_layers(model, make, wanted=lambda m: isinstance(m, (nn.Linear, nn.Embedding)))
+        tie_quantized(model)
     if layers:
         raise InputError(f"config.json describes layers that a {config.kind} of {config.blocks} blocks does not have: {', '.join(layers)[:200]}")
     return model
@@ -135,6 +148,7 @@ def build(config, layers):
 
 def own_tensors(model):
     """Parameters and buffers by name, a shared one once."""
+    leave_cpu_forms(model)  # a quantized model that has generated text may hold its integers in torch's packed order
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
@@ -175,40 +189,75 @@ def read_config(folder):
     return config
 
 
-def fill(model, tensors, device, dtype, where):
-    """Give a meta model its memory and copy tensors (name, tensor) into it one at a time; every name must fit, none may be left."""
-    model.to(dtype).materialize(device)
-    own = own_tensors(model)
+def fill(model, tensors, device, dtype, where, quantizer=None):
+    """Give a meta model its memory, a tensor (name, tensor) at a time; every name must fit, none may be left.
+
+    quantizer(layer) -> its quantized form: called as soon as a layer is complete, so that the model never stands there whole in 16 or 32 bit.
+    """
+    own = {name: p.shape for name, p in own_tensors(model).items()}
     for name, tensor in tensors:
         if name not in own:
             raise InputError(f"{where}: unexpected tensor {name} {tuple(tensor.shape)}")
-        if own[name].shape != tensor.shape:
-            raise InputError(f"{where}: {name} is {tuple(tensor.shape)}, the architecture needs {tuple(own[name].shape)}")
-        own.pop(name).data.copy_(tensor)
+        if own[name] != tensor.shape:
+            raise InputError(f"{where}: {name} is {tuple(tensor.shape)}, the architecture needs {tuple(own[name])}")
+        own.pop(name)
+        place(model, name, tensor, device, dtype)
         del tensor
+        layer_name = name.rsplit(".", 1)[0]
+        if quantizer and takes(model, layer := model.get_submodule(layer_name)) and not any(p.is_meta for p in layer.parameters()):
+            model.set_submodule(layer_name, quantizer(layer))
     if own:
         raise InputError(f"{where}: {len(own)} tensors are missing, first {min(own)}: a shard may be missing")
+    if model.config.tied and isinstance(model.embed, QuantEmbedding) and isinstance(model.head, nn.Linear):
+        model.head = QuantLinear(model.embed.W)
+    model.tie()
+    tie_quantized(model)
     return model
 
 
-def load_model(name, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) of a known name, a folder or a file, in eval mode; tokenizer None if there is none beside the weights."""
+def place(model, name, tensor, device, dtype):
+    """Put a copy of a tensor where the meta model has one of that name; floating-point parameters in `dtype`, buffers as they are."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        old = module._parameters[leaf]
+        copy = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+        module._parameters[leaf] = nn.Parameter(copy, requires_grad=old.requires_grad)
+    else:
+        module._buffers[leaf] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)
+
+
+def load_model(name, device="cpu", dtype=torch.float32, bits=16, group=None):
+    """(model, tokenizer) of a known name, a folder or a file, in eval mode; tokenizer None if there is none beside the weights.
+
+    bits 8 or 4: quantized while loading, a layer at a time (a folder that is quantized already stays as it is).
+    """
+    if bits not in (4, 8, 16):
+        raise InputError(f"--bits must be 4, 8 or 16, got {bits}")
     path = locate(name)
     config = read_config(path) if path.is_dir() else None
     if config is None:
         with open_source(path) as source:
             with torch.device("meta"):
                 model = Transformer(source.config)
-            model = fill(model, ((n, source.get(n)) for n in source.names), device, dtype, path)
+            model = fill(model, ((n, source.get(n)) for n in source.names), device, dtype, path, quantizer_of(model, bits, group))
             return model.eval(), source.tokenizer()
     try:
         model = build(Config(**config["architecture"]), config["layers"])
     except (TypeError, KeyError) as e:
         raise InputError(f"{path}/config.json is damaged or of another version ({e})") from None
     tensors = itertools.chain.from_iterable(read_tensors(path / file) for file in config["files"])
-    model = fill(model, tensors, device, dtype, path)
+    model = fill(model, tensors, device, dtype, path, quantizer_of(model, bits, group))
     has_tokenizer = any((path / f).exists() for f in ("tokenizer.json", "tokenizer.model"))
     return model.eval(), load_tokenizer(path) if has_tokenizer else None
+
+
+def quantizer_of(model, bits, group):
+    """What turns a complete layer of the model into integers; None for 16 bit."""
+    if bits == 16:
+        return None
+    forms = {id(m): bits_and_group(model, m, bits, group) for m in model.modules() if takes(model, m)}
+    return lambda layer: quantize_layer(layer, *forms[id(layer)])
 
 
 def locate(name):
@@ -366,6 +415,64 @@ def _name_shards(folder, shards):
     write_atomic(folder / "model.safetensors.index.json", json.dumps(dict(metadata=dict(total_size=total), weight_map=weight_map), indent=1) + "\n")
 
 
+# ----------------------------------------------------------------------------- quantized folders
+
+CALIBRATION_TOKENS, CALIBRATION_WINDOW = 16384, 512  # more text changes little: the moments of 16,384 inputs have settled
+
+
+def random_model(name, rank=0, bits=16, group=None, device="cpu", dtype=torch.bfloat16):
+    """A model of a known name with random weights, made and quantized a layer at a time: to measure sizes and speeds where weights can't be had."""
+    with torch.device("meta"):
+        model = Transformer(config_for(name))
+        if rank:
+            replace_linears(model, rank)
+
+    def values():
+        for key, p in own_tensors(model).items():
+            value = torch.empty(p.shape, device=device)
+            yield key, value.normal_(std=0.02) if p.dim() > 1 else value.fill_(float(key.endswith("weight")))
+    return fill(model, values(), device, dtype, name, quantizer_of(model, bits, group)).eval()
+
+
+def calibration_batches(text, tokenizer, context):
+    """The first tokens of a text, in windows: a list of (1, T) tensors."""
+    if tokenizer is None:
+        raise InputError("--calibration needs the model's tokenizer, and there is none beside the weights")
+    from data import open_corpus
+    ids = tokenizer.encode("".join(itertools.islice(open_corpus(text, "data").documents(), CALIBRATION_TOKENS // 500)))[:CALIBRATION_TOKENS]
+    length = min(CALIBRATION_WINDOW, context)
+    if len(ids) < length:
+        raise InputError(f"--calibration {text} has {len(ids)} tokens: at least {length} are needed")
+    return [row[None] for row in torch.tensor(ids).split(length) if len(row) == length]
+
+
+def quantized(args):
+    """(model, tokenizer) for `checkpoint.py quantize`."""
+    if args.random_init:
+        return random_model(args.model, args.rank, args.bits, args.group), None
+    if args.rank:
+        raise InputError("--rank goes with --random-init; a model's own ranks stay as they are")
+    if not args.calibration:
+        return load_model(args.model, bits=args.bits, group=args.group)
+    model, tokenizer = load_model(args.model)
+    batches = calibration_batches(args.calibration, tokenizer, model.config.context)
+    bar = functools.partial(tqdm, desc="rounding", unit=" blocks", disable=None, leave=False)
+    quantize(model, args.bits, args.group, calibration=batches, progress=bar)
+    return model, tokenizer
+
+
+def save_quantized(folder, model, tokenizer):
+    """Integers, scales in float16, and what is not quantized in bfloat16."""
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise InputError(f"{folder} is not empty: choose a new folder")
+    partial = Path(folder).with_name(Path(folder).name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_model(partial, model.bfloat16(), tokenizer)
+    if Path(folder).exists():
+        Path(folder).rmdir()
+    os.replace(partial, folder)
+
+
 # ----------------------------------------------------------------------------- python checkpoint.py
 
 def info(path):
@@ -409,9 +516,22 @@ def main(argv=None):
     p.add_argument("model", help="a folder, a file, or a known name")
     p.add_argument("out", help="the new folder")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the written weights (default: %(default)s)")
+    p = sub.add_parser("quantize", help="write a folder of int8 or int4 weights")
+    p.add_argument("model", help="a folder, a file, or a known name")
+    p.add_argument("out", help="the new folder")
+    p.add_argument("--bits", type=int, default=8, choices=[4, 8], help="of a weight (default: %(default)s)")
+    p.add_argument("--group", type=int, help="numbers of a row that share a scale; 0: the whole row (default: 0 for 8 bit, 64 for 4 bit)")
+    p.add_argument("--calibration", metavar="TEXT", help="round so that the outputs for this text change least (GPTQ); a file, a folder or builtin")
+    p.add_argument("--random-init", action="store_true", help="random weights of a known name's shapes, to measure sizes and speeds")
+    p.add_argument("--rank", type=int, default=0, help="with --random-init: the rank of every linear layer; 0 is full rank (default: 0)")
     args = parser.parse_args(argv)
     if args.command == "info":
         info(args.model)
+    elif args.command == "quantize":
+        model, tokenizer = quantized(args)
+        save_quantized(args.out, model, tokenizer)
+        size = sum(f.stat().st_size for f in Path(args.out).iterdir())
+        print(f"{args.out}: {count_parameters(model) / 1e6:,.1f}M parameters at {args.bits} bit, {size / 1e6:,.1f} MB")
     else:
         model, tokenizer = load_model(args.model)
         export(model, tokenizer, args.out, getattr(torch, args.dtype))

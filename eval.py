@@ -70,6 +70,7 @@ TASKS = {"perplexity": perplexity}
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="out/train", help="a model folder, a file, or a known name (default: %(default)s)")
+    p.add_argument("--bits", type=int, default=16, help="8 or 4: quantize the weights while loading (default: %(default)s)")
     p.add_argument("--tasks", default="perplexity", help=f"separated by commas: {', '.join(TASKS)} (default: %(default)s)")
     p.add_argument("--data", default="builtin", help="text for perplexity: a file, a folder, or builtin (default: %(default)s)")
     p.add_argument("--limit", type=int, help="tokens of that text, from its start (default: all)")
@@ -82,7 +83,7 @@ def main(argv=None):
     if args.limit is not None and args.limit < 2:
         raise InputError(f"--limit must be at least 2 tokens, got {args.limit}")
     device = find_device(args.dtype)
-    model, tokenizer = load_model(args.model, device.torch_device)
+    model, tokenizer = load_model(args.model, device.torch_device, bits=args.bits)
     results = {task: TASKS[task](model, tokenizer, device, args) for task in tasks}
     for task, r in results.items():
         print(f"{task}: {r['perplexity']:.3f} (95% {r['interval'][0]:.2f} to {r['interval'][1]:.2f}), {r['bits_per_byte']:.3f} bits a byte, "

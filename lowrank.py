@@ -23,6 +23,7 @@ Every layer here behaves like nn.Linear: in_features, out_features, forward(x: (
     attach_lora(model, r=8, alpha=32, targets=["q", "v"])
 """
 import math
+from itertools import chain
 
 import torch
 import torch.nn as nn
@@ -162,7 +163,7 @@ class LoRALinear(nn.Module):
         check_rank(r, base.in_features, base.out_features)
         self.in_features, self.out_features, self.r, self.scale = base.in_features, base.out_features, r, alpha / r
         self.base = base.requires_grad_(False)
-        reference = next(base.parameters(), torch.empty(0))
+        reference = next(chain(base.parameters(), base.buffers()), torch.empty(0))  # a quantized base has buffers alone
         self.A = nn.Parameter(torch.empty(r, self.in_features, device=reference.device))
         self.B = nn.Parameter(torch.zeros(self.out_features, r, device=reference.device))
         self.dropout = nn.Dropout(dropout)
@@ -173,6 +174,9 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         if self.merged:
             return self.base(x)
+        fused = getattr(self.base, "with_lora", None)  # a quantized base on a GPU: one launch for a few rows
+        if fused is not None and not self.training and (y := fused(x, self.A, self.B, self.scale)) is not None:
+            return y
         h = F.linear(self.dropout(x).to(self.A.dtype), self.A)  # (..., r)
         return self.base(x) + self.scale * F.linear(h, self.B)
 
@@ -225,6 +229,31 @@ def swap_layers(model, make, wanted=is_linear):
                 swapped.append(full)
     visit(model, "")
     return swapped
+
+
+def second_moments(model, batches, forward=None):
+    """X X^T (in, in), in float32, of the inputs X of every linear layer, over all tokens of the batches: name -> matrix.
+
+    forward(batch) runs the model; layers with one input, as W^Q, W^K and W^V, share the product.
+    """
+    moments, last = {}, [None, None]
+
+    def gather(name, x):
+        if x is not last[0]:
+            flat = x.reshape(-1, x.shape[-1]).float()  # (tokens, in)
+            with torch.autocast(x.device.type, enabled=False):
+                last[:] = x, flat.T @ flat
+        moments[name] = moments[name] + last[1] if name in moments else last[1]
+
+    hooks = [m.register_forward_pre_hook(lambda m, inputs, name=name: gather(name, inputs[0])) for name, m in model.named_modules() if is_linear(m)]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                (forward or model)(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return moments
 
 
 def _millions(count):

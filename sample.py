@@ -19,6 +19,7 @@ from tokenizer import render_chat
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="out/train", help="a model folder, a file, or a known name (default: %(default)s)")
+    p.add_argument("--bits", type=int, default=16, help="8 or 4: quantize the weights while loading (default: %(default)s)")
     p.add_argument("--prompt", default="\n", help="the text to continue (default: a new line)")
     p.add_argument("--chat", action="store_true", help="talk with an instruction-tuned model, in its own chat format")
     p.add_argument("--max-new-tokens", type=int, default=200, help="tokens to write at most (default: %(default)s)")
@@ -66,7 +67,7 @@ def _ask():
 def main(argv=None):
     args = parse(argv)
     device = find_device("float32")
-    model, tokenizer = load_model(args.model, device.torch_device, getattr(torch, args.dtype))
+    model, tokenizer = load_model(args.model, device.torch_device, getattr(torch, args.dtype), args.bits)
     if tokenizer is None:
         raise InputError(f"{args.model} has no tokenizer beside its weights: put a tokenizer.json or tokenizer.model there")
     generator = torch.Generator(device.torch_device).manual_seed(args.seed)

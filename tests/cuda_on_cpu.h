@@ -91,18 +91,23 @@ inline bool release(int first, int last, Waiting where) {
   return true;
 }
 
+// Each warp goes as far as it can before the next one: so it overtakes the others wherever no barrier holds it.
 inline void run_block(int count, bool backwards) {
   for (Thread& t : threads) t.started = false, t.waiting = RUNNING, t.copies.clear(), t.groups.clear();
-  for (;;) {
-    for (int i = 0; i < count; i++) {
-      int at = backwards ? count - 1 - i : i;
-      if (threads[at].waiting == RUNNING) resume(at);
+  bool all_ended = false;
+  while (!all_ended) {
+    for (int i = 0; i < count; i += 32) {
+      int first = backwards ? (count - 1 - i) / 32 * 32 : i, last = min(first + 32, count);
+      do
+        for (int j = first; j < last; j++) {
+          int at = backwards ? first + last - 1 - j : j;
+          if (threads[at].waiting == RUNNING) resume(at);
+        }
+      while (release(first, last, AT_WARP));
     }
-    bool moved = release(0, count, AT_BLOCK), all_ended = true;
-    for (int warp = 0; warp < count; warp += 32) moved |= release(warp, min(warp + 32, count), AT_WARP);
+    all_ended = true;
     for (int i = 0; i < count; i++) all_ended &= threads[i].waiting == ENDED;
-    if (all_ended) return;
-    if (!moved) fail("the threads of this block wait for each other at different places");
+    if (!all_ended && !release(0, count, AT_BLOCK)) fail("the threads of this block wait for each other at different places");
   }
 }
 
@@ -189,7 +194,8 @@ template <class T> void mma(float* d, const uint32_t* a, const uint32_t* b, T ty
   for (int i = 0; i < 4; i++) {
     int row = g + 8 * (i / 2), column = 2 * t + i % 2;
     for (int k = 0; k < 16; k++) {
-      uint32_t from_a = warp[row % 8 * 4 + k % 8 / 2].given[turn][row / 8 + 2 * (k / 8)], from_b = warp[column * 4 + k % 8 / 2].given[turn][4 + k / 8];
+      uint32_t from_a = warp[row % 8 * 4 + k % 8 / 2].given[turn][row / 8 + 2 * (k / 8)];
+      uint32_t from_b = warp[column * 4 + k % 8 / 2].given[turn][4 + k / 8];
       d[i] += number(from_a >> 16 * (k % 2), type) * number(from_b >> 16 * (k % 2), type);
     }
   }

@@ -1,4 +1,5 @@
 """checkpoint.py: model folders and training state; what a kill, a truncation or a changed byte does to them."""
+import copy
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import checkpoint
 from checkpoint import export, load_model, read_state, read_tensors, save_model, save_state
 from lowrank import attach_lora, replace_linears, set_alpha
 from model import Config, Transformer
+from quant import quantize
 from runtime import InputError, command
 from tokenizer import train_tokenizer
 
@@ -297,3 +299,58 @@ def test_loading_needs_little_more_than_the_model(tmp_path, run):
         assert done.returncode == 0, done.stderr
         needed = size // (2 if dtype == "bfloat16" else 1)
         assert int(done.stdout) < needed + 1.1 * largest + 30e6, (folder, dtype, int(done.stdout), needed, largest)
+
+
+# ----------------------------------------------------------------------------- quantized folders
+
+@pytest.mark.parametrize("config, rank", [(GPT2, 0), (GPT2, 16), (LLAMA, 0), (LLAMA, 16)], ids=["gpt2", "gpt2 r16", "llama", "llama r16"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_folder_is_the_model_quantized_at_load_time(config, rank, bits, tmp_path):
+    torch.manual_seed(0)
+    model = Transformer(config).eval()
+    if rank:
+        replace_linears(model, rank)
+    save_model(tmp_path / "m", model)
+    assert checkpoint.main(["quantize", str(tmp_path / "m"), str(tmp_path / "q"), "--bits", str(bits)]) == 0
+    from_folder, _ = load_model(tmp_path / "q")
+    at_load, _ = load_model(tmp_path / "m", bits=bits)
+    wanted = copy.deepcopy(model)
+    quantize(wanted, bits)
+    with torch.no_grad():
+        a, b, c = at_load(TOKENS), from_folder(TOKENS), wanted(TOKENS)
+        assert torch.equal(a, c), "loading layer by layer is quantizing the whole"
+        assert (b - c).abs().max() < 0.01 * c.abs().max(), "norms and biases are in 16 bit on disk"
+        assert (a - model(TOKENS)).abs().max() < (0.05 if bits == 8 else 0.6) * model(TOKENS).abs().max()
+    size = {name: sum(f.stat().st_size for f in (tmp_path / name).glob("*.safetensors")) for name in "mq"}
+    assert size["q"] < size["m"] / (2 if bits == 8 else 2.5)
+
+
+def test_random_init_makes_a_named_size(tmp_path, capsys):
+    assert checkpoint.main(["quantize", "tiny", str(tmp_path / "q"), "--random-init", "--rank", "16", "--bits", "4"]) == 0
+    model, tokenizer = load_model(tmp_path / "q")
+    assert tokenizer is None and model.blocks[0].mlp.up.rank == 16 and torch.isfinite(model(TOKENS)).all()
+    assert "parameters at 4 bit" in capsys.readouterr().out
+
+
+def test_calibration_rounds_better_than_min_max(tmp_path, text_file):
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([text_file.read_text(encoding="utf-8")], 400)
+    model = Transformer(LLAMA).eval()
+    save_model(tmp_path / "m", model, tokenizer)
+    tokens = torch.tensor(tokenizer.encode(text_file.read_text(encoding="utf-8")[-20000:])[:320]).view(10, 32)
+    error = {}
+    for name, extra in (("plain", ()), ("calibrated", ("--calibration", str(text_file)))):
+        checkpoint.main(["quantize", str(tmp_path / "m"), str(tmp_path / name), "--bits", "4", *extra])
+        with torch.no_grad():
+            error[name] = (load_model(tmp_path / name)[0].hidden(tokens) - model.hidden(tokens)).square().mean().item()
+    assert error["calibrated"] < error["plain"]  # of a random model, whose inputs hardly correlate; tests/test_quant.py has more
+
+
+def test_bad_bits_and_groups_are_refused(tmp_path):
+    save_model(tmp_path / "m", Transformer(GPT2))
+    for args, message in ((("--group", "5"), "groups of 5 do not divide a row of 32"), (("--rank", "4"), "--rank goes with --random-init"),
+                          (("--calibration", "builtin"), "--calibration needs the model's tokenizer")):
+        with pytest.raises(InputError, match=message):
+            checkpoint.main(["quantize", str(tmp_path / "m"), str(tmp_path / "q"), *args])
+    with pytest.raises(InputError, match="--bits must be 4, 8 or 16, got 3"):
+        load_model(tmp_path / "m", bits=3)

@@ -1,0 +1,866 @@
+// The products of quant.py on a GPU: int8 and int4 weights with a scale s and an offset o per vector (section V.B).
+//
+// Read it from the top: each job is done first by the plainest kernel that is right, then by a faster one, with the reason why it is
+// faster. tests/test_kernels.py runs all of them on a CPU (tests/cuda_on_cpu.h), where a debugger can step through a kernel.
+//
+//   1. the format, and reading one weight of it
+//   2. quantize                              W -> q, s, o
+//   3. dequantize                            q, s, o -> W
+//   4. y = x W^T for any number of rows      one thread a number of y; then one warp a row of W
+//   5. y = x W^T for up to 16 rows of x      tensor cores fed from registers; limited by reading W once
+//   6. y = B (A x) in one launch, and y = W x + scale B (A x)
+//   7. y = x W^T for more rows               tensor cores fed from shared memory, copied ahead (cp.async)
+//   8. g W, the gradient of x
+//   9. what Python calls, with its arguments checked
+//
+// Names: x (M, K), W (N, K), y (M, N) row by row; M rows of x (tokens), K the input's width, N the output's.
+// T is the type of x and y: bfloat16 or half. Every sum is kept in float.
+#ifdef CUDA_ON_CPU
+#include "cuda_on_cpu.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <torch/extension.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <tuple>
+
+// The few instructions that C++ has no operator for. tests/cuda_on_cpu.h says in plain C++ what each one does.
+
+// d += a b for a tile of 16 x 8 numbers and a depth of 16, spread over the registers of a warp (drawing in part 5).
+__device__ inline void mma(float* d, const uint32_t* a, const uint32_t* b, __nv_bfloat16) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ inline void mma(float* d, const uint32_t* a, const uint32_t* b, __half) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// Start copying 16 bytes to shared memory, zeros if !valid; they are there after the wait for their group.
+__device__ inline void copy_async(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global), "r"(valid ? 16 : 0));
+}
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;"); }
+template <int N> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N)); }  // all but the last N groups are there
+
+// Two 16-bit numbers in one register: a - b, and from two floats.
+__device__ inline uint32_t minus(uint32_t a, uint32_t b, __nv_bfloat16) {
+  __nv_bfloat162 d = __hsub2(reinterpret_cast<__nv_bfloat162&>(a), reinterpret_cast<__nv_bfloat162&>(b));
+  return reinterpret_cast<uint32_t&>(d);
+}
+__device__ inline uint32_t minus(uint32_t a, uint32_t b, __half) {
+  __half2 d = __hsub2(reinterpret_cast<__half2&>(a), reinterpret_cast<__half2&>(b));
+  return reinterpret_cast<uint32_t&>(d);
+}
+__device__ inline uint32_t pair(float low, float high, __nv_bfloat16) {
+  __nv_bfloat162 p = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<uint32_t&>(p);
+}
+__device__ inline uint32_t pair(float low, float high, __half) {
+  __half2 p = __floats2half2_rn(low, high);
+  return reinterpret_cast<uint32_t&>(p);
+}
+
+template <class... P, class... Args>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t stream, Args... args) {
+  if (grid.x == 0 || grid.y == 0) return;
+  kernel<<<grid, block, 0, stream>>>(args...);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+#endif
+
+__host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__device__ inline float to_float(float v) { return v; }
+__device__ inline float to_float(__half v) { return __half2float(v); }
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+template <class T> __device__ T from_float(float v);
+template <> __device__ inline float from_float(float v) { return v; }
+template <> __device__ inline __half from_float(float v) { return __float2half(v); }
+template <> __device__ inline __nv_bfloat16 from_float(float v) { return __float2bfloat16(v); }
+
+// ============================================================================ 1. the format
+
+// W (rows, width): q in rows of row_bytes, a multiple of 16; s and o (rows, width / group). quant.py's pack() draws a word of int4.
+struct Matrix {
+  const uint8_t* q;
+  const __half* scale;
+  const __half* offset;
+  int rows, width, group, row_bytes;
+};
+
+template <int BITS> constexpr int IN_WORD = 32 / BITS;  // weights in a 32-bit word
+
+// W without its first rows, 65,535 rows at most: as far as the second dimension of a grid goes.
+inline Matrix rows_from(const Matrix& W, int first) {
+  size_t vectors = (size_t)first * (W.width / W.group);
+  return {W.q + (size_t)first * W.row_bytes, W.scale + vectors, W.offset + vectors, std::min(W.rows - first, 65535), W.width, W.group, W.row_bytes};
+}
+
+// Weight k of a word: an int8 byte, or four bits, of which the even weights fill the lower half of the word and the odd ones the upper.
+template <int BITS> __device__ int integer(uint32_t word, int k) {
+  if (BITS == 8) return (int8_t)(word >> 8 * k);
+  return (int)(word >> (16 * (k & 1) + 4 * (k >> 1)) & 15) - 8;
+}
+
+template <int BITS> __device__ uint32_t word_of(const Matrix& W, int row, int k) {
+  return ((const uint32_t*)(W.q + (size_t)row * W.row_bytes))[k / IN_WORD<BITS>];
+}
+
+__device__ inline float scale_of(const Matrix& W, int row, int k) { return __half2float(W.scale[(size_t)row * (W.width / W.group) + k / W.group]); }
+__device__ inline float offset_of(const Matrix& W, int row, int k) { return __half2float(W.offset[(size_t)row * (W.width / W.group) + k / W.group]); }
+
+// ============================================================================ 2. quantize
+
+// s and o from the smallest and largest number of a vector, exactly as quant.py's scale_and_offset.
+template <int BITS> __device__ void store_scale(float low, float high, __half* scale, __half* offset) {
+  __half s = __float2half(fmaxf((high - low) / ((1 << BITS) - 1), 1.0f / (1 << 24)));
+  *scale = s;
+  *offset = __float2half(low + (1 << (BITS - 1)) * __half2float(s));
+}
+
+// Naive: a thread to each vector. Neighbouring threads read numbers that are a whole vector apart, so of every 32 bytes
+// that memory hands over, a thread uses two and comes back for the rest later.
+template <class T, int BITS> __global__ void find_scales_naive(const T* w, int vectors, int group, __half* scale, __half* offset) {
+  int v = blockIdx.x * blockDim.x + threadIdx.x;
+  if (v >= vectors) return;
+  float low = INFINITY, high = -INFINITY;
+  for (int k = 0; k < group; k++) {
+    float value = to_float(w[(size_t)v * group + k]);
+    low = fminf(low, value);
+    high = fmaxf(high, value);
+  }
+  store_scale<BITS>(low, high, scale + v, offset + v);
+}
+
+// A warp to each vector: 32 lanes read 32 neighbours, which memory hands over at once, and find the extremes of their extremes by shuffles.
+template <class T, int BITS> __global__ void find_scales(const T* w, int vectors, int group, __half* scale, __half* offset) {
+  int v = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+  if (v >= vectors) return;  // a whole warp leaves
+  float low = INFINITY, high = -INFINITY;
+  for (int k = lane; k < group; k += 32) {
+    float value = to_float(w[(size_t)v * group + k]);
+    low = fminf(low, value);
+    high = fmaxf(high, value);
+  }
+  for (int step = 16; step > 0; step /= 2) {
+    low = fminf(low, __shfl_xor_sync(0xffffffff, low, step));
+    high = fmaxf(high, __shfl_xor_sync(0xffffffff, high, step));
+  }
+  if (lane == 0) store_scale<BITS>(low, high, scale + v, offset + v);
+}
+
+// q = round((w - o) / s), a thread to each word of q, so that no two threads write into one byte.
+template <class T, int BITS> __global__ void encode(const T* w, Matrix W, uint32_t* q) {
+  int words = W.row_bytes / 4, row = blockIdx.y, i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= words) return;
+  uint32_t word = 0;
+  for (int j = 0; j < IN_WORD<BITS>; j++) {
+    int k = i * IN_WORD<BITS> + j, integer = 0;
+    if (k < W.width) {
+      float value = rintf((to_float(w[(size_t)row * W.width + k]) - offset_of(W, row, k)) / scale_of(W, row, k));
+      integer = (int)fminf(fmaxf(value, -(1 << (BITS - 1))), (1 << (BITS - 1)) - 1);
+    }
+    word |= BITS == 8 ? (uint32_t)(uint8_t)integer << 8 * j : (uint32_t)(integer + 8) << (16 * (j & 1) + 4 * (j >> 1));
+  }
+  q[(size_t)row * words + i] = word;
+}
+
+// ============================================================================ 3. dequantize
+
+// Naive: a thread to each weight. Four or eight threads read the same word, and each writes two bytes.
+template <class T, int BITS> __global__ void dequantize_naive(Matrix W, T* out) {
+  int k = blockIdx.x * blockDim.x + threadIdx.x, row = blockIdx.y;
+  if (k >= W.width) return;
+  int q = integer<BITS>(word_of<BITS>(W, row, k), k % IN_WORD<BITS>);
+  out[(size_t)row * W.width + k] = from_float<T>(scale_of(W, row, k) * q + offset_of(W, row, k));
+}
+
+// A thread to each word: the word is read once, s and o too where the word lies in one vector, and 8 or 16 bytes are written together.
+template <class T, int BITS> __global__ void dequantize(Matrix W, T* out) {
+  constexpr int n = IN_WORD<BITS>;
+  int k = (blockIdx.x * blockDim.x + threadIdx.x) * n, row = blockIdx.y;
+  if (k >= W.width) return;
+  uint32_t word = word_of<BITS>(W, row, k);
+  bool one_vector = W.group % n == 0 || W.group == W.width;
+  float s = scale_of(W, row, k), o = offset_of(W, row, k);
+  struct alignas(n * sizeof(T) > 16 ? 16 : n * sizeof(T)) { T value[n]; } values;
+  for (int j = 0; j < n && k + j < W.width; j++) {
+    if (!one_vector) s = scale_of(W, row, k + j), o = offset_of(W, row, k + j);
+    values.value[j] = from_float<T>(s * integer<BITS>(word, j) + o);
+  }
+  T* to = out + (size_t)row * W.width + k;
+  if (W.width % n == 0) *(decltype(values)*)to = values;
+  else for (int j = 0; j < n && k + j < W.width; j++) to[j] = values.value[j];
+}
+
+// ============================================================================ 4. y = x W^T, plainly
+
+// Naive: a thread to each number of y. The 32 threads of a warp walk down 32 rows of W side by side: each reads its own line of memory.
+template <class T, int BITS> __global__ void product_naive(const T* x, Matrix W, T* y) {
+  int n = blockIdx.x * blockDim.x + threadIdx.x, m = blockIdx.y;
+  if (n >= W.rows) return;
+  float sum = 0;
+  for (int k = 0; k < W.width; k++) {
+    int q = integer<BITS>(word_of<BITS>(W, n, k), k % IN_WORD<BITS>);
+    sum += to_float(x[(size_t)m * W.width + k]) * (scale_of(W, n, k) * q + offset_of(W, n, k));
+  }
+  y[(size_t)m * W.rows + n] = from_float<T>(sum);
+}
+
+// A warp to each row of W, which reads 32 neighbouring words at a time: 128 bytes, the line that memory hands over anyway. And each
+// weight is unpacked once for 16 rows of x. This one takes groups of any length; the faster ones want multiples of 16.
+template <class T, int BITS> __global__ void product_warp(const T* x, int M, Matrix W, T* y) {
+  int n = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32, first = blockIdx.y * 16;
+  if (n >= W.rows) return;  // a whole warp leaves
+  float sum[16] = {};
+  for (int k = lane * IN_WORD<BITS>; k < W.width; k += 32 * IN_WORD<BITS>) {
+    uint32_t word = word_of<BITS>(W, n, k);
+    for (int j = 0; j < IN_WORD<BITS> && k + j < W.width; j++) {
+      float weight = scale_of(W, n, k + j) * integer<BITS>(word, j) + offset_of(W, n, k + j);
+#pragma unroll
+      for (int m = 0; m < 16; m++)
+        if (first + m < M) sum[m] += to_float(x[(size_t)(first + m) * W.width + k + j]) * weight;
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < 16; m++) {
+    for (int step = 16; step > 0; step /= 2) sum[m] += __shfl_xor_sync(0xffffffff, sum[m], step);
+    if (lane == 0 && first + m < M) y[(size_t)(first + m) * W.rows + n] = from_float<T>(sum[m]);
+  }
+}
+
+// ============================================================================ 5. y = x W^T for up to 16 rows of x
+//
+// Now the time should be that of reading W once. At 3 TB/s an H100 reads 6e12 int4 a second, and has about four instructions for each: the
+// kernel above spends twenty. Three things bring that down.
+//
+// Tensor cores. One mma instruction multiplies 16 rows of W by 8 rows of x over a depth of 16. Lane 4 g + t of the warp holds
+//
+//     a, of W               depth 2t, 2t+1   2t+8, 2t+9       b, of x          row g of x       d, of y       x row 2t   2t+1
+//     row g of W                 a[0]           a[2]          depth 2t, 2t+1       b[0]         W row g          d[0]    d[1]
+//     row g + 8                  a[1]           a[3]          depth 2t+8, 2t+9     b[1]         W row g + 8      d[2]    d[3]
+//
+// The order along the depth is free, as long as W and x agree on it. So each lane takes weights that lie side by side in memory, up to 16 bytes
+// in one load, and the x at the same places. Nothing goes through shared memory, and no lane needs another's weights.
+//
+// Cheap unpacking. A bfloat16 of 128..255 has steps of 1, so the four bits u of an int4, put into the lowest bits of 0x4300 (128), are the
+// number 128 + u: (word >> 4 i & 0x000f000f) | 0x43004300 makes two at a time, and one subtraction of 136 turns them into q. For half it is
+// 0x6400 (1024). An int8 goes through the same trick with float: 0x4b000000 is 8388608, where steps are 1.
+//
+// s and o stay out of it: y = s (q x) + o sum(x). The sum over x comes from the tensor cores too, as a product with ones. Where a row has
+// groups, d is scaled and added up at the end of each.
+//
+// A block has 16 rows of W and 8 warps; the warps share the depth, so that even W^O of 4096 x 4096 makes 256 blocks x 8 warps, each with
+// several loads on the way: at 3 TB/s and 600 ns from request to data, 1.8 MB must be under way at any time, 14 kB on each multiprocessor.
+
+constexpr int WARPS = 8, LOADS = 4;  // warps of a block; loads of a lane that are under way for each of its two rows
+
+template <class T> struct Constants;
+template <> struct Constants<__nv_bfloat16> { static constexpr uint32_t MAGIC = 0x43004300, MAGIC_8 = 0x43084308, ONES = 0x3f803f80; };
+template <> struct Constants<__half> { static constexpr uint32_t MAGIC = 0x64006400, MAGIC_8 = 0x64086408, ONES = 0x3c003c00; };
+
+// One word -> its weights in order, two to a register: 2 registers of int8 or 4 of int4.
+template <class T, int BITS> __device__ void unpack(uint32_t word, uint32_t* pairs) {
+  if (BITS == 4) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) pairs[i] = minus((word >> 4 * i & 0x000f000f) | Constants<T>::MAGIC, Constants<T>::MAGIC_8, T());
+  } else {
+    word ^= 0x80808080;  // -128..127 -> 0..255
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      float low = __uint_as_float(__byte_perm(word, 0x4b000000, 0x7650 + 2 * i)) - 8388736.0f;
+      float high = __uint_as_float(__byte_perm(word, 0x4b000000, 0x7651 + 2 * i)) - 8388736.0f;
+      pairs[i] = pair(low, high, T());
+    }
+  }
+}
+
+template <int WORDS> struct alignas(4 * WORDS) Words { uint32_t word[WORDS]; };
+
+// x[k .. k + n) of a row of K numbers, two to a register, zeros where the row has ended.
+template <class T, int n> __device__ void load_x(uint32_t* registers, const T* row, int k, int K, bool aligned) {
+  if (aligned && k < K) {
+    *(Words<n / 2>*)registers = *(const Words<n / 2>*)(row + k);
+  } else {
+#pragma unroll
+    for (int i = 0; i < n / 2; i++) {
+      int at = k + 2 * i;
+      registers[i] = pair(at < K ? to_float(row[at]) : 0.0f, at + 1 < K ? to_float(row[at + 1]) : 0.0f, T());
+    }
+  }
+}
+
+// The work of a block: 16 rows of W from `first` on times M <= 8 TILES rows of x. Leaves the sum of each warp's share in part[warp][x row][W row].
+// A lane loads WORDS words at a time; 4 lanes make a chunk, which must lie in one group. before_x is called when the first weights are on their way.
+template <class T, int BITS, int WORDS, int TILES, class Wait>
+__device__ void multiply_16_rows(const T* x, int M, const Matrix& W, int first, float (*part)[8 * TILES][16], Wait before_x) {
+  constexpr int n = IN_WORD<BITS>, LANE_BYTES = 4 * WORDS, CHUNK = 4 * WORDS * n;
+  int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, K = W.width, chunks = ceil_div(K, CHUNK);
+  bool aligned = K % n == 0 && (size_t)x % 16 == 0, whole_rows = W.group == K;
+  int row[2] = {min(first + g, W.rows - 1), min(first + g + 8, W.rows - 1)};  // beyond the last row: its weights again, never stored
+  const uint32_t ones[4] = {Constants<T>::ONES, Constants<T>::ONES, Constants<T>::ONES, Constants<T>::ONES};
+  float y[TILES][4] = {}, d[TILES][4] = {}, sum_x[TILES][4] = {};
+
+  auto scale_and_add = [&](int k) {  // y += s d + o sum(x), and start over
+    for (int half = 0; half < 2; half++) {
+      float s = scale_of(W, row[half], k), o = offset_of(W, row[half], k);
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++)
+        for (int i = 2 * half; i < 2 * half + 2; i++) {
+          y[tile][i] += s * d[tile][i] + o * sum_x[tile][i];
+          d[tile][i] = sum_x[tile][i] = 0;
+        }
+    }
+  };
+
+  for (int chunk = warp; chunk < chunks || chunk == warp; chunk += WARPS * LOADS) {  // every warp comes by once, for before_x
+    Words<WORDS> words[LOADS][2] = {};
+#pragma unroll
+    for (int i = 0; i < LOADS; i++)
+      for (int half = 0; half < 2; half++) {
+        int byte = ((chunk + i * WARPS) * 4 + t) * LANE_BYTES;
+        if (byte < W.row_bytes) words[i][half] = *(const Words<WORDS>*)(W.q + (size_t)row[half] * W.row_bytes + byte);
+      }
+    if (chunk == warp) before_x();
+#pragma unroll
+    for (int i = 0; i < LOADS; i++) {
+      int k = (chunk + i * WARPS) * CHUNK;
+      if (k >= K) break;  // the same for the whole warp
+#pragma unroll
+      for (int w = 0; w < WORDS; w++) {
+        alignas(16) uint32_t weights[2][n / 2], xs[TILES][n / 2];
+        unpack<T, BITS>(words[i][0].word[w], weights[0]);
+        unpack<T, BITS>(words[i][1].word[w], weights[1]);
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+          int m = 8 * tile + g;
+          load_x<T, n>(xs[tile], x + (size_t)m * K, k + (t * WORDS + w) * n, m < M ? K : 0, aligned);
+#pragma unroll
+          for (int j = 0; j < n / 2; j += 2) {
+            uint32_t a[4] = {weights[0][j], weights[1][j], weights[0][j + 1], weights[1][j + 1]};
+            mma(d[tile], a, xs[tile] + j, T());
+            mma(sum_x[tile], ones, xs[tile] + j, T());
+          }
+        }
+      }
+      if (!whole_rows) scale_and_add(k);
+    }
+  }
+  if (whole_rows) scale_and_add(0);
+  for (int tile = 0; tile < TILES; tile++)
+    for (int i = 0; i < 4; i++) part[warp][8 * tile + 2 * t + i % 2][g + i / 2 * 8] = y[tile][i];
+  __syncthreads();
+}
+
+// Number i of the block's 16 x 8 TILES, from the shares of its warps.
+template <int TILES> __device__ float add_parts(float (*part)[8 * TILES][16], int i) {
+  float sum = 0;
+  for (int warp = 0; warp < WARPS; warp++) sum += part[warp][i / 16][i % 16];
+  return sum;
+}
+
+template <class T, int BITS, int WORDS, int TILES> __global__ void __launch_bounds__(32 * WARPS) matvec(const T* x, int M, Matrix W, T* y) {
+  __shared__ float part[WARPS][8 * TILES][16];
+  int first = blockIdx.x * 16;
+  multiply_16_rows<T, BITS, WORDS, TILES>(x, M, W, first, part, [] {});
+  int i = threadIdx.x, m = i / 16, row = first + i % 16;
+  if (m < M && m < 8 * TILES && row < W.rows) y[(size_t)m * W.rows + row] = from_float<T>(add_parts<TILES>(part, i));
+}
+
+// ============================================================================ 6. y = B (A x), and y = W x + scale B (A x), in one launch
+//
+// Plainly these are two or three launches of the kernels above. A pair of 4096 x 512 factors at int4 takes 0.7 us to read and a launch takes about
+// 2 us, so the second product has to begin inside the first one's launch, when all of h = A x is there. A block takes a ticket when it starts:
+// the first tickets compute h, the later ones y. Whoever needs h waits until it is complete. This can't hang, however few blocks fit on the GPU,
+// as h's tickets were all handed out before. And the waiting blocks have already asked for their share of B, so memory never rests.
+
+struct Counters { int ticket, done, finished; };  // all 0 between launches: the last block to finish sets them back
+
+__device__ inline int take_ticket(Counters* c) {
+  __shared__ int ticket;
+  if (threadIdx.x == 0) ticket = atomicAdd(&c->ticket, 1);
+  __syncthreads();
+  return ticket;
+}
+__device__ inline void report_done(Counters* c) {
+  __threadfence();  // what this thread wrote is seen by all before the count is
+  __syncthreads();
+  if (threadIdx.x == 0) atomicAdd(&c->done, 1);
+}
+__device__ inline void wait_until_done(Counters* c, int count) {
+  if (threadIdx.x == 0) {
+    while (atomicAdd(&c->done, 0) < count) {}
+    __threadfence();  // what is read from here on is not older than the count
+  }
+  __syncthreads();
+}
+__device__ inline void leave(Counters* c) {
+  if (threadIdx.x == 0 && atomicAdd(&c->finished, 1) == (int)gridDim.x - 1) c->ticket = c->done = c->finished = 0;
+}
+
+// h (M, r) is scratch. WORDS must suit the groups of both factors.
+template <class T, int BITS, int WORDS, int TILES>
+__global__ void __launch_bounds__(32 * WARPS) lowrank(const T* x, int M, Matrix A, Matrix B, T* h, T* y, Counters* counters) {
+  __shared__ float part[WARPS][8 * TILES][16];
+  int tiles_of_h = ceil_div(A.rows, 16), ticket = take_ticket(counters), i = threadIdx.x, m = i / 16;
+  bool makes_h = ticket < tiles_of_h;
+  Matrix W = makes_h ? A : B;
+  int first = 16 * (makes_h ? ticket : ticket - tiles_of_h), row = first + i % 16;
+  multiply_16_rows<T, BITS, WORDS, TILES>(makes_h ? x : h, M, W, first, part, [&] { if (!makes_h) wait_until_done(counters, tiles_of_h); });
+  T* to = makes_h ? h : y;
+  if (m < M && m < 8 * TILES && row < W.rows) to[(size_t)m * W.rows + row] = from_float<T>(add_parts<TILES>(part, i));
+  if (makes_h) report_done(counters);
+  leave(counters);
+}
+
+// A (r, K) and B (N, r) of the adapter in T; h (M, r) is scratch, in float.
+template <class T, int BITS, int WORDS, int TILES>
+__global__ void __launch_bounds__(32 * WARPS)
+lora(const T* x, int M, Matrix W, const T* A, const T* B, int r, float scale, float* h, T* y, Counters* counters) {
+  __shared__ float part[WARPS][8 * TILES][16];
+  int tiles_of_h = ceil_div(r, WARPS), ticket = take_ticket(counters), K = W.width;
+  if (ticket < tiles_of_h) {  // a warp to each row of A
+    int j = ticket * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int m = 0; m < M && j < r; m++) {
+      float sum = 0;
+      for (int k = lane; k < K; k += 32) sum += to_float(A[(size_t)j * K + k]) * to_float(x[(size_t)m * K + k]);
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+      if (lane == 0) h[m * r + j] = sum;
+    }
+    report_done(counters);
+  } else {
+    int first = 16 * (ticket - tiles_of_h), i = threadIdx.x, m = i / 16, row = first + i % 16;
+    multiply_16_rows<T, BITS, WORDS, TILES>(x, M, W, first, part, [] {});
+    wait_until_done(counters, tiles_of_h);  // long since: h is a small part of the work
+    if (m < M && m < 8 * TILES && row < W.rows) {
+      float sum = 0;
+      for (int j = 0; j < r; j++) sum += to_float(B[(size_t)row * r + j]) * h[m * r + j];
+      y[(size_t)m * W.rows + row] = from_float<T>(add_parts<TILES>(part, i) + scale * sum);
+    }
+  }
+  leave(counters);
+}
+
+// ============================================================================ 7. y = x W^T for more rows of x
+//
+// With more rows each weight is used more often than a register can serve. A block computes 64 rows of W times 64 rows of x, and goes along
+// the depth in steps of 64, through shared memory, where each number is read by two warps. The copies of the steps to come run while the
+// tensor cores work (cp.async): STAGES buffers in a ring, of which one is worked on and the others are being filled.
+//
+//     step          0        1        2        3
+//     buffer 0    work     fill 3     .      work
+//     buffer 1    arrived  work     fill 4     .
+//     buffer 2    on its   arrived  work     fill 5
+//                 way
+//
+// The four warps take quarters, 32 x 32. A lane's weights lie side by side again: depth 16 t .. 16 t + 15 of a step, 16 bytes of int8 or 8 of int4.
+
+constexpr int TILE = 64, STEP = 64, X_STRIDE = STEP + 8;  // 16 bytes more a row of x: then the lanes of a load hit different banks
+
+template <class T, int BITS> __global__ void __launch_bounds__(128) matmul(const T* x, int M, Matrix W, T* y) {
+  constexpr int STAGES = BITS == 8 ? 3 : 4, ROW = STEP * BITS / 8, n = IN_WORD<BITS>;
+  alignas(16) __shared__ T xs[STAGES][TILE][X_STRIDE];
+  alignas(16) __shared__ uint8_t ws[STAGES][TILE][ROW];
+  int K = W.width, steps = ceil_div(K, STEP), first_row = blockIdx.x * TILE, first_m = blockIdx.y * TILE;
+  int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp_row = warp % 2 * 32, warp_m = warp / 2 * 32;
+  bool aligned = K % 8 == 0 && (size_t)x % 16 == 0;
+
+  auto fill = [&](int step) {  // always ends a group of copies, an empty one after the last step: then waiting is the same for all
+    int stage = step % STAGES;
+    for (int i = threadIdx.x; i < TILE * ROW / 16 && step < steps; i += 128) {
+      int row = i / (ROW / 16), byte = i % (ROW / 16) * 16, from = step * ROW + byte;
+      bool valid = first_row + row < W.rows && from < W.row_bytes;
+      copy_async(&ws[stage][row][byte], valid ? W.q + (size_t)(first_row + row) * W.row_bytes + from : W.q, valid);
+    }
+    for (int i = threadIdx.x; i < TILE * STEP / 8 && step < steps; i += 128) {
+      int m = i / (STEP / 8), k = i % (STEP / 8) * 8, from = step * STEP + k;
+      bool valid = first_m + m < M && from < K;
+      const T* row = x + (size_t)(valid ? first_m + m : 0) * K;
+      if (aligned) copy_async(&xs[stage][m][k], valid ? row + from : x, valid);
+      else for (int j = 0; j < 8; j++) xs[stage][m][k + j] = valid && from + j < K ? row[from + j] : from_float<T>(0);
+    }
+    copy_commit();
+  };
+
+  const uint32_t ones[4] = {Constants<T>::ONES, Constants<T>::ONES, Constants<T>::ONES, Constants<T>::ONES};
+  float out[2][4][4] = {}, d[2][4][4] = {}, sum_x[4][4] = {};  // 2 tiles of 16 rows of W, 4 tiles of 8 rows of x
+  for (int step = 0; step < STAGES - 1; step++) fill(step);
+  for (int step = 0; step < steps; step++) {
+    copy_wait<STAGES - 2>();
+    __syncthreads();  // this step has arrived for all, and all are done with the buffer that is filled next
+    fill(step + STAGES - 1);
+    int stage = step % STAGES;
+    uint32_t weights[2][2][8];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      for (int half = 0; half < 2; half++) {
+        auto words = *(const Words<16 / n>*)&ws[stage][warp_row + 16 * i + 8 * half + g][t * ROW / 4];
+#pragma unroll
+        for (int w = 0; w < 16 / n; w++) unpack<T, BITS>(words.word[w], weights[i][half] + w * n / 2);
+      }
+#pragma unroll
+    for (int tile = 0; tile < 4; tile++) {
+      const T* from = &xs[stage][warp_m + 8 * tile + g][16 * t];
+      alignas(16) uint32_t b[8];
+      *(Words<4>*)b = *(const Words<4>*)from;
+      *(Words<4>*)(b + 4) = *(const Words<4>*)(from + 8);
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        mma(sum_x[tile], ones, b + j, T());
+        for (int i = 0; i < 2; i++) {
+          uint32_t a[4] = {weights[i][0][j], weights[i][1][j], weights[i][0][j + 1], weights[i][1][j + 1]};
+          mma(d[i][tile], a, b + j, T());
+        }
+      }
+    }
+    if ((step + 1) * STEP % W.group == 0 || step == steps - 1) {  // the end of a group: out += s d + o sum(x)
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        for (int half = 0; half < 2; half++) {
+          int row = min(first_row + warp_row + 16 * i + 8 * half + g, W.rows - 1);
+          float s = scale_of(W, row, step * STEP), o = offset_of(W, row, step * STEP);
+          for (int tile = 0; tile < 4; tile++)
+            for (int c = 2 * half; c < 2 * half + 2; c++) {
+              out[i][tile][c] += s * d[i][tile][c] + o * sum_x[tile][c];
+              d[i][tile][c] = 0;
+            }
+        }
+      for (int tile = 0; tile < 4; tile++)
+        for (int c = 0; c < 4; c++) sum_x[tile][c] = 0;
+    }
+  }
+  for (int i = 0; i < 2; i++)
+    for (int tile = 0; tile < 4; tile++)
+      for (int c = 0; c < 4; c++) {
+        int row = first_row + warp_row + 16 * i + 8 * (c / 2) + g, m = first_m + warp_m + 8 * tile + 2 * t + c % 2;
+        if (row < W.rows && m < M) y[(size_t)m * W.rows + row] = from_float<T>(out[i][tile][c]);
+      }
+}
+
+// ============================================================================ 8. g W, the gradient of x: g (M, N) -> (M, K)
+
+// Naive: a thread to each number.
+template <class T, int BITS> __global__ void matmul_back_naive(const T* g, Matrix W, T* out) {
+  int k = blockIdx.x * blockDim.x + threadIdx.x, m = blockIdx.y;
+  if (k >= W.width) return;
+  float sum = 0;
+  for (int row = 0; row < W.rows; row++) {
+    int q = integer<BITS>(word_of<BITS>(W, row, k), k % IN_WORD<BITS>);
+    sum += to_float(g[(size_t)m * W.rows + row]) * (scale_of(W, row, k) * q + offset_of(W, row, k));
+  }
+  out[(size_t)m * W.width + k] = from_float<T>(sum);
+}
+
+// Now the depth runs along the rows of W, and s changes from row to row, so it can't be taken out of the product: a tile of W is dequantized to T
+// and turned on its way into shared memory, once for 64 rows of g. The integers of the next tile are on their way to registers meanwhile.
+template <class T, int BITS> __global__ void __launch_bounds__(128) matmul_back(const T* gradient, int M, Matrix W, T* out) {
+  constexpr int DEPTH = 32, STRIDE = DEPTH + 8, n = IN_WORD<BITS>, PER_THREAD = DEPTH * TILE / n / 128;
+  alignas(16) __shared__ T ws[TILE][STRIDE], gs[TILE][STRIDE];  // W turned: (k, row); g: (m, row)
+  int N = W.rows, first_k = blockIdx.x * TILE, first_m = blockIdx.y * TILE;
+  int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp_k = warp % 2 * 32, warp_m = warp / 2 * 32;
+  float d[2][4][4] = {};
+  uint32_t words[PER_THREAD];
+  T numbers[DEPTH * TILE / 128];
+
+  auto load = [&](int first_row) {
+    for (int i = 0; i < PER_THREAD; i++) {
+      int at = threadIdx.x + 128 * i, row = first_row + at / (TILE / n), k = first_k + at % (TILE / n) * n;
+      words[i] = row < N && k < W.width ? word_of<BITS>(W, row, k) : 0;
+    }
+    for (int i = 0; i < DEPTH * TILE / 128; i++) {
+      int at = threadIdx.x + 128 * i, m = first_m + at / DEPTH, row = first_row + at % DEPTH;
+      numbers[i] = m < M && row < N ? gradient[(size_t)m * N + row] : from_float<T>(0);
+    }
+  };
+  auto store = [&](int first_row) {
+    for (int i = 0; i < PER_THREAD; i++) {
+      int at = threadIdx.x + 128 * i, row = at / (TILE / n), k = at % (TILE / n) * n;
+      for (int j = 0; j < n; j++) {
+        bool valid = first_row + row < N && first_k + k + j < W.width;
+        float weight = 0;
+        if (valid)
+          weight = scale_of(W, first_row + row, first_k + k + j) * integer<BITS>(words[i], j) + offset_of(W, first_row + row, first_k + k + j);
+        ws[k + j][row] = from_float<T>(weight);
+      }
+    }
+    for (int i = 0; i < DEPTH * TILE / 128; i++) {
+      int at = threadIdx.x + 128 * i;
+      gs[at / DEPTH][at % DEPTH] = numbers[i];
+    }
+  };
+
+  load(0);
+  for (int first_row = 0; first_row < N; first_row += DEPTH) {
+    __syncthreads();  // all are done with the tile before
+    store(first_row);
+    __syncthreads();
+    if (first_row + DEPTH < N) load(first_row + DEPTH);
+#pragma unroll
+    for (int depth = 0; depth < DEPTH; depth += 16) {
+      uint32_t a[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        for (int j = 0; j < 4; j++) a[i][j] = *(const uint32_t*)&ws[warp_k + 16 * i + 8 * (j % 2) + g][depth + 8 * (j / 2) + 2 * t];
+#pragma unroll
+      for (int tile = 0; tile < 4; tile++) {
+        uint32_t b[2];
+        for (int j = 0; j < 2; j++) b[j] = *(const uint32_t*)&gs[warp_m + 8 * tile + g][depth + 8 * j + 2 * t];
+        for (int i = 0; i < 2; i++) mma(d[i][tile], a[i], b, T());
+      }
+    }
+  }
+  for (int i = 0; i < 2; i++)
+    for (int tile = 0; tile < 4; tile++)
+      for (int c = 0; c < 4; c++) {
+        int k = first_k + warp_k + 16 * i + 8 * (c / 2) + g, m = first_m + warp_m + 8 * tile + 2 * t + c % 2;
+        if (k < W.width && m < M) out[(size_t)m * W.width + k] = from_float<T>(d[i][tile][c]);
+      }
+}
+
+// ============================================================================ 9. what Python calls
+//
+// First in plain C, with types and forms as numbers: so the tests can call it on a CPU too. Each function picks the kernel for its arguments.
+
+enum Type { BFLOAT16, HALF, FLOAT };
+enum Step { NAIVE, WARP, FAST };  // how far down this file
+struct Form { Matrix W; int bits; };
+
+// call(T(), integral_constant<BITS>)
+template <class F> void with_type(int type, int bits, F call) {
+  using eight = std::integral_constant<int, 8>;
+  using four = std::integral_constant<int, 4>;
+  if (type == BFLOAT16) bits == 8 ? call(__nv_bfloat16(), eight()) : call(__nv_bfloat16(), four());
+  else bits == 8 ? call(__half(), eight()) : call(__half(), four());
+}
+template <class F> void with_any_type(int type, int bits, F call) {
+  if (type != FLOAT) return with_type(type, bits, call);
+  bits == 8 ? call(float(), std::integral_constant<int, 8>()) : call(float(), std::integral_constant<int, 4>());
+}
+
+// Words that a lane of multiply_16_rows may load at a time, so that four lanes stay in one group; 0 if even one word each is too much.
+inline int words_for(const Form& f) {
+  int words = 4;
+  while (words && f.W.group != f.W.width && f.W.group % (4 * words * 32 / f.bits)) words /= 2;
+  return words;
+}
+// call(integral_constant<WORDS>, integral_constant<TILES>)
+template <class F> void with_words(int words, int M, F call) {
+  auto with_tiles = [&](auto w) {
+    if (M <= 8) call(w, std::integral_constant<int, 1>());
+    else call(w, std::integral_constant<int, 2>());
+  };
+  if (words == 4) with_tiles(std::integral_constant<int, 4>());
+  else if (words == 2) with_tiles(std::integral_constant<int, 2>());
+  else with_tiles(std::integral_constant<int, 1>());
+}
+
+extern "C" {
+
+void run_quantize(int type, const void* w, Form f, int step, cudaStream_t stream) {
+  with_any_type(type, f.bits, [&](auto t, auto bits) {
+    using T = decltype(t);
+    constexpr int BITS = decltype(bits)::value;
+    int vectors = f.W.rows * (f.W.width / f.W.group), words = f.W.row_bytes / 4;
+    auto scale = (__half*)f.W.scale, offset = (__half*)f.W.offset;
+    if (step == NAIVE) launch(find_scales_naive<T, BITS>, ceil_div(vectors, 128), 128, stream, (const T*)w, vectors, f.W.group, scale, offset);
+    else launch(find_scales<T, BITS>, ceil_div(vectors, 4), 128, stream, (const T*)w, vectors, f.W.group, scale, offset);
+    for (int row = 0; row < f.W.rows; row += 65535) {
+      Matrix part = rows_from(f.W, row);
+      launch(encode<T, BITS>, dim3(ceil_div(words, 128), part.rows), 128, stream, (const T*)w + (size_t)row * f.W.width, part, (uint32_t*)part.q);
+    }
+  });
+}
+
+void run_dequantize(int type, Form f, void* out, int step, cudaStream_t stream) {
+  with_any_type(type, f.bits, [&](auto t, auto bits) {
+    using T = decltype(t);
+    constexpr int BITS = decltype(bits)::value;
+    int threads = step == NAIVE ? f.W.width : ceil_div(f.W.width, IN_WORD<BITS>);
+    for (int row = 0; row < f.W.rows; row += 65535) {
+      Matrix part = rows_from(f.W, row);
+      launch(step == NAIVE ? dequantize_naive<T, BITS> : dequantize<T, BITS>, dim3(ceil_div(threads, 128), part.rows), 128, stream, part,
+             (T*)out + (size_t)row * f.W.width);
+    }
+  });
+}
+
+void run_product(int type, const void* x, int M, Form f, void* y, int step, cudaStream_t stream) {
+  with_type(type, f.bits, [&](auto t, auto bits) {
+    using T = decltype(t);
+    constexpr int BITS = decltype(bits)::value;
+    int words = words_for(f);
+    auto X = (const T*)x;
+    auto Y = (T*)y;
+    if (step == NAIVE) launch(product_naive<T, BITS>, dim3(ceil_div(f.W.rows, 128), M), 128, stream, X, f.W, Y);
+    else if (step == FAST && M <= 16 && words)
+      with_words(words, M, [&](auto w, auto tiles) {
+        launch(matvec<T, BITS, decltype(w)::value, decltype(tiles)::value>, ceil_div(f.W.rows, 16), 32 * WARPS, stream, X, M, f.W, Y);
+      });
+    else if (step == FAST && M > 16 && (f.W.group == f.W.width || f.W.group % STEP == 0))
+      launch(matmul<T, BITS>, dim3(ceil_div(f.W.rows, TILE), ceil_div(M, TILE)), 128, stream, X, M, f.W, Y);
+    else launch(product_warp<T, BITS>, dim3(ceil_div(f.W.rows, 4), ceil_div(M, 16)), 128, stream, X, M, f.W, Y);
+  });
+}
+
+void run_lowrank(int type, const void* x, int M, Form a, Form b, void* h, void* y, void* counters, cudaStream_t stream) {
+  with_type(type, a.bits, [&](auto t, auto bits) {
+    using T = decltype(t);
+    constexpr int BITS = decltype(bits)::value;
+    with_words(std::min(words_for(a), words_for(b)), M, [&](auto w, auto tiles) {
+      launch(lowrank<T, BITS, decltype(w)::value, decltype(tiles)::value>, ceil_div(a.W.rows, 16) + ceil_div(b.W.rows, 16), 32 * WARPS, stream,
+             (const T*)x, M, a.W, b.W, (T*)h, (T*)y, (Counters*)counters);
+    });
+  });
+}
+
+void run_lora(int type, const void* x, int M, Form f, const void* A, const void* B, int r, float scale, void* h, void* y, void* counters,
+              cudaStream_t stream) {
+  with_type(type, f.bits, [&](auto t, auto bits) {
+    using T = decltype(t);
+    constexpr int BITS = decltype(bits)::value;
+    with_words(words_for(f), M, [&](auto w, auto tiles) {
+      launch(lora<T, BITS, decltype(w)::value, decltype(tiles)::value>, ceil_div(r, WARPS) + ceil_div(f.W.rows, 16), 32 * WARPS, stream,
+             (const T*)x, M, f.W, (const T*)A, (const T*)B, r, scale, (float*)h, (T*)y, (Counters*)counters);
+    });
+  });
+}
+
+void run_matmul_back(int type, const void* g, int M, Form f, void* out, int step, cudaStream_t stream) {
+  with_type(type, f.bits, [&](auto t, auto bits) {
+    using T = decltype(t);
+    constexpr int BITS = decltype(bits)::value;
+    if (step == NAIVE) launch(matmul_back_naive<T, BITS>, dim3(ceil_div(f.W.width, 128), M), 128, stream, (const T*)g, f.W, (T*)out);
+    else launch(matmul_back<T, BITS>, dim3(ceil_div(f.W.width, TILE), ceil_div(M, TILE)), 128, stream, (const T*)g, M, f.W, (T*)out);
+  });
+}
+
+}  // extern "C"
+
+#ifndef CUDA_ON_CPU  // ---- and with tensors, every argument checked
+
+int type_of(const torch::Tensor& t, const char* name, bool or_float = false) {
+  TORCH_CHECK(t.is_cuda(), name, " must be on a GPU, it is on ", t.device());
+  TORCH_CHECK(t.dim() == 2 && t.is_contiguous(), name, " must be contiguous with 2 dimensions, it has shape ", t.sizes(), " and strides ",
+              t.strides());
+  if (t.scalar_type() == torch::kBFloat16) return BFLOAT16;
+  if (t.scalar_type() == torch::kHalf) return HALF;
+  TORCH_CHECK(or_float && t.scalar_type() == torch::kFloat, name, " must be bfloat16 or float16", or_float ? " or float32" : "", ", it is ",
+              t.scalar_type());
+  return FLOAT;
+}
+
+Form form_of(const torch::Tensor& q, const torch::Tensor& scale, const torch::Tensor& offset, int64_t width, const torch::Device& device) {
+  TORCH_CHECK(q.scalar_type() == torch::kChar || q.scalar_type() == torch::kByte, "q must be int8 (8 bit) or uint8 (4 bit), it is ", q.scalar_type());
+  int bits = q.scalar_type() == torch::kChar ? 8 : 4;
+  for (auto& [t, name] : {std::pair{&q, "q"}, std::pair{&scale, "scale"}, std::pair{&offset, "offset"}}) {
+    TORCH_CHECK(t->device() == device, name, " must be on ", device, ", it is on ", t->device());
+    TORCH_CHECK(t->dim() == 2 && t->is_contiguous() && (size_t)t->data_ptr() % 16 == 0, name,
+                " must be contiguous with 2 dimensions and begin at a multiple of 16 bytes");
+    TORCH_CHECK(t->size(0) == q.size(0), name, " has ", t->size(0), " rows, q has ", q.size(0));
+  }
+  TORCH_CHECK(scale.scalar_type() == torch::kHalf && offset.scalar_type() == torch::kHalf, "scale and offset must be float16");
+  TORCH_CHECK(scale.sizes() == offset.sizes() && scale.size(1) > 0 && width % scale.size(1) == 0, "scale ", scale.sizes(), " and offset ",
+              offset.sizes(), " do not divide a row of ", width);
+  int64_t row_bytes = (width * bits + 127) / 128 * 16;
+  TORCH_CHECK(q.size(1) == row_bytes, "q has ", q.size(1), " bytes a row; ", width, " weights of ", bits, " bits take ", row_bytes);
+  Matrix W{(const uint8_t*)q.data_ptr(), (const __half*)scale.data_ptr(), (const __half*)offset.data_ptr(),
+           (int)q.size(0), (int)width, (int)(width / scale.size(1)), (int)row_bytes};
+  return {W, bits};
+}
+
+cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream(); }
+
+// Zeroed counters, one set for each stream: launches on one stream follow each other.
+void* counters_for(const torch::Tensor& x) {
+  static std::map<std::pair<int, cudaStream_t>, torch::Tensor> all;
+  auto& counters = all[{x.get_device(), current_stream()}];
+  if (!counters.defined()) counters = torch::zeros({4}, x.options().dtype(torch::kInt));
+  return counters.data_ptr();
+}
+
+std::tuple<torch::Tensor, torch::Tensor, torch::Tensor> quantize_tensor(torch::Tensor w, int64_t bits, int64_t group, int64_t step) {
+  int type = type_of(w, "w", true);
+  TORCH_CHECK(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
+  TORCH_CHECK(group > 0 && w.size(1) % group == 0, "groups of ", group, " do not divide a row of ", w.size(1));
+  c10::cuda::CUDAGuard guard(w.device());
+  auto q = torch::empty({w.size(0), (w.size(1) * bits + 127) / 128 * 16}, w.options().dtype(bits == 8 ? torch::kChar : torch::kByte));
+  auto scale = torch::empty({w.size(0), w.size(1) / group}, w.options().dtype(torch::kHalf)), offset = torch::empty_like(scale);
+  run_quantize(type, w.data_ptr(), form_of(q, scale, offset, w.size(1), w.device()), step, current_stream());
+  return {q, scale, offset};
+}
+
+torch::Tensor dequantize_tensor(torch::Tensor q, torch::Tensor scale, torch::Tensor offset, int64_t width, torch::ScalarType dtype, int64_t step) {
+  c10::cuda::CUDAGuard guard(q.device());
+  auto out = torch::empty({q.size(0), width}, q.options().dtype(dtype));
+  int type = type_of(out, "the result", true);
+  run_dequantize(type, form_of(q, scale, offset, width, q.device()), out.data_ptr(), step, current_stream());
+  return out;
+}
+
+torch::Tensor product_tensor(torch::Tensor x, torch::Tensor q, torch::Tensor scale, torch::Tensor offset, int64_t step) {
+  int type = type_of(x, "x");
+  Form f = form_of(q, scale, offset, x.size(1), x.device());
+  c10::cuda::CUDAGuard guard(x.device());
+  auto y = torch::empty({x.size(0), f.W.rows}, x.options());
+  run_product(type, x.data_ptr(), x.size(0), f, y.data_ptr(), step, current_stream());
+  return y;
+}
+
+torch::Tensor matmul_back_tensor(torch::Tensor g, torch::Tensor q, torch::Tensor scale, torch::Tensor offset, int64_t width, int64_t step) {
+  int type = type_of(g, "g");
+  Form f = form_of(q, scale, offset, width, g.device());
+  TORCH_CHECK(g.size(1) == f.W.rows, "g has ", g.size(1), " columns, W has ", f.W.rows, " rows");
+  c10::cuda::CUDAGuard guard(g.device());
+  auto out = torch::empty({g.size(0), width}, g.options());
+  run_matmul_back(type, g.data_ptr(), g.size(0), f, out.data_ptr(), step, current_stream());
+  return out;
+}
+
+void check_few_rows(const torch::Tensor& x, std::initializer_list<Form> forms) {
+  TORCH_CHECK(x.size(0) <= 16, "x must have at most 16 rows, it has ", x.size(0));
+  for (auto& f : forms) TORCH_CHECK(words_for(f), "groups of ", f.W.group, " are not a multiple of ", 128 / f.bits);
+}
+
+torch::Tensor lowrank_tensor(torch::Tensor x, torch::Tensor qA, torch::Tensor sA, torch::Tensor oA,
+                             torch::Tensor qB, torch::Tensor sB, torch::Tensor oB) {
+  int type = type_of(x, "x");
+  Form A = form_of(qA, sA, oA, x.size(1), x.device()), B = form_of(qB, sB, oB, qA.size(0), x.device());
+  TORCH_CHECK(A.bits == B.bits, "A has ", A.bits, " bits, B has ", B.bits);
+  check_few_rows(x, {A, B});
+  c10::cuda::CUDAGuard guard(x.device());
+  auto h = torch::empty({x.size(0), A.W.rows}, x.options()), y = torch::empty({x.size(0), B.W.rows}, x.options());
+  if (x.size(0)) run_lowrank(type, x.data_ptr(), x.size(0), A, B, h.data_ptr(), y.data_ptr(), counters_for(x), current_stream());
+  return y;
+}
+
+torch::Tensor lora_tensor(torch::Tensor x, torch::Tensor q, torch::Tensor scale, torch::Tensor offset,
+                          torch::Tensor A, torch::Tensor B, double factor) {
+  int type = type_of(x, "x");
+  TORCH_CHECK(type_of(A, "A") == type && type_of(B, "B") == type, "A and B must be ", x.scalar_type(), " like x, they are ",
+              A.scalar_type(), " and ", B.scalar_type());
+  Form f = form_of(q, scale, offset, x.size(1), x.device());
+  TORCH_CHECK(A.size(1) == x.size(1) && B.size(0) == f.W.rows && A.size(0) == B.size(1) && A.device() == x.device() && B.device() == x.device(),
+              "A ", A.sizes(), " and B ", B.sizes(), " do not fit W (", f.W.rows, ", ", f.W.width, ") on ", x.device());
+  check_few_rows(x, {f});
+  c10::cuda::CUDAGuard guard(x.device());
+  auto h = torch::empty({x.size(0), A.size(0)}, x.options().dtype(torch::kFloat)), y = torch::empty({x.size(0), f.W.rows}, x.options());
+  if (x.size(0))
+    run_lora(type, x.data_ptr(), x.size(0), f, A.data_ptr(), B.data_ptr(), A.size(0), factor, h.data_ptr(), y.data_ptr(), counters_for(x),
+             current_stream());
+  return y;
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using pybind11::arg;  // step: 0 the naive kernel, 1 (products) a warp a row, 2 the fast one
+  m.def("quantize", &quantize_tensor, arg("w"), arg("bits"), arg("group"), arg("step") = (int)FAST);
+  m.def("dequantize", &dequantize_tensor, arg("q"), arg("scale"), arg("offset"), arg("width"), arg("dtype"), arg("step") = (int)FAST);
+  m.def("product", &product_tensor, arg("x"), arg("q"), arg("scale"), arg("offset"), arg("step") = (int)FAST);
+  m.def("matmul_back", &matmul_back_tensor, arg("g"), arg("q"), arg("scale"), arg("offset"), arg("width"), arg("step") = (int)FAST);
+  m.def("lowrank", &lowrank_tensor);
+  m.def("lora", &lora_tensor);
+}
+#endif
