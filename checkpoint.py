@@ -152,11 +152,11 @@ def own_tensors(model):
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def save_model(folder, model, tokenizer=None):
-    """Write a model folder. `folder` should be new or about to be renamed: use save_state for a run's folder."""
+def save_model(folder, model, tokenizer=None, tensors=None):
+    """Write a model folder, of the model's own tensors or of those given. `folder` should be new or about to be renamed: use save_state for a run's folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = own_tensors(model)
+    tensors = own_tensors(model) if tensors is None else tensors
     shards, size = [[]], 0
     for name in sorted(tensors):
         size += tensors[name].nbytes
@@ -277,13 +277,16 @@ def locate(name):
 
 # ----------------------------------------------------------------------------- training state
 
-def save_state(out_dir, model, tokenizer, optimizer_tensors, state):
-    """Replace OUT/state by the state of now, keeping the one before; then make OUT a model folder of the same weights."""
+def save_state(out_dir, model, tokenizer, optimizer_tensors, state, tensors=None):
+    """Replace OUT/state by the state of now, keeping the one before; then make OUT a model folder of the same weights.
+
+    tensors: of a model that is spread over processes, gathered.
+    """
     out = Path(out_dir)
     new, current, previous = out / "state.partial", out / "state", out / "state.previous"
     shutil.rmtree(new, ignore_errors=True)
     try:
-        save_model(new, model, tokenizer)
+        save_model(new, model, tokenizer, tensors)
         write_tensors(new / "optimizer.safetensors", optimizer_tensors)
         write_atomic(new / "state.json", json.dumps(state, indent=1) + "\n")
     except OSError:  # a full disk: leave the last good state and give the space back

@@ -26,9 +26,6 @@ kept: stage s holds at most N - s microbatches, however many there are.
 """
 import argparse
 import json
-import os
-import sys
-import threading
 import time
 from collections import deque
 from contextlib import nullcontext
@@ -444,89 +441,6 @@ class Pipeline(nn.Module):
         return whole
 
 
-# ----------------------------------------------------------------------------- a process that is gone
-
-class Watch(threading.Thread):
-    """Ends this process with a line that names the lost one, where it would fail with an address or wait forever.
-
-    Every process counts up a number in the store that torchrun keeps. One whose number stands still is gone. It is looked for when a
-    message fails (gloo raises at once), and from time to time (NCCL waits). Use as `with Watch(): ...`; without other processes it does nothing.
-    """
-
-    def __init__(self, beat=0.5, patience=60.0):
-        super().__init__(daemon=True)
-        self.beat, self.patience, self.ended = beat, patience, threading.Event()
-        self.world, self.me = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-
-    def __enter__(self):
-        if self.world > 1:
-            started = torch.tensor(time.time_ns())
-            dist.broadcast(started, 0)
-            self.prefix = f"watch {started.item()}"  # after a restart the store may still hold what dead processes wrote
-            self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-            self.store.set(self.key("where", self.me), f"on {os.uname().nodename}, pid {os.getpid()}")
-            self.store.set(self.key("beat", self.me), "0")
-            self.start()
-        return self
-
-    def key(self, what, process):
-        return f"{self.prefix}/{what}/{process}"
-
-    def counts(self):
-        return self.store.multi_get([self.key("beat", p) for p in range(self.world)])
-
-    @staticmethod
-    def still(before, now):
-        """Processes whose count has not changed, and that did not end well."""
-        return [p for p, (a, b) in enumerate(zip(before, now)) if a == b != b"done"]
-
-    def run(self):
-        count, seen, since = 0, [], time.monotonic()
-        while not self.ended.wait(self.beat):
-            count += 1
-            try:
-                self.store.set(self.key("beat", self.me), str(count))
-                if time.monotonic() - since > self.patience:
-                    now, since = self.counts(), time.monotonic()
-                    if lost := self.still(seen, now):
-                        self.leave(lost)
-                    seen = now
-            except RuntimeError as e:
-                if not self.ended.is_set():
-                    self.leave([], e)
-
-    def leave(self, lost, error=None):
-        """End at once, without a farewell to the others, which would wait for the lost one."""
-        if lost:
-            why = "lost " + ", ".join(f"process {p} ({self.store.get(self.key('where', p)).decode()})" for p in lost)
-        else:
-            why = f"lost the machine of process 0, where torchrun keeps its store ({str(error).splitlines()[0]})"
-        advice = "torchrun --max-restarts 3, or --resume, goes on from the last checkpoint"
-        print(f"error (process {self.me}): {why}. {advice}", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    def explain(self):
-        """After a message failed: if a process is gone, leave. It may take it a moment to die."""
-        try:
-            for _ in range(3):
-                before = self.counts()
-                time.sleep(3 * self.beat)
-                if lost := self.still(before, self.counts()):
-                    self.leave(lost)
-        except RuntimeError as e:
-            self.leave([], e)
-
-    def __exit__(self, kind, error, traceback):
-        if self.world == 1:
-            return
-        if isinstance(error, RuntimeError):
-            self.explain()
-        self.ended.set()
-        self.join()
-        if error is None:
-            self.store.set(self.key("beat", self.me), "done")
-
-
 # ----------------------------------------------------------------------------- stages whose work is a wait, to measure the schedule itself
 
 class Pause(torch.autograd.Function):
@@ -627,41 +541,6 @@ def measure(stages=4, counts=(1, 4, 8, 16), seconds=0.05, rounds=3):
         rows.append(dict(schedule=kind, stages=stages, microbatches=M, utilization=median["ours"], theory=M / (stages + M - 1),
                          torch_utilization=median.get("torch")))
     return rows
-
-
-# ----------------------------------------------------------------------------- a plan for machines that are not here
-
-def plan(model, gpus, length=4096, sequences=1024, kind="1f1b", tflops=400.0, gigabytes=80.0, link=50.0):
-    """A row for each way to share `gpus` out as stages x replicas. Simulated, nothing is run; of those that fit, the fastest has best=True.
-
-    A step takes `sequences` of `length` tokens; a microbatch is one of them; blocks are recomputed; weights, gradients and AdamW's moments
-    have 32 bits, as in train.py. tflops: what a GPU reaches in matrix products (400 is 40% of an H100's peak in bf16). link: gigabytes a
-    second from one GPU to another; activations arrive that much later, and gradients are summed when the last backward pass is over.
-    """
-    from memory import account, by_kind
-    blocks, cost, numbers = model.config.blocks, [length * c / (tflops * 1e12) for c in costs(model, length)], [0] * (model.config.blocks + 2)
-    for name, p in model.named_parameters(remove_duplicate=False):
-        numbers[piece_of(name, blocks)] += p.numel()
-    bytes_of = by_kind(account(model, 1, length, autocast=True, recompute="block"))
-    message = 4 * length * model.config.width / (link * 1e9)
-    rows = []
-    for stages in (n for n in range(1, blocks + 1) if gpus % n == 0 and sequences % (gpus // n) == 0):
-        replicas, runs = gpus // stages, balance(cost, stages)
-        lists = schedule(kind, stages, sequences // replicas)
-        forward, held = ([sum(of[i] for i in run) for run in runs] for of in (cost, numbers))
-        span = max(row[4] for row in simulate(lists, forward, [3 * f for f in forward], message))  # forward again, and twice that backward
-        gradients = 2 * (replicas - 1) / replicas * 4 * max(held) / (link * 1e9)  # a ring sends every number twice
-        memory = max(16 * n + stored(steps) * bytes_of["activation"] * len(run) / (blocks + 2) for n, steps, run in zip(held, lists, runs))
-        rows.append(dict(stages=stages, replicas=replicas, microbatches=sequences // replicas, memory_bytes=memory + bytes_of["transient"],
-                         bubble=1 - 4 * sum(forward) * (sequences // replicas) / stages / span, step_seconds=span + gradients,
-                         activation_seconds=2 * (sequences // replicas) * message * (stages > 1), gradient_seconds=gradients,
-                         tokens_per_second=sequences * length / (span + gradients), simulated=True))
-    fitting = [row for row in rows if row["memory_bytes"] <= gigabytes * 1e9]
-    if not fitting:
-        smallest = min((row["memory_bytes"] for row in rows), default=0)
-        raise InputError(f"no share-out of {gpus} GPUs fits {gigabytes:g} GB (the smallest takes {smallest / 1e9:.0f} GB): take more GPUs")
-    best = min(fitting, key=lambda row: row["step_seconds"])
-    return [row | dict(fits=row["memory_bytes"] <= gigabytes * 1e9, best=row is best) for row in rows]
 
 
 # ----------------------------------------------------------------------------- python pipeline.py

@@ -5,6 +5,7 @@
     python train.py --method 2 --init-from gpt2 --rank 192         start from the SVD of a pretrained model
     python train.py --method 3 --init-from gpt2 --rank 192         blend a pretrained model away: y = a W x + (1-a) B A x
     torchrun --nproc_per_node 8 train.py --rank 192 --data openwebtext
+    torchrun --nproc_per_node 8 --max-restarts 3 train.py --rank 192 --pipeline 4    4 stages x 2 replicas, restarted if a process is lost
     python train.py --resume                                       go on after Ctrl-C, a kill or a power cut
 
 It leaves OUT/ as a model folder (python sample.py --model OUT), with metrics.jsonl, summary.json, loss.png and the state to resume from.
@@ -23,11 +24,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import load_model, read_state, save_state
+from checkpoint import load_model, own_tensors, read_state, save_state
 from data import check_length, eval_batches, open_corpus, prepare, train_batch
 from lowrank import blend_alpha, finish_blend, replace_linears, set_alpha
 from memory import advice, expected_memory, statement
 from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_token
+from pipeline import SCHEDULES, Grid, Pipeline, utilization, write_trace
 from recompute import MODES, head_loss, use_recompute
 from runtime import (
     InputError,
@@ -43,6 +45,7 @@ from runtime import (
     say,
     world_size,
 )
+from watchdog import Watchdog
 
 # What a resumed run may not change: with another value it would not be the same run.
 FIXED = ("model", "rank", "method", "init_from", "embedding_rank", "dropout", "data", "batch_size", "grad_accum", "seq_len", "seed")
@@ -77,6 +80,10 @@ def parse(argv):
     g.add_argument("--recompute", choices=MODES, help="what the backward pass computes again instead of keeping it: sdpa the scores of attention, "
                    "block everything but the inputs of blocks (default: sdpa)")
     g.add_argument("--compile", action="store_true", default=None, help="compile the blocks with torch.compile")
+    g.add_argument("--pipeline", type=int, help="cut the model into this many stages; further processes share the batch (default: 0, no pipeline)")
+    g.add_argument("--microbatches", type=int, help="parts of a process's batch that follow each other through the stages (default: up to 4 a stage)")
+    g.add_argument("--schedule", choices=SCHEDULES, help="gpipe, which recomputes blocks, or 1f1b (default: 1f1b)")
+    g.add_argument("--trace", metavar="FILE", help="write a Chrome trace of the last step of the pipeline, and its picture beside it")
     g = p.add_argument_group("output")
     g.add_argument("--out-dir", help="folder of this run (default: out/train)")
     g.add_argument("--resume", action="store_true", default=None, help="continue the run in --out-dir")
@@ -94,8 +101,9 @@ def defaults(args, device):
     iters = args.max_iters if args.max_iters is not None else 5000 if gpu else 150
     values = dict(model="gpt2", rank=0, method=2 if args.init_from else 1, embedding_rank=0, dropout=0.0, data="builtin",
                   data_dir=os.environ.get("DATA_DIR", "data"), batch_size=16 if gpu else 4, grad_accum=1, max_iters=iters, stop_at=iters, lr=1e-3,
-                  warmup=min(200, iters // 10), weight_decay=0.1, grad_clip=1.0, seed=1, dtype="auto", recompute="sdpa", compile=False, out_dir="out/train",
-                  resume=False, log_interval=10, eval_interval=max(1, iters // 4), eval_tokens=8192, save_interval=500)
+                  warmup=min(200, iters // 10), weight_decay=0.1, grad_clip=1.0, seed=1, dtype="auto",
+                  recompute="block" if args.schedule == "gpipe" else "sdpa", compile=False, pipeline=0, microbatches=0, schedule="1f1b", trace="",
+                  out_dir="out/train", resume=False, log_interval=10, eval_interval=max(1, iters // 4), eval_tokens=8192, save_interval=500)
     for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -106,7 +114,7 @@ def check(args):
     for name in ("batch_size", "grad_accum", "max_iters", "stop_at", "log_interval", "eval_interval", "eval_tokens", "save_interval"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("rank", "embedding_rank", "warmup", "lr", "weight_decay", "grad_clip", "seed"):
+    for name in ("rank", "embedding_rank", "warmup", "lr", "weight_decay", "grad_clip", "seed", "pipeline", "microbatches"):
         if getattr(args, name) < 0:
             raise InputError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
     if args.method not in (1, 2, 3):
@@ -117,6 +125,20 @@ def check(args):
         raise InputError(f"--method 1 starts from random factors and would not use --init-from {args.init_from}: choose --method 2 or 3")
     if args.method == 3 and not args.rank:
         raise InputError("--method 3 blends into layers of a rank: give --rank")
+    check_pipeline(args)
+
+
+def check_pipeline(args):
+    if not args.pipeline:
+        if args.trace or args.microbatches and not args.resume:
+            raise InputError("--microbatches and --trace are of a pipeline: give --pipeline N")
+        return
+    args.microbatches = args.microbatches or max(m for m in range(1, 4 * args.pipeline + 1) if args.batch_size % m == 0)
+    if args.batch_size % args.microbatches:
+        raise InputError(f"--batch-size {args.batch_size} is not divisible into {args.microbatches} microbatches: change one of the two")
+    if world_size() % args.pipeline:
+        raise InputError(f"{world_size()} process{'es' * (world_size() > 1)} can't form {args.pipeline} stages: "
+                         f"torchrun --nproc_per_node {args.pipeline} train.py ..., or a multiple of it")
 
 
 # ----------------------------------------------------------------------------- what is trained
@@ -162,7 +184,7 @@ class Loss(torch.nn.Module):
 
 def make_optimizer(model, args):
     """AdamW; matrices decay, vectors (biases, norms) do not. The fused kernel reads and writes each number once."""
-    learn = [p for p in model.parameters() if p.requires_grad]
+    learn = [p for p in model.parameters() if p.requires_grad and not p.is_meta]  # what is on the meta device is another stage's
     groups = [dict(params=[p for p in learn if p.dim() >= 2], weight_decay=args.weight_decay),
               dict(params=[p for p in learn if p.dim() < 2], weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
@@ -186,18 +208,21 @@ def restore_optimizer(model, optimizer, tensors):
     for key, value in tensors.items():
         name, part = key.rsplit("#", 1)
         p = parameters[name]
-        optimizer.state[p][part] = value.to(p.device)
+        if not p.is_meta:
+            optimizer.state[p][part] = value.to(p.device)
 
 
 @torch.no_grad()
-def evaluate(loss_of, val, args, device):
-    """Mean loss over the same windows of the validation text at every call, shared out among the processes."""
+def evaluate(loss_of, val, args, device, replica, replicas):
+    """Mean loss over the same windows of the validation text at every call, shared out among the replicas."""
     loss_of.eval()
     total = torch.zeros(2, dtype=torch.float64)
     for i, (x, y) in enumerate(eval_batches(val, args.seq_len, args.batch_size, args.eval_tokens)):
-        if i % world_size() == rank():
+        if i % replicas == replica:
             with device.autocast():
                 loss = loss_of(x.to(device.torch_device), y.to(device.torch_device))
+            if loss is None:  # the pipeline's last stage knows it
+                continue
             total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64)
     loss_of.train()
     total = all_reduce(total, device)
@@ -224,6 +249,17 @@ def set_aside(out_dir):
         say(f"{out} held an earlier run: moved to {out}-{n} (to go on with it: --resume --out-dir {out}-{n})")
 
 
+def restarted(out_dir):
+    """Whether torchrun --max-restarts started this run again after a process was lost, and there is a state to go on from.
+
+    On several machines, some count the restart and others just follow: it is one for all if it is one for any.
+    """
+    count = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    if world_size() > 1:
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+    return bool(count) and any((Path(out_dir) / name).exists() for name in ("state", "state.previous"))
+
+
 def restored_arguments(args, given, saved):
     """The saved run's arguments, with those that were given now where they may change."""
     for name in FIXED:
@@ -231,7 +267,7 @@ def restored_arguments(args, given, saved):
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} differs from the {saved[name]} of the run that --resume continues: "
                              f"leave it out, or start another run with another --out-dir")
     for name, value in saved.items():
-        if name not in given and name not in ("resume", "stop_at", "out_dir"):
+        if name not in given and name not in ("resume", "stop_at", "out_dir", "trace"):
             setattr(args, name, value)
     return args
 
@@ -240,12 +276,14 @@ def set_up(argv):
     """Everything before the first step: device, arguments, model, data, and the state to go on from."""
     args, given = parse(argv)
     state, folder, moments = None, None, {}
+    if world_size() > 1:  # messages on the CPU go through gloo also where tensors on GPUs go through NCCL
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if restarted(args.out_dir or "out/train"):
+        args.resume = True
     if args.resume:
         folder, state, moments = read_state(args.out_dir or "out/train")
         args = restored_arguments(args, given, state["args"])
     device = find_device(args.dtype or "auto")
-    if world_size() > 1:
-        dist.init_process_group("nccl" if device.torch_device.type == "cuda" else "gloo")
     say(f"device {device.name}" + (f", {world_size()} processes" if world_size() > 1 else ""))
     say(f"dtype {str(device.dtype)[6:]} ({device.why}), {device.rate / 1e12:.2f} TFLOPS in products")
     if args.init_from is None:
@@ -280,9 +318,9 @@ def main(argv=None):
     if args.seq_len > model.config.context:
         raise InputError(f"--seq-len {args.seq_len} is longer than the model's context of {model.config.context}")
     check_length(tokens.train, args.seq_len, "training")
-    run = Run(args, device, model, tokens, full_rank, state, moments)
     try:
-        return run.train()
+        with Watchdog():
+            return Run(args, device, model, tokens, full_rank, state, moments).train()
     finally:
         if world_size() > 1:
             dist.destroy_process_group()
@@ -293,28 +331,40 @@ class Run:
 
     def __init__(self, args, device, model, tokens, full_rank, state, moments):
         self.args, self.device, self.model, self.tokens, self.full_rank = args, device, model, tokens, full_rank
+        self.replicas, self.replica = world_size() // max(1, args.pipeline), rank()
+        self.shapes = dict(batch=args.batch_size, length=args.seq_len, autocast=device.dtype == torch.bfloat16, recompute=args.recompute)
+        self.pipeline = None
+        if args.pipeline:
+            self.make_pipeline()
+        else:
+            say(statement(expected_memory(model, **self.shapes)))
         self.optimizer = make_optimizer(model, args)
         restore_optimizer(model, self.optimizer, moments)
         self.step = state["step"] if state else 0
         self.seconds_before = state["seconds"] if state else 0.0
         self.folder = RunFolder(args.out_dir, resume_step=self.step if state else None)
-        self.rows = args.batch_size * args.grad_accum * world_size()  # the whole batch of a step
+        self.rows = args.batch_size * args.grad_accum * self.replicas  # the whole batch of a step
         self.tokens_per_step = self.rows * args.seq_len
         self.flops = flops_per_token(model, args.seq_len, training=True)
         self.saved_at, self.val_loss = self.step, None
         self.started = time.perf_counter()
         use_recompute(model, args.recompute)
-        self.shapes = dict(batch=args.batch_size, length=args.seq_len, autocast=device.dtype == torch.bfloat16, recompute=args.recompute)
-        say(statement(expected_memory(model, **self.shapes)))
         if args.compile:
             if shutil.which("g++") is None and device.torch_device.type == "cpu":
                 raise InputError("--compile needs a C++ compiler: install g++, or leave it out")
             for block in model.blocks:
                 block.compile()
-        self.loss_of = Loss(model)
-        if world_size() > 1:
+        self.loss_of = self.pipeline or Loss(model)
+        if world_size() > 1 and not self.pipeline:
             self.loss_of = DistributedDataParallel(self.loss_of, device_ids=[local_rank()] if device.torch_device.type == "cuda" else None,
                                                    broadcast_buffers=False)
+
+    def make_pipeline(self):
+        args, grid = self.args, Grid(self.args.pipeline)
+        self.pipeline = Pipeline(self.model, grid, args.schedule, args.microbatches * args.grad_accum, args.seq_len, self.device.autocast)
+        self.replica = grid.replica
+        say(f"pipeline {args.schedule}: {grid.stages} stages x {grid.replicas} replicas, {args.microbatches * args.grad_accum} microbatches, "
+            f"utilization at most {self.pipeline.utilization:.3f}")
 
     def train(self):
         args, stop = self.args, StopSignal()
@@ -323,6 +373,8 @@ class Run:
         times = []
         while self.step < last:
             began = time.perf_counter()
+            if args.trace and self.step == last - 1:
+                self.pipeline.trace = []
             try:
                 loss = self.one_step()
             except RuntimeError as e:  # of which torch.OutOfMemoryError is one; on a CPU it has no name of its own
@@ -334,12 +386,15 @@ class Run:
             times.append(time.perf_counter() - began)
             stopped = self.any_process(stop.name is not None)
             if self.step == 1 or self.step % args.log_interval == 0 or self.step % args.eval_interval == 0 or self.step == last or stopped:
-                self.log(all_reduce(loss.cpu(), self.device).item() / world_size(), times, last, bar)
+                self.log(all_reduce(loss.cpu(), self.device).item() / self.replicas, times, last, bar)
             if stopped:
                 break
             if self.step % args.save_interval == 0 and self.step < last:
                 self.save()
         bar.close()
+        rows = self.pipeline.traced() if args.trace else None
+        if rows and rank() == 0:
+            write_trace(rows, args.trace, f"{args.schedule}, {args.pipeline} stages, step {self.step}, measured: utilization {utilization(rows):.3f}")
         if self.saved_at < self.step:
             self.save()
         self.finish(times, stop.name)
@@ -361,7 +416,19 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         count = args.batch_size * args.grad_accum
-        x, y = train_batch(self.tokens.train, args.seq_len, self.rows, args.seed, step, first=rank() * count, count=count)
+        x, y = train_batch(self.tokens.train, args.seq_len, self.rows, args.seed, step, first=self.replica * count, count=count)
+        total = self.pipeline.step(x, y, (args.seed, step)) if self.pipeline else self.backward(x, y)
+        if args.grad_clip and self.pipeline:
+            self.pipeline.clip(args.grad_clip)
+        elif args.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)  # the next step adds into the same memory
+        return total
+
+    def backward(self, x, y):
+        """Gradients of the mean loss over this process's batch, a part at a time; returns that loss."""
+        args = self.args
         total = torch.zeros((), device=self.device.torch_device)
         for i in range(args.grad_accum):
             part = slice(i * args.batch_size, (i + 1) * args.batch_size)
@@ -371,10 +438,6 @@ class Run:
                 loss = self.loss_of(x[part].to(self.device.torch_device), y[part].to(self.device.torch_device)) / args.grad_accum
             loss.backward()
             total += loss.detach()
-        if args.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)  # the next step adds into the same memory
         return total
 
     def any_process(self, flag):
@@ -388,7 +451,7 @@ class Run:
                              f"A smaller --lr than {args.lr:g}, or a longer --warmup, usually helps")
         row = dict(step=step, loss=loss, lr=learning_rate(step - 1, args), tokens=step * self.tokens_per_step)
         if step % args.eval_interval == 0 or step == last:
-            row["val_loss"] = self.val_loss = evaluate(self.loss_of, self.tokens.val, args, self.device)
+            row["val_loss"] = self.val_loss = evaluate(self.loss_of, self.tokens.val, args, self.device, self.replica, self.replicas)
             self.device.rate = max(self.device.rate, matmul_rate(self.device.torch_device, self.device.dtype))  # the first time may have been a busy one
         seconds = float(np.median(times[-args.log_interval:]))
         row |= dict(tokens_per_second=self.tokens_per_step / seconds, step_ms=seconds * 1e3, mfu=self.mfu(seconds),
@@ -405,9 +468,12 @@ class Run:
         return self.flops * self.tokens_per_step / seconds / (self.device.rate * world_size())
 
     def save(self):
+        tensors, moments = own_tensors(self.model), optimizer_tensors(self.model, self.optimizer)
+        if self.pipeline:  # process 0 writes the whole model, whatever the number of stages
+            tensors, moments = self.pipeline.gather(tensors), self.pipeline.gather(moments)
         if rank() == 0:
             state = dict(step=self.step, args=vars(self.args), parameters_full_rank=self.full_rank, seconds=self.seconds())
-            save_state(self.args.out_dir, self.model, self.tokens.tokenizer, optimizer_tensors(self.model, self.optimizer), state)
+            save_state(self.args.out_dir, self.model, self.tokens.tokenizer, moments, state, tensors)
             plot_losses(self.folder.path, f"{self.args.init_from or self.args.model}, {f'r = {self.args.rank}' if self.args.rank else 'full rank'}, "
                         f"on {Path(self.args.data).name}")
         if world_size() > 1:

@@ -17,10 +17,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import train
+from bench import plan
 from checkpoint import load_model
 from lowrank import replace_linears
 from model import Config, Transformer, config_for, rope_tables
-from pipeline import SCHEDULES, Grid, Pipeline, balance, clock_table, measure, plan, schedule, simulate, stored, utilization
+from pipeline import SCHEDULES, Grid, Pipeline, balance, clock_table, measure, schedule, simulate, stored, utilization
 from recompute import use_recompute
 from runtime import InputError
 
