@@ -103,7 +103,7 @@ def defaults(args, device):
                   data_dir=os.environ.get("DATA_DIR", "data"), batch_size=16 if gpu else 4, grad_accum=1, max_iters=iters, stop_at=iters, lr=1e-3,
                   warmup=min(200, iters // 10), weight_decay=0.1, grad_clip=1.0, seed=1, dtype="auto",
                   recompute="block" if args.schedule == "gpipe" else "sdpa", compile=False, pipeline=0, microbatches=0, schedule="1f1b", trace="",
-                  out_dir="out/train", resume=False, log_interval=10, eval_interval=max(1, iters // 4), eval_tokens=8192, save_interval=500)
+                  out_dir="out/train", resume=False, log_interval=10, eval_interval=-(-iters // 4), eval_tokens=8192, save_interval=500)
     for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
