@@ -64,7 +64,7 @@ def parse(argv):
     g = p.add_argument_group("data")
     g.add_argument("--data", help="builtin, openwebtext, or a text file or folder (default: builtin)")
     g.add_argument("--data-dir", help="where named data sets are (default: $DATA_DIR, then data/)")
-    g.add_argument("--batch-size", type=int, help="sequences a step in each process (default: 4 on a CPU, 16 on a GPU)")
+    g.add_argument("--batch-size", type=int, help="sequences a step in each process (default: 4 on a CPU, 16 on a GPU, or what --microbatches divides)")
     g.add_argument("--grad-accum", type=int, help="batches whose gradients are added up for one step (default: 1)")
     g.add_argument("--seq-len", type=int, help="tokens in a training window (default: 256 on a CPU, else 1,024; at most the model's context)")
     g = p.add_argument_group("optimization")
@@ -99,8 +99,9 @@ def defaults(args, device):
     """Fill in what was not given."""
     gpu = device.torch_device.type == "cuda"
     iters = args.max_iters if args.max_iters is not None else 5000 if gpu else 150
+    many, usual = max(1, args.microbatches or 1), 16 if gpu else 4  # the batch is divided into so many
     values = dict(model="gpt2", rank=0, method=2 if args.init_from else 1, embedding_rank=0, dropout=0.0, data="builtin",
-                  data_dir=os.environ.get("DATA_DIR", "data"), batch_size=16 if gpu else 4, grad_accum=1, max_iters=iters, stop_at=iters, lr=1e-3,
+                  data_dir=os.environ.get("DATA_DIR", "data"), batch_size=-(-usual // many) * many, grad_accum=1, max_iters=iters, stop_at=iters, lr=1e-3,
                   warmup=min(200, iters // 10), weight_decay=0.1, grad_clip=1.0, seed=1, dtype="auto",
                   recompute="block" if args.schedule == "gpipe" else "sdpa", compile=False, pipeline=0, microbatches=0, schedule="1f1b", trace="",
                   out_dir="out/train", resume=False, log_interval=10, eval_interval=-(-iters // 4), eval_tokens=8192, save_interval=500)

@@ -1,4 +1,5 @@
 """pipeline.py: schedules as data; stages in real processes against one process; runs that lose a process."""
+import dataclasses
 import itertools
 import json
 import os
@@ -283,6 +284,14 @@ def test_bad_input_is_refused(args, message, tmp_path, text_file):
     with pytest.raises(InputError, match=message):
         train.main([str(a) for a in (*COMMON, "--data", text_file, "--out-dir", tmp_path / "run", *args)])
     assert not (tmp_path / "run").exists()
+
+
+def test_the_batch_follows_the_microbatches_where_none_is_given():
+    from runtime import find_device
+    device = dataclasses.replace(find_device("float32"), torch_device=torch.device("cpu"))
+    for microbatches, batch in ((None, 4), (2, 4), (3, 6), (8, 8)):
+        argv = ["--model", "tiny"] + (["--microbatches", str(microbatches)] if microbatches else [])
+        assert train.defaults(train.parse(argv)[0], device).batch_size == batch
 
 
 def test_the_command_prints_the_clock_table_and_draws_it(tmp_path, capsys):
