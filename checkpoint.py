@@ -478,36 +478,49 @@ def save_quantized(folder, model, tokenizer):
 
 # ----------------------------------------------------------------------------- python checkpoint.py
 
+BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I8": 8, "U8": 8}  # of a number, by its name in a safetensors file
+
+
+def stored_bits(files):
+    """name -> bits of a number, of everything in these safetensors files."""
+    bits = {}
+    for file in files:
+        with safe_open(file, framework="pt") as f:
+            bits |= {name: BITS.get(f.get_slice(name).get_dtype(), 0) for name in f.keys()}  # noqa: SIM118 (a file, no dict)
+    return bits
+
+
 def info(path):
     """The table of a model's layers; the same layer of all blocks is one line."""
     path = locate(path)
     config = read_config(path) if path.is_dir() else None
     if config is None:
         with open_source(path) as source:
-            architecture, layers, stored = source.config, {}, source.bytes
+            a, layers, size, bits = source.config, {}, source.bytes, {}
         with torch.device("meta"):
-            model = Transformer(architecture)
+            model = Transformer(a)
     else:
-        architecture, layers = Config(**config["architecture"]), config["layers"]
-        model = build(architecture, layers)
-        stored = sum((path / f).stat().st_size for f in config["files"])
+        a, layers, files = Config(**config["architecture"]), config["layers"], [path / f for f in config["files"]]
+        if lost := [f.name for f in files if not f.exists()]:
+            raise InputError(f"{path} lacks {', '.join(lost)}: copy or save the model again")
+        model, size, bits = build(a, layers), sum(f.stat().st_size for f in files), stored_bits(files)
     rows = {}
     for name, p in own_tensors(model).items():
         owner = name.rsplit(".", 1)[0]
         layer = next((layers[o] for o in (owner, owner.rsplit(".", 1)[0]) if o in layers), {})
         key = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        row = rows.setdefault(key, dict(shape=tuple(p.shape), kind=layer.get("kind", "dense"), rank=layer.get("rank", ""), count=0, numbers=0))
+        row = rows.setdefault(key, dict(shape="x".join(map(str, p.shape)), kind=layer.get("kind", "dense"), rank=layer.get("rank", ""), count=0, bytes=0,
+                                        bits=layer["bits"] if name.endswith(".q") else bits.get(name, "")))
         row["count"] += 1
-        row["numbers"] += p.numel()
-    total = sum(r["numbers"] for r in rows.values())
-    a = architecture
+        row["bytes"] += p.numel() * bits.get(name, 0) // 8
     print(f"{a.kind}: {a.blocks} blocks, width {a.width}, {a.heads} heads ({a.kv_heads} key/value), context {a.context}, vocabulary {a.vocab_size}"
           + (", head tied to the embedding" if a.tied and "head" not in layers else ""))
-    print(f"{'tensor':36} {'count':>5} {'shape':>15} {'kind':>9} {'rank':>5} {'numbers':>13} {'share':>6}")
+    print(f"{'tensor':34}{'count':>6}{'shape':>13}{'kind':>16}{'rank':>5}{'bits':>5}{'MB':>9}")
     for key, r in rows.items():
-        shape = "x".join(map(str, r["shape"]))
-        print(f"{key:36} {r['count']:5} {shape:>15} {r['kind'][:9]:>9} {r['rank']:>5} {r['numbers']:13,} {r['numbers'] / total:6.1%}")
-    print(f"{total / 1e6:,.1f}M parameters, {stored / 1e6:,.1f} MB on disk, {8 * stored / total:.1f} bits a parameter")
+        mb = f"{r['bytes'] / 1e6:,.2f}" if r["bytes"] else ""
+        print(f"{key:34}{r['count']:6}{r['shape']:>13}{r['kind']:>16}{r['rank']:>5}{r['bits']:>5}{mb:>9}")
+    total = count_parameters(model)
+    print(f"{total / 1e6:,.1f}M parameters, {size / 1e6:,.1f} MB on disk, {8 * size / total:.1f} bits a parameter")
 
 
 def main(argv=None):

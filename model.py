@@ -359,11 +359,12 @@ def check_sampling(temperature, top_k, top_p, max_new_tokens):
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None, use_cache=True):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None, use_cache=True, vocabulary=None):
     """Continue prompts (lists of token ids, of any lengths); yields after each step the new token of every row, None for a row that ended.
 
     A row ends at a token of `stop` (which is still yielded), after max_new_tokens, or where the context is full.
-    Without the cache every step reads the whole text again, as in section III.C.2.
+    Without the cache every step reads the whole text again, as in section III.C.2. `vocabulary`: draw from so many tokens only, where
+    the tokenizer knows fewer than the model has.
     """
     check_sampling(temperature, top_k, top_p, max_new_tokens)
     config, device = model.config, next(model.parameters()).device
@@ -390,7 +391,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         else:
             cache.lengths = [n if a else 0 for n, a in zip(cache.lengths, alive)]  # a row that ended writes where nobody looks
             h = model.hidden(new[:, None], cache)[:, -1]
-        new = sample(model.head(h), temperature, top_k, top_p, generator)  # (B,)
+        new = sample(model.head(h)[:, :vocabulary], temperature, top_k, top_p, generator)  # (B,)
         step = [t if a else None for t, a in zip(new.tolist(), alive)]
         rows = [r + [t] if a else r for r, t, a in zip(rows, new.tolist(), alive)]
         alive = [a and t not in stop for a, t in zip(alive, step)]

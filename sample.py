@@ -37,7 +37,7 @@ def write(model, tokenizer, ids, args, generator):
     """Stream the continuation of ids to the terminal; returns its text and the count of tokens."""
     stream, text, count = tokenizer.stream(), "", 0
     for step in generate(model, [ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, tokenizer.stop_ids, generator,
-                         use_cache=not args.no_cache):
+                         use_cache=not args.no_cache, vocabulary=tokenizer.vocab_size):
         count += 1
         if step[0] not in tokenizer.stop_ids:
             piece = stream.feed(step[0])

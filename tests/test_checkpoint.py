@@ -270,8 +270,14 @@ def test_info_counts_layers_ranks_and_bytes(tmp_path, capsys):
     total = sum(p.numel() for p in model.parameters())
     assert f"{total / 1e6:,.1f}M parameters" in lines[-1]
     row = next(line for line in lines if line.startswith("blocks.*.mlp.up.A")).split()
-    assert row[1:5] == ["2", "8x32", "lowrank", "8"] and int(row[5].replace(",", "")) == 2 * 8 * 32
-    assert sum(int(line.split()[-2].replace(",", "")) for line in lines[2:-1]) == total
+    assert row[1:] == ["2", "8x32", "lowrank", "8", "32", f"{2 * 8 * 32 * 4 / 1e6:.2f}"]
+    checkpoint.main(["quantize", str(tmp_path / "m"), str(tmp_path / "q"), "--bits", "4"])
+    capsys.readouterr()
+    checkpoint.main(["info", str(tmp_path / "q")])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{total / 1e6:,.1f}M parameters" in lines[-1], "packed numbers count as what they stand for"
+    row = next(line for line in lines if line.startswith("blocks.*.mlp.up.A.q")).split()
+    assert row[1:7] == ["2", "8x16", "quant", "lowrank", "8", "4"]
     assert all(len(line) <= 100 for line in lines[1:])
 
 

@@ -32,6 +32,15 @@ def test_greedy_text_is_the_models_own(folder, run):
     assert uncached.stdout == done.stdout
 
 
+def test_only_tokens_that_the_tokenizer_knows_are_drawn(folder, tmp_path, capsys):
+    """A named model keeps its vocabulary also where the tokenizer at hand has fewer tokens."""
+    _, _, tokenizer = folder
+    torch.manual_seed(0)
+    save_model(tmp_path / "m", Transformer(Config("gpt2", vocab_size=5000, context=64, blocks=1, heads=2, kv_heads=2, width=16, ffn=32)), tokenizer)
+    sample.main(["--model", str(tmp_path / "m"), "--prompt", "a", "--max-new-tokens", "40", "--temperature", "2", "--top-p", "1"])
+    assert len(capsys.readouterr().out) > 40
+
+
 def test_the_seed_decides_the_draws(folder, capsys):
     path, *_ = folder
     texts = []
