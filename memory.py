@@ -135,6 +135,8 @@ class Kept:
     def guess(self, t):
         """A name for a tensor that no module reads or writes, from the place where it was kept."""
         inside = dict(self.path)
+        if not t.dim():
+            return "scalars"
         if t.dtype == torch.bool or "dropout" in inside:
             return "dropout masks"
         if "attend" in inside:
@@ -220,7 +222,7 @@ def activations(model, batch, length, dtype=None, autocast=False, recompute=None
 KINDS = {"parameter": "parameters", "gradient": "gradients", "optimizer": "optimizer", "activation": "activations", "transient": "working set"}
 NAMES = ("tokens", "x^e", "dropout masks", "inside the norms", "x~^e", "q, k, v", "k", "q", "v", "angles of RoPE", "s",
          "row sums of attention", "heads", "x^o", "x~^o", "x^u", "x^g", "silu(x^g)", "x^u silu(x^g)", "gelu(x^u)", "A x",
-         "weights in 16 bit", "x of other layers", "x^d", "loss")
+         "weights in 16 bit", "x of other layers", "scalars", "x^d", "loss")
 
 
 def account(model, batch, length, dtype=None, autocast=False, recompute=None, optimizer_bytes=None):

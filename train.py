@@ -292,7 +292,6 @@ def set_up(argv):
     check(defaults(args, device))
     args.dtype = str(device.dtype)[6:]  # a resumed run computes as it began
     if state is None:
-        set_aside(args.out_dir)
         model, tokenizer, full_rank = new_model(args, device.torch_device)
     else:
         model, tokenizer = load_model(folder, device.torch_device)
@@ -343,6 +342,8 @@ class Run:
         restore_optimizer(model, self.optimizer, moments)
         self.step = state["step"] if state else 0
         self.seconds_before = state["seconds"] if state else 0.0
+        if state is None:  # not before everything else is in order, and --init-from, which may be the same folder, has been read
+            set_aside(args.out_dir)
         self.folder = RunFolder(args.out_dir, resume_step=self.step if state else None)
         self.rows = args.batch_size * args.grad_accum * self.replicas  # the whole batch of a step
         self.tokens_per_step = self.rows * args.seq_len

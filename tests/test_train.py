@@ -158,6 +158,11 @@ def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path, text_file, caps
     assert call(*common) == 0 and call(*common, "--seed", 5) == 0
     assert losses(tmp_path / "run") != losses(tmp_path / "run-1")
     assert "held an earlier run: moved to" in capsys.readouterr().out
+    with pytest.raises(train.InputError):
+        call(*common, "--data", "/nowhere.txt")
+    assert (tmp_path / "run").exists(), "a command that is refused moves nothing"
+    assert call(*common, "--rank", 4, "--method", 2, "--init-from", tmp_path / "run") == 0, "a run may start from the one that it replaces"
+    assert (tmp_path / "run-2").exists() and not (tmp_path / "run-3").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path, text_file, run):
