@@ -1,5 +1,4 @@
 """The account of memory, made without running anything, equals what a real run keeps; its totals are the paper's where they can be."""
-import time
 
 import pytest
 import torch
@@ -131,15 +130,6 @@ def test_what_the_scripts_say():
     text = advice(model, 4, 256)
     assert "4 x 256 tokens" in text and "--recompute block" in text and "--batch-size 2 --grad-accum 2" in text
     assert "--recompute block" not in advice(model, 4, 256, recompute="block")
-
-
-def test_gpt2_takes_less_than_a_second():
-    with torch.device("meta"):
-        model = Transformer(config_for("gpt2"))
-    expected_memory(model, 1, 64)  # imports
-    start = time.perf_counter()
-    expected_memory(model, 4, 1024, autocast=True, recompute="sdpa")
-    assert time.perf_counter() - start < 1.5
 
 
 def test_tables_are_printed(capsys):
