@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import train
-from bench import plan
+from benches.plan import plan
 from checkpoint import load_model
 from lowrank import replace_linears
 from model import Config, Transformer, config_for, rope_tables

@@ -1,0 +1,39 @@
+"""Memory of a training step (Tables III and IV): bytes by kind, counted without running it, the paper's figures beside ours.
+
+    python bench.py memory --model llama2-7b --batch 1 --seq 4096 --recompute block
+    python bench.py memory --bits 8 --lora 8          Table IX: finetuning on a quantized base
+"""
+import torch
+
+from lowrank import attach_lora, replace_linears
+from memory import memory_rows, meta_model, print_memory_tables
+from quant import quantize
+from recompute import MODES
+from runtime import find_device
+
+
+def bench(args):
+    """Bytes of a training step by kind, counted without running it, and the paper's Tables III and IV beside ours."""
+    model = meta_model(args.model)
+    if args.rank:
+        print(replace_linears(model, args.rank))
+    if args.bits < 16:
+        print(quantize(model.to(getattr(torch, args.dtype)), args.bits))
+    if args.lora:
+        print(attach_lora(model, args.lora, targets=args.targets.split(",")))
+    rows = memory_rows(args.model, model, args.batch, args.seq, getattr(torch, args.dtype), args.recompute)
+    print_memory_tables(args.model, rows, args.batch, args.seq, args.limit_gb)
+    return find_device("float32"), rows
+
+
+def arguments(p):
+    p.add_argument("--model", default="llama2-7b", help="a known name (default: %(default)s)")
+    p.add_argument("--batch", type=int, default=1, help="sequences (default: %(default)s)")
+    p.add_argument("--seq", type=int, default=4096, help="tokens of each (default: %(default)s)")
+    p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of parameters and gradients (default: %(default)s)")
+    p.add_argument("--rank", type=int, default=0, help="of every linear layer; 0 is full rank (default: %(default)s)")
+    p.add_argument("--bits", type=int, default=16, choices=[4, 8, 16], help="of the weights; quantized ones do not learn (default: %(default)s)")
+    p.add_argument("--lora", type=int, default=0, metavar="R", help="freeze the model and put adapters of this rank beside it; 0: none (default: 0)")
+    p.add_argument("--targets", default="q,v", help="the layers that get adapters (default: %(default)s, the paper's for Llama2-7B)")
+    p.add_argument("--recompute", default="sdpa", choices=MODES, help="as in train.py (default: %(default)s)")
+    p.add_argument("--limit-gb", type=float, default=24, help="does it fit in this much? (default: %(default)s)")
