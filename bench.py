@@ -3,6 +3,7 @@
     python bench.py NAME              run it and print its table
     python bench.py NAME --json FILE  also write {"device": ..., "rows": [...]} to a file
     python bench.py NAME --help       its own options
+    python bench.py readme            make the tables of README.md again from the files in results/
 
 What is compared is timed in turn (a, b, c, a, b, c, ...) in one run, and medians are quoted: shared machines drift by more than most
 differences. Ratios carry over to other machines, absolute times do not.
@@ -10,9 +11,11 @@ differences. Ratios carry over to other machines, absolute times do not.
 import argparse
 import importlib
 import json
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -34,13 +37,26 @@ BENCHES = {
 }
 
 
+def tables(readme):
+    """The text with every block `<!-- results/FILE.json -->...<!-- end -->` made anew: the table of that record and where it comes from."""
+    def block(match):
+        record = json.loads(Path(match[1]).read_text())  # from the folder of README.md
+        report = importlib.import_module(f"benches.{record['command'].split()[2]}").report
+        origin = f"`{record['command']}`, {record['device']}, torch {record['torch']}, {record['date']}, commit {record['commit']}; [rows]({match[1]})"
+        return f"<!-- {match[1]} -->\n{report(record['rows'])}\n\n<sub>{origin}</sub>\n<!-- end -->"
+    return re.sub(r"<!-- (results/\S+\.json) -->.*?<!-- end -->", block, readme, flags=re.S)
+
+
 def main(argv=None):
     listing = "\n".join(f"  {name:<12}{what}" for name, what in BENCHES.items())
     parser = argparse.ArgumentParser(usage="bench.py NAME [options]", description=__doc__, epilog="NAME is one of\n" + listing,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=BENCHES, metavar="NAME")
+    parser.add_argument("name", choices=[*BENCHES, "readme"], metavar="NAME")
     argv = sys.argv[1:] if argv is None else argv
     name = parser.parse_args(argv[:1]).name
+    if name == "readme":
+        readme = Path(__file__).with_name("README.md")
+        return write_atomic(readme, tables(readme.read_text()))
     module = importlib.import_module(f"benches.{name}")
     p = argparse.ArgumentParser(prog=f"bench.py {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     module.arguments(p)
@@ -49,9 +65,11 @@ def main(argv=None):
     device, rows = module.bench(args)
     if args.json:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        record = dict(command=" ".join(["python bench.py", *argv]), device=device.name, torch=torch.__version__, commit=commit,
+        words = [Path(word).name if Path(word).is_absolute() else word for word in argv]  # another machine has other folders
+        record = dict(command=" ".join(["python bench.py", *words]), device=device.name, torch=torch.__version__, commit=commit,
                       date=time.strftime("%Y-%m-%d"), rows=rows)
         write_atomic(args.json, json.dumps(record, indent=1) + "\n")
+    print(module.report(rows))
     return 0
 
 

@@ -360,8 +360,6 @@ def print_memory_tables(name, rows, batch, length, limit_gb=24):
     kinds = by_kind(rows)
     total = sum(kinds.values())
     print(f"{name}, batch {batch} x {length} tokens: " + ", ".join(f"{KINDS[k]} {gb(n)}" for k, n in kinds.items()) + f"; {gb(total)} GB in all")
-    for r in rows:
-        print(f"    {r['name']:32}{gb(r['bytes']):>10} GB  {r['kind']:12}" + (f" the paper: {r['paper_gb']}" if "paper_gb" in r else ""))
     print(f"does it fit in {limit_gb:g} GB? {'yes' if total <= limit_gb * 1e9 else 'no'}: {gb(total)} GB")
     print_table_iii()
     print_table_iv()

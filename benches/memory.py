@@ -5,6 +5,7 @@
 """
 import torch
 
+from benches.common import table
 from lowrank import attach_lora, replace_linears
 from memory import memory_rows, meta_model, print_memory_tables
 from quant import quantize
@@ -24,6 +25,11 @@ def bench(args):
     rows = memory_rows(args.model, model, args.batch, args.seq, getattr(torch, args.dtype), args.recompute)
     print_memory_tables(args.model, rows, args.batch, args.seq, args.limit_gb)
     return find_device("float32"), rows
+
+
+def report(rows):
+    return table(rows, {"what": lambda r: r["name"], "kind": lambda r: r["kind"], "GB": lambda r: f"{r['bytes'] / 1e9:.2f}",
+                        "paper GB": lambda r: r.get("paper_gb", "")})
 
 
 def arguments(p):

@@ -11,11 +11,14 @@ def bench(args):
     """Measured utilization of each schedule, with timed waits as work, beside the formula and torch's schedule of the same name."""
     rows = measure(args.stages, args.microbatches, args.seconds, args.rounds)
     print(f"{args.stages} processes on this machine, a stage's work is a wait of {args.seconds * 1e3:.0f} ms")
-    print(table(rows, {
+    return find_device("float32"), rows
+
+
+def report(rows):
+    return table(rows, {
         "schedule": lambda r: r["schedule"], "stages": lambda r: r["stages"], "microbatches": lambda r: r["microbatches"],
         "utilization": lambda r: f"{r['utilization']:.3f}", "M/(N+M-1)": lambda r: f"{r['theory']:.3f}",
-        "torch": lambda r: f"{r['torch_utilization']:.3f}" if r["torch_utilization"] else "refuses"}))
-    return find_device("float32"), rows
+        "torch": lambda r: f"{r['torch_utilization']:.3f}" if r["torch_utilization"] else "refuses"})
 
 
 def arguments(p):

@@ -45,13 +45,16 @@ def bench(args):
     rows = plan(meta_model(args.model), args.gpus, args.seq_len, args.sequences, args.schedule, args.tflops, args.gigabytes, args.link)
     print(f"SIMULATED, nothing was run: {args.model} on {args.gpus} GPUs of {args.gigabytes:g} GB, {args.tflops:g} TFLOPS each in products, "
           f"{args.link:g} GB/s between them; {args.sequences} sequences of {args.seq_len} tokens a step, {args.schedule}, blocks recomputed")
-    print(table(rows, {
+    return find_device("float32"), rows
+
+
+def report(rows):
+    return table(rows, {
         "stages": lambda r: r["stages"], "replicas": lambda r: r["replicas"], "microbatches": lambda r: r["microbatches"],
         "GB a GPU": lambda r: f"{r['memory_bytes'] / 1e9:.1f}", "bubble": lambda r: f"{r['bubble']:.1%}",
         "activations s": lambda r: f"{r['activation_seconds']:.2f}", "gradients s": lambda r: f"{r['gradient_seconds']:.2f}",
         "step s": lambda r: f"{r['step_seconds']:.2f}", "tokens/s": lambda r: f"{r['tokens_per_second']:,.0f}",
-        "": lambda r: "<- fastest that fits" if r["best"] else "" if r["fits"] else "too large"}))
-    return find_device("float32"), rows
+        "": lambda r: "<- fastest that fits" if r["best"] else "" if r["fits"] else "too large"})
 
 
 def arguments(p):

@@ -47,10 +47,13 @@ def bench(args):
                          saved_bytes=kept, peak_bytes=watch.peak))
     print(f"GPT-2's blocks ({args.blocks}), batch {args.batch_size} x {args.seq_len} tokens, {device.name}. Overhead: attention over the same "
           "attention without recomputation (none), a block over the same block without (sdpa)")
-    print(table(rows, {"mode": lambda r: r["mode"], "step ms": lambda r: f"{r['step_ms']:.0f}", "over": lambda r: r["against"],
-                       "overhead": lambda r: f"{r['overhead']:+.1%}", "kept MB": lambda r: f"{r['saved_bytes'] / 1e6:.0f}",
-                       "peak MB": lambda r: f"{r['peak_bytes'] / 1e6:.0f}"}))
     return device, rows
+
+
+def report(rows):
+    return table(rows, {"mode": lambda r: r["mode"], "step ms": lambda r: f"{r['step_ms']:.0f}", "over": lambda r: r["against"],
+                       "overhead": lambda r: f"{r['overhead']:+.1%}", "kept MB": lambda r: f"{r['saved_bytes'] / 1e6:.0f}",
+                       "peak MB": lambda r: f"{r['peak_bytes'] / 1e6:.0f}"})
 
 
 def arguments(p):

@@ -17,6 +17,8 @@ from lowrank import replace_linears
 from model import Transformer, config_for, count_parameters, flops_per_token
 from runtime import Device, find_device, matmul_rate
 
+PAPER = {("gpt2", 192): 1.14, ("gpt2", 96): 1.18, ("gpt2", 48): 1.19, ("gpt2-xl", 384): 1.31}  # speedup over full rank, Tables VI and VII
+
 
 def training_step(model, device, batch, length):
     """One whole optimizer step as train.py does it, on random tokens."""
@@ -103,16 +105,23 @@ def bench(args):
         rows.append(dict(model=args.model, rank=rank, dtype=d, parameters=count_parameters(models[rank]), tokens_per_second=batch * length / s,
                          step_ms=s * 1e3, mfu=flops / s / rates[d], matmul_tflops=rates[d] / 1e12,
                          peak_memory_bytes=peak_of_one(args.model, rank, d, batch, length)))
-    full = {r["dtype"]: r["tokens_per_second"] for r in rows if r["model"] == args.model and r["rank"] == args.ranks[0]}
     print(f"{args.model}, batch {batch} x {length} tokens, {device.name}, matrix products "
           + ", ".join(f"{r / 1e12:.2f} TFLOPS in {d}" for d, r in rates.items()))
-    print(table(rows, {
+    return device, rows
+
+
+def report(rows):
+    def over(r, peer):
+        base = next((q["tokens_per_second"] for q in rows if q["dtype"] == r["dtype"] and peer(q)), None)
+        return f"{r['tokens_per_second'] / base:.2f}x" if base else "-"
+    rows = sorted(rows, key=lambda r: (r["dtype"], r["model"] != "nanoGPT"))
+    return table(rows, {
         "model": lambda r: r["model"], "rank": lambda r: r["rank"] or "full", "dtype": lambda r: r["dtype"],
         "parameters": lambda r: f"{r['parameters'] / 1e6:.1f}M", "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}",
-        "step ms": lambda r: f"{r['step_ms']:.0f}", "mfu": lambda r: f"{r['mfu']:.0%}",
-        "peak GB": lambda r: f"{r['peak_memory_bytes'] / 1e9:.1f}" if r["peak_memory_bytes"] else "-",
-        "speedup": lambda r: f"{r['tokens_per_second'] / full[r['dtype']]:.2f}x"}))
-    return device, rows
+        "over full rank": lambda r: over(r, lambda q: q["rank"] == 0 and q["model"] != "nanoGPT"),
+        "over nanoGPT": lambda r: over(r, lambda q: q["model"] == "nanoGPT"),
+        "mfu": lambda r: f"{r['mfu']:.0%}", "peak GB": lambda r: f"{r['peak_memory_bytes'] / 1e9:.1f}" if r["peak_memory_bytes"] else "-",
+        "paper": lambda r: f"{PAPER[r['model'], r['rank']]:.2f}x" if (r["model"], r["rank"]) in PAPER else ""})
 
 
 def arguments(p):
