@@ -31,6 +31,7 @@ BENCHES = {
     "decode": "tokens a second at batch 1: ranks, bits, with and without the cache",
     "kernels": "each CUDA kernel against the copy bandwidth and its peers (needs a GPU)",
     "quant": "perplexity of each way to round the weights to 8 and 4 bits",
+    "paper": "Tables V, VI and IX on the device at hand",
     "finetune": "LoRA on a quantized base, against transformers + peft",
     "serve": "one after another, batched, paged; one adapter and sixteen",
     "eval": "PIQA, against EleutherAI's lm-evaluation-harness",

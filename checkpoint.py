@@ -36,12 +36,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from formats import fetch_smollm2, hub_snapshot, open_source, their_name
+from formats import Source, fetch_smollm2, hub_snapshot, open_source, their_name
 from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, replace_linears, swap_layers
 from model import CONFIGS, Config, Transformer, config_for, count_parameters
 from quant import KINDS as QUANT_KINDS
-from quant import QuantEmbedding, QuantLinear, bits_and_group, describe, from_description, leave_cpu_forms, quantize, quantize_layer, takes
+from quant import QuantEmbedding, QuantLinear, bits_and_group, describe, from_description, quantize_layer, takes
 from quant import tie as tie_quantized
+from rounding import quantize_calibrated
 from runtime import InputError, cache_dir, command, write_atomic
 from tokenizer import load_tokenizer
 
@@ -148,7 +149,6 @@ def build(config, layers):
 
 def own_tensors(model):
     """Parameters and buffers by name, a shared one once."""
-    leave_cpu_forms(model)  # a quantized model that has generated text may hold its integers in torch's packed order
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
@@ -168,8 +168,13 @@ def save_model(folder, model, tokenizer=None, tensors=None):
         write_tensors(folder / file, {n: tensors[n] for n in names})
     if tokenizer is not None:
         tokenizer.save(folder)
-    config = dict(format=FORMAT, version=1, architecture=model.config.as_dict(), layers=describe_layers(model), files=files)
-    write_atomic(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    write_config(folder, model.config, describe_layers(model), files)
+
+
+def write_config(folder, architecture, layers, files, **more):
+    """config.json, which makes a folder a model; written last."""
+    config = dict(format=FORMAT, version=1, architecture=architecture.as_dict(), layers=layers, files=files, **more)
+    write_atomic(Path(folder) / "config.json", json.dumps(config, indent=1) + "\n")
     sync_folder(folder)
 
 
@@ -187,6 +192,11 @@ def read_config(folder):
     if config.get("version") != 1:
         raise InputError(f"{path} is of version {config.get('version')}, this program reads version 1: use the program that wrote it")
     return config
+
+
+def decomposed_from(folder):
+    """The dense model that decompose.py made a folder from; None of any other model."""
+    return (read_config(folder) or {}).get("decomposed_from") if Path(folder).is_dir() else None
 
 
 def fill(model, tensors, device, dtype, where, quantizer=None):
@@ -252,6 +262,43 @@ def load_model(name, device="cpu", dtype=torch.float32, bits=16, group=None):
     return model.eval(), load_tokenizer(path) if has_tokenizer else None
 
 
+class FolderSource(Source):
+    """A dense model folder of ours, read as formats.py reads those of others: a tensor at a time."""
+
+    def __init__(self, path, config):
+        self.path, self.config, self.files = Path(path), Config(**config["architecture"]), {}
+        try:
+            for file in config["files"]:
+                with safe_open(self.path / file, framework="pt") as f:
+                    self.files |= dict.fromkeys(f.keys(), self.path / file)
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"{self.path / file} is missing, truncated or not a safetensors file ({e})") from None
+        with torch.device("meta"):
+            self.shapes = {name: tuple(p.shape) for name, p in Transformer(self.config).named_parameters()}
+        self.names = list(self.shapes)
+        if missing := self.shapes.keys() - self.files.keys():
+            raise InputError(f"{path}: {len(missing)} tensors are missing, first {min(missing)}: a shard may be missing")
+
+    def get(self, name):
+        with safe_open(self.files[name], framework="pt") as f:
+            return f.get_tensor(name)
+
+    def tokenizer(self):
+        return load_tokenizer(self.path) if any((self.path / f).exists() for f in ("tokenizer.json", "tokenizer.model")) else None
+
+
+def open_dense(name):
+    """The dense model of a known name, a folder or a file, to be read a tensor at a time."""
+    path = locate(name)
+    config = read_config(path) if path.is_dir() else None
+    if config is None:
+        return open_source(path)
+    if config["layers"]:
+        first, layer = next(iter(config["layers"].items()))
+        raise InputError(f"{name} is not dense: {first} is {layer['kind']}. Give the model that it was made from")
+    return FolderSource(path, config)
+
+
 def quantizer_of(model, bits, group):
     """What turns a complete layer of the model into integers; None for 16 bit."""
     if bits == 16:
@@ -282,11 +329,16 @@ def save_state(out_dir, model, tokenizer, optimizer_tensors, state, tensors=None
 
     tensors: of a model that is spread over processes, gathered.
     """
+    replace_state(out_dir, lambda folder: save_model(folder, model, tokenizer, tensors), optimizer_tensors, state)
+
+
+def replace_state(out_dir, write, optimizer_tensors, state):
+    """save_state of whatever write(folder) writes: a model, or an adapter alone."""
     out = Path(out_dir)
     new, current, previous = out / "state.partial", out / "state", out / "state.previous"
     shutil.rmtree(new, ignore_errors=True)
     try:
-        save_model(new, model, tokenizer, tensors)
+        write(new)
         write_tensors(new / "optimizer.safetensors", optimizer_tensors)
         write_atomic(new / "state.json", json.dumps(state, indent=1) + "\n")
     except OSError:  # a full disk: leave the last good state and give the space back
@@ -313,15 +365,18 @@ def publish(state, out):
             os.replace(partial, out / file.name)
 
 
-def read_state(out_dir):
-    """(folder, state.json, optimizer tensors) of the last whole state of a run; a damaged one is reported and the one before is taken."""
+def read_state(out_dir, files=lambda folder: read_config(folder)["files"]):
+    """(folder, state.json, optimizer tensors) of the last whole state of a run; a damaged one is reported and the one before is taken.
+
+    files(folder): the safetensors files that must be whole, besides the optimizer's.
+    """
     problems = []
     for folder in (Path(out_dir) / "state", Path(out_dir) / "state.previous"):
         if not folder.exists():
             continue
         try:
             state = json.loads((folder / "state.json").read_text())
-            for file in read_config(folder)["files"]:
+            for file in files(folder):
                 for _ in read_tensors(folder / file):
                     pass
             optimizer = dict(read_tensors(folder / "optimizer.safetensors"))
@@ -341,7 +396,7 @@ def dense_tensors(model):
     def visit(module, prefix):
         if hasattr(module, "dense_weight"):
             yield prefix + "weight", module.dense_weight()
-            if module.bias is not None:
+            if getattr(module, "bias", None) is not None:  # an embedding has none
                 yield prefix + "bias", module.bias
             return
         for name, p in module.named_parameters(recurse=False):
@@ -437,12 +492,12 @@ def random_model(name, rank=0, bits=16, group=None, device="cpu", dtype=torch.bf
     return fill(model, values(), device, dtype, name, quantizer_of(model, bits, group)).eval()
 
 
-def calibration_batches(text, tokenizer, context):
+def calibration_batches(text, tokenizer, context, count=CALIBRATION_TOKENS):
     """The first tokens of a text, in windows: a list of (1, T) tensors."""
     if tokenizer is None:
         raise InputError("--calibration needs the model's tokenizer, and there is none beside the weights")
     from data import open_corpus
-    ids = tokenizer.encode("".join(itertools.islice(open_corpus(text, "data").documents(), CALIBRATION_TOKENS // 500)))[:CALIBRATION_TOKENS]
+    ids = tokenizer.encode("".join(itertools.islice(open_corpus(text, "data").documents(), max(1, count // 500))))[:count]
     length = min(CALIBRATION_WINDOW, context)
     if len(ids) < length:
         raise InputError(f"--calibration {text} has {len(ids)} tokens: at least {length} are needed")
@@ -460,7 +515,7 @@ def quantized(args):
     model, tokenizer = load_model(args.model)
     batches = calibration_batches(args.calibration, tokenizer, model.config.context)
     bar = functools.partial(tqdm, desc="rounding", unit=" blocks", disable=None, leave=False)
-    quantize(model, args.bits, args.group, calibration=batches, progress=bar)
+    quantize_calibrated(model, args.bits, batches, args.group, progress=bar)
     return model, tokenizer
 
 
@@ -468,11 +523,15 @@ def save_quantized(folder, model, tokenizer):
     """Integers, scales in float16, and what is not quantized in bfloat16."""
     if Path(folder).exists() and any(Path(folder).iterdir()):
         raise InputError(f"{folder} is not empty: choose a new folder")
+    replace_model(folder, model.bfloat16(), tokenizer)
+
+
+def replace_model(folder, model, tokenizer):
+    """save_model beside `folder`, then in its place."""
     partial = Path(folder).with_name(Path(folder).name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save_model(partial, model.bfloat16(), tokenizer)
-    if Path(folder).exists():
-        Path(folder).rmdir()
+    save_model(partial, model, tokenizer)
+    shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
 

@@ -124,6 +124,11 @@ class Source:
             raise InputError(f"{self.path}: {name} is stored as {tensor.dtype}: get the model in float32, float16 or bfloat16")
         return tensor
 
+    def first_rows(self, name, count):
+        """The first rows of a matrix, or a whole vector, without reading more than is cheap."""
+        tensor = self.get(name)
+        return tensor[:count] if tensor.dim() > 1 else tensor
+
     def close(self):
         """Nothing stays open between two calls of get, but for a GGUF's mapping."""
 
@@ -317,16 +322,20 @@ class GGUFSource(InterleavedSource):
         shapes = {name: shape for name, (shape, *_) in self.places.items()}
         super().__init__(file, config_of(file, lambda: gguf_config(file, self.fields, shapes)), shapes)
 
-    def read(self, name, theirs):
-        """Rows are taken in the order in which they are wanted, and unpacked some at a time."""
+    def read(self, name, theirs, count=None):
+        """Rows (all, or the first `count`) are taken in the order in which they are wanted, and unpacked some at a time."""
         shape, row, packing, offset = self.places[theirs]
         packed = np.memmap(self.path, np.uint8, "r", offset, (math.prod(shape[:-1]), row))  # a vector is one row
         order = self.row_order(name)
-        order = torch.arange(len(packed)) if order is None else order
-        tensor = torch.empty(len(packed), shape[-1], dtype={"F16": torch.float16, "BF16": torch.bfloat16}.get(packing.name, torch.float32))
+        order = (torch.arange(len(packed)) if order is None else order)[:count]
+        tensor = torch.empty(len(order), shape[-1], dtype={"F16": torch.float16, "BF16": torch.bfloat16}.get(packing.name, torch.float32))
         for rows, out in zip(order.split(1024), tensor.split(1024)):
             out.copy_(self.unpack(packed[rows.numpy()], packing, theirs).view(out.shape))
-        return tensor.view(shape)
+        return tensor.view(-1, *shape[1:])
+
+    def first_rows(self, name, count):
+        theirs = their_name(name, self.column)
+        return self.read(name, theirs, count if len(self.places[theirs][0]) > 1 else None)
 
     def unpack(self, data, packing, theirs):
         import gguf

@@ -177,8 +177,16 @@ class LoRALinear(nn.Module):
         fused = getattr(self.base, "with_lora", None)  # a quantized base on a GPU: one launch for a few rows
         if fused is not None and not self.training and (y := fused(x, self.A, self.B, self.scale)) is not None:
             return y
-        h = F.linear(self.dropout(x).to(self.A.dtype), self.A)  # (..., r)
-        return self.base(x) + self.scale * F.linear(h, self.B)
+        h = self.scale * F.linear(self.dropped(x).to(self.A.dtype), self.A)  # (..., r)
+        return self.base(x) + F.linear(h, self.B)
+
+    def dropped(self, x):
+        """Dropout of x. Layers that are given the same tensor, as W^Q, W^K and W^V are, share one mask: a third of the work, and of what is kept."""
+        if not self.training or self.dropout.p == 0:
+            return x
+        if getattr(x, "dropped", None) is None:
+            x.dropped = self.dropout(x)  # lives as long as x
+        return x.dropped
 
     @property
     def multiplications(self):
@@ -199,11 +207,75 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def add(self, sign):
-        """Add the adapter's product to the base (sign 1) or take it out again (-1)."""
-        if not isinstance(self.base, nn.Linear):
-            raise InputError(f"an adapter can't be merged into a {type(self.base).__name__}: merge into the 16-bit base, or keep it beside")
-        self.base.weight += (sign * self.delta()).to(self.base.weight.dtype)
+        """Add the adapter's product to the base (sign 1) or take it out again (-1). Returns two squared norms: of what rounding the sum to the base's
+        format changed, and of the product. A quantized base is dequantized, added to and quantized again; its integers are kept for the way back."""
+        base, sums = self.base, self.dense_weight().float() if sign > 0 else None
+        if isinstance(base, nn.Linear):
+            base.weight += (sign * self.delta()).to(base.weight.dtype)
+        elif not hasattr(base, "W"):
+            raise InputError(f"an adapter can't be merged into a {type(base).__name__}: merge into the 16-bit base, or keep it beside")
+        elif sign > 0:
+            base.W, self.unmerged = type(base.W).of(sums, base.W.bits, base.W.group), base.W
+        else:
+            base.W = self.unmerged
         self.merged = sign > 0
+        return ((self.dense_weight().float() - sums).square().sum().item(), self.delta().square().sum().item()) if sign > 0 else None
+
+
+class ManyLoRALinear(nn.Module):
+    """Equation 7 with an adapter for each row of a batch: y_i = base(x_i) + (alpha/r) B_i A_i x_i. One product with the base serves all rows.
+
+    Adapters come and go in `factors`, the base is never touched. `select` says which adapter each row of the following batches has; it
+    gathers the rows' A and B once, not at every step. Smaller ranks are padded with zeros; a row without an adapter has zeros alone.
+    """
+
+    def __init__(self, base):
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.base = base.requires_grad_(False)
+        self.factors = {}  # name -> A (r, in) and (alpha/r) B^T (r, out)
+        self.chosen = None
+
+    def add(self, name, A, B, scale):
+        """B^T, as the product of a row reads it: its r rows lie in one piece."""
+        self.factors[name] = A.contiguous(), (scale * B).T.contiguous()
+
+    def select(self, names):
+        """names: of the adapter of each row, None for the bare base. One name serves a batch of any size."""
+        used = set(names) & set(self.factors)
+        if not used:
+            self.chosen = None
+        elif len(set(names)) == 1:
+            self.chosen = self.factors[names[0]]  # (r, in), (r, out)
+        else:
+            self.chosen = self.gathered(names, 0), self.gathered(names, 1)
+
+    def gathered(self, names, i):
+        """A (i = 0) or B^T (i = 1) of each row: (B, r, in) or (B, r, out)."""
+        r, like = max(len(f[i]) for f in self.factors.values()), next(iter(self.factors.values()))[i]
+        padded = {n: F.pad(self.factors[n][i], (0, 0, 0, r - len(self.factors[n][i]))) if n in self.factors else like.new_zeros(r, like.shape[1])
+                  for n in set(names)}
+        return torch.stack([padded[n] for n in names])
+
+    def forward(self, x):
+        if self.chosen is None:
+            return self.base(x)
+        A, Bt = self.chosen
+        if A.dim() == 2:
+            fused = getattr(self.base, "with_lora", None)  # a quantized base on a GPU: one launch for a few rows
+            if fused is not None and (y := fused(x, A, Bt.T, 1.0)) is not None:
+                return y
+            return self.base(x) + x @ A.T @ Bt
+        h = torch.bmm(x, A.transpose(1, 2))  # (B, T, in) (B, in, r) -> (B, T, r)
+        return torch.baddbmm(self.base(x), h, Bt)  # + (B, T, r) (B, r, out) -> (B, T, out)
+
+    @property
+    def multiplications(self):
+        return getattr(self.base, "multiplications", self.in_features * self.out_features)
+
+    @property
+    def bias(self):
+        return self.base.bias
 
 
 # ----------------------------------------------------------------------------- the walker
@@ -254,6 +326,31 @@ def second_moments(model, batches, forward=None):
         for hook in hooks:
             hook.remove()
     return moments
+
+
+def halves(block):
+    """What a block adds to the residual stream x, one after the other: the module's name, and what it makes of x (B, T, C), rope and mask."""
+    return (("attention", lambda x, rope, mask: block.attention(block.norm1(x), rope, None, mask)),
+            ("mlp", lambda x, rope, mask: block.mlp(block.norm2(x))))
+
+
+@torch.no_grad()
+def change_layers(model, batches, change, progress=lambda blocks: blocks):
+    """Replace the linear layers of all blocks, from the first block to the last, by change(name, layer, H), or leave them where that is None.
+
+    H (in, in) are the second moments of the inputs that the layer has for `batches` of tokens (B, T) when the halves of blocks before it are
+    already changed: so each makes good what it can of the errors so far. Returns the names of the replaced layers.
+    """
+    names, streams = [], [model.begin(tokens) for tokens in batches]
+    for i, block in enumerate(progress(model.blocks)):
+        for half, run in halves(block):
+            part, prefix = getattr(block, half), f"blocks.{i}.{half}."
+            moments = second_moments(part, streams, lambda stream, run=run: run(*stream))
+            with torch.autocast(streams[0][0].device.type, enabled=False):
+                swapped = swap_layers(part, lambda name, layer, prefix=prefix, moments=moments: change(prefix + name, layer, moments[name]))
+            names += [prefix + name for name in swapped]
+            streams = [(x + run(x, rope, mask), rope, mask) for x, rope, mask in streams]
+    return names
 
 
 def _millions(count):
@@ -322,6 +419,20 @@ def replace_linears(model, rank, method=1, embedding_rank=0, progress=lambda lay
     return line
 
 
+def blend_with(model, dense_weight):
+    """Method 3 from a decomposed model: each LowRankLinear becomes a BlendedLinear with the W that dense_weight(name) gives. Returns the line
+    that says what was done."""
+    def make(name, low):
+        with torch.device("meta"):
+            layer = BlendedLinear(low.in_features, low.out_features, low.rank, bias=False)
+        layer.weight = nn.Parameter(dense_weight(name).to(low.A), requires_grad=False)
+        layer.lowrank, layer.alpha = low, torch.ones((), device=low.A.device)
+        return layer
+    low = count_parameters(model)
+    names = swap_layers(model, make, wanted=lambda m: isinstance(m, LowRankLinear))
+    return f"blended {len(names)} linears: {_millions(count_parameters(model))} parameters while W is there, {_millions(low)} when alpha is 0"
+
+
 def finish_blend(model):
     """Turn every BlendedLinear, whose a must be 0, into the LowRankLinear that it then is. Returns how many."""
     def make(name, layer):
@@ -350,10 +461,12 @@ def _adapters(model):
 
 
 def merge_lora(model):
-    """W <- W + (alpha/r) B A in every adapted layer; the adapters stay in place, asleep, so that unmerge_lora can undo it."""
-    for layer in _adapters(model):
-        if not layer.merged:
-            layer.add(1)
+    """W <- W + (alpha/r) B A in every adapted layer; the adapters stay in place, asleep, so that unmerge_lora can undo it.
+
+    Returns the error that rounding the sums to the base's bits makes, relative to what was added: |W + D - rounded| / |D| over all layers.
+    """
+    errors = [layer.add(1) for layer in _adapters(model) if not layer.merged]
+    return math.sqrt(sum(e for e, _ in errors) / max(1e-30, sum(d for _, d in errors)))
 
 
 def unmerge_lora(model):
@@ -361,6 +474,21 @@ def unmerge_lora(model):
     for layer in _adapters(model):
         if layer.merged:
             layer.add(-1)
+
+
+@torch.no_grad()
+def start_from_error(layer, weight):
+    """LoftQ's start of a LoRALinear on a quantized base Q: (alpha/r) B A is the best approximation of W - Q of its rank, so that training begins
+    nearer to the model as it was. Returns the squared norms of W - Q and of what is left of it.
+
+    LoftQ goes on to round W - B A anew, and so on; that would give each adapter a base of its own, and here one base serves many.
+    """
+    error = weight.to(layer.A.device).float() - layer.base.dense_weight().float()
+    A, B = svd_factors(error, layer.r)
+    root = math.sqrt(layer.scale)
+    layer.A.copy_(A / root)
+    layer.B.copy_(B / root)
+    return error.square().sum().item(), (error - layer.delta()).square().sum().item()
 
 
 def drop_lora(model):

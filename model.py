@@ -141,9 +141,11 @@ class Attention(nn.Module):
         q, k, v = (p.view(B, T, -1, self.config.head_size).transpose(1, 2) for p in parts)  # (B, heads, T, d)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        attend = self.attend
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, kv_heads, S, d)
-        y = self.attend(q, k, v, mask, self.config.dropout if self.training else 0.0)
+            attend = getattr(cache, "attend", attend)  # kvcache.py attends to blocks of its own
+        y = attend(q, k, v, mask, self.config.dropout if self.training else 0.0)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -342,12 +344,14 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
+    p, order = logits.softmax(-1), None
     if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        p = ordered.softmax(-1)
-        ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)  # the likeliest token always stays
-        logits = torch.empty_like(logits).scatter_(-1, order, ordered)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        likeliest, order = p.topk(min(1024, p.shape[-1]))  # sorting a whole vocabulary takes several times as long, and is seldom needed
+        if (likeliest.sum(-1) < top_p).any():
+            likeliest, order = p.sort(descending=True)
+        p = likeliest.masked_fill(likeliest.cumsum(-1) - likeliest >= top_p, 0)  # the likeliest token always stays
+    draw = torch.multinomial(p, 1, generator=generator)
+    return (draw if order is None else order.gather(-1, draw))[:, 0]
 
 
 def check_sampling(temperature, top_k, top_p, max_new_tokens):
@@ -359,12 +363,14 @@ def check_sampling(temperature, top_k, top_p, max_new_tokens):
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None, use_cache=True, vocabulary=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None, use_cache=True, vocabulary=None, cache=None,
+             make_step=None):
     """Continue prompts (lists of token ids, of any lengths); yields after each step the new token of every row, None for a row that ended.
 
     A row ends at a token of `stop` (which is still yielded), after max_new_tokens, or where the context is full.
     Without the cache every step reads the whole text again, as in section III.C.2. `vocabulary`: draw from so many tokens only, where
-    the tokenizer knows fewer than the model has.
+    the tokenizer knows fewer than the model has. `cache`: in place of a new one; what it holds already are beginnings of the prompts,
+    which are not read again. `make_step(model, cache)` gives what takes single tokens (cudagraph.py).
     """
     check_sampling(temperature, top_k, top_p, max_new_tokens)
     config, device = model.config, next(model.parameters()).device
@@ -375,23 +381,32 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             wrong = max(row) if min(row) >= 0 else min(row)
             raise InputError(f"token {wrong} is outside the vocabulary 0..{config.vocab_size - 1}: is this the model's tokenizer?")
     rows, longest = [list(p) for p in prompts], max(map(len, prompts))
-    cache = KVCache(config, len(rows), min(config.context, longest + max_new_tokens), device) if use_cache else None
-    alive, new = [True] * len(rows), None
+    if use_cache and cache is None:
+        cache = KVCache(config, len(rows), min(config.context, longest + max_new_tokens), device)
+    alive, new, take_one = [True] * len(rows), None, None
     for _ in range(max_new_tokens):
         alive = [a and len(r) <= config.context for a, r in zip(alive, rows)]
         if not any(alive):
             return
         if new is None or cache is None:  # whole prompts, padded at the right
-            length = max(map(len, rows))
-            tokens = torch.tensor([r + [0] * (length - len(r)) for r in rows], device=device)[:, :config.context]
+            unread = [r[n:] for r, n in zip(rows, cache.lengths)] if cache else rows
+            length = max(map(len, unread))
+            tokens = torch.tensor([r + [0] * (length - len(r)) for r in unread], device=device)[:, :config.context]
             h = model.hidden(tokens, cache)  # (B, T, C)
-            h = h[torch.arange(len(rows)), [min(len(r), length) - 1 for r in rows]]  # (B, C)
+            h = h[torch.arange(len(rows)), [min(len(r), h.shape[1]) - 1 for r in unread]]  # (B, C)
             if cache is not None:
                 cache.lengths = [len(r) for r in rows]
+            logits = model.head(h)  # (B, V)
         else:
             cache.lengths = [n if a else 0 for n, a in zip(cache.lengths, alive)]  # a row that ended writes where nobody looks
-            h = model.hidden(new[:, None], cache)[:, -1]
-        new = sample(model.head(h)[:, :vocabulary], temperature, top_k, top_p, generator)  # (B,)
+            if make_step and take_one is None:
+                take_one = make_step(model, cache)
+            if take_one:
+                logits = take_one(new, cache.lengths)
+                cache.advance(1)
+            else:
+                logits = model.head(model.hidden(new[:, None], cache)[:, -1])
+        new = sample(logits[:, :vocabulary], temperature, top_k, top_p, generator)  # (B,)
         step = [t if a else None for t, a in zip(new.tolist(), alive)]
         rows = [r + [t] if a else r for r, t, a in zip(rows, new.tolist(), alive)]
         alive = [a and t not in stop for a, t in zip(alive, step)]

@@ -13,16 +13,21 @@ s and o are float16, so with a group of 64 a weight takes 4.5 or 8.5 bits. The p
     nn.Embedding, LowRankEmbedding -> QuantEmbedding (W), QuantLowRankEmbedding (A and B); a head tied to it shares W
 
 The layers are frozen, and gradients flow through them to x, so LoRA trains on top; the backward pass dequantizes a matrix for as
-long as it multiplies with it. Products are computed by kernels.cu on a GPU, and on a CPU by torch's packed integer products.
+long as it multiplies with it. Few rows are multiplied by kernels.cu on a GPU and by kernels_cpu.cpp on a CPU, many are dequantized first.
 
     quantize(model, 8)                                  # whole rows, embedding and head too, in place
-    quantize(model, 4, calibration=batches)             # groups of 64, rounded with error feedback (GPTQ, the paper's [31])
+    quantize(model, 4)                                  # groups of 64; rounding.py does it better, with some text
     attach_fake_quantization(model, 8)                  # section IV: train as if the weights were 8 bit
 """
 import copy
+import ctypes
 import functools
+import hashlib
 import math
+import os
 import shutil
+import struct
+import subprocess
 import time
 from pathlib import Path
 from types import MethodType
@@ -32,8 +37,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, second_moments, swap_layers
-from runtime import InputError, say
+from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, swap_layers
+from runtime import InputError, cache_dir, cpu_name, say
 
 DEFAULT_GROUP = {8: 0, 4: 64}  # 0: the whole row is one vector
 SMALLEST_HALF = 2.0 ** -24     # a vector of equal numbers has no range; its scale must not be 0
@@ -116,9 +121,8 @@ class QuantMatrix(nn.Module):
         self.register_buffer("q", torch.zeros(out_features, bytes_in_row, dtype=torch.int8 if bits == 8 else torch.uint8))
         self.register_buffer("scale", torch.zeros(out_features, in_features // self.group, dtype=torch.float16))
         self.register_buffer("offset", torch.zeros(out_features, in_features // self.group, dtype=torch.float16))
-        self.cpu_form = None  # what torch's packed products take, made at the first use
-        self.looked_up = False  # an embedding reads rows of q
-        self.few_numbers = FEW_ROWS_CPU * in_features
+        self.whole_chunks = self.group == in_features or self.group % 64 == 0  # what kernels_cpu.cpp takes
+        self.made_form = None, b""
 
     @classmethod
     def of(cls, weight, bits, group=None, rounding=quantize_rows):
@@ -138,7 +142,6 @@ class QuantMatrix(nn.Module):
 
     def rows(self, index):
         """Rows of W in float32: index (...) -> (..., in)."""
-        self.leave_cpu_form()
         q = unpack(self.q[index.flatten()], self.bits, self.in_features).unflatten(-1, (-1, self.group))
         return decode(q, self.scale[index.flatten()], self.offset[index.flatten()]).view(*index.shape, self.in_features)
 
@@ -146,22 +149,18 @@ class QuantMatrix(nn.Module):
         """W (out, in)."""
         if self.q.is_cuda and (kernels := load_kernels()):
             return kernels.dequantize(*self.parts(), self.in_features, dtype)
-        self.leave_cpu_form()
         q = unpack(self.q, self.bits, self.in_features).unflatten(-1, (-1, self.group))
         return decode(q, self.scale, self.offset).flatten(1).to(dtype)
 
     def times(self, x):
-        """x (..., in) -> x W^T (..., out), in x's dtype, or autocast's; the gradient goes to x.
-
-        The fast case is a few rows in eval mode without gradients, as in decoding.
-        """
-        if self.cpu_form is not None and x.dtype == torch.bfloat16 and x.numel() <= self.few_numbers and not torch.is_grad_enabled():
-            return self.cpu_form.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)  # decoding: the shortest way
+        """x (..., in) -> x W^T (..., out), in x's dtype, or autocast's; the gradient goes to x."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if torch.is_grad_enabled() and x.requires_grad:
             return _Product.apply(x, self)
-        return cuda_product(x, self) if x.is_cuda else cpu_product(x, self)
+        if x.is_cuda:
+            return cuda_product(x, self)
+        return cpu_product(x, self) if few_rows_cpu(x, self) else F.linear(x, self.dense(x.dtype))
 
     def back(self, g):
         """g (..., out) -> g W (..., in)."""
@@ -172,32 +171,15 @@ class QuantMatrix(nn.Module):
     def parts(self):
         return self.q, self.scale, self.offset
 
-    # ---- torch's packed products want int4 in an order of their own; q is given up for it, and comes back when it is needed
-
-    def enter_cpu_form(self):
-        if self.cpu_form is None:
-            self.cpu_form = make_cpu_form(self)
-            if self.cpu_form.replaces_q:
-                self.q = self.q.new_empty(0)
-        return self.cpu_form
-
-    def leave_cpu_form(self):
-        if self.cpu_form is not None and self.cpu_form.replaces_q:
-            self.q = pack(self.cpu_form.integers(), self.bits)
-            self.cpu_form = None
-
-    def _save_to_state_dict(self, *args):
-        self.leave_cpu_form()
-        super()._save_to_state_dict(*args)
-
-    def _load_from_state_dict(self, *args):
-        self.leave_cpu_form()
-        self.cpu_form = None
-        super()._load_from_state_dict(*args)
+    def form(self):
+        """The struct Matrix of kernels_cpu.cpp, as bytes. It holds addresses, so it is made anew when a tensor was replaced."""
+        own = self._buffers  # self.q would look through three dictionaries
+        key = own["q"].data_ptr(), own["scale"].data_ptr(), own["offset"].data_ptr()
+        if self.made_form[0] != key:
+            self.made_form = key, struct.pack("@PPPiiii", *key, self.out_features, self.in_features, self.group, self.q.shape[1])
+        return self.made_form[1]
 
     def _apply(self, fn, *args):
-        self.leave_cpu_form()
-        self.cpu_form = None
         before = {"scale": self.scale, "offset": self.offset}
         super()._apply(fn, *args)
         for name, exact in before.items():  # model.bfloat16() converts every buffer of floats: not these
@@ -222,92 +204,64 @@ class _Product(torch.autograd.Function):
         return ctx.matrix.back(g), None
 
 
-# ----------------------------------------------------------------------------- products on a CPU
+# ----------------------------------------------------------------------------- products on a CPU: kernels_cpu.cpp
 
-# Up to here torch's packed products win over dequantizing first: 2.9 ms to 4.3 at 64 rows, 11.8 to 12.8 at 256, for int8 of 1600 x 1600 on
-# two cores with AVX512-BF16.
-FEW_ROWS_CPU = 128
+FEW_ROWS_CPU = 32  # beyond, dequantizing and torch's own product win
 
 
-class Int8Rows:
-    """int8 in whole rows, for torch's _weight_int8pack_mm: y = s * (x q^T) takes q as it is; o * sum(x) is added here."""
-    replaces_q = False
-
-    def __init__(self, matrix):
-        self.q, self.padding = matrix.q, matrix.q.shape[1] - matrix.in_features  # it reads 16 numbers at a time
-        self.scale, self.offset = matrix.scale[:, 0].bfloat16(), matrix.offset[:, 0].bfloat16()
-
-    def product(self, x):
-        if self.padding:
-            x = F.pad(x, (0, self.padding))
-        return torch.ops.aten._weight_int8pack_mm(x, self.q, self.scale).addcmul_(x.sum(-1, keepdim=True), self.offset)
-
-
-class Int4Digits:
-    """Groups of int4, for torch's _weight_int4pack_mm_for_cpu, which computes s (u - 8) + z with u in 0..15.
-
-    An int8 is two such digits: q + 128 = 16 h + l, so s q + o = 16 s (h - 8) + (s (l - 8) + 8 s + o).
-    """
-
-    def __init__(self, matrix, group):
-        self.shape, self.replaces_q = (matrix.out_features, matrix.in_features), not matrix.looked_up
-        self.group = group
-        q = unpack(matrix.q, matrix.bits, matrix.in_features)
-        scale, offset = (t.float().repeat_interleave(matrix.group // group, 1) for t in (matrix.scale, matrix.offset))  # (out, in / group)
-        if matrix.bits == 4:
-            self.digits = [self.pack(q.int() + 8, scale, offset)]
-        else:
-            u = q.int() + 128
-            self.digits = [self.pack(u >> 4, 16 * scale, 0 * offset), self.pack(u & 15, scale, 8 * scale + offset)]
-
-    def pack(self, u, scale, zero):
-        more = -len(u) % 16  # it wants a multiple of 16 rows
-        scale_zero = F.pad(torch.stack((scale, zero), -1).bfloat16(), (0, 0, 0, 0, 0, more))  # (out, groups, 2)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(F.pad(u, (0, 0, 0, more)), 1)
-        return packed, scale_zero.transpose(0, 1).contiguous()
-
-    def product(self, x):
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.digits[0][0], self.group, self.digits[0][1])
-        for packed, scale_zero in self.digits[1:]:
-            y += torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, self.group, scale_zero)
-        return y if y.shape[1] == self.shape[0] else y[:, :self.shape[0]].contiguous()
-
-    def integers(self):
-        """q int8 (out, in) again: the digits times the identity, 256 columns at a time, at scale 1."""
-        q, places = torch.zeros(self.shape, dtype=torch.int8), (1,) if len(self.digits) == 1 else (16, 1)
-        for start in range(0, self.shape[1], 256):
-            columns = torch.arange(start, min(start + 256, self.shape[1]))
-            x = F.one_hot(columns, self.shape[1]).bfloat16()  # (256, in)
-            for place, (packed, scale_zero) in zip(places, self.digits):
-                one = torch.stack((torch.ones_like(scale_zero[..., 0]), torch.zeros_like(scale_zero[..., 0])), -1)
-                u = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, self.group, one)[:, :self.shape[0]]  # (256, out), -8..7
-                q[:, columns] += place * (u.T + (8 if place == 1 and len(places) == 2 else 0)).to(torch.int8)
-        return q
+@functools.cache
+def load_cpu_kernels():
+    """kernels_cpu.cpp as a library, compiled at the first use and kept; None, said once, where that can't be."""
+    source = Path(__file__).with_name("kernels_cpu.cpp")
+    flags = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
+    key = hashlib.sha256(" ".join([source.read_text(), cpu_name(), *flags]).encode()).hexdigest()[:16]
+    library = cache_dir() / f"kernels_cpu-{key}.so"
+    try:
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            partial = library.with_suffix(f".{os.getpid()}")
+            subprocess.run(["g++", *flags, "-w", "-shared", "-fPIC", source, "-o", partial], check=True, capture_output=True, text=True)
+            os.replace(partial, library)
+        product = ctypes.CDLL(str(library)).product
+    except (OSError, subprocess.CalledProcessError) as e:
+        why = (getattr(e, "stderr", None) or str(e)).strip().splitlines()[0][:200]
+        say(f"kernels_cpu.cpp is not used: g++ could not build it ({why}); torch's products take over, which are slower")
+        return None
+    product.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+    product.restype = None
+    return product
 
 
-class Dequantized:
-    """For formats that torch has no packed product for."""
-    replaces_q = False
-
-    def __init__(self, matrix):
-        self.matrix = matrix
-
-    def product(self, x):
-        return F.linear(x, self.matrix.dense(x.dtype))
+def few_rows_cpu(x, A, B=None):
+    """Whether cpu_product, which has no backward pass, can take x."""
+    if x.is_cuda or x.numel() > FEW_ROWS_CPU * x.shape[-1] or torch.is_grad_enabled():
+        return False
+    if load_cpu_kernels() is None:
+        return B is None and A.bits == 8 and A.group == A.in_features
+    return A.whole_chunks and (B is None or B.whole_chunks)
 
 
-def make_cpu_form(matrix):
-    group = next((g for g in (256, 128, 64, 32) if matrix.group % g == 0), None)
-    if matrix.bits == 8 and matrix.group == matrix.in_features:
-        return Int8Rows(matrix)
-    return Dequantized(matrix) if group is None else Int4Digits(matrix, group)
+def cpu_product(x, A, B=None, bias=None):
+    """x (..., in) -> x W^T + bias (..., out) for W = A, or W = B A in one call. In decoding, what Python does here counts."""
+    dtype, product = x.dtype, load_cpu_kernels()
+    if product is None:
+        return torch_product(x, A)
+    if dtype is not torch.bfloat16 and dtype is not torch.float32:
+        return cpu_product(x.float(), A, B, bias).to(dtype)
+    if bias is not None and bias.dtype is not dtype:
+        bias = bias.to(dtype)
+    x = x.contiguous()
+    y = torch.empty(*x.shape[:-1], A.out_features if B is None else B.out_features, dtype=dtype)
+    product(x.data_ptr(), x.numel() // A.in_features, A.form(), None if B is None else B.form(), A.bits, dtype is torch.float32,
+            None if bias is None else bias.data_ptr(), y.data_ptr())
+    return y
 
 
-def cpu_product(x, matrix):
-    rows = x.numel() // matrix.in_features
-    if matrix.training or torch.is_grad_enabled() or rows > FEW_ROWS_CPU and matrix.q.numel():
-        return F.linear(x, matrix.dense(x.dtype))
-    y = matrix.enter_cpu_form().product(x.reshape(rows, matrix.in_features).bfloat16())  # in float32 these products are 25x slower
+def torch_product(x, matrix):
+    """torch's product for int8 in whole rows: y = s * (x q^T) takes q as it is; o * sum(x) is added here. In float32 it is 25x slower."""
+    rows = F.pad(x.reshape(-1, matrix.in_features).bfloat16(), (0, matrix.q.shape[1] - matrix.in_features))
+    y = torch.ops.aten._weight_int8pack_mm(rows, matrix.q, matrix.scale[:, 0].bfloat16())
+    y.addcmul_(rows.sum(-1, keepdim=True), matrix.offset[:, 0].bfloat16())
     return y.view(*x.shape[:-1], matrix.out_features).to(x.dtype)
 
 
@@ -347,7 +301,7 @@ class QuantLinear(nn.Module):
 
 
 class QuantLowRank(nn.Module):
-    """y = B (A x) + bias with A: (r, in) and B: (out, r) as integers; one launch on a GPU for up to 16 rows."""
+    """y = B (A x) + bias with A: (r, in) and B: (out, r) as integers; for a few rows one launch on a GPU, one call on a CPU."""
 
     def __init__(self, A, B, bias=None):
         super().__init__()
@@ -355,11 +309,13 @@ class QuantLowRank(nn.Module):
         self.bias = bias
 
     def forward(self, x):
-        if one_launch(x, self.A, self.B):
-            y = load_kernels().lowrank(as_rows(x), *self.A.parts(), *self.B.parts()).view(*x.shape[:-1], -1).to(x.dtype)
-        else:
-            y = self.B.times(self.A.times(x))  # (..., in) -> (..., r) -> (..., out)
-        return _add_bias(y, self.bias)
+        A, B, bias = self.A, self.B, self.bias
+        if few_rows_cpu(x, A, B) and not torch.is_autocast_enabled("cpu"):
+            return cpu_product(x, A, B, bias)
+        if one_launch(x, A, B):
+            y = load_kernels().lowrank(as_rows(x), *A.parts(), *B.parts())
+            return _add_bias(y.view(*x.shape[:-1], -1).to(x.dtype), bias)
+        return _add_bias(B.times(A.times(x)), bias)  # (..., in) -> (..., r) -> (..., out)
 
     @property
     def multiplications(self):
@@ -374,7 +330,7 @@ class _Lookup(nn.Module):
 
     def __init__(self, table, dtype):
         super().__init__()
-        self.num_embeddings, self.dtype, table.looked_up = table.out_features, dtype, True
+        self.num_embeddings, self.dtype = table.out_features, dtype
 
     def _apply(self, fn, *args):
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # what model.bfloat16() does to other embeddings
@@ -517,133 +473,6 @@ def tie(model):
         model.head.W = model.embed.W
 
 
-# ----------------------------------------------------------------------------- better rounding
-#
-# With few bits, what counts is not the error of W but that of y = W x. Over the inputs X of some calibration text, an error E = W - (s q + o)
-# changes y by E X, of size sum(E H E^T) with the second moments H = X X^T: one matrix for all rows of W, and all that rounding needs to know.
-#
-#   clipping        a smaller range has smaller steps: shrink it as long as the squared error of the vector falls
-#   error feedback  (GPTQ) round one column of W after the other; what was lost is made good, as far as H allows, by the columns still to come
-#   sweeps          then go over the columns again, each time to the integer that is best now that all others are known, and over s and o
-
-def choose_range(w, bits):
-    """s and o of vectors w (..., group), whose range is shrunk as far as that lowers the squared error."""
-    low, high = w.amin(-1), w.amax(-1)
-    best_error = torch.full_like(low, math.inf)
-    best_scale, best_offset = scale_and_offset(low, high, bits)
-    for shrink in torch.linspace(1, 0.5, 26).tolist():
-        scale, offset = scale_and_offset(low * shrink, high * shrink, bits)
-        error = (decode(encode(w, scale, offset, bits), scale, offset) - w).square_().sum(-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale, best_offset = torch.where(better, scale, best_scale), torch.where(better, offset, best_offset)
-    return best_scale, best_offset
-
-
-def clip_rows(weight, bits, group):
-    """quantize_rows with clipped ranges."""
-    w = weight.detach().float().unflatten(-1, (-1, group))  # (out, groups, group)
-    scale, offset = choose_range(w, bits)
-    return encode(w, scale, offset, bits).flatten(1), scale, offset
-
-
-def feedback_rows(weight, bits, group, moments, damping=0.03, sweeps=3):
-    """quantize_rows with error feedback and sweeps, for inputs of the second moments H (in, in)."""
-    W = weight.detach().float()
-    H = moments.float() / moments.diagonal().mean().clamp_min(1e-30)
-    H = H + damping * torch.eye(len(H), device=H.device)  # inputs that the calibration text never showed count a little, too
-    scale, offset = choose_range(W.unflatten(-1, (-1, group)), bits)
-    q = round_with_feedback(W, scale, offset, bits, group, H)
-    for _ in range(sweeps):
-        sweep(W, q, scale, offset, bits, group, H)
-    return q.to(torch.int8), scale, offset
-
-
-def round_with_feedback(W, scale, offset, bits, group, H, block=128):
-    """Integers (out, in), as float, of W with given s and o. The columns whose inputs are largest come first, when most others can still help."""
-    order = H.diagonal().argsort(descending=True)
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order].double())), upper=True).float()
-    W, q = W[:, order].clone(), torch.empty_like(W)
-    s, o = (t.float().repeat_interleave(group, 1)[:, order] for t in (scale, offset))  # (out, in)
-    for start in range(0, W.shape[1], block):  # columns of a block feed each other at once, those to the right when the block is done
-        end = min(start + block, W.shape[1])
-        lost = torch.empty(len(W), end - start, device=W.device)
-        for j in range(start, end):
-            integer = ((W[:, j] - o[:, j]) / s[:, j]).round_().clamp_(-2 ** (bits - 1), 2 ** (bits - 1) - 1)
-            lost[:, j - start] = (W[:, j] - (integer * s[:, j] + o[:, j])) / U[j, j]
-            W[:, j + 1:end] -= lost[:, j - start, None] * U[j, j + 1:end]
-            q[:, order[j]] = integer
-        W[:, end:] -= lost @ U[start:end, end:]
-    return q
-
-
-def sweep(W, q, scale, offset, bits, group, H):
-    """Lower sum(E H E^T), in place: for each group first s and o, by least squares, then its integers one column after the other."""
-    rounded = decode(q.unflatten(-1, (-1, group)), scale, offset).flatten(1)
-    G = (W - rounded) @ H  # (out, in): half the downhill direction
-    for i in range(scale.shape[1]):
-        columns = slice(i * group, (i + 1) * group)
-        h, qg, before = H[columns, columns], q[:, columns], rounded[:, columns].clone()
-        scale[:, i], offset[:, i] = fit_scale(qg, G[:, columns] + before @ h, h, scale[:, i], offset[:, i])
-        s, o = scale[:, i].float(), offset[:, i].float()
-        now = qg * s[:, None] + o[:, None]
-        g = G[:, columns] - (now - before) @ h
-        for j in range(group):
-            best = now[:, j] + g[:, j] / h[j, j]
-            qg[:, j] = ((best - o) / s).round_().clamp_(-2 ** (bits - 1), 2 ** (bits - 1) - 1)
-            change = qg[:, j] * s + o - now[:, j]
-            now[:, j] += change
-            g -= change[:, None] * h[j]
-        G -= (now - before) @ H[columns]
-
-
-def fit_scale(q, target, h, scale, offset):
-    """s and o that minimize sum((t - s q - o) h (t - s q - o)^T) of each row, where target = t h; the old ones where q is constant."""
-    qh = q @ h
-    a, b, c = (qh * q).sum(1), qh.sum(1), h.sum()  # q h q, q h 1, 1 h 1
-    u, v = (target * q).sum(1), target.sum(1)
-    determinant = a * c - b * b
-    s, o = (u * c - v * b) / determinant, (a * v - b * u) / determinant
-    good = (determinant > 1e-6 * a * c) & (s >= SMALLEST_HALF) & (o.abs() < 6e4)
-    return torch.where(good, s, scale.float()).half(), torch.where(good, o, offset.float()).half()
-
-
-ROUNDINGS = {"minmax": quantize_rows, "clip": clip_rows}
-
-
-@torch.no_grad()
-def calibrate(model, bits, group, batches, names=None, progress=lambda blocks: blocks):
-    """Quantize the linear layers of all blocks with error feedback, from the first block to the last: each is given what the ones before it,
-    already quantized, make of the calibration text. batches: tokens (B, T). Returns how many layers were quantized."""
-    count, streams = 0, [model.begin(tokens) for tokens in batches]  # x (B, T, C), rope, mask
-    for block in progress(model.blocks):
-        for part, run in halves(block):
-            make = functools.partial(quantize_calibrated, bits, group, second_moments(part, streams, run), names)
-            with torch.autocast(streams[0][0].device.type, enabled=False):
-                count += len(swap_layers(part, make, wanted=functools.partial(takes, model)))
-            streams = [(stream[0] + run(stream), *stream[1:]) for stream in streams]
-    return count
-
-
-def halves(block):
-    """What a block adds to the residual stream, one after the other: the module, and what it makes of (x, rope, mask)."""
-    return ((block.attention, lambda stream: block.attention(block.norm1(stream[0]), stream[1], None, stream[2])),
-            (block.mlp, lambda stream: block.mlp(block.norm2(stream[0]))))
-
-
-def quantize_calibrated(bits, group, moments, names, name, layer):
-    """quantize_layer with error feedback. The inputs of B are h = A x, with A as it is after rounding: their moments are A H A^T."""
-    if names is not None and name not in names:
-        return None
-    H = moments[name]
-    if not isinstance(layer, LowRankLinear):
-        return quantize_layer(layer, bits, group, functools.partial(feedback_rows, moments=H))
-    A = QuantMatrix.of(layer.A, bits, group, functools.partial(feedback_rows, moments=H))
-    dense = A.dense()
-    B = QuantMatrix.of(layer.B, bits, group, functools.partial(feedback_rows, moments=dense @ H @ dense.T))
-    return QuantLowRank(A, B, frozen_bias(layer))
-
-
 # ----------------------------------------------------------------------------- quantizing a model
 
 def takes(model, module):
@@ -660,24 +489,20 @@ def bits_and_group(model, layer, bits, group, embedding_bits=None):
     return own, group if own == bits else None
 
 
-def quantize(model, bits, group=None, names=None, embedding_bits=None, calibration=None, rounding="minmax", progress=lambda blocks: blocks):
+def quantize(model, bits, group=None, names=None, embedding_bits=None, rounding=quantize_rows):
     """Quantize the layers that takes() accepts, in place, freeing each original as its integers are made. Returns the line that says what was done.
 
-    names: only layers whose last name is among these. embedding_bits: see bits_and_group. rounding: minmax or clip.
-    calibration: batches of tokens (B, T) of text like the use; rounds with error feedback, block by block.
+    names: only layers whose last name is among these. embedding_bits: see bits_and_group. rounding(W, bits, group) chooses the integers
+    of linear layers: quantize_rows, or one of rounding.py.
     """
-    if rounding not in ROUNDINGS:
-        raise InputError(f"--rounding must be {' or '.join(ROUNDINGS)}, got {rounding}")
-    before, count = stored_bytes(model), 0
-    if calibration is not None:
-        count = calibrate(model, bits, group, calibration, names, progress)
+    before = stored_bytes(model)
     forms = {name: bits_and_group(model, m, bits, group, embedding_bits) for name, m in model.named_modules() if takes(model, m)}
 
     def make(name, layer):
         if names is None or name.rsplit(".", 1)[-1] in names:
-            return quantize_layer(layer, *forms[name], ROUNDINGS[rounding])
+            return quantize_layer(layer, *forms[name], rounding)
 
-    count += len(swap_layers(model, make, wanted=functools.partial(takes, model)))
+    count = len(swap_layers(model, make, wanted=functools.partial(takes, model)))
     tie(model)
     return f"quantized {count} layers to {bits} bit: {before / 1e6:,.1f} -> {stored_bytes(model) / 1e6:,.1f} MB"
 
@@ -685,12 +510,6 @@ def quantize(model, bits, group=None, names=None, embedding_bits=None, calibrati
 def stored_bytes(model):
     """Bytes of all parameters and buffers, a shared one once."""
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
-
-
-def leave_cpu_forms(model):
-    """Bring every matrix back into the form in which it is saved."""
-    for matrix in matrices(model):
-        matrix.leave_cpu_form()
 
 
 # ----------------------------------------------------------------------------- training with rounded weights (section IV)
@@ -732,6 +551,7 @@ def attach_fake_quantization(model, bits, group=None):
 
 
 def detach_fake_quantization(model):
+    """Undo attach_fake_quantization. What recompute.py put in the place of a module's forward stays."""
     for module in model.modules():
-        if module.__dict__.pop("forward", None):
-            del module.rounded_to
+        if module.__dict__.pop("rounded_to", None):
+            del module.forward

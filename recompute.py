@@ -496,6 +496,8 @@ def head_loss(head, x, targets, chunk=512, ignore_index=-100):
         h, W = F.linear(h, head.A), head.B  # the head's rank is small: A x, (N, r), may be kept
     elif type(head) is nn.Linear and head.bias is None and not own_forward:
         W = head.weight
+    elif hasattr(getattr(head, "W", None), "dense") and head.bias is None and not own_forward:
+        W = head.W.dense(compute_dtype(h))  # a quantized head is frozen: dequantized once for both of its products
     else:
         return LayerLoss.apply(head, h, targets, chunk, torch.is_grad_enabled(), *head.parameters())
     return MatrixLoss.apply(h, W, targets, chunk, torch.is_grad_enabled())

@@ -3,12 +3,15 @@
     python train.py --rank 192                                     GPT-2 on the text that comes with Python, a few minutes on a laptop
     python train.py --model tiny --rank 16 --data my_books/        a small model on your own text
     python train.py --method 2 --init-from gpt2 --rank 192         start from the SVD of a pretrained model
+    python train.py --method 2 --init-from out/decomposed          ... or from what decompose.py made of it; --method 3 as well
     python train.py --method 3 --init-from gpt2 --rank 192         blend a pretrained model away: y = a W x + (1-a) B A x
+    python train.py --rank 192 --bits 4                            quantization-aware: the loss is that of the model rounded to 4 bits
     torchrun --nproc_per_node 8 train.py --rank 192 --data openwebtext
     torchrun --nproc_per_node 8 --max-restarts 3 train.py --rank 192 --pipeline 4    4 stages x 2 replicas, restarted if a process is lost
     python train.py --resume                                       go on after Ctrl-C, a kill or a power cut
 
-It leaves OUT/ as a model folder (python sample.py --model OUT), with metrics.jsonl, summary.json, loss.png and the state to resume from.
+It leaves OUT/ as a model folder (python sample.py --model OUT), with metrics.jsonl, summary.json, loss.png and the state to resume from;
+with --bits also OUT/int8 or OUT/int4, the rounded model.
 """
 import argparse
 import math
@@ -24,12 +27,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import load_model, own_tensors, read_state, save_state
+from checkpoint import decomposed_from, load_model, open_dense, own_tensors, read_state, replace_model, save_state
 from data import check_length, eval_batches, open_corpus, prepare, train_batch
-from lowrank import blend_alpha, finish_blend, replace_linears, set_alpha
+from lowrank import blend_alpha, blend_with, finish_blend, replace_linears, set_alpha
 from memory import advice, expected_memory, statement
 from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_token
 from pipeline import SCHEDULES, Grid, Pipeline, utilization, write_trace
+from quant import attach_fake_quantization, stored_bytes
 from recompute import MODES, head_loss, use_recompute
 from runtime import (
     InputError,
@@ -45,10 +49,11 @@ from runtime import (
     say,
     world_size,
 )
+from training import all_reduce, learning_rate, make_optimizer, optimizer_tensors, restarted, restore_optimizer, restored_arguments, set_aside
 from watchdog import Watchdog
 
 # What a resumed run may not change: with another value it would not be the same run.
-FIXED = ("model", "rank", "method", "init_from", "embedding_rank", "dropout", "data", "batch_size", "grad_accum", "seq_len", "seed")
+FIXED = ("model", "rank", "method", "init_from", "embedding_rank", "dropout", "bits", "data", "batch_size", "grad_accum", "seq_len", "seed")
 
 
 def parse(argv):
@@ -61,6 +66,7 @@ def parse(argv):
     g.add_argument("--init-from", help="a pretrained model to start from: a folder, a file or a known name")
     g.add_argument("--embedding-rank", type=int, help="rank of the embedding W^E too; 0 leaves it dense (default: 0)")
     g.add_argument("--dropout", type=float, help="dropout while training (default: 0)")
+    g.add_argument("--bits", type=int, help="8 or 4: compute with weights rounded to so many bits, and save them so at the end (default: 16, not rounded)")
     g = p.add_argument_group("data")
     g.add_argument("--data", help="builtin, openwebtext, or a text file or folder (default: builtin)")
     g.add_argument("--data-dir", help="where named data sets are (default: $DATA_DIR, then data/)")
@@ -83,6 +89,7 @@ def parse(argv):
     g.add_argument("--pipeline", type=int, help="cut the model into this many stages; further processes share the batch (default: 0, no pipeline)")
     g.add_argument("--microbatches", type=int, help="parts of a process's batch that follow each other through the stages (default: up to 4 a stage)")
     g.add_argument("--schedule", choices=SCHEDULES, help="gpipe, which recomputes blocks, or 1f1b (default: 1f1b)")
+    g.add_argument("--shard", action="store_true", default=None, help="spread parameters, gradients and moments over all processes (fully sharded)")
     g.add_argument("--trace", metavar="FILE", help="write a Chrome trace of the last step of the pipeline, and its picture beside it")
     g = p.add_argument_group("output")
     g.add_argument("--out-dir", help="folder of this run (default: out/train)")
@@ -100,10 +107,10 @@ def defaults(args, device):
     gpu = device.torch_device.type == "cuda"
     iters = args.max_iters if args.max_iters is not None else 5000 if gpu else 150
     many, usual = max(1, args.microbatches or 1), 16 if gpu else 4  # the batch is divided into so many
-    values = dict(model="gpt2", rank=0, method=2 if args.init_from else 1, embedding_rank=0, dropout=0.0, data="builtin",
+    values = dict(model="gpt2", rank=0, method=2 if args.init_from else 1, embedding_rank=0, dropout=0.0, bits=16, data="builtin",
                   data_dir=os.environ.get("DATA_DIR", "data"), batch_size=-(-usual // many) * many, grad_accum=1, max_iters=iters, stop_at=iters, lr=1e-3,
                   warmup=min(200, iters // 10), weight_decay=0.1, grad_clip=1.0, seed=1, dtype="auto",
-                  recompute="block" if args.schedule == "gpipe" else "sdpa", compile=False, pipeline=0, microbatches=0, schedule="1f1b", trace="",
+                  recompute="block" if args.schedule == "gpipe" else "sdpa", compile=False, pipeline=0, microbatches=0, schedule="1f1b", shard=False, trace="",
                   out_dir="out/train", resume=False, log_interval=10, eval_interval=-(-iters // 4), eval_tokens=8192, save_interval=500)
     for name, value in values.items():
         if getattr(args, name) is None:
@@ -124,8 +131,19 @@ def check(args):
         raise InputError("--method 2 starts from the SVD of pretrained weights: say which with --init-from")
     if args.method == 1 and args.init_from and args.rank:
         raise InputError(f"--method 1 starts from random factors and would not use --init-from {args.init_from}: choose --method 2 or 3")
-    if args.method == 3 and not args.rank:
-        raise InputError("--method 3 blends into layers of a rank: give --rank")
+    if args.method == 3 and not args.rank and not args.resume and not (args.init_from and decomposed_from(args.init_from)):
+        raise InputError("--method 3 blends into layers of a rank: give --rank, or a folder of decompose.py to --init-from")
+    if args.rank and args.init_from and decomposed_from(args.init_from):
+        raise InputError(f"{args.init_from} is decomposed and has its ranks: leave --rank {args.rank} out, or start from {decomposed_from(args.init_from)}")
+    if args.bits not in (4, 8, 16):
+        raise InputError(f"--bits must be 4, 8 or 16, got {args.bits}")
+    if args.bits < 16 and (args.method == 3 or args.recompute == "lowrank"):
+        other = "--method 3" if args.method == 3 else "--recompute lowrank"
+        raise InputError(f"--bits {args.bits} and {other} both change how a low-rank layer computes: leave one of them out")
+    if args.shard and (args.pipeline or args.method == 3 or world_size() == 1):
+        why = ("a pipeline cuts the model already" if args.pipeline else "--method 3 changes its layers on the way" if args.method == 3
+               else "there is one process: torchrun --nproc_per_node N train.py ... --shard")
+        raise InputError(f"--shard spreads one unchanging model over several processes: {why}")
     check_pipeline(args)
 
 
@@ -148,7 +166,11 @@ def new_model(args, device):
     """The model that a fresh run starts from, its tokenizer (None: none came with it) and the count of parameters at full rank."""
     if args.init_from:
         model, tokenizer = load_model(args.init_from)
-        full_rank = count_parameters(model)
+        with torch.device("meta"):
+            full_rank = count_parameters(Transformer(model.config))
+        if args.method == 3 and not args.rank:
+            with open_dense(decomposed_from(args.init_from)) as dense:
+                say(blend_with(model, lambda name: dense.get(f"{name}.weight")))
         if args.rank:
             bar = partial(tqdm, desc="decomposing", unit=" layers", disable=None, leave=False)
             say(replace_linears(model, args.rank, args.method, args.embedding_rank, bar))
@@ -181,38 +203,6 @@ class Loss(torch.nn.Module):
         return head_loss(self.model.head, self.model.hidden(tokens), targets)
 
 
-# ----------------------------------------------------------------------------- optimization
-
-def make_optimizer(model, args):
-    """AdamW; matrices decay, vectors (biases, norms) do not. The fused kernel reads and writes each number once."""
-    learn = [p for p in model.parameters() if p.requires_grad and not p.is_meta]  # what is on the meta device is another stage's
-    groups = [dict(params=[p for p in learn if p.dim() >= 2], weight_decay=args.weight_decay),
-              dict(params=[p for p in learn if p.dim() < 2], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-
-
-def learning_rate(step, args):
-    """Linear warm-up, then half a cosine down to a tenth."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(1, args.max_iters - args.warmup)
-    return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
-
-
-def optimizer_tensors(model, optimizer):
-    """The optimizer's state by the names of the parameters, which outlive their order."""
-    return {f"{name}#{key}": value for name, p in model.named_parameters() for key, value in optimizer.state.get(p, {}).items()}
-
-
-def restore_optimizer(model, optimizer, tensors):
-    parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
-        name, part = key.rsplit("#", 1)
-        p = parameters[name]
-        if not p.is_meta:
-            optimizer.state[p][part] = value.to(p.device)
-
-
 @torch.no_grad()
 def evaluate(loss_of, val, args, device, replica, replicas):
     """Mean loss over the same windows of the validation text at every call, shared out among the replicas."""
@@ -230,48 +220,7 @@ def evaluate(loss_of, val, args, device, replica, replicas):
     return (total[0] / total[1]).item()
 
 
-def all_reduce(tensor, device, op=dist.ReduceOp.SUM):
-    """Sum (or max) over the processes, returned on the CPU."""
-    if world_size() == 1:
-        return tensor
-    tensor = tensor.to(device.torch_device)
-    dist.all_reduce(tensor, op)
-    return tensor.cpu()
-
-
 # ----------------------------------------------------------------------------- the run
-
-def set_aside(out_dir):
-    """An earlier run in the same folder is moved, not overwritten."""
-    out = Path(out_dir)
-    if rank() == 0 and ((out / "state").exists() or (out / "state.previous").exists() or (out / "summary.json").exists()):
-        n = next(n for n in range(1, 10 ** 6) if not out.with_name(f"{out.name}-{n}").exists())
-        os.replace(out, out.with_name(f"{out.name}-{n}"))
-        say(f"{out} held an earlier run: moved to {out}-{n} (to go on with it: --resume --out-dir {out}-{n})")
-
-
-def restarted(out_dir):
-    """Whether torchrun --max-restarts started this run again after a process was lost, and there is a state to go on from.
-
-    On several machines, some count the restart and others just follow: it is one for all if it is one for any.
-    """
-    count = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-    if world_size() > 1:
-        dist.all_reduce(count, dist.ReduceOp.MAX)
-    return bool(count) and any((Path(out_dir) / name).exists() for name in ("state", "state.previous"))
-
-
-def restored_arguments(args, given, saved):
-    """The saved run's arguments, with those that were given now where they may change."""
-    for name in FIXED:
-        if name in given and getattr(args, name) != saved[name]:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} differs from the {saved[name]} of the run that --resume continues: "
-                             f"leave it out, or start another run with another --out-dir")
-    for name, value in saved.items():
-        if name not in given and name not in ("resume", "stop_at", "out_dir", "trace"):
-            setattr(args, name, value)
-    return args
-
 
 def set_up(argv):
     """Everything before the first step: device, arguments, model, data, and the state to go on from."""
@@ -283,7 +232,7 @@ def set_up(argv):
         args.resume = True
     if args.resume:
         folder, state, moments = read_state(args.out_dir or "out/train")
-        args = restored_arguments(args, given, state["args"])
+        args = restored_arguments(args, given, state["args"], FIXED)
     device = find_device(args.dtype or "auto")
     say(f"device {device.name}" + (f", {world_size()} processes" if world_size() > 1 else ""))
     say(f"dtype {str(device.dtype)[6:]} ({device.why}), {device.rate / 1e12:.2f} TFLOPS in products")
@@ -291,10 +240,11 @@ def set_up(argv):
         config_for(args.model or "gpt2")  # an unknown name is refused before anything slow begins
     check(defaults(args, device))
     args.dtype = str(device.dtype)[6:]  # a resumed run computes as it began
+    home = torch.device("cpu") if args.shard else device.torch_device  # a model to be sharded need not fit on one GPU
     if state is None:
-        model, tokenizer, full_rank = new_model(args, device.torch_device)
+        model, tokenizer, full_rank = new_model(args, home)
     else:
-        model, tokenizer = load_model(folder, device.torch_device)
+        model, tokenizer = load_model(folder, home)
         full_rank = state["parameters_full_rank"]
     corpus = open_corpus(args.data, args.data_dir)
     for turn in range(2):  # the first process prepares the data, then the others find it
@@ -303,7 +253,7 @@ def set_up(argv):
         if world_size() > 1:
             dist.barrier()
     if model is None:
-        model, full_rank = random_model(args, tokens.tokenizer.vocab_size, device.torch_device)
+        model, full_rank = random_model(args, tokens.tokenizer.vocab_size, home)
     return args, device, model.train(), tokens, full_rank, state, moments
 
 
@@ -338,8 +288,6 @@ class Run:
             self.make_pipeline()
         else:
             say(statement(expected_memory(model, **self.shapes)))
-        self.optimizer = make_optimizer(model, args)
-        restore_optimizer(model, self.optimizer, moments)
         self.step = state["step"] if state else 0
         self.seconds_before = state["seconds"] if state else 0.0
         if state is None:  # not before everything else is in order, and --init-from, which may be the same folder, has been read
@@ -351,15 +299,23 @@ class Run:
         self.saved_at, self.val_loss = self.step, None
         self.started = time.perf_counter()
         use_recompute(model, args.recompute)
+        if args.bits < 16:
+            say(f"quantization-aware: {attach_fake_quantization(model, args.bits)} layers compute with weights rounded to {args.bits} bit")
         if args.compile:
             if shutil.which("g++") is None and device.torch_device.type == "cpu":
                 raise InputError("--compile needs a C++ compiler: install g++, or leave it out")
             for block in model.blocks:
                 block.compile()
-        self.loss_of = self.pipeline or Loss(model)
-        if world_size() > 1 and not self.pipeline:
+        self.loss_of, place = self.pipeline or Loss(model), {}
+        if args.shard:
+            from shard import part_like, shard  # two seconds to import
+            shard(model, self.loss_of, device.torch_device.type)
+            place = dict(place=part_like)
+        elif world_size() > 1 and not self.pipeline:
             self.loss_of = DistributedDataParallel(self.loss_of, device_ids=[local_rank()] if device.torch_device.type == "cuda" else None,
                                                    broadcast_buffers=False)
+        self.optimizer = make_optimizer(model, args)
+        restore_optimizer(model, self.optimizer, moments, **place)
 
     def make_pipeline(self):
         args, grid = self.args, Grid(self.args.pipeline)
@@ -434,7 +390,7 @@ class Run:
         total = torch.zeros((), device=self.device.torch_device)
         for i in range(args.grad_accum):
             part = slice(i * args.batch_size, (i + 1) * args.batch_size)
-            if world_size() > 1:
+            if world_size() > 1 and not args.shard:
                 self.loss_of.require_backward_grad_sync = i == args.grad_accum - 1  # gradients travel once, with the last part
             with self.device.autocast():
                 loss = self.loss_of(x[part].to(self.device.torch_device), y[part].to(self.device.torch_device)) / args.grad_accum
@@ -453,7 +409,8 @@ class Run:
                              f"A smaller --lr than {args.lr:g}, or a longer --warmup, usually helps")
         row = dict(step=step, loss=loss, lr=learning_rate(step - 1, args), tokens=step * self.tokens_per_step)
         if step % args.eval_interval == 0 or step == last:
-            row["val_loss"] = self.val_loss = evaluate(self.loss_of, self.tokens.val, args, self.device, self.replica, self.replicas)
+            replica = (0, 1) if args.shard else (self.replica, self.replicas)  # a sharded model computes in all processes at once or not at all
+            row["val_loss"] = self.val_loss = evaluate(self.loss_of, self.tokens.val, args, self.device, *replica)
             self.device.rate = max(self.device.rate, matmul_rate(self.device.torch_device, self.device.dtype))  # the first time may have been a busy one
         seconds = float(np.median(times[-args.log_interval:]))
         row |= dict(tokens_per_second=self.tokens_per_step / seconds, step_ms=seconds * 1e3, mfu=self.mfu(seconds),
@@ -473,6 +430,9 @@ class Run:
         tensors, moments = own_tensors(self.model), optimizer_tensors(self.model, self.optimizer)
         if self.pipeline:  # process 0 writes the whole model, whatever the number of stages
             tensors, moments = self.pipeline.gather(tensors), self.pipeline.gather(moments)
+        elif self.args.shard:
+            from shard import whole
+            tensors, moments = whole(tensors), whole(moments)
         if rank() == 0:
             state = dict(step=self.step, args=vars(self.args), parameters_full_rank=self.full_rank, seconds=self.seconds())
             save_state(self.args.out_dir, self.model, self.tokens.tokenizer, moments, state, tensors)
@@ -485,15 +445,24 @@ class Run:
     def seconds(self):
         return self.seconds_before + time.perf_counter() - self.started
 
+    def save_rounded(self):
+        """OUT/int8 or OUT/int4: the model that the loss was measured on. Returns its bytes in memory."""
+        folder = Path(self.args.out_dir) / f"int{self.args.bits}"
+        model, tokenizer = load_model(self.args.out_dir, bits=self.args.bits)
+        replace_model(folder, model, tokenizer)
+        say(f"{folder}/ has the {self.args.bits}-bit model, {stored_bytes(model) / 1e6:,.1f} MB")
+        return stored_bytes(model)
+
     def finish(self, times, stopped):
         parameters, memory = count_parameters(self.model), peak_memory(self.device.torch_device)
         total_memory = int(all_reduce(torch.tensor(float(memory), dtype=torch.float64), self.device))
         largest = int(all_reduce(torch.tensor(float(memory), dtype=torch.float64), self.device, dist.ReduceOp.MAX))
         seconds = float(np.median(times)) if times else math.nan
+        size = self.save_rounded() if self.args.bits < 16 and rank() == 0 else 4 * parameters
         rows = [r for r in self.folder.rows() if r.get("loss") is not None]
         self.folder.finish(
             model=self.args.model, rank=self.args.rank, method=self.args.method, parameters=parameters, parameters_full_rank=self.full_rank,
-            compression=self.full_rank / parameters, steps=self.step, tokens=self.step * self.tokens_per_step,
+            compression=self.full_rank / parameters, bits=self.args.bits, model_bytes=size, steps=self.step, tokens=self.step * self.tokens_per_step,
             loss=rows[-1]["loss"] if rows else None, val_loss=self.val_loss, tokens_per_second=self.tokens_per_step / seconds, step_ms=seconds * 1e3,
             mfu=self.mfu(seconds), peak_memory_bytes=largest, peak_memory_bytes_total=total_memory, seconds=self.seconds(),
             devices=world_size(), device_hours=world_size() * self.seconds() / 3600, device=self.device.name, dtype=str(self.device.dtype)[6:],

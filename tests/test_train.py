@@ -224,6 +224,37 @@ def test_recomputation_does_not_change_the_losses(mode, tmp_path, text_file):
     assert max(abs(a[k] - b[k]) for k in a) < 1e-5
 
 
+@pytest.mark.parametrize("bits, rank, more", [(8, 8, ()), (4, 8, ("--recompute", "block")), (4, 0, ())])
+def test_rounded_training_saves_the_model_whose_loss_it_saw(bits, rank, more, tmp_path, text_file):
+    """The saved integers have the training's own validation loss; a stopped and resumed run is the same, bit for bit."""
+    common = (*TINY, "--data", text_file, "--rank", rank, "--bits", bits, "--lr", "3e-3", "--max-iters", 4, *more,
+              "--batch-size", 8, "--eval-tokens", 512)  # 256 tokens at once: fewer would go through the packed products, which are rounded to bfloat16
+    assert call(*common, "--out-dir", tmp_path / "a") == 0
+    assert call(*common, "--out-dir", tmp_path / "b", "--stop-at", 2) == 0
+    assert call("--resume", "--out-dir", tmp_path / "b") == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    summary = json.loads((tmp_path / "b" / "summary.json").read_text())
+    args = train.argparse.Namespace(**summary["arguments"])
+    val = train.prepare(train.open_corpus(args.data, args.data_dir), load_model(tmp_path / "b")[1]).val
+
+    def val_loss(folder):
+        return train.evaluate(train.Loss(load_model(folder)[0]), val, args, train.find_device("float32"), 0, 1)
+    rounded = val_loss(tmp_path / "b" / f"int{bits}")
+    assert abs(rounded - summary["val_loss"]) < 1e-5, "not the loss that training saw"
+    assert val_loss(tmp_path / "b") != rounded
+    file = tmp_path / "b" / f"int{bits}" / "model.safetensors"
+    assert summary["bits"] == bits and summary["model_bytes"] <= file.stat().st_size < summary["model_bytes"] + 20_000
+
+
+@pytest.mark.parametrize("args, message", [(("--bits", 5), "--bits must be 4, 8 or 16, got 5"),
+                                           (("--bits", 8, "--method", 3), "--bits 8 and --method 3 both change how a low-rank layer computes"),
+                                           (("--bits", 4, "--recompute", "lowrank"), "--bits 4 and --recompute lowrank both")])
+def test_what_rounded_training_refuses(args, message, tmp_path, text_file):
+    with pytest.raises(train.InputError, match=message):
+        call(*TINY, "--data", text_file, *args, "--out-dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_out_of_memory_names_the_flag_that_helps(tmp_path, text_file, monkeypatch):
     def too_large(self):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
