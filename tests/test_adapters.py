@@ -1,0 +1,265 @@
+"""PEFT reads our adapters and we read PEFT's, with equal logits; an adapter knows its base; merging says what it costs."""
+import json
+import re
+import shutil
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import adapters
+from adapters import base_id, load_adapter, read_adapter, save_adapter, take_off
+from checkpoint import export, load_model, save_model
+from lowrank import LoRALinear, attach_lora, drop_lora, merge_lora, start_from_error, unmerge_lora
+from model import Config, Transformer
+from quant import quantize
+from runtime import InputError
+
+CONFIGS = {"llama": Config("llama", vocab_size=120, context=32, blocks=2, heads=4, kv_heads=2, width=32, ffn=48, tied=False),
+           "gpt2": Config("gpt2", vocab_size=120, context=32, blocks=2, heads=4, kv_heads=4, width=32, ffn=128)}
+TARGETS = {"llama": ["q", "v", "down"], "gpt2": ["qkv", "o"]}
+THEIRS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "attn.c_proj"]}
+TOKENS = torch.arange(60).reshape(3, 20)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def base(request, tmp_path_factory):
+    """A random model as our folder and as a Hugging Face folder: (kind, path with ours/ and hf/)."""
+    path = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    model = Transformer(CONFIGS[request.param]).eval()
+    for p in model.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    save_model(path / "ours", model)
+    export(model, None, path / "hf")
+    return request.param, path
+
+
+def ours(path):
+    return load_model(path / "ours")[0]
+
+
+def theirs(path):
+    return AutoModelForCausalLM.from_pretrained(path / "hf", dtype=torch.float32).eval()
+
+
+def randomize(model):
+    for m in model.modules():
+        if isinstance(m, LoRALinear):
+            nn.init.normal_(m.B, std=0.2)
+    return model
+
+
+@pytest.fixture
+def saved(base, tmp_path):
+    """An adapter that we wrote: (kind, path of the base, folder, logits)."""
+    kind, path = base
+    model = ours(path)
+    attach_lora(model, 4, 8, TARGETS[kind])
+    randomize(model)
+    save_adapter(tmp_path / "adapter", model, "some-base", base_id(path / "ours"))
+    return kind, path, tmp_path / "adapter", model(TOKENS)
+
+
+def test_peft_loads_ours_and_gives_our_logits(saved):
+    kind, path, folder, logits = saved
+    model = peft.PeftModel.from_pretrained(theirs(path), folder)
+    assert (ours(path)(TOKENS) - logits).abs().max() > 1e-2
+    with torch.no_grad():
+        assert torch.allclose(model(TOKENS).logits, logits, atol=2e-5)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_we_load_what_peft_trained(base, tmp_path, rslora):
+    kind, path = base
+    torch.manual_seed(1)
+    model = peft.get_peft_model(theirs(path), peft.LoraConfig(r=3, lora_alpha=12, target_modules=THEIRS[kind], task_type="CAUSAL_LM", use_rslora=rslora,
+                                                              fan_in_fan_out=kind == "gpt2"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(3):
+        model(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(tmp_path / "peft")
+    mine = ours(path)
+    before = mine(TOKENS)
+    adapter = load_adapter(mine, tmp_path / "peft", base_id(path / "ours"))
+    assert adapter.rank == 3 and adapter.base_id is None and "believed" in str(adapter) and adapter.targets == sorted(TARGETS[kind])
+    with torch.no_grad():
+        assert torch.allclose(mine.eval()(TOKENS), model(TOKENS).logits, atol=2e-5)
+    take_off(mine)
+    assert torch.equal(mine(TOKENS), before)
+
+
+def test_gradients_of_a_and_b_are_pefts(saved):
+    kind, path, folder, _ = saved
+    reference = peft.PeftModel.from_pretrained(theirs(path), folder, is_trainable=True)
+    reference(TOKENS, labels=TOKENS).loss.backward()
+    mine = ours(path).requires_grad_(False)
+    load_adapter(mine, folder)
+    nn.functional.cross_entropy(mine(TOKENS)[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
+    wanted = {adapters.our_name(n): p.grad for n, p in reference.named_parameters() if p.requires_grad}
+    layers = {n: m for n, m in mine.named_modules() if isinstance(m, LoRALinear)}
+    assert len(wanted) == 2 * len(layers)
+    for (name, letter), gradient in wanted.items():
+        mine_too = getattr(layers[name], letter).grad
+        assert (mine_too - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+def test_loading_twice_switches_and_saving_again_changes_nothing(saved, tmp_path):
+    kind, path, folder, logits = saved
+    model = ours(path)
+    other = randomize_other(ours(path), kind)
+    save_adapter(tmp_path / "other", other, "some-base", base_id(path / "ours"))
+    load_adapter(model, tmp_path / "other")
+    assert torch.equal(model(TOKENS), other(TOKENS))
+    merge_lora(model)
+    adapter = load_adapter(model, folder)
+    assert torch.allclose(model(TOKENS), logits, atol=1e-5)
+    save_adapter(tmp_path / "again", model, adapter.base_name, adapter.base_id)
+    for name in ("adapter_config.json", "BASE_ID"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    first, again = read_adapter(folder).factors, read_adapter(tmp_path / "again").factors
+    assert all(torch.equal(x, y) for n in first for x, y in zip(first[n], again[n]))
+
+
+def randomize_other(model, kind):
+    torch.manual_seed(5)
+    attach_lora(model, 2, 4, TARGETS[kind][:1])
+    return randomize(model)
+
+
+# ----------------------------------------------------------------------------- which base
+
+def test_a_base_keeps_its_id_in_every_format_and_another_has_another(base, tmp_path):
+    kind, path = base
+    assert base_id(path / "ours") == base_id(path / "hf")
+    model = ours(path)
+    model.blocks[-1].mlp.down.weight.data[0, 0] += 1e-3
+    save_model(tmp_path / "changed", model)
+    assert base_id(tmp_path / "changed") != base_id(path / "ours")
+
+
+def test_an_adapter_of_another_base_is_refused(saved):
+    kind, path, folder, _ = saved
+    mine = base_id(path / "ours")
+    assert read_adapter(folder, base_id=mine).base_id == mine
+    with pytest.raises(InputError, match=f"trained on another base: on some-base with BASE_ID {mine}, not on this one with 123abc"):
+        load_adapter(ours(path), folder, "123abc")
+    small = Transformer(Config("llama", vocab_size=120, context=32, blocks=1, heads=4, kv_heads=4, width=16, ffn=48))
+    with pytest.raises(InputError, match="it was trained on some-base"):
+        load_adapter(small, folder)
+
+
+def spoil_settings(**changes):
+    def spoil(folder):
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return spoil
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda f: (f / "adapter_model.safetensors").unlink(), "is not an adapter: it has no adapter_model.safetensors"),
+    (lambda f: (f / "adapter_config.json").unlink(), "it has no adapter_config.json"),
+    (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json is damaged"),
+    (lambda f: (f / "adapter_config.json").write_text("[]"), "adapter_config.json is damaged"),
+    (lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:300]), "missing, truncated or not"),
+    (spoil_settings(r=5), r"of rank 5 they must be A \(5, in\)"),
+    (spoil_settings(r="many"), "r is 'many'"),
+    (spoil_settings(use_dora=True), "use_dora is True; only plain LoRA is read"),
+    (spoil_settings(peft_type="IA3"), "peft_type is 'IA3'"),
+    (spoil_settings(modules_to_save=["lm_head"]), "modules_to_save"),
+    (spoil_settings(rank_pattern={"q_proj": 3}), "rank_pattern"),
+])
+def test_damaged_and_unknown_adapters_are_refused(saved, spoil, message):
+    _, path, folder, _ = saved
+    spoil(folder)
+    with pytest.raises(InputError, match=message):
+        load_adapter(ours(path), folder)
+
+
+def test_altered_factors_are_refused(saved):
+    file = saved[2] / "adapter_model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(InputError, match="altered after it was written"):
+        read_adapter(saved[2])
+
+
+# ----------------------------------------------------------------------------- quantized bases
+
+@pytest.mark.parametrize("bits, most", [(8, 0.05), (4, 0.6)])
+def test_merging_into_a_quantized_base_states_its_error(saved, bits, most):
+    kind, path, folder, _ = saved
+    model = ours(path)
+    quantize(model, bits, group=16)
+    load_adapter(model, folder)
+    apart = model(TOKENS)
+    sums = {n: m.dense_weight() for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    deltas = {n: m.delta().detach() for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    error = merge_lora(model)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    lost = sum((m.base.dense_weight() - sums[n]).square().sum() for n, m in layers.items()).sqrt() / sum(d.square().sum() for d in deltas.values()).sqrt()
+    assert 0 < error < most and error == pytest.approx(lost.item(), rel=1e-4)
+    merged = model(TOKENS)
+    assert not torch.equal(merged, apart)
+    unmerge_lora(model)
+    assert torch.equal(model(TOKENS), apart)  # its integers are the old ones
+    merge_lora(model)
+    drop_lora(model)
+    assert torch.equal(model(TOKENS), merged) and not any(isinstance(m, LoRALinear) for m in model.modules())
+
+
+def test_loftq_starts_nearer_to_the_model_as_it_was(base, tmp_path):
+    kind, path = base
+    dense, model = ours(path), ours(path)
+    quantize(model, 4, group=16)
+    rounded = model(TOKENS)
+    attach_lora(model, 8, 16, TARGETS[kind])
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALinear):
+            W = dense.get_submodule(name).weight
+            E = W - layer.base.dense_weight()
+            before, after = start_from_error(layer, W)
+            best = torch.linalg.svdvals(E.double())[8:].square().sum().item()
+            assert before == pytest.approx(E.square().sum().item(), rel=1e-4) and after == pytest.approx(best, rel=1e-3)
+    exact = dense(TOKENS)
+    assert (model(TOKENS) - exact).norm() < (rounded - exact).norm()
+    save_adapter(tmp_path / "loftq", model, "b", base_id(path / "ours"), base_bits=4)
+    with pytest.raises(InputError, match="makes good what 4-bit rounding of the base lost .* and this base has 16 bits: give --bits 4"):
+        load_adapter(ours(path), tmp_path / "loftq")
+    fresh = ours(path)
+    quantize(fresh, 4, group=16)
+    load_adapter(fresh, tmp_path / "loftq")
+    assert torch.allclose(fresh(TOKENS), model(TOKENS), atol=1e-5)
+
+
+# ----------------------------------------------------------------------------- the command
+
+def test_merge_and_info_commands(saved, tmp_path, run):
+    kind, path, folder, logits = saved
+    done = run("adapters.py", "info", folder)
+    assert done.returncode == 0 and re.search(r"r = 4 on .*alpha = 8; base some-base, BASE_ID \w{32}", done.stdout), done.stderr
+    adapters.main(["merge", str(folder), str(tmp_path / "merged"), "--base", str(path / "ours")])
+    assert torch.allclose(load_model(tmp_path / "merged")[0](TOKENS), logits, atol=1e-5)
+    adapters.main(["merge", str(folder), str(tmp_path / "merged8"), "--base", str(path / "ours"), "--bits", "8"])
+    assert (load_model(tmp_path / "merged8")[0](TOKENS) - logits).abs().max() < 0.1
+    for args, message in ((["merge", folder, tmp_path / "merged", "--base", path / "ours"], "is not empty"),
+                          (["merge", folder, tmp_path / "x", "--base", tmp_path / "nowhere"], "no such folder"),
+                          (["merge", folder, tmp_path / "x", "--base", path / "ours", "--bits", "5"], "--bits must be 4, 8 or 16, got 5"),
+                          (["info", tmp_path], "is not an adapter")):
+        with pytest.raises(InputError, match=message):
+            adapters.main([str(a) for a in args])
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_killed_save_leaves_the_adapter_before_it(saved, tmp_path):
+    """What save_adapter was writing when it was killed is no adapter, or the whole of it: the factors come last."""
+    folder = saved[2]
+    shutil.copytree(folder, tmp_path / "partial")
+    (tmp_path / "partial" / "adapter_model.safetensors").rename(tmp_path / "partial" / "adapter_model.safetensors.partial")
+    with pytest.raises(InputError, match="is not an adapter"):
+        read_adapter(tmp_path / "partial")

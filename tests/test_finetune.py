@@ -1,0 +1,352 @@
+"""Batches compute what single rows compute; gradients are PEFT's; runs are repeatable, go on where they were, and say what is wrong with their input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import f1_score
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import finetune
+import score
+import tasks
+from adapters import base_id, load_adapter, our_name, read_adapter, save_adapter, take_off
+from checkpoint import export, load_model, read_state, save_model
+from instructions import Batch, Row, encode, made_up_headlines, pick, read_alpaca
+from lowrank import LoRALinear, attach_lora
+from model import Config, Transformer
+from quant import quantize
+from recompute import MODES, head_loss, use_recompute
+from runtime import InputError
+from tokenizer import train_tokenizer
+
+CONFIG = Config("llama", vocab_size=400, context=128, blocks=2, heads=4, kv_heads=2, width=32, ffn=48)
+QUIET = ["--dtype", "float32", "--log-interval", "1", "--eval-limit", "0", "--eval-rows", "8", "--batch-size", "4", "--data-dir", "/nowhere"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, text_file):
+    """A random model with a tokenizer that knows the headlines."""
+    path = tmp_path_factory.mktemp("base") / "model"
+    torch.manual_seed(0)
+    model = Transformer(CONFIG).eval()
+    for p in model.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    save_model(path, model, train_tokenizer([e.prompt + e.answer + "\n" for e in made_up_headlines(300, 1)] + [text_file.read_text()[:50_000]], 400))
+    return path
+
+
+def make_rows(shared=9, lengths=(6, 9, 12, 7), answers=2, group=""):
+    random = torch.Generator().manual_seed(0)
+    def ids(n):
+        return torch.randint(400, (n,), generator=random).tolist()
+    begin = ids(shared)
+    return [Row(begin + ids(n), shared + n - answers, group) for n in lengths]
+
+
+def adapted(layers="dense", targets=("q", "k", "v"), dropout=0.0):
+    torch.manual_seed(0)
+    model = Transformer(CONFIG)
+    if layers != "dense":
+        quantize(model, 8 if layers == "int8" else 4)
+    attach_lora(model, 4, 8, targets, dropout)
+    for m in model.modules():
+        if isinstance(m, LoRALinear):
+            nn.init.normal_(m.B, std=0.2)
+    return model.train()
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+# ----------------------------------------------------------------------------- batches
+
+@pytest.mark.parametrize("layers", ["dense", "int8", "int4"])
+@pytest.mark.parametrize("rows", [make_rows(), make_rows(shared=0), make_rows(lengths=(5,)), make_rows(shared=2, lengths=(3, 3), answers=2)],
+                         ids=["shared", "nothing shared", "one row", "short"])
+def test_a_batch_has_the_loss_and_gradients_of_its_rows(rows, layers):
+    model = adapted(layers)
+    batch = Batch(rows)
+    loss = head_loss(model.head, batch.hidden(model), batch.targets)
+    loss.backward()
+    mine = gradients(model)
+    model.zero_grad()
+    total = sum(F.cross_entropy(model(torch.tensor([r.ids[:-1]]))[0, r.start - 1:], torch.tensor(r.ids[r.start:]), reduction="sum") for r in rows)
+    (total / sum(len(r.ids) - r.start for r in rows)).backward()
+    assert loss.item() == pytest.approx(total.item() / batch.answers, rel=1e-5)
+    wanted = gradients(model)
+    assert mine.keys() == wanted.keys() == {n for n, _ in model.named_parameters() if n.endswith((".A", ".B"))}
+    for name in wanted:
+        assert (mine[name] - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-8, name
+    assert batch.size == sum(len(r.ids) for r in rows) and batch.prefix.shape[1] == (9 if rows[0].start > 12 and len(rows) > 1 else batch.prefix.shape[1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_way_to_recompute_has_the_same_gradients(mode):
+    found = []
+    for m in ("sdpa", mode):
+        model = use_recompute(adapted(dropout=0.2), m)
+        torch.manual_seed(3)
+        batch = Batch(make_rows(), share=False)
+        head_loss(model.head, batch.hidden(model), batch.targets).backward()
+        found.append(gradients(model))
+    assert all(torch.allclose(found[0][n], found[1][n], rtol=1e-4, atol=1e-7) for n in found[0])
+
+
+def test_gradients_on_a_quantized_base_are_pefts_on_the_same_weights(tmp_path):
+    model = adapted("int8")
+    save_adapter(tmp_path / "adapter", model, "base", "id")
+    bare = adapted("int8")
+    take_off(bare)
+    export(bare, None, tmp_path / "hf")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    reference = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter", is_trainable=True)
+    rows, width = make_rows(), 21
+    tokens = torch.tensor([r.ids + [0] * (width - len(r.ids)) for r in rows])
+    labels = torch.tensor([[-100] * r.start + r.ids[r.start:] + [-100] * (width - len(r.ids)) for r in rows])
+    attention = torch.tensor([[1] * len(r.ids) + [0] * (width - len(r.ids)) for r in rows])
+    theirs = reference(input_ids=tokens, attention_mask=attention, labels=labels).loss
+    theirs.backward()
+    batch = Batch(rows)
+    loss = head_loss(model.head, batch.hidden(model), batch.targets)
+    loss.backward()
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    mine = gradients(model)
+    for name, p in reference.named_parameters():
+        if p.requires_grad:
+            layer, letter = our_name(name)
+            assert (mine[f"{layer}.{letter}"] - p.grad).norm() <= 1e-4 * p.grad.norm(), name
+
+
+def test_nothing_frozen_gets_a_gradient_and_nothing_below_the_first_adapter_is_in_the_graph():
+    model = adapted()
+    inputs = []
+    model.blocks[0].norm1.register_forward_hook(lambda m, x, y: inputs.append(y.requires_grad))
+    batch = Batch(make_rows())
+    head_loss(model.head, batch.hidden(model), batch.targets).backward()
+    assert inputs == [False, False]
+    assert all(p.grad is None for n, p in model.named_parameters() if not n.endswith((".A", ".B")))
+
+
+def test_layers_with_the_same_input_share_a_dropout_mask():
+    one, two = (LoRALinear(nn.Linear(64, 64), 4, 8, dropout=0.5).train() for _ in range(2))
+    x = torch.ones(32, 64)
+    assert one.dropped(x) is two.dropped(x) and 0.4 < (one.dropped(x) == 0).float().mean() < 0.6
+    assert not torch.equal(one.dropped(torch.ones(32, 64)), one.dropped(x))  # another tensor, another mask
+    assert one.eval().dropped(x) is x
+
+
+def test_an_epoch_has_every_row_once_and_little_padding():
+    rows = make_rows(shared=20, lengths=torch.randint(5, 60, (640,), generator=torch.Generator().manual_seed(1)).tolist())
+    steps = [pick(rows, 16, 1, s) for s in range(40)]
+    assert sorted(id(r) for step in steps for r in step) == sorted(map(id, rows))
+    places = sum(len(step) * max(len(r.ids) for r in step) for step in steps)
+    assert places < 1.08 * sum(len(r.ids) for r in rows)
+    again = [pick(rows, 16, 1, s) for s in (40, 41)]
+    assert [list(map(id, s)) for s in again] != [list(map(id, s)) for s in steps[:2]]  # the next epoch has another order
+    assert list(map(id, pick(rows, 16, 1, 7))) == list(map(id, steps[7])) != list(map(id, pick(rows, 16, 2, 7)))
+    assert len(pick(rows[:3], 16, 1, 0)) == 16  # fewer rows than a batch: some come again
+
+
+def test_rows_are_the_tokens_that_are_scored(base):
+    tokenizer = load_model(base)[1]
+    example = made_up_headlines(1, 0)[0]
+    row = encode(tokenizer, example.prompt, example.answer, 512)
+    scored = score.make_row(example, tokenizer, 512)
+    given, ending = score.encode_pair(tokenizer, example.prompt, example.answer)
+    assert row.ids == given + ending + [tokenizer.end] and row.start == len(given)
+    assert row.ids[:row.start] == scored.tokens[:row.start]
+    cut = encode(tokenizer, example.prompt, example.answer, 24)
+    assert len(cut.ids) == 24 and cut.ids[cut.start:] == row.ids[row.start:]
+    assert cut.ids[:5] == row.ids[:5] and cut.ids[cut.start - 5:cut.start] == row.ids[row.start - 5:row.start]
+
+
+# ----------------------------------------------------------------------------- the command
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len({r["step"] for r in rows}) == len(rows)
+    return {r["step"]: r["loss"] for r in rows}
+
+
+def test_it_learns_scores_and_leaves_an_adapter(base, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert finetune.main(["--base", str(base), "--max-iters", "100", "--targets", "q,k,v,o,gate,up,down", "--rank", "16", "--lr", "1e-2", "--dropout", "0",
+                          "--eval-limit", "60", "--out-dir", str(out), "--batch-size", "16", "--dtype", "float32", "--data-dir", "/nowhere"]) == 0
+    text, summary = capsys.readouterr().out, json.loads((out / "summary.json").read_text())
+    assert "made up from templates" in text and "before: made-up weighted F1" in text
+    assert summary["f1_after"] > summary["f1_before"] + 0.2 and summary["scores_after"]["made-up"]["rows"] == 60
+    found = losses(out)
+    assert found[100] < 0.7 * found[1]
+    adapter = read_adapter(out)
+    assert summary["trainable_parameters"] == adapter.parameters and adapter.base_id == summary["base_id"] and adapter.rank == 16
+    assert (out / "loss.png").exists() and len(json.loads((out / "heldout.json").read_text())["made-up"]) == 300
+    for key in ("tokens_per_second", "peak_memory_bytes", "seconds", "devices", "device_hours"):
+        assert summary[key] > 0
+    model, tokenizer = load_model(base, bits=8)  # what the summary says of the saved adapter can be had again from the folder
+    load_adapter(model, out, base_id(base))
+    examples = tasks.draw(made_up_headlines(1200, 0)[:300], 60)
+    scores = score.label_scores(model.eval(), tokenizer, examples, finetune.find_device("float32"))
+    f1 = f1_score([e.label for e in examples], [max(range(3), key=row.__getitem__) for row in scores], average="weighted")
+    assert f1 == pytest.approx(summary["f1_after"], abs=0.02)
+
+
+@pytest.mark.parametrize("bits, start", [(8, "lora"), (4, "loftq"), (16, "lora")])
+def test_n_and_n_steps_are_2n(base, tmp_path, bits, start):
+    common = ["--base", str(base), "--bits", str(bits), "--start", start, "--max-iters", "6", *QUIET]
+    assert finetune.main([*common, "--out-dir", str(tmp_path / "whole")]) == 0
+    assert finetune.main([*common, "--stop-at", "3", "--out-dir", str(tmp_path / "halves")]) == 0
+    assert finetune.main(["--resume", "--out-dir", str(tmp_path / "halves"), "--data-dir", "/nowhere"]) == 0
+    whole, halves = losses(tmp_path / "whole"), losses(tmp_path / "halves")
+    assert whole == halves and sorted(whole) == [1, 2, 3, 4, 5, 6]
+    a, b = read_adapter(tmp_path / "whole"), read_adapter(tmp_path / "halves")
+    assert all(torch.equal(x, y) for n in a.factors for x, y in zip(a.factors[n], b.factors[n]))
+
+
+def test_two_processes_have_the_losses_of_one_with_twice_the_accumulation(base, tmp_path, run):
+    common = ["--base", base, "--max-iters", "4", *QUIET]
+    assert finetune.main([*map(str, common), "--grad-accum", "2", "--out-dir", str(tmp_path / "one")]) == 0
+    done = run("finetune.py", *common, "--out-dir", tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys() and max(abs(one[s] - two[s]) for s in one) < 1e-5
+    a, b = read_adapter(tmp_path / "one"), read_adapter(tmp_path / "two")
+    assert all(torch.allclose(x, y, atol=1e-5) for n in a.factors for x, y in zip(a.factors[n], b.factors[n]))
+
+
+def start(base, out, *args):
+    return subprocess.Popen([sys.executable, "finetune.py", "--base", base, *QUIET, "--max-iters", "400", "--save-interval", "1", *args, "--out-dir", out],
+                            cwd=os.path.dirname(finetune.__file__), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_steps(out, count):
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_kill_leaves_a_whole_adapter_and_a_run_that_goes_on(base, tmp_path):
+    out = tmp_path / "killed"
+    process = start(base, out)
+    wait_for_steps(out, 4)
+    process.kill()  # it saves after every step, so this is mostly in the middle of a save
+    process.communicate()
+    read_adapter(out)
+    step = read_state(out, files=lambda folder: ["adapter_model.safetensors"])[1]["step"]
+    assert 1 <= step < 400
+    assert finetune.main(["--resume", "--out-dir", str(out), "--stop-at", str(step + 2), "--data-dir", "/nowhere", "--save-interval", "50"]) == 0
+    assert sorted(losses(out)) == list(range(1, step + 3))
+
+
+def test_ctrl_c_saves_first(base, tmp_path):
+    out = tmp_path / "stopped"
+    process = start(base, out)
+    wait_for_steps(out, 2)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped by SIGINT after step" in text and "--resume --out-dir" in text
+    assert read_state(out, files=lambda folder: ["adapter_model.safetensors"])[1]["step"] == max(losses(out))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(base, tmp_path, monkeypatch):
+    real = finetune.head_loss
+    calls = []
+    def loss(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) > 3 else 1)
+    monkeypatch.setattr(finetune, "head_loss", loss)
+    with pytest.raises(InputError, match="the loss is nan at step 3: the run stops, .*/state keeps step 2"):
+        finetune.main(["--base", str(base), "--max-iters", "9", "--save-interval", "1", "--out-dir", str(tmp_path / "nan"), *QUIET, "--eval-interval", "2"])
+    assert all(torch.isfinite(t).all() for pair in read_adapter(tmp_path / "nan").factors.values() for t in pair)
+
+
+def test_alpaca_rows_of_a_file(base, tmp_path):
+    file = tmp_path / "rows.json"
+    rows = [dict(instruction=f"Add {i} and {i}.", input="" if i % 2 else "please", output=str(2 * i)) for i in range(40)]
+    file.write_text(json.dumps(rows))
+    pairs = read_alpaca(file)
+    assert pairs[0] == ("Instruction: Add 0 and 0.\nInput: please\nAnswer: ", "0") and pairs[1] == ("Instruction: Add 1 and 1.\nAnswer: ", "2")
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text("\n".join(json.dumps(r) for r in rows) + "\n")
+    assert read_alpaca(lines) == pairs
+    assert finetune.main(["--base", str(base), "--task", str(file), "--max-iters", "2", "--out-dir", str(tmp_path / "out"), *QUIET]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["f1_after"] is None and summary["val_loss"] > 0
+    assert len(json.loads((tmp_path / "out" / "heldout.json").read_text())[str(file)]) == 2
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "is empty: give rows"),
+    ("[]", "is empty: give rows"),
+    ('[{"instruction": "a", "output": "b"},\n {"instruction": "a", "output": ]', "rows.json is not JSON: line 2, column"),
+    ('{"instruction": "a", "output": "b"}\n{"instruction": ', "rows.json is not JSON: line 2, column"),
+    ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "rows.json, row 1 has no text as 'output'"),
+    ('[{"instruction": "a", "output": "b"}, 7]', "rows.json, row 1 is not an object but 7"),
+    ('[{"instruction": "a", "output": "b", "input": ["c"]}]', r"rows.json, row 0: 'input' is \[\"c\"\], it should be text"),
+    ('[{"instruction": " ", "output": "b"}]', "row 0 has no text as 'instruction'"),
+    ("instruction,output\na,b\n", "rows.json is not JSON: line 1"),
+])
+def test_malformed_rows_are_refused(text, message, tmp_path):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_alpaca(tmp_path / "rows.json")
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--task", "nonsense"], "--task nonsense: neither a file nor one of sentiment, alpaca, fpb, fiqa, tfns, ner"),
+    (["--task", "piqa"], "piqa has no training rows here|piqa.* is not there"),
+    (["--task", "alpaca"], "alpaca_data.json is not there"),
+    (["--targets", "q,wq"], "--targets q,wq: no layer is called 'wq', this model has down, gate, head, k, o, q, up, v"),
+    (["--bits", "5"], "--bits must be 4, 8 or 16, got 5"),
+    (["--rank", "0"], "--rank must be at least 1, got 0"),
+    (["--rank", "100000"], r"rank must be in 1..32 for a 32x32 layer, got 100000"),
+    (["--alpha", "0"], "--alpha must be above 0"),
+    (["--alpha", "nan"], "--alpha must be above 0"),
+    (["--dropout", "1"], "--dropout must be in 0..1"),
+    (["--lr", "-1"], "--lr must not be negative"),
+    (["--lr", "nan"], "--lr must not be negative"),
+    (["--seq-len", "2"], "--seq-len must be at least 8"),
+    (["--batch-size", "0"], "--batch-size must be at least 1"),
+    (["--start", "loftq", "--bits", "16"], "--bits 16 loses nothing"),
+    (["--base", "nowhere"], "nowhere: no such folder or file, nor a known model"),
+    (["--dtype", "float8"], "--dtype must be auto, float32 or bfloat16"),
+])
+def test_bad_arguments_are_refused(base, args, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        finetune.main(["--base", str(base), "--max-iters", "2", "--out-dir", str(tmp_path / "out"), *QUIET, *args])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resumed_run_keeps_its_arguments(base, tmp_path, run):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="holds no training state"):
+        finetune.main(["--resume", "--out-dir", str(out)])
+    assert finetune.main(["--base", str(base), "--max-iters", "4", "--stop-at", "2", "--out-dir", str(out), *QUIET]) == 0
+    for args, message in ((["--rank", "4"], "--rank 4 differs from the 8 of the run"), (["--bits", "4"], "--bits 4 differs from the 8"),
+                          (["--targets", "q"], "--targets q differs from the q,k,v")):
+        with pytest.raises(InputError, match=message):
+            finetune.main(["--resume", "--out-dir", str(out), *args])
+    done = run("finetune.py", "--resume", "--out-dir", out, "--task", "alpaca")
+    assert done.returncode == 2 and "--task alpaca differs from the sentiment" in done.stderr and "Traceback" not in done.stderr
+    assert finetune.main(["--base", str(base), "--max-iters", "1", "--out-dir", str(out), *QUIET]) == 0  # a new run moves the old one aside
+    assert (tmp_path / "out-1" / "adapter_config.json").exists()
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_every_engine_on_the_same_rows(base, tmp_path, run):
+    done = run("bench.py", "finetune", "--base", base, "--batches", 2, "--rounds", 1, "--batch-size", 4, "--dtype", "float32", "--data-dir", "/nowhere",
+               "--json", tmp_path / "rows.json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(r["engine"], r["bits"]) for r in rows] == [("ours", 16), ("ours", 8), ("ours", 4), ("peft", 16)]
+    assert len({r["tokens"] for r in rows}) == 1 and all(r["tokens_per_second"] > 0 and r["peak_memory_bytes"] > 1e8 for r in rows)
+    assert "over peft" in done.stdout
