@@ -1,10 +1,15 @@
 """sample.py as a user runs it: a prompt continued, a chat, and what it refuses."""
+import json
+
 import pytest
 import torch
 
 import sample
-from checkpoint import save_model
+from adapters import base_id, load_adapter, save_adapter
+from checkpoint import load_model, save_model
+from lowrank import attach_lora
 from model import Config, Transformer, generate
+from model import sample as draw_token
 from runtime import InputError
 from tokenizer import train_tokenizer
 
@@ -50,6 +55,14 @@ def test_the_seed_decides_the_draws(folder, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_top_p_where_it_takes_more_tokens_than_are_sorted_at_first():
+    """2,000 of 3,000 tokens have 0.8 of the probability, evenly: 0.7 is 1,750 of them, more than the 1,024 likeliest."""
+    torch.manual_seed(0)
+    logits = torch.cat((torch.full((2000,), 0.8 / 2000), torch.full((1000,), 0.2 / 1000))).log()
+    drawn = draw_token(logits.expand(4000, -1), top_p=0.7)
+    assert drawn.max() < 2000 and 1024 < len(drawn.unique()) <= 1750
+
+
 def test_chat_writes_the_models_own_format(folder, tmp_path, monkeypatch, capsys):
     path, model, tokenizer = folder
     tokenizer.chat_template = TEMPLATE
@@ -64,6 +77,118 @@ def test_chat_writes_the_models_own_format(folder, tmp_path, monkeypatch, capsys
     first, second = map(tokenizer.decode, asked)
     assert first == "<|user|>One?\n<|assistant|>"
     assert second.startswith(first) and second.endswith("<|user|>Two?\n<|assistant|>"), "the second prompt has the whole conversation"
+
+
+def test_chat_reads_only_what_is_new(folder, tmp_path, monkeypatch, capsys):
+    """The cache stays between turns, and gives what reading all again gives."""
+    path, model, tokenizer = folder
+    tokenizer.chat_template = TEMPLATE
+    save_model(tmp_path / "chat", model, tokenizer)
+    tokenizer.chat_template = None
+    said, read = [], []
+    real = Transformer.hidden
+    monkeypatch.setattr(Transformer, "hidden", lambda self, tokens, cache=None: read.append(tokens.shape[1]) or real(self, tokens, cache))
+    for more in ([], ["--no-cache"]):
+        lines = iter(["One?", "Two?", ""])
+        monkeypatch.setattr("builtins.input", lambda prompt, lines=lines: next(lines))
+        sample.main(["--model", str(tmp_path / "chat"), "--chat", "--max-new-tokens", "3", "--temperature", "0", *more])
+        said.append(capsys.readouterr().out)
+        if not more:
+            turns = [n for n in read if n > 1]
+    assert said[0] == said[1]
+    own = len(tokenizer.encode("<|user|>Two?\n<|assistant|>"))
+    assert len(turns) == 2 and own <= turns[1] <= own + 6, "the second turn reads its own question, and what the template made of the answer before"
+
+
+@pytest.fixture(scope="module")
+def adapters(folder, tmp_path_factory):
+    """Two adapters of the model, and one that says it is of another."""
+    path, model, _ = folder
+    out = tmp_path_factory.mktemp("adapters")
+    for name in ("news", "tweets", "foreign"):
+        model, _ = load_model(path)
+        attach_lora(model, r=4, alpha=8, targets=("q", "v"))
+        with torch.no_grad():
+            for key, p in model.named_parameters():
+                if key.endswith(".B"):
+                    p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+        save_adapter(out / name, model, "model", base_id(path) if name != "foreign" else "f" * 32)
+    return out
+
+
+def ask(path, text, adapter=None, count=10):
+    """Tokens that the model alone writes, greedily."""
+    model, tokenizer = load_model(path)
+    if adapter:
+        load_adapter(model, adapter)
+    return [s[0] for s in generate(model, [tokenizer.encode(text)], count, temperature=0, stop=tokenizer.stop_ids)]
+
+
+def test_prompts_of_a_file_with_their_adapters(folder, adapters, run, tmp_path):
+    """As a user runs it: wrong lines are named, the others are answered, each as it would be alone."""
+    path, _, tokenizer = folder
+    lines = ['{"prompt": "The statement", "adapter": "news"}', '{"prompt": "A class is", "adapter": "tweets"}', "", '{"prompt": "The statement"}',
+             "not json", '{"prompt": "x", "adapter": "nobody"}', '{"text": "x"}', '{"prompt": "x", "adaptor": "news"}', '["prompt"]',
+             json.dumps(dict(prompt="word " * 100)), '{"prompt": "The statement", "adapter": null}']
+    (tmp_path / "in.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"prompt": "\xff"}\n')
+    done = run("sample.py", "--model", path, "--prompts", tmp_path / "in.jsonl", "--max-new-tokens", 10, "--temperature", 0,
+               "--adapter", f"news={adapters / 'news'}", "--adapter", f"tweets={adapters / 'tweets'}", "--batch-size", 2)
+    assert done.returncode == 2 and "error: 7 of 11 lines of" in done.stderr and "line 5: not JSON" in done.stderr and "Traceback" not in done.stderr
+    rows = {row["line"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert sorted(rows) == [1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    errors = {n: row["error"] for n, row in rows.items() if "error" in row}
+    for n, words in {5: "not JSON", 6: "no adapter is called 'nobody' (news, tweets)", 7: "it has no text as its prompt", 8: "unknown key 'adaptor'",
+                     9: "it has no text as its prompt", 10: "tokens: the model reads 1 to 64", 12: "not JSON"}.items():
+        assert words in errors.pop(n)
+    assert not errors
+    for n, text, adapter in ((1, "The statement", "news"), (2, "A class is", "tweets"), (4, "The statement", None), (11, "The statement", None)):
+        tokens = ask(path, text, adapter and adapters / adapter)
+        assert rows[n]["tokens"] == tokens and rows[n]["text"] == tokenizer.decode([t for t in tokens if t not in tokenizer.stop_ids])
+        assert rows[n]["adapter"] == adapter and rows[n]["seconds"] > 0 and rows[n]["tokens_per_second"] > 0
+    assert rows[1]["tokens"] != rows[4]["tokens"]
+    assert "4 prompts," in done.stderr and "tokens/s; keys and values took" in done.stderr
+
+
+def test_one_adapter_without_a_name_serves_every_line(folder, adapters, tmp_path, capsys):
+    path, *_ = folder
+    (tmp_path / "in.jsonl").write_text('{"prompt": "The statement"}\n{"prompt": "The statement", "adapter": null}\n')
+    common = ["--model", str(path), "--max-new-tokens", "10", "--temperature", "0", "--adapter", str(adapters / "news")]
+    sample.main([*common, "--prompts", str(tmp_path / "in.jsonl")])
+    rows = sorted(map(json.loads, capsys.readouterr().out.splitlines()), key=lambda r: r["line"])
+    assert [r["tokens"] for r in rows] == [ask(path, "The statement", adapters / "news"), ask(path, "The statement")]
+    sample.main([*common, "--prompt", "The statement"])
+    assert capsys.readouterr().out == "The statement" + rows[0]["text"] + "\n"
+
+
+def test_the_seed_of_a_line(folder, tmp_path, capsys):
+    """Line n of a file draws what --prompt draws with the seed seed + n - 1, whatever else the file holds."""
+    path, *_ = folder
+    (tmp_path / "in.jsonl").write_text('{"prompt": "b"}\n\n{"prompt": "a"}\n{"prompt": "c"}\n')
+    sample.main(["--model", str(path), "--max-new-tokens", "12", "--seed", "5", "--prompts", str(tmp_path / "in.jsonl")])
+    rows = {r["line"]: r for r in map(json.loads, capsys.readouterr().out.splitlines())}
+    sample.main(["--model", str(path), "--max-new-tokens", "12", "--seed", "7", "--prompt", "a"])
+    assert capsys.readouterr().out == "a" + rows[3]["text"] + "\n"
+
+
+def test_bad_adapters_and_files(folder, adapters, tmp_path):
+    path, *_ = folder
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "one.jsonl").write_text('{"prompt": "The statement of a class"}\n')
+    one = ["--prompts", str(tmp_path / "one.jsonl")]
+    for args, message in ((["--adapter", str(tmp_path / "none")], "none is not an adapter: it has no adapter_config.json"),
+                          (["--adapter", f"a={adapters / 'foreign'}"], "was trained on another base"),
+                          (["--adapter", str(adapters / "news"), "--adapter", str(adapters / "tweets")], "2 adapters, and nothing says which one to use"),
+                          (["--adapter", f"a={adapters / 'news'}", "--adapter", f"a={adapters / 'tweets'}", *one], "two adapters are called a"),
+                          (["--adapter", "a="], "--adapter a= has no folder: write NAME=DIR"),
+                          (["--prompts", str(tmp_path / "nowhere.jsonl")], "nowhere.jsonl: No such file"),
+                          (["--prompts", str(tmp_path / "empty.jsonl")], "is empty: write lines like"),
+                          ([*one, "--chat"], "--prompts goes neither with --chat nor with --no-cache"),
+                          ([*one, "--batch-size", "0"], "--batch-size must be above 0, got 0"),
+                          ([*one, "--kv-memory", "0.009", "--max-new-tokens", "40"], "blocks of 16, the whole pool has 2: raise --kv-memory"),
+                          ([*one, "--kv-memory", "0.001"], "--kv-memory 0.001 MB is less than one block of 16 tokens"),
+                          ([*one, "--adapter", str(adapters / "news"), "--adapter-memory", "0.0001"], "the limit for all is")):
+        with pytest.raises(InputError, match=message):
+            sample.main(["--model", str(path), *args])
 
 
 @pytest.mark.parametrize("args, message", [

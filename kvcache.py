@@ -1,0 +1,214 @@
+"""A paged cache of keys and values (section V.C's cache; the paper's [34], PagedAttention), in a page of Python.
+
+A contiguous cache (model.KVCache) sets aside room for the longest text that every sequence may become. Most of it is never
+written. Here the memory is a pool of small blocks, as the pages of an operating system: each holds the keys and values of
+`size` tokens, for all layers. A sequence has a table from its logical blocks to the pool's, and takes a block when its last one is full.
+
+    sequence a   "The capital of France is Paris"    table [0, 1, 2]
+    sequence b   "The capital of France is large"    table [0, 1, 3]
+    pool         | 0 The capital | 1 of France | 2 is Paris | 3 is large | 4 free | ...        (blocks of two words)
+
+At most size - 1 places a sequence are unused. Sequences that begin alike share blocks, counted in `users`; one that is about
+to write into a shared block gets a copy of its own first (copy on write): above, b had block 2 from a until it wrote "large".
+
+Attention for one new token of each sequence never gathers a sequence's keys into one piece. Every block answers the query of its
+sequence, all blocks in one batched product, and the parts are joined as a softmax over pieces allows: for block j with scores s_j,
+
+    m = max_j max(s_j),   z = sum_j sum exp(s_j - m),   y = sum_j exp(s_j - m) V_j / z
+
+so that the pool is read where it lies and no sequence is padded to the longest.
+
+    pool = Pool(model.config, blocks=512)
+    cache = PagedCache([Sequence(pool) for _ in prompts])         # what model.hidden and model.generate take as a cache
+    list(generate(model, prompts, 100, cache=cache))
+"""
+import heapq
+import math
+
+import torch
+
+from model import KVCache, attend
+from runtime import InputError
+
+SIZE = 16  # tokens of a block: 64 waste four times as much at a sequence's end, 4 make the table and the products long
+
+
+def bytes_per_token(config, dtype=torch.float32):
+    """Of a token's keys and values in all layers."""
+    return 2 * config.blocks * config.kv_heads * config.head_size * dtype.itemsize
+
+
+class Pool:
+    """The memory: kv (layers, 2, blocks, kv_heads, size, d). The lowest free block is taken first, so that memory of a block that
+    was never needed is never touched (and on a CPU never becomes real), and the blocks in use lie close together."""
+
+    def __init__(self, config, blocks, size=SIZE, device="cpu", dtype=torch.float32):
+        if blocks < 1 or size < 1:
+            raise InputError(f"a pool needs at least 1 block of 1 token, got {blocks} of {size}: give it more memory")
+        self.size, self.device = size, torch.device(device)
+        self.kv = torch.empty(config.blocks, 2, blocks, config.kv_heads, size, config.head_size, dtype=dtype, device=device)
+        self.users = [0] * blocks        # sequences that hold the block
+        self.free = list(range(blocks))  # a heap
+
+    @property
+    def block_bytes(self):
+        return self.kv[:, :, 0].numel() * self.kv.itemsize
+
+    def blocks_for(self, tokens):
+        return -(-tokens // self.size)
+
+    def take(self):
+        if not self.free:
+            raise InputError(f"all {len(self.users)} blocks of {self.size} tokens of the cache are in use: give the pool more, or run fewer sequences at once")
+        block = heapq.heappop(self.free)
+        self.users[block] = 1
+        self.kv[:, :, block] = 0  # places that are not written yet get a weight of 0, but 0 times a leftover NaN would be NaN
+        return block
+
+    def release(self, block):
+        self.users[block] -= 1
+        if self.users[block] == 0:
+            heapq.heappush(self.free, block)
+
+    def copy(self, block):
+        """A block of one's own in place of a shared one."""
+        new = self.take()
+        self.kv[:, :, new] = self.kv[:, :, block]
+        self.release(block)
+        return new
+
+
+class Sequence:
+    """One text's part of the pool: logical block i, of tokens i * size and following, is the pool's block table[i]."""
+
+    def __init__(self, pool):
+        self.pool, self.table, self.length = pool, [], 0
+
+    def writes_shared(self):
+        """Whether the next token falls into a block that somebody else reads too."""
+        return self.length < len(self.table) * self.pool.size and self.pool.users[self.table[self.length // self.pool.size]] > 1
+
+    def needs(self, T):
+        """Blocks to take before T more tokens can be written."""
+        return max(0, self.pool.blocks_for(self.length + T) - len(self.table)) + self.writes_shared()
+
+    def reserve(self, T):
+        """Make room for T more tokens."""
+        if self.writes_shared():
+            last = self.length // self.pool.size
+            self.table[last] = self.pool.copy(self.table[last])
+        while len(self.table) * self.pool.size < self.length + T:
+            self.table.append(self.pool.take())
+
+    def share(self, length):
+        """A new sequence that begins with this one's first `length` tokens, in the same blocks."""
+        other = Sequence(self.pool)
+        other.table, other.length = self.table[:self.pool.blocks_for(length)], length
+        for block in other.table:
+            self.pool.users[block] += 1
+        return other
+
+    def cut(self, length=0):
+        """Forget what comes after the first `length` tokens, and give the blocks back."""
+        keep = self.pool.blocks_for(length)
+        for block in self.table[keep:]:
+            self.pool.release(block)
+        self.table, self.length = self.table[:keep], length
+
+
+class PagedCache(KVCache):
+    """Some sequences of a pool as the cache of one batch: row i is sequences[i]. The protocol is KVCache's; what is stored where is not."""
+
+    def __init__(self, sequences):
+        self.sequences, self.pool, self.plan = sequences, sequences[0].pool, None
+        self.device = self.pool.device
+
+    @property
+    def lengths(self):
+        return [s.length for s in self.sequences]
+
+    @lengths.setter
+    def lengths(self, lengths):
+        for sequence, length in zip(self.sequences, lengths):
+            sequence.cut(length)
+        self.plan = None
+
+    def advance(self, T):
+        for sequence in self.sequences:
+            sequence.length += T
+        self.plan = None
+
+    def mask(self, T):
+        return None if T == 1 else super().mask(T)  # for one token `attend` below knows what each block holds
+
+    def prepare(self, T):
+        """Reserve the blocks of the next T tokens, and say where they go; once a step, for all layers."""
+        for sequence in self.sequences:
+            sequence.reserve(T)
+        width = max(len(s.table) for s in self.sequences)
+        self.table = torch.tensor([s.table + [0] * (width - len(s.table)) for s in self.sequences], device=self.device)  # (B, blocks)
+        places = self.positions(T).expand(len(self.sequences), T)
+        self.place = self.table.gather(1, places // self.pool.size), places % self.pool.size  # two of (B, T)
+        if T == 1:
+            self.prepare_blocks()
+        self.plan = T
+
+    def prepare_blocks(self):
+        """For attention by blocks: which blocks, the row that each belongs to (owner), and -inf at places beyond its row's end (beyond)."""
+        size = self.pool.size
+        parts = [(block, row, min(size, s.length + 1 - i * size)) for row, s in enumerate(self.sequences) for i, block in enumerate(s.table)]
+        once, high = {part[0]: part for part in parts}, max(part[0] for part in parts) + 1
+        if len(once) == len(parts) and high <= 1.25 * len(parts):  # read the pool as it lies, with the few blocks of others in between: no copy
+            self.used, parts = slice(high), [once.get(block, (block, 0, 0)) for block in range(high)]
+        else:  # a block that rows share is there once for each
+            self.used = torch.tensor([block for block, *_ in parts], device=self.device)
+        _, self.owner, filled = (torch.tensor(column, device=self.device) for column in zip(*parts))
+        beyond = torch.arange(size, device=self.device) >= filled[:, None]
+        self.beyond = torch.zeros(beyond.shape, device=self.device).masked_fill_(beyond, -math.inf)[:, None, None]  # (E, 1, 1, size)
+
+    def update(self, layer, k, v):
+        """Store k, v (B, kv_heads, T, d). Returns what `attend` reads: for one token the blocks in use, (E, kv_heads, size, d), else
+        all keys and values in order, (B, kv_heads, S, d)."""
+        T = k.shape[2]
+        if self.plan is None:
+            self.prepare(T)
+        store = self.pool.kv[layer]  # (2, blocks, kv_heads, size, d)
+        block, offset = self.place
+        store[0][block, :, offset], store[1][block, :, offset] = k.transpose(1, 2), v.transpose(1, 2)
+        if T == 1:
+            return store[0][self.used], store[1][self.used]
+        if self.end == 0:
+            return k, v
+        return self.in_order(store[0], T), self.in_order(store[1], T)
+
+    def in_order(self, store, T):
+        B, blocks = self.table.shape
+        rows = store.index_select(0, self.table.flatten()).unflatten(0, (B, blocks)).transpose(1, 2)  # (B, kv_heads, blocks, size, d)
+        return rows.flatten(2, 3)[:, :, :self.end + T]
+
+    def attend(self, q, k, v, mask=None, dropout=0.0):
+        """Equation 1 for one query of each row, block by block. q (B, h, 1, d); k, v (E, kv_heads, size, d) -> (B, h, 1, d)."""
+        if q.shape[2] > 1:
+            return attend(q, k, v, mask)
+        B, h, _, d = q.shape
+        owner, groups = self.owner, (k.shape[1], h // k.shape[1])  # query heads that share a key head are rows of one product
+        q = (q * d ** -0.5).reshape(B, *groups, d)[owner]  # (E, kv_heads, g, d)
+        s = (q @ k.transpose(2, 3)).float() + self.beyond  # (E, kv_heads, g, size)
+        part = s.amax(-1)
+        top = part.new_full((B, *groups), -math.inf).scatter_reduce_(0, owner[:, None, None].expand_as(part), part, "amax")
+        p = (s - top[owner][..., None]).exp_()
+        total = p.new_zeros(B, *groups).index_add_(0, owner, p.sum(-1))
+        y = p.new_zeros(B, *groups, d).index_add_(0, owner, (p.to(v.dtype) @ v).float())
+        return (y / total[..., None]).to(q.dtype).reshape(B, h, 1, d)
+
+
+def usage(sequences):
+    """(bytes reserved, bytes used) by these sequences: of the blocks they hold, and of the tokens in them; what is shared counts once."""
+    filled = {}
+    for s in sequences:
+        for i, block in enumerate(s.table):
+            filled[block] = max(filled.get(block, 0), min(s.pool.size, s.length - i * s.pool.size))
+    if not filled:
+        return 0, 0
+    pool = sequences[0].pool
+    return len(filled) * pool.block_bytes, sum(filled.values()) * pool.block_bytes // pool.size

@@ -1,0 +1,342 @@
+"""serve.py: what a batch writes is what each request writes alone, whoever comes, waits, shares, is sent back or has another adapter."""
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_model import GPT2, LLAMA, pair
+
+import bench
+from adapters import base_id, load_adapter, save_adapter, take_off
+from benches.serve import generation_cost, paper_counts
+from checkpoint import load_model, save_model
+from kvcache import PagedCache, Pool, Sequence
+from lowrank import attach_lora
+from model import Config, KVCache, Transformer, generate
+from quant import quantize
+from runtime import InputError
+from serve import Adapters, Engine, Request, common_length
+from tokenizer import train_tokenizer
+
+
+def alone(model, request, stop=()):
+    """What model.generate, with a contiguous cache of its own, writes for a request."""
+    generator = torch.Generator().manual_seed(request.seed)
+    return [s[0] for s in generate(model, [request.prompt], request.max_new_tokens, request.temperature, request.top_k, request.top_p, stop, generator)]
+
+
+def mixed_requests(count, **more):
+    draw = random.Random(1)
+    return [Request([draw.randrange(101) for _ in range(draw.randint(1, 30))], draw.randint(1, 18), **more) for _ in range(count)]
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("blocks, batch", [(200, 32), (200, 3), (15, 32)], ids=["all at once", "three at a time", "a pool for two"])
+def test_each_request_gets_what_it_would_get_alone(config, blocks, batch):
+    model, _ = pair(config)
+    engine = Engine(model, Pool(config, blocks, 4), batch_size=batch)
+    requests = mixed_requests(14) + [Request([5] * 40, 30)]  # the last one ends at the context
+    done = list(engine.run(requests))
+    assert {id(r) for r in done} == {id(r) for r in requests} and all(r.error is None for r in requests)
+    for request in requests:
+        assert request.tokens == alone(model, request)
+        assert request.started <= request.first <= request.ended
+    assert len(engine.pool.free) == blocks and not any(engine.pool.users), "all blocks were given back"
+
+
+def test_a_full_pool_sends_the_last_request_back():
+    """Two requests that fit together at first, and not at their ends."""
+    model, _ = pair(LLAMA)
+    engine = Engine(model, Pool(LLAMA, 8, 4))
+    requests = [Request([1, 2, 3, 4, 5], 24), Request([6, 7, 8], 24)]
+    list(engine.run(requests))
+    assert [r.tokens for r in requests] == [alone(model, r) for r in requests]
+    assert requests[1].ended > requests[0].ended
+    reads = []
+    model.embed.register_forward_pre_hook(lambda m, inputs: reads.append(tuple(inputs[0].shape)))
+    list(engine.run([Request(r.prompt, r.max_new_tokens) for r in requests]))
+    prompts = [T for B, T in reads if T > 1]
+    assert prompts[:2] == [5, 3] and len(prompts) == 3 and prompts[2] > 3, "the second one is read again, with the tokens that it had"
+
+
+def test_draws_are_a_requests_own():
+    """Whatever else is in the batch, a seed gives the tokens that model.generate draws with it."""
+    model, _ = pair(LLAMA)
+    requests = mixed_requests(8, temperature=1.5, top_k=40, top_p=0.9)
+    for seed, request in enumerate(requests):
+        request.seed = seed
+    list(Engine(model, Pool(LLAMA, 30, 4), batch_size=4).run(requests))
+    assert [r.tokens for r in requests] == [alone(model, r) for r in requests]
+    twins = [Request([3, 1, 4], 12, 1.0, seed=s) for s in (7, 7, 8)]
+    list(Engine(model, Pool(LLAMA, 30, 4)).run(twins))
+    assert twins[0].tokens == twins[1].tokens != twins[2].tokens
+
+
+def test_requests_end_at_a_stop_token():
+    model, _ = pair(GPT2)
+    free = alone(model, Request([5, 6], 20))
+    requests = [Request([5, 6], 20), Request([9], 20)]
+    list(Engine(model, Pool(GPT2, 30, 4), stop={free[7]}).run(requests))
+    assert requests[0].tokens == free[:free.index(free[7]) + 1]
+
+
+def test_a_common_beginning_is_read_and_stored_once():
+    model, _ = pair(LLAMA)
+    instructions, reads = list(range(1, 23)), []
+    requests = [Request(instructions + [60 + i, 7], 8) for i in range(6)]
+    wanted = [alone(model, r) for r in requests]
+    engine = Engine(model, Pool(LLAMA, 40, 4))
+    hook = model.embed.register_forward_pre_hook(lambda m, inputs: reads.append(tuple(inputs[0].shape)))
+    list(engine.run(requests))
+    hook.remove()
+    assert [r.tokens for r in requests] == wanted
+    assert reads[:6] == [(1, 24)] + [(1, 2)] * 5, "the others read what is their own"
+    assert engine.peak[0] == (5 + 6 * 3) * engine.pool.block_bytes, "five full blocks for all, and the rest (22..31) of each"
+
+
+def test_prompts_alike_share_nothing_across_adapters():
+    model, _ = pair(LLAMA)
+    adapters = Adapters(model)
+    for name in "ab":
+        adapters.add(name, random_adapter(model, 4, ["q", "v"], name == "a"))
+    requests = [Request([1, 2, 3, 4, 5], 8, adapter=name) for name in ("a", "b", None)]
+    list(Engine(model, Pool(LLAMA, 40, 4), adapters=adapters).run(requests))
+    assert len({tuple(r.tokens) for r in requests}) == 3, "three different answers"
+
+
+# ----------------------------------------------------------------------------- adapters
+
+def random_adapter(model, rank, targets, seed=0, size=0.3):
+    """What adapters.read_adapter returns, as far as Adapters needs it."""
+    generator = torch.Generator().manual_seed(int(seed))
+    draw = lambda *shape: torch.randn(*shape, generator=generator) * size  # noqa: E731
+    layers = {n: getattr(m, "base", m) for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in targets and not n.endswith(".base")}
+    return SimpleNamespace(scale=0.5 + seed / 10, factors={n: (draw(rank, m.in_features), draw(m.out_features, rank)) for n, m in layers.items()})
+
+
+def merged(config, adapter):
+    """The model with W + scale B A in place of W."""
+    model, _ = pair(config)
+    with torch.no_grad():
+        for name, (A, B) in adapter.factors.items():
+            layer = model.get_submodule(name)
+            layer.weight = torch.nn.Parameter(layer.weight + adapter.scale * B @ A)  # GPT-2's head leaves its embedding alone
+    return model
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_rows_with_their_own_adapters_give_the_logits_of_merged_models(config):
+    """Ranks and layers differ; one row has none; prompts in a batch, then one token at a time."""
+    model, _ = pair(config)
+    tokens = torch.randint(0, 101, (5, 12))
+    kinds = [(2, ["qkv", "q"]), (5, ["up", "down", "v"]), (1, ["o", "qkv", "q", "k", "v"]), (8, ["head"])]
+    made = [random_adapter(model, rank, targets, seed) for seed, (rank, targets) in enumerate(kinds)]
+    adapters = Adapters(model)
+    for i, adapter in enumerate(made):
+        adapters.add(f"adapter {i}", adapter)
+    names = ["adapter 2", "adapter 0", None, "adapter 3", "adapter 1"]
+    with torch.no_grad():
+        wanted = torch.cat([(merged(config, made[int(n[-1])]) if n else pair(config)[0])(t[None]) for n, t in zip(names, tokens)])
+        adapters.select(names)
+        cache = KVCache(config, 5, 12)
+        logits = torch.cat([model(t, cache) for t in tokens.split([7, 1, 1, 1, 1, 1], 1)], 1)
+        assert (logits - wanted).abs().max() < 1e-5 * wanted.abs().max()
+        for i, name in enumerate(names):  # one name serves any batch
+            adapters.select([name])
+            assert (model(tokens[i:i + 1].expand(3, -1)) - wanted[i]).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_adapters_on_quantized_layers():
+    config = Config(**{**LLAMA.as_dict(), "width": 64, "ffn": 128})
+    torch.manual_seed(0)
+    model = Transformer(config).eval()
+    quantize(model, 8)
+    made = [random_adapter(model, 4, ["q", "v"], seed) for seed in (1, 2)]
+    tokens, wanted = torch.randint(0, 101, (3, 9)), []
+    with torch.no_grad():
+        for row, adapter in zip(tokens, [*made, None]):
+            if adapter:
+                for name, (A, B) in adapter.factors.items():
+                    layer = model.get_submodule(name)
+                    layer.forward = lambda x, layer=layer, A=A, B=B, s=adapter.scale: type(layer).forward(layer, x) + s * x @ A.T @ B.T
+            wanted.append(model(row[None]))
+            for name in made[0].factors:
+                model.get_submodule(name).__dict__.pop("forward", None)
+        adapters = Adapters(model)
+        adapters.add("one", made[0])
+        adapters.add("two", made[1])
+        adapters.select(["one", "two", None])
+        assert (model(tokens) - torch.cat(wanted)).abs().max() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A base on disk, sixteen adapters of it, and one of another base."""
+    path = tmp_path_factory.mktemp("adapters")
+    model, _ = pair(LLAMA)
+    save_model(path / "base", model)
+    save_model(path / "other base", pair(Config(**{**LLAMA.as_dict(), "rope_base": 600.0}))[0])
+    for i in range(17):
+        torch.manual_seed(i)
+        model, _ = pair(LLAMA)
+        attach_lora(model, r=1 + i % 4, alpha=4, targets=("q", "k", "v"))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith(".B"):
+                    p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+        save_adapter(path / f"a{i}", model, "base", base_id(path / ("base" if i < 16 else "other base")))
+    return path
+
+
+@pytest.mark.parametrize("blocks, batch", [(300, 32), (20, 5)])
+def test_sixteen_adapters_on_one_base(folders, blocks, batch):
+    model, _ = pair(LLAMA)
+    adapters = Adapters(model, {f"a{i}": folders / f"a{i}" for i in range(16)}, base_id(folders / "base"))
+    requests = mixed_requests(20)
+    for i, request in enumerate(requests):
+        request.adapter = f"a{i}" if i < 16 else None
+    list(Engine(model, Pool(LLAMA, blocks, 4), adapters=adapters, batch_size=batch).run(requests))
+    single, _ = pair(LLAMA)
+    for request in requests:
+        take_off(single)
+        if request.adapter:
+            load_adapter(single, folders / request.adapter)
+        assert request.tokens == alone(single, request), request.adapter
+
+
+def test_the_least_recently_used_adapter_leaves_and_the_base_stays(folders):
+    model, _ = pair(LLAMA)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    sizes = Adapters(pair(LLAMA)[0], {f"a{i}": folders / f"a{i}" for i in range(3)}).bytes
+    assert sizes["a0"] * 2 == sizes["a1"] and sizes["a0"] * 3 == sizes["a2"]
+    adapters = Adapters(model, {f"a{i}": folders / f"a{i}" for i in range(3)}, limit=sizes["a1"] + sizes["a2"])
+    assert list(adapters.bytes) == ["a1", "a2"], "a0 left when a2 came"
+    assert adapters.load("a1") and adapters.load("a0") and list(adapters.bytes) == ["a1", "a0"], "a2 was used least recently"
+    assert not adapters.load("a2", keep=["a1", "a0"]) and list(adapters.bytes) == ["a1", "a0"], "those in use stay"
+    requests = [Request([1, 2, 3], 5, adapter=f"a{i % 3}") for i in range(6)]
+    list(Engine(model, Pool(LLAMA, 40, 4), adapters=adapters).run(requests))
+    assert [r.tokens for r in requests[:3]] == [r.tokens for r in requests[3:]]
+    single, _ = pair(LLAMA)
+    for request in requests[:3]:
+        load_adapter(single, folders / request.adapter)
+        assert request.tokens == alone(single, request)
+    for name in list(adapters.bytes):
+        adapters.drop(name)
+    adapters.select([None])
+    assert all(torch.equal(before[n.replace(".base", "")], p) for n, p in model.named_parameters()) and not adapters.bytes
+    with pytest.raises(InputError, match="the adapter a2 has .* MB, the limit for all is .* MB: raise it"):
+        Adapters(model, {"a2": folders / "a2"}, limit=100)
+
+
+def test_wrong_adapters_are_refused(folders):
+    model, _ = pair(LLAMA)
+    with pytest.raises(InputError, match="was trained on another base"):
+        Adapters(model, {"other": folders / "a16"}, base_id(folders / "base"))
+    with pytest.raises(InputError, match="is not an adapter: it has no adapter_config.json"):
+        Adapters(model, {"none": folders / "nowhere"})
+
+
+def test_what_can_never_run_is_refused_and_the_others_run(folders):
+    model, _ = pair(LLAMA)
+    engine = Engine(model, Pool(LLAMA, 5, 4), adapters=Adapters(model, {"a0": folders / "a0"}))
+    requests = [Request([1] * 49, 5), Request([1, 2], 5), Request([1] * 15, 10), Request([], 5), Request([200], 5), Request([1], 5, adapter="news"),
+                Request([1], 5, temperature=-1.0), Request([3], 5, adapter="a0")]
+    list(engine.run(requests))
+    wanted = ["the prompt has 49 tokens: the model reads 1 to 48", None,
+              "15 tokens and up to 10 new ones need 6 blocks of 4, the whole pool has 5: raise --kv-memory, or lower --max-new-tokens",
+              "the prompt has 0 tokens: the model reads 1 to 48", "the prompt has tokens outside the vocabulary 0..100: is this the model's tokenizer?",
+              "no adapter is called 'news' (a0): give --adapter news=DIR", "temperature must be at least 0, got -1.0", None]
+    assert [r.error for r in requests] == wanted
+    assert [len(r.tokens) for r in requests] == [0, 5, 0, 0, 0, 0, 0, 5]
+
+
+@pytest.mark.slow
+def test_the_real_model_writes_the_same_in_every_way():
+    """smollm2-135m: without a cache, contiguous and paged, alone and in a batch; no adapter, one, sixteen: the same tokens, logits to 1e-4."""
+    try:
+        model, tokenizer = load_model("smollm2-135m")
+    except InputError as e:
+        pytest.skip(f"no network: {e}")
+    from pydoc_data.topics import topics
+    prompts = [tokenizer.encode(topics[k][50:])[:5 + 3 * i] for i, k in enumerate(sorted(topics)[:16])]
+    adapters = Adapters(model)
+    for i in range(16):
+        adapters.add(f"a{i}", random_adapter(model, 8, ("q", "k", "v"), i, size=0.02))
+    answers = set()
+    for names in ([None] * 16, ["a0"] * 16, [f"a{i}" for i in range(16)]):
+        uncached, logits = [], []
+        for prompt, name in zip(prompts, names):
+            adapters.select([name])
+            uncached.append([s[0] for s in generate(model, [prompt], 4, temperature=0, use_cache=False)])
+            with torch.no_grad():
+                logits.append(model(torch.tensor([prompt + uncached[-1]]))[0])
+            assert [s[0] for s in generate(model, [prompt], 4, temperature=0)] == uncached[-1]
+        adapters.select(names)
+        batch = list(generate(model, prompts, 4, temperature=0))
+        assert [[step[i] for step in batch] for i in range(16)] == uncached
+        requests = [Request(p, 4, adapter=n) for p, n in zip(prompts, names)]
+        list(Engine(model, Pool(model.config, 80), adapters=adapters).run(requests))
+        assert [r.tokens for r in requests] == uncached
+        rows = [Sequence(pool) for pool in [Pool(model.config, 80)] for _ in prompts]
+        with torch.no_grad():
+            for row, prompt, name in zip(rows, prompts, names):
+                adapters.select([name])
+                model.hidden(torch.tensor([prompt]), PagedCache([row]))
+            adapters.select(names)
+            cache = PagedCache(rows)
+            for j in range(4):
+                step = model(torch.tensor([[tokens[j]] for tokens in uncached]), cache)[:, 0]
+                for i, prompt in enumerate(prompts):
+                    assert (step[i] - logits[i][len(prompt) + j]).abs().max() < 1e-4, (names[i], i, j)
+        answers.add(str(uncached))
+    assert len(answers) == 3, "the adapters change what is written"
+
+
+def test_common_length():
+    assert [common_length(*pair_) for pair_ in (([], [1]), ([1, 2], [1, 3]), ([1, 2], [1, 2, 3]), ([2], [1]))] == [0, 1, 2, 0]
+
+
+# ----------------------------------------------------------------------------- the paper's count
+
+def test_the_papers_count_of_what_a_cache_saves():
+    """Section III.C.2: 100 new tokens after 100; 210 TFLOP and, with r = 512, 40. Its figures are rounded up from the weights' 201.5 and 39.4."""
+    rows = {(r["model"], r["cache"]): r for r in paper_counts()}
+    full, low = rows["Llama2-7B", False], rows["Llama2-7B, r = 512", False]
+    assert full["tokens"] == low["tokens"] == 14950 == sum(range(100, 200))
+    assert round(full["weights"], 1) == 201.5 and round(low["weights"], 1) == 39.4
+    assert rows["Llama2-7B", True]["tokens"] == rows["Llama2-7B, r = 512", True]["tokens"] == 199
+    assert rows["Llama2-7B", True]["weights"] == pytest.approx(2 * 6.738415616e9 * 199 / 1e12)
+    assert full["attention"] == pytest.approx(sum(4 * 4096 * 32 * T * (T + 1) / 2 for T in range(100, 200)) / 1e12)
+
+
+@pytest.mark.parametrize("use_cache, tokens", [(False, 14950), (True, 199)])
+def test_the_count_is_what_generate_reads(use_cache, tokens):
+    model = Transformer(Config("llama", vocab_size=50, context=200, blocks=1, heads=2, kv_heads=1, width=8, ffn=8)).eval()
+    read = []
+    model.embed.register_forward_pre_hook(lambda m, inputs: read.append(inputs[0].numel()))
+    list(generate(model, [[1] * 100], 100, temperature=0, use_cache=use_cache))
+    assert sum(read) == generation_cost(model, 100, 100, use_cache)[0] == tokens
+
+
+def test_the_benchmark(tmp_path, text_file, capsys):
+    """All engines on a small model; how fast is not asked."""
+    torch.manual_seed(0)
+    model = Transformer(Config("llama", vocab_size=500, context=256, blocks=2, heads=4, kv_heads=2, width=32, ffn=48)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8 if p.dim() > 1 else 1)  # so that no two tokens are nearly as likely
+    save_model(tmp_path / "m", model, train_tokenizer([text_file.read_text(encoding="utf-8")], 500))
+    bench.main(["serve", "--model", str(tmp_path / "m"), "--sequences", "6", "--lengths", "16,100", "--new-tokens", "8", "--rounds", "1",
+                "--json", str(tmp_path / "rows.json")])
+    rows = {(r["engine"], r["adapters"]): r for r in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert {e for e, _ in rows} == {"sequential", "contiguous", "paged", "transformers", "with cache", "without cache"}
+    assert {n for e, n in rows if e == "paged"} == {0, 1, 16}
+    token = 2 * 2 * 2 * 8 * 4
+    paged, contiguous = rows["paged", 16], rows["contiguous", 16]
+    assert paged["kv_bytes_used"] == contiguous["kv_bytes_used"] and paged["kv_bytes_reserved"] % (16 * token) == 0
+    assert paged["kv_bytes_used"] <= paged["kv_bytes_reserved"] <= paged["kv_bytes_used"] + 6 * 15 * token < contiguous["kv_bytes_reserved"]
+    out = capsys.readouterr().out
+    assert "1 adapters: 3 engines wrote the same tokens for 6 of 6 prompts" in out and "201.5" in out and "14,950" in out
+    with pytest.raises(InputError, match="--lengths must be the shortest and the longest prompt, as 16,200, got"):
+        bench.main(["serve", "--model", str(tmp_path / "m"), "--lengths", "20,10"])
