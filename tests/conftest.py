@@ -1,4 +1,5 @@
 """What every test shares: the repository on the path, one thread a process, private caches, and a way to run a command."""
+import json
 import os
 import subprocess
 import sys
@@ -37,3 +38,37 @@ def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "topics.txt"
     path.write_text("\n".join(topics[k] for k in sorted(topics))[:300_000], encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def task_data(tmp_path_factory):
+    """The paper's seven sets in their own formats, a few dozen made-up rows each."""
+    folder = tmp_path_factory.mktemp("sets")
+
+    def put(name, text, encoding="utf-8"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text.encode(encoding))
+    things = ["cup", "green lamp", "door", "very old book", "pan", "window", "chair"]
+    rows = range(36)
+
+    def thing(i):
+        return things[i % 7]
+    put("boolq/dev.jsonl", "".join(json.dumps(dict(question=f"is the {thing(i)} number {i}", answer=i % 3 > 0, passage=f"This {thing(i)} -- " * (1 + i % 5)))
+                                   + "\n" for i in rows))
+    put("piqa/valid.jsonl", "".join(json.dumps(dict(id=str(i), goal=f"How do I clean a {thing(i)}?", sol1=f"Use the {thing(i + 1)} slowly.",
+                                                    sol2=f"Use the {thing(i + 2)}, {'slowly ' * (i % 3)}at night.")) + "\n" for i in rows))
+    put("piqa/valid-labels.lst", "".join(f"{i % 2}\n" for i in rows))
+    put("winogrande/dev.jsonl", "".join(json.dumps(dict(sentence=f"The {thing(i)} hid the {thing(i + 3)} because the _ was big.", option1=thing(i),
+                                                        option2=thing(i + 3), answer=str(1 + i % 2))) + "\n" for i in rows))
+    label = ["positive", "neutral", "negative", "neutral"]
+    put("fpb/FinancialPhraseBank-v1.0/Sentences_50Agree.txt",
+        "".join(f"Profit of Mäkinen Oyj @ {thing(i)} was {i} mn .@{label[i % 4]}\r\n" for i in rows), "latin-1")
+    scores = ["-0.374", "-0.1", "0.099", "0.1", "0.8", "-0.101"]
+    for kind, start in (("headline", 0), ("post", 1)):
+        put(f"fiqa/task1_{kind}_ABSA_train.json", json.dumps({str(i): dict(sentence=f"{kind} {i}: {thing(i)} up", info=[
+            dict(sentiment_score=scores[(i + start + n) % 6], target="X") for n in range(1 + i % 2)]) for i in rows}))
+    put("tfns/sent_train.csv", "text,label\r\n" + "".join(f'"$X{i}, the ""{thing(i)}""\nfalls",{i % 3}\r\n' for i in rows))
+    put("ner/FIN5.txt", "-DOCSTART- -X- O O\n\n" + "".join(
+        f"Ms NNP - O\nAnna NNP - I-PER\nKoch{i} NNP - I-PER\nof IN - O\nAcme NNP - I-ORG\nParis NNP - {'I-LOC' if i % 2 else 'I-MISC'}\n. . - O\n\n"
+        "No DT - O\nname NN - O\n\n" for i in rows))
+    return folder

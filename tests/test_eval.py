@@ -1,16 +1,26 @@
-"""eval.py: perplexity against transformers over the same windows."""
+"""eval.py: perplexity against transformers, scores against scikit-learn and seqeval on the predictions written, runs that end early or are shared out."""
 import json
 import math
+import re
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from seqeval.metrics import f1_score as seqeval_f1
+from sklearn.metrics import confusion_matrix, f1_score
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
-from checkpoint import export, save_model
+import tasks
+from adapters import base_id, save_adapter
+from checkpoint import export, load_model, save_model
+from lowrank import attach_lora
 from model import Config, Transformer
 from runtime import InputError
 from tokenizer import train_tokenizer
+
+SEVEN = "boolq,piqa,winogrande,fpb,fiqa,tfns,ner"
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +56,190 @@ def test_perplexity_is_that_of_transformers_over_the_same_windows(model_folder, 
     assert f"perplexity: {result['perplexity']:.3f}" in capsys.readouterr().out
 
 
+def evaluate(model, data, out, *more):
+    assert evaluation.main(["--model", str(model), "--data-dir", str(data), "--out-dir", str(out), *map(str, more)]) == 0
+    return json.loads((out / "summary.json").read_text())
+
+
+def predictions(out, task):
+    return [json.loads(line) for line in (out / "predictions" / f"{task}.jsonl").read_text().splitlines()]
+
+
+def scores_only(summary):
+    """Everything of a summary that does not depend on the clock."""
+    return {t: {k: v for k, v in summary[t].items() if k != "seconds"} for t in (SEVEN + ",perplexity").split(",") if t in summary}
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, task_data, text_file, tmp_path_factory):
+    """An undisturbed run of everything: (folder, its summary)."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return out, evaluate(model_folder[0] / "ours", task_data, out, "--tasks", SEVEN + ",perplexity", "--data", text_file, "--limit", 25)
+
+
+def test_every_task_has_what_the_tables_need(finished):
+    out, summary = finished
+    for task in SEVEN.split(","):
+        r = summary[task]
+        assert r["rows"] == (9 if task in ("fpb", "tfns", "ner") else 25) == len(predictions(out, task))
+        assert r["interval"][0] <= r.get("f1", r.get("accuracy")) <= r["interval"][1] and 0 <= r["majority"] < 1 and r["seconds"] > 0
+    assert summary["perplexity"]["tokens"] == 25
+    assert summary["parameters"] > 0 and summary["size_bytes"] < 3 * summary["parameters"] and summary["peak_memory_bytes"] > 1e7
+    assert summary["seconds_100_tokens"] is None  # the context is 64
+
+
+def test_scores_are_those_of_the_predictions_written(finished, task_data):
+    out, summary = finished
+    for task in ("boolq", "piqa", "winogrande"):
+        examples, rows = {e.index: e for e in tasks.load(task, task_data)}, predictions(out, task)
+        assert all(r["label"] == examples[r["index"]].label and r["prediction"] == np.argmax(r["scores"]) for r in rows)
+        assert summary[task]["accuracy"] == np.mean([r["label"] == np.argmax(r["scores"]) for r in rows])
+        ones = np.mean([r["label"] for r in rows])
+        assert summary[task]["majority"] == max(ones, 1 - ones)
+    by_character = [np.argmax([s / (len(c) - 1) for s, c in zip(r["scores"], tasks.load("piqa", task_data)[r["index"]].choices)])
+                    for r in predictions(out, "piqa")]
+    assert summary["piqa"]["accuracy_norm"] == np.mean([r["label"] == p for r, p in zip(predictions(out, "piqa"), by_character)])
+    for task in ("fpb", "fiqa", "tfns"):
+        rows = predictions(out, task)
+        labels, read = [r["label"] for r in rows], [tasks.read_sentiment(r["answer"]) for r in rows]
+        given = [tasks.SENTIMENTS.index(label) for label, _ in read]
+        assert summary[task]["f1"] == pytest.approx(f1_score(labels, given, average="weighted", zero_division=0))
+        assert summary[task]["confusion"] == confusion_matrix(labels, given, labels=[0, 1, 2]).tolist()
+        assert summary[task]["parsed"] == np.mean([parsed for _, parsed in read])
+        assert summary[task]["likeliest"]["f1"] == pytest.approx(f1_score(labels, [np.argmax(r["scores"]) for r in rows], average="weighted", zero_division=0))
+    rows = predictions(out, "ner")
+    assert summary["ner"]["f1"] == seqeval_f1([r["label"] for r in rows], [r["tags"] for r in rows])
+
+
+def test_entity_f1_of_right_and_wrong_answers_is_that_of_seqeval(task_data, monkeypatch):
+    """The random model names nobody: answers are put in its place."""
+    examples = tasks.load("ner", task_data, "train")[:4]
+    answers = [examples[0].answer, "Acme is a person", "", examples[3].answer.split(",")[0]]
+    monkeypatch.setattr(evaluation.score, "answer_in_batches", lambda *args: iter([[(e, (a, []), 0) for e, a in zip(examples, answers)]]))
+    (rows,) = evaluation.entity_rows(evaluation.Run(None, None, None, None), examples)
+    found = evaluation.entity_result("ner", rows, examples)
+    assert found["f1"] == pytest.approx(seqeval_f1([r["label"] for r in rows], [r["tags"] for r in rows])) and 0.3 < found["f1"] < 0.8
+    assert found["parsed"] == 0.75
+
+
+def test_a_killed_run_goes_on(finished, model_folder, task_data, text_file, tmp_path, capsys):
+    """Half of the lines are there, the last one cut short; one of them is about another row. The rest is measured, the result is the same."""
+    out, summary = finished
+    shutil.copytree(out, tmp_path / "killed")
+    (tmp_path / "killed" / "summary.json").unlink()
+    for task in (SEVEN + ",perplexity").split(","):
+        file = tmp_path / "killed" / "predictions" / f"{task}.jsonl"
+        lines = file.read_text().splitlines(keepends=True)
+        half = len(lines) // 2
+        file.write_text("".join(lines[:half]).replace(json.loads(lines[0])["row"], "0" * 12) + lines[half][:20])
+    again = evaluate(model_folder[0] / "ours", task_data, tmp_path / "killed", "--tasks", SEVEN + ",perplexity", "--data", text_file, "--limit", 25)
+    assert close(scores_only(again), scores_only(summary))
+    assert "piqa: 11 of 25 rows are in" in capsys.readouterr().out
+
+
+def close(a, b):
+    """The same up to rounding: batches of other rows change the last bits of a log-likelihood."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(close, a, b))
+    return a == b or a == pytest.approx(b, rel=1e-5)
+
+
+def test_rows_are_shared_out(finished, model_folder, task_data, tmp_path, run):
+    out, summary = finished
+    done = run("eval.py", "--model", model_folder[0] / "ours", "--tasks", "piqa,fpb", "--limit", 25, "--data-dir", task_data, "--out-dir", tmp_path / "two",
+               processes=2)
+    assert done.returncode == 0, done.stderr
+    shared = json.loads((tmp_path / "two" / "summary.json").read_text())
+    for task in ("piqa", "fpb"):
+        assert close(scores_only(shared)[task], scores_only(summary)[task])
+        assert [r["index"] for r in predictions(tmp_path / "two", task)] == sorted(r["index"] for r in predictions(out, task))
+    assert [p.name for p in sorted((tmp_path / "two" / "predictions").iterdir())] == ["fpb.jsonl", "piqa.jsonl"]
+
+
+def test_another_model_does_not_take_over_rows(finished, model_folder, task_data, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "run")
+    evaluate(model_folder[0] / "ours", task_data, tmp_path / "run", "--tasks", "boolq", "--limit", 3, "--bits", 8)
+    assert f"moved to {tmp_path / 'run-1'}" in capsys.readouterr().out
+    assert len(predictions(tmp_path / "run-1", "boolq")) == 25 and len(predictions(tmp_path / "run", "boolq")) == 3
+
+
+def test_an_adapter_counts(finished, model_folder, task_data, tmp_path):
+    folder = model_folder[0] / "ours"
+    model, _ = load_model(folder)
+    attach_lora(model, r=2, alpha=4)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith((".A", ".B")):
+                p.copy_(torch.randn(p.shape))
+    save_adapter(tmp_path / "adapter", model, str(folder), base_id(folder))
+    summary = evaluate(folder, task_data, tmp_path / "out", "--tasks", "piqa", "--limit", 25, "--adapter", tmp_path / "adapter")
+    before, after = predictions(finished[0], "piqa"), predictions(tmp_path / "out", "piqa")
+    assert all(abs(a["scores"][0] - b["scores"][0]) > 1e-3 for a, b in zip(before, after)) and summary["parameters"] > finished[1]["parameters"]
+
+
+# ----------------------------------------------------------------------------- two runs
+
+def write_run(folder, **rows):
+    (folder / "predictions").mkdir(parents=True)
+    for task, lines in rows.items():
+        (folder / "predictions" / f"{task}.jsonl").write_text("".join(json.dumps(dict(r, row="x", index=i)) + "\n" for i, r in enumerate(lines)))
+    return str(folder)
+
+
+def test_compare(tmp_path, capsys):
+    """B has 30 of 100 rows more right than A in PIQA, and as many gained as lost in BoolQ."""
+    a = write_run(tmp_path / "a", piqa=[dict(label=1, prediction=int(i < 40), by_character=1) for i in range(100)],
+                  boolq=[dict(label=1, prediction=i % 2) for i in range(100)], perplexity=[dict(loss=2.0, predicted=10)] * 20)
+    b = write_run(tmp_path / "b", piqa=[dict(label=1, prediction=int(i < 70), by_character=1) for i in range(100)],
+                  boolq=[dict(label=1, prediction=1 - i % 2) for i in range(100)], perplexity=[dict(loss=2.1, predicted=10)] * 30)
+    evaluation.main(["--compare", a, b])
+    printed = capsys.readouterr().out
+    rows = {row[1] or "": row for row in ([c.strip() for c in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|"))}
+    assert rows["accuracy by characters"][3:6] == ["1.000", "1.000", "+0.000"] and rows["accuracy by characters"][-1] == "yes"
+    piqa, boolq = (next([c.strip() for c in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith(f"| {t}")) for t in ("piqa", "boolq"))
+    assert piqa[2:6] == ["100", "0.400", "0.700", "+0.300"] and piqa[7:] == ["< 0.001", "no"]
+    assert boolq[3:6] == ["0.500", "0.500", "+0.000"] and boolq[7:] == ["1.000", "yes"]
+    assert rows["perplexity"][2] == "20" and rows["perplexity"][-1] == "no"
+    assert max(map(len, printed.splitlines())) <= 110
+
+
+def test_compare_of_whole_runs(finished, model_folder, task_data, tmp_path, run):
+    evaluate(model_folder[0] / "ours", task_data, tmp_path / "int4", "--tasks", SEVEN, "--limit", 12, "--bits", 4)
+    done = run("eval.py", "--compare", finished[0], tmp_path / "int4")
+    assert done.returncode == 0 and all(re.search(rf"^\| {t} ", done.stdout, re.M) for t in SEVEN.split(",")), done.stderr
+
+
+def test_compare_needs_two_runs(tmp_path):
+    a, b = write_run(tmp_path / "a", piqa=[dict(label=1, prediction=1, by_character=1)]), write_run(tmp_path / "b", boolq=[dict(label=1, prediction=1)])
+    with pytest.raises(InputError, match="have no row in common"):
+        evaluation.main(["--compare", a, b])
+    with pytest.raises(InputError, match="there are no predictions in it"):
+        evaluation.main(["--compare", a, str(tmp_path)])
+
+
+# ----------------------------------------------------------------------------- bad input
+
 @pytest.mark.parametrize("args, message", [
-    (["--tasks", "nonsense"], "no task is called 'nonsense': the tasks are perplexity"),
+    (["--tasks", "nonsense"], "no task is called 'nonsense': the tasks are boolq, piqa, .*perplexity"),
     (["--limit", "1"], "--limit must be at least 2 tokens, got 1"),
+    (["--limit", "0", "--tasks", "piqa"], "--limit must be at least 1 row, got 0"),
+    (["--tasks", "piqa,"], "no task is called ''"),
+    (["--dtype", "int8"], "--dtype must be auto, float32 or bfloat16"),
+    (["--bits", "5"], "bits"),
+    (["--adapter", "/nowhere"], "/nowhere"),
     (["--data", "/nowhere.txt"], "there is no such file or folder"),
     (["--model", "/nowhere"], "no such folder or file")])
 def test_bad_input(args, message, model_folder, tmp_path):
     folder, _ = model_folder
     with pytest.raises(InputError, match=message):
         evaluation.main(["--model", str(folder / "ours"), "--out-dir", str(tmp_path), *args])
+
+
+def test_bad_rows_are_told_before_anything_is_written(model_folder, task_data, tmp_path, run):
+    shutil.copytree(task_data, tmp_path / "data")
+    (tmp_path / "data" / "piqa" / "valid.jsonl").write_text("{}\n")
+    done = run("eval.py", "--model", model_folder[0] / "ours", "--tasks", "boolq,piqa", "--data-dir", tmp_path / "data", "--out-dir", tmp_path / "out")
+    assert done.returncode == 2 and "valid.jsonl, line 1: it needs 'goal', a str" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

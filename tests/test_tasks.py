@@ -1,0 +1,221 @@
+"""tasks.py: formats, labels, splits (against the `datasets` library), prompts, and how odd answers are read."""
+import hashlib
+import io
+import json
+import shutil
+import sys
+import types
+import zipfile
+
+import datasets
+import pytest
+from seqeval.metrics.sequence_labeling import get_entities
+
+import tasks
+from runtime import InputError
+from tasks import load, read_entities, read_sentiment
+
+INSTRUCTION = "Instruction: What is the sentiment of this news? Please choose an answer from {negative/neutral/positive}.\nInput: "
+
+
+@pytest.fixture
+def data(task_data, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(task_data, tmp_path / "data")
+
+
+def test_prompts_of_the_harness(task_data):
+    row = load("boolq", task_data)[4]
+    assert row.prompt == "This pan -- This pan -- This pan -- This pan -- This pan -- \nQuestion: is the pan number 4?\nAnswer:"
+    assert row.pairs() == [(row.prompt, " no"), (row.prompt, " yes")] and row.label == 1 and row.answer == " yes"
+    row = load("piqa", task_data)[1]
+    assert row.pairs() == [("Question: How do I clean a green lamp?\nAnswer:", " Use the door slowly."),
+                           ("Question: How do I clean a green lamp?\nAnswer:", " Use the very old book, slowly at night.")] and row.label == 1
+    row = load("winogrande", task_data)[0]
+    assert row.pairs() == [("The cup hid the very old book because the cup", " was big."),
+                           ("The cup hid the very old book because the very old book", " was big.")]
+    assert (row.label, row.answer) == (0, "cup")
+
+
+def test_prompts_and_labels_of_fingpt(task_data):
+    rows = {e.index: e for split in ("train", "test") for e in load("fpb", task_data, split)}
+    assert rows[0].prompt == INSTRUCTION + "Profit of Mäkinen Oyj @ cup was 0 mn .\nAnswer: "
+    assert [rows[i].answer for i in range(4)] == ["positive", "neutral", "negative", "neutral"]
+    assert all(e.choices[e.label] == e.answer for e in rows.values())
+    rows = {e.index: e for split in ("train", "test") for e in load("tfns", task_data, split)}
+    assert [rows[i].answer for i in range(3)] == ["negative", "positive", "neutral"]  # 0 bearish, 1 bullish, 2 neutral
+    assert '"cup"\nfalls' in rows[0].prompt and "this tweet?" in rows[0].prompt
+    rows = {e.index: e for split in ("train", "test") for e in load("fiqa", task_data, split)}
+    assert len(rows) == 2 * (36 + 18)
+    assert [rows[i].answer for i in range(3)] == ["negative", "neutral", "neutral"]  # entry 0; entry 1 is about two companies
+    assert "this news?" in rows[0].prompt and "this tweet?" in rows[54].prompt
+
+
+@pytest.mark.parametrize("value, label", [(-0.1001, "negative"), (-0.1, "neutral"), (0.0999, "neutral"), (0.1, "positive"), (1, "positive")])
+def test_scores_of_fiqa(value, label):
+    assert tasks.sentiment_of_score(value) == label
+
+
+@pytest.mark.parametrize("count, share", [(4846, 0.25), (1213, 0.226), (954, 0.226), (10, 0.25), (7, 0.25)])
+def test_splits_are_those_of_datasets(count, share):
+    theirs = datasets.Dataset.from_dict(dict(i=list(range(count)))).train_test_split(share, seed=42)
+    test, train = tasks.split_rows(count, share)
+    assert test == theirs["test"]["i"][:] and train == theirs["train"]["i"][:]
+
+
+def test_splits_share_no_row_and_have_all(task_data):
+    for task in tasks.TEST_SHARE:
+        train, test = ({e.index for e in load(task, task_data, split)} for split in ("train", "test"))
+        assert not train & test and sorted(train | test) == list(range(len(train) + len(test)))
+
+
+def test_a_test_file_of_its_own_is_used(data, capsys):
+    train = load("ner", data, "train")
+    assert len(train) == 27 and "held out" not in capsys.readouterr().out
+    load("ner", data)
+    assert "FIN3.txt is not in" in capsys.readouterr().out
+    (data / "ner" / "FIN3.txt").write_text("Rome NNP - I-LOC\n")
+    assert [e.answer for e in load("ner", data)] == ["Rome is a location."] and len(load("ner", data, "train")) == 36
+
+
+def test_sample_is_seeded(task_data):
+    rows = load("piqa", task_data)
+    some = tasks.draw(rows, 10)
+    assert len(some) == 10 and some == tasks.draw(rows, 10) and some != tasks.draw(rows, 10, seed=1) and tasks.draw(rows, 99) is rows
+    assert [e.index for e in some] == sorted(e.index for e in some)
+
+
+# ----------------------------------------------------------------------------- NER
+
+def test_entities_of_the_file(task_data):
+    row = next(e for e in load("ner", task_data, "train") if e.words[2] == "Koch1")
+    assert row.prompt == ("Instruction: Please extract entities and their types from the input sentence, entity types should be chosen from "
+                          "{person/organization/location}.\nInput: Ms Anna Koch1 of Acme Paris .\nAnswer: ")
+    assert row.answer == "Anna Koch1 is a person, Acme is an organization, Paris is a location."
+    assert row.tags == ["O", "B-PER", "I-PER", "O", "B-ORG", "B-LOC", "O"]
+    assert read_entities(row.words, row.answer) == (row.tags, True)
+    assert [(k, a, b - 1) for k, a, b in tasks.entities(row.tags)] == get_entities(row.tags)
+
+
+@pytest.mark.parametrize("tags", [["I-PER", "I-PER", "O"], ["O", "I-LOC"], ["I-ORG", "I-LOC", "I-LOC"], ["I-ORG", "B-ORG", "I-ORG"],
+                                  ["B-PER", "I-PER", "I-ORG"]])
+def test_entities_are_those_of_seqeval(tags):
+    assert [(k, a, b - 1) for k, a, b in tasks.entities(tasks.begun(tags))] == get_entities(tags)
+
+
+@pytest.mark.parametrize("text, tags, named", [
+    ("", "O O O O O", False),
+    ("Koch is a person.", "O O O O O", True),  # not as a word of its own
+    ("anna KOCH1 is a person, acme is an organization", "B-PER I-PER O B-ORG O", True),
+    ("Acme is a company.", "O O O B-O O", True),  # an unknown type is an entity that is wrong
+    ("Acme is a person, Acme is an organization.", "O O O B-PER O", True),  # its place is taken
+    ("Paris is a location, Paris is a location", "O O O O B-LOC", True),
+    ("Acme ist eine Firma; is a person", "O O O O O", True),
+    (" is a person", "O O O O O", False),
+    ("Acme is an organization\nInstruction: more, Paris is a location", "O O O O B-LOC", True)])
+def test_odd_entity_answers(text, tags, named):
+    assert read_entities(["Anna", "Koch1", "of", "Acme", "Paris"], text) == (tags.split(), named)
+
+
+@pytest.mark.parametrize("text, label, parsed", [
+    ("positive", "positive", True), (" Negative.", "negative", True), ("neutral", "neutral", True), ("", "neutral", False),
+    ("negative or positive", "positive", True), ("neutral, rather negative", "negative", True), ("POSITIVE", "neutral", False),
+    ("nEGATIVE", "neutral", False), ("positiv", "neutral", False), ("积极", "neutral", False), ("The sentiment is Positive", "positive", True),
+    ("not positive", "positive", True), ("\n\n", "neutral", False), ("Neutral", "neutral", True)])
+def test_odd_sentiments(text, label, parsed):
+    assert read_sentiment(text) == (label, parsed)
+
+
+# ----------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("task, name, content, message", [
+    ("boolq", "dev.jsonl", '{"question": "a", "passage": "b", "answer": true}\n{"question": "a"', "dev.jsonl, line 2: it is not JSON"),
+    ("boolq", "dev.jsonl", '{"question": "a", "passage": "b", "answer": "yes"}', "dev.jsonl, line 1: it needs 'answer', a bool"),
+    ("boolq", "dev.jsonl", "\n", "boolq: there is no row in"),
+    ("piqa", "valid-labels.lst", "0\n2\n", "valid-labels.lst, line 2: the label must be 0 or 1, got '2'"),
+    ("piqa", "valid-labels.lst", "0\n1\n", "has 36 rows and .*valid-labels.lst 2 labels"),
+    ("piqa", "valid.jsonl", "[]\n", "valid.jsonl, line 1: it needs 'goal', a str"),
+    ("winogrande", "dev.jsonl", '{"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}', "line 1: the sentence needs a _"),
+    ("fpb", "FinancialPhraseBank-v1.0/Sentences_50Agree.txt", "fine .@good\n", "Sentences_50Agree.txt, line 1: it must end with @"),
+    ("fpb", "FinancialPhraseBank-v1.0/Sentences_50Agree.txt", "", "fpb: there is no row"),
+    ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": "x", "info": [{"sentiment_score": "up"}]}}', "post_ABSA_train.json, entry '7'"),
+    ("fiqa", "task1_headline_ABSA_train.json", '{"7": {\n"sentence": }}', "headline_ABSA_train.json, line 2: it is not JSON"),
+    ("fiqa", "task1_headline_ABSA_train.json", "[]", "headline_ABSA_train.json: it must be an object"),
+    ("tfns", "sent_train.csv", "text,label\na,0\nb,3\n", "sent_train.csv, line 3: it must be a text and a label"),
+    ("tfns", "sent_train.csv", "a,0\n", "sent_train.csv, line 1: the first line must be text,label"),
+    ("ner", "FIN5.txt", "Anna NNP - I-PER\nKoch I-PER\n", "FIN5.txt, line 2: it must be a word"),
+    ("ner", "FIN5.txt", "Anna NNP - I-FOO\n", "FIN5.txt, line 1: it must be a word")])
+def test_malformed_rows_are_named(task, name, content, message, data):
+    (data / task / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        load(task, data)
+
+
+def test_text_of_another_encoding_is_named(data):
+    (data / "boolq" / "dev.jsonl").write_bytes(b'{}\n{"question": "\xe9"}\n')
+    with pytest.raises(InputError, match="dev.jsonl, line 2: it is not utf-8"):
+        load("boolq", data)
+
+
+def test_unknown_names(task_data):
+    with pytest.raises(InputError, match="no task is called 'mmlu': the tasks are boolq, piqa"):
+        load("mmlu", task_data)
+    with pytest.raises(InputError, match="boolq has no training rows here"):
+        load("boolq", task_data, "train")
+    with pytest.raises(InputError, match="the split must be train or test"):
+        load("fpb", task_data, "dev")
+
+
+# ----------------------------------------------------------------------------- downloads
+
+def sources(monkeypatch, task, **files):
+    monkeypatch.setitem(tasks.SOURCES, task, {name: (address, hashlib.sha256(content).hexdigest()) for name, (address, content) in files.items()})
+
+
+def test_missing_files_are_downloaded_and_checked(task_data, tmp_path, monkeypatch, capsys):
+    content = (task_data / "boolq" / "dev.jsonl").read_bytes()
+    url = (task_data / "boolq" / "dev.jsonl").as_uri()
+    sources(monkeypatch, "boolq", **{"dev.jsonl": (url, content)})
+    assert load("boolq", tmp_path) == load("boolq", task_data) and "downloaded from" in capsys.readouterr().out
+    load("boolq", tmp_path)
+    assert "downloaded" not in capsys.readouterr().out
+    sources(monkeypatch, "boolq", **{"dev.jsonl": (url, b"other")})
+    with pytest.raises(InputError, match="has the SHA-256 .* it is not the file it was"):
+        load("boolq", tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere" / "boolq").exists()
+
+
+def test_a_member_of_a_zip_file(task_data, tmp_path, monkeypatch):
+    name = "FinancialPhraseBank-v1.0/Sentences_50Agree.txt"
+    content = (task_data / "fpb" / name).read_bytes()
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr(name, content)
+    (tmp_path / "a.zip").write_bytes(packed.getvalue())
+    sources(monkeypatch, "fpb", **{name: (f"{(tmp_path / 'a.zip').as_uri()}#{name}", content)})
+    assert load("fpb", tmp_path / "new") == load("fpb", task_data)
+
+
+def test_through_the_datasets_library(task_data, tmp_path, monkeypatch):
+    content = (task_data / "winogrande" / "dev.jsonl").read_bytes()
+    asked = []
+
+    def load_dataset(*args, **more):
+        asked.append((args, more))
+        return [json.loads(line) for line in content.decode().splitlines()]
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    sources(monkeypatch, "winogrande", **{"dev.jsonl": (tasks.SOURCES["winogrande"]["dev.jsonl"][0], content)})
+    assert load("winogrande", tmp_path) == load("winogrande", task_data)
+    assert asked == [(("allenai/winogrande", "winogrande_xl"), dict(split="validation"))]
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_without_a_network_one_line_says_what_to_put_where(task, tmp_path, monkeypatch):
+    def offline(*args, **more):
+        raise OSError("no route to host\nmore")
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=offline))
+    name = next(iter(tasks.SOURCES[task]))
+    with pytest.raises(InputError) as error:
+        load(task, tmp_path)
+    assert str(tmp_path / task / name) in str(error.value) and "put the file there" in str(error.value) and "\n" not in str(error.value)
