@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, swap_layers
-from runtime import InputError, cache_dir, cpu_name, say
+from runtime import InputError, cache_dir, cpu_name, matmul_rate, say
 
 DEFAULT_GROUP = {8: 0, 4: 64}  # 0: the whole row is one vector
 SMALLEST_HALF = 2.0 ** -24     # a vector of equal numbers has no range; its scale must not be 0
@@ -160,7 +160,7 @@ class QuantMatrix(nn.Module):
             return _Product.apply(x, self)
         if x.is_cuda:
             return cuda_product(x, self)
-        return cpu_product(x, self) if few_rows_cpu(x, self) else F.linear(x, self.dense(x.dtype))
+        return cpu_product(x, self) if few_rows_cpu(x, self) else dense_product(x, self)
 
     def back(self, g):
         """g (..., out) -> g W (..., in)."""
@@ -197,7 +197,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, matrix):
         ctx.matrix = matrix
-        return cuda_product(x, matrix) if x.is_cuda else F.linear(x, matrix.dense(x.dtype))
+        return cuda_product(x, matrix) if x.is_cuda else dense_product(x, matrix)
 
     @staticmethod
     def backward(ctx, g):
@@ -207,6 +207,19 @@ class _Product(torch.autograd.Function):
 # ----------------------------------------------------------------------------- products on a CPU: kernels_cpu.cpp
 
 FEW_ROWS_CPU = 32  # beyond, dequantizing and torch's own product win
+
+
+@functools.cache
+def bfloat16_is_slow():
+    """Whether this CPU multiplies matrices of float32 faster."""
+    return matmul_rate(torch.device("cpu"), torch.float32, 512) > matmul_rate(torch.device("cpu"), torch.bfloat16, 512)
+
+
+def dense_product(x, matrix):
+    """x W^T with W dequantized for the moment: the way for many rows."""
+    if x.dtype is torch.bfloat16 and not x.is_cuda and bfloat16_is_slow():
+        return F.linear(x.float(), matrix.dense()).to(x.dtype)
+    return F.linear(x, matrix.dense(x.dtype))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What every test shares: the repository on the path, one thread a process, private caches, and a way to run a command."""
+"""What every test shares: the repository on the path, one thread a process (there is a process for each core), private caches, and a way to run a command."""
 import json
 import os
 import subprocess

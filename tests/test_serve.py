@@ -262,7 +262,7 @@ def test_the_real_model_writes_the_same_in_every_way():
     prompts = [tokenizer.encode(topics[k][50:])[:5 + 3 * i] for i, k in enumerate(sorted(topics)[:16])]
     adapters = Adapters(model)
     for i in range(16):
-        adapters.add(f"a{i}", random_adapter(model, 8, ("q", "k", "v"), i, size=0.02))
+        adapters.add(f"a{i}", random_adapter(model, 8, ("q", "k", "v"), i, size=0.04))
     answers = set()
     for names in ([None] * 16, ["a0"] * 16, [f"a{i}" for i in range(16)]):
         uncached, logits = [], []
