@@ -165,7 +165,7 @@ def adaptable(model):
 
 def bits_of(layer):
     """Of the base's weights."""
-    base = layer.base if isinstance(layer, LoRALinear) else layer
+    base = getattr(layer, "base", layer)  # of one adapter or of many
     return getattr(getattr(base, "W", None), "bits", 16)
 
 

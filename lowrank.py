@@ -465,6 +465,8 @@ def merge_lora(model):
 
     Returns the error that rounding the sums to the base's bits makes, relative to what was added: |W + D - rounded| / |D| over all layers.
     """
+    if model.config.tied and isinstance(model.head, LoRALinear):
+        raise InputError("the head shares its weights with the embedding, which the adapter is not for: it can't be merged, keep it beside")
     errors = [layer.add(1) for layer in _adapters(model) if not layer.merged]
     return math.sqrt(sum(e for e, _ in errors) / max(1e-30, sum(d for _, d in errors)))
 
