@@ -34,6 +34,7 @@ BENCHES = {
     "paper": "Tables V, VI and IX on the device at hand",
     "finetune": "LoRA on a quantized base, against transformers + peft",
     "serve": "one after another, batched, paged; one adapter and sixteen",
+    "quality": "the loss of full rank, plain low rank, and what is meant to help, on the same tokens",
     "scores": "the seven tasks at 16, 8 and 4 bit",
     "eval": "PIQA, against EleutherAI's lm-evaluation-harness",
 }

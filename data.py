@@ -156,19 +156,20 @@ class TokenFiles:
                              f"prepare it with the model's own tokenizer")
 
 
-def prepare(corpus, tokenizer=None, vocabulary=None):
+def prepare(corpus, tokenizer=None, vocabulary=4096, own=False):
     """Token files of a corpus, made now or found where they were made before.
 
-    tokenizer None: GPT-2's, or where that can't be had a SentencePiece model trained on the corpus (its size: vocabulary or 4,096).
+    tokenizer None: GPT-2's, or where that can't be had, or with `own`, a SentencePiece model of `vocabulary` pieces trained on the corpus.
     """
-    if tokenizer is None:
+    if tokenizer is None and not own:
         tokenizer = gpt2_tokenizer()
-    kind = f"sp{vocabulary or 4096}" if tokenizer is None else hashlib.sha256(repr(sorted(tokenizer.pieces.items())).encode()).hexdigest()[:8]
+    kind = f"sp{vocabulary}" if tokenizer is None else hashlib.sha256(repr(sorted(tokenizer.pieces.items())).encode()).hexdigest()[:8]
     folder = getattr(corpus, "folder", None) or cache_dir() / "tokens" / f"{corpus.name}-{corpus.key}-{kind}"
     if not (folder / "meta.json").exists():
         if tokenizer is None:
-            say("GPT-2's vocabulary is not on this machine and can't be downloaded: training a SentencePiece model on the corpus instead")
-            tokenizer = train_tokenizer(corpus.documents(), vocabulary or 4096)
+            say(f"training a SentencePiece model of {vocabulary:,} pieces on the corpus" if own else
+                "GPT-2's vocabulary is not on this machine and can't be downloaded: training a SentencePiece model on the corpus instead")
+            tokenizer = train_tokenizer(corpus.documents(), vocabulary)
         write_tokens(corpus, tokenizer, folder)
     return TokenFiles(folder)
 

@@ -40,7 +40,18 @@ from instructions import Batch, encode, made_up_headlines, pick, read_alpaca
 from lowrank import LoRALinear, attach_lora, start_from_error
 from recompute import MODES, head_loss, use_recompute
 from runtime import InputError, RunFolder, StopSignal, command, find_device, peak_memory, plot_losses, rank, say, world_size, write_atomic
-from training import all_reduce, learning_rate, make_optimizer, optimizer_tensors, restarted, restore_optimizer, restored_arguments, set_aside
+from training import (
+    all_reduce,
+    learning_rate,
+    make_optimizers,
+    optimizer_tensors,
+    restarted,
+    restore_optimizers,
+    restored_arguments,
+    set_aside,
+    set_rate,
+    step_all,
+)
 from watchdog import Watchdog
 
 SENTIMENT = ("fpb", "fiqa", "tfns")
@@ -78,6 +89,7 @@ def parse(argv):
     g = p.add_argument_group("machine")
     g.add_argument("--dtype", help="float32, bfloat16, or auto: the one whose matrix products are faster here (default: auto)")
     g.add_argument("--recompute", choices=MODES, help="what the backward pass computes again instead of keeping it (default: sdpa)")
+    g.add_argument("--shard", action="store_true", default=None, help="spread a --bits 16 base over all processes (default: each has a copy of the base)")
     g = p.add_argument_group("output")
     g.add_argument("--out-dir", help="folder of this run (default: out/finetune)")
     g.add_argument("--resume", action="store_true", default=None, help="continue the run in --out-dir")
@@ -95,7 +107,7 @@ def defaults(args):
     iters = args.max_iters if args.max_iters is not None else 150
     values = dict(base="smollm2-135m", bits=8, rank=8, alpha=32.0, dropout=0.1, start="lora", task="sentiment",
                   data_dir=os.environ.get("DATA_DIR", "data"), batch_size=16, grad_accum=1, seq_len=512, max_iters=iters, stop_at=iters, lr=1e-3,
-                  warmup=min(100, iters // 10), weight_decay=0.0, grad_clip=1.0, seed=1, dtype="auto", recompute="sdpa", out_dir="out/finetune",
+                  warmup=min(100, iters // 10), weight_decay=0.0, grad_clip=1.0, seed=1, dtype="auto", recompute="sdpa", shard=False, out_dir="out/finetune",
                   resume=False, log_interval=10, eval_interval=-(-iters // 4), eval_rows=64, eval_limit=500, save_interval=50)
     for name, value in values.items():
         if getattr(args, name) is None:
@@ -120,6 +132,11 @@ def check(args):
         raise InputError(f"--seq-len must be at least 8, got {args.seq_len}")
     if args.start == "loftq" and args.bits == 16:
         raise InputError("--start loftq begins with what quantization lost, and --bits 16 loses nothing: give --bits 8 or 4")
+    if args.shard and args.bits < 16:
+        raise InputError(f"--shard spreads parameters, and the integers of a --bits {args.bits} base are none: leave it out (each process copies the base, "
+                         "which is small then), or give --bits 16")
+    if args.shard and world_size() == 1:
+        raise InputError("--shard spreads one model over several processes, and there is one: torchrun --nproc_per_node N finetune.py ... --shard")
     if args.task not in ("sentiment", "alpaca", *tasks.TASKS) and not Path(args.task).is_file():
         raise InputError(f"--task {args.task}: neither a file nor one of sentiment, alpaca, {', '.join(tasks.TEST_SHARE)}")
 
@@ -128,7 +145,8 @@ def check(args):
 
 def adapted_model(args, device, resumed):
     """The base, frozen and at its bits, with adapters that do nothing yet (or, with LoftQ, what rounding lost); and its tokenizer."""
-    model, tokenizer = load_model(args.base, device.torch_device, device.dtype, args.bits)
+    home = "cpu" if args.shard else device.torch_device  # a model to be sharded need not fit on one GPU
+    model, tokenizer = load_model(args.base, home, device.dtype, args.bits)
     if tokenizer is None:
         raise InputError(f"{args.base} has no tokenizer beside its weights: put a tokenizer.json or tokenizer.model there")
     args.targets = args.targets or {"gpt2": "qkv", "llama": "q,k,v"}[model.config.kind]
@@ -285,9 +303,15 @@ class Run:
 
     def __init__(self, args, device, model, tokenizer, data, own_id, state, moments):
         self.args, self.device, self.model, self.tokenizer, self.data, self.base_id = args, device, model, tokenizer, data, own_id
+        self.within, place = (lambda function, *args: function(*args)), {}  # how to call what reads the model
+        if args.shard:
+            from shard import Within, gather_once, part_like, shard  # two seconds to import
+            self.within, place = Within(model), dict(place=part_like)
+            shard(model, self.within, device.torch_device.type)
+            self.within(gather_once, model)
         self.learning = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(model, args)
-        restore_optimizer(model, self.optimizer, moments)
+        self.optimizers = make_optimizers(model, args.lr, args.weight_decay)
+        restore_optimizers(model, self.optimizers, moments, **place)
         self.step = state["step"] if state else 0
         self.before = state["before"] if state else None
         self.seconds_before = state["seconds"] if state else 0.0
@@ -303,7 +327,7 @@ class Run:
         if rank() == 0:
             write_atomic(self.folder.path / "heldout.json", json.dumps(self.data.indices) + "\n")
         if self.before is None:
-            self.before = scores_of(self.model, self.tokenizer, self.data.test, self.device)
+            self.before = self.within(scores_of, self.model, self.tokenizer, self.data.test, self.device)
         tell("before", self.before)
         last = min(args.stop_at, args.max_iters)
         bar = tqdm(total=last, initial=self.step, unit=" steps", disable=None if rank() == 0 else True, dynamic_ncols=True)
@@ -324,7 +348,7 @@ class Run:
             say(f"stopped by {stop.name} after step {self.step}, saved; go on with")
             say(f"    python finetune.py --resume --out-dir {args.out_dir}")
             return 130 if stop.name == "SIGINT" else 143
-        after = scores_of(self.model, self.tokenizer, self.data.test, self.device)
+        after = self.within(scores_of, self.model, self.tokenizer, self.data.test, self.device)
         tell("after", after)
         self.finish(after)
         return 0
@@ -336,9 +360,10 @@ class Run:
         answers, total = sum(len(r.ids) - r.start for r in rows), torch.zeros((), device=self.device.torch_device)
         for i in range(rank() * args.grad_accum, (rank() + 1) * args.grad_accum):  # the i-th batch of the step, whichever process has it
             torch.manual_seed(int(np.random.SeedSequence((args.seed, self.step, i)).generate_state(1)[0]))  # of dropout
-            batch = Batch(rows[i * args.batch_size:(i + 1) * args.batch_size], args.recompute != "block", self.device.torch_device)
+            share = args.recompute != "block" and not args.shard  # sharded, all processes must go through the blocks equally often
+            batch = Batch(rows[i * args.batch_size:(i + 1) * args.batch_size], share, self.device.torch_device)
             loss = self.loss_of(batch) * (batch.answers / answers)
-            loss.backward()
+            (loss * world_size() if args.shard else loss).backward()  # fully_shard divides the sum of gradients by the number of processes
             total += loss.detach()
         loss = all_reduce(total.cpu(), self.device).item()
         if not math.isfinite(loss):
@@ -347,20 +372,18 @@ class Run:
         self.add_up_gradients()
         if args.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.learning, args.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, args)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
+        set_rate(self.optimizers, learning_rate(self.step, args))
+        step_all(self.optimizers)
         return loss, sum(len(r.ids) for r in rows)
 
     def loss_of(self, batch):
         """Mean loss of a batch's answers. head_loss asks the head for the answers' places alone."""
         with self.device.autocast():
-            return head_loss(self.model.head, batch.hidden(self.model), batch.targets)
+            return self.within(lambda: head_loss(self.model.head, batch.hidden(self.model), batch.targets))
 
     def add_up_gradients(self):
         """The sum over processes of all gradients, as one message. Every process's loss is already divided by the answers of all."""
-        if world_size() == 1:
+        if world_size() == 1 or self.args.shard:
             return
         flat = torch.cat([p.grad.flatten() for p in self.learning])
         dist.all_reduce(flat)
@@ -402,12 +425,15 @@ class Run:
                 bar.write(f"step {step} val_loss {self.val_loss:.4f}")
 
     def save(self):
-        args = self.args
+        args, moments = self.args, optimizer_tensors(self.model, self.optimizers)
+        learned = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if args.shard:
+            from shard import whole
+            learned, moments = whole(learned), whole(moments)
         if rank() == 0:
             bits = min(bits_of(m) for m in self.model.modules() if isinstance(m, LoRALinear)) if args.start == "loftq" else 16
             state = dict(step=self.step, args=vars(args), before=self.before, seconds=self.seconds())
-            replace_state(args.out_dir, lambda folder: save_adapter(folder, self.model, args.base, self.base_id, bits),
-                          optimizer_tensors(self.model, self.optimizer), state)
+            replace_state(args.out_dir, lambda folder: save_adapter(folder, self.model, args.base, self.base_id, bits, learned), moments, state)
             plot_losses(self.folder.path, f"LoRA r = {args.rank} on {args.base}, {args.bits} bit, {Path(args.task).name}")
         if world_size() > 1:
             dist.barrier()

@@ -38,6 +38,53 @@ def check_rank(rank, in_features, out_features):
         raise InputError(f"rank must be in 1..{min(in_features, out_features)} for a {in_features}x{out_features} layer, got {rank}")
 
 
+# ----------------------------------------------------------------------------- method 1: what factors start from
+
+def start_normal(A, B, std):
+    """Plain: random numbers of one deviation, such that B A has the deviation `std` of the dense layer's start: r (s s)^2 = std^2."""
+    s = math.sqrt(std) / len(A) ** 0.25
+    A.normal_(std=s)
+    B.normal_(std=s)
+
+
+def start_cola(A, B, std):
+    """The deviations of CoLA (2502.10940), r^-1/4 (in + out)^-1/4, whatever the dense layer's."""
+    s = (len(A) * (A.shape[1] + len(B))) ** -0.25
+    A.normal_(std=s)
+    B.normal_(std=s)
+
+
+def start_svd(A, B, std):
+    """The truncated SVD of a dense layer's start (Khodak et al. 2105.01029)."""
+    W = A.new_empty(len(B), A.shape[1]).normal_(std=std)
+    low, high = svd_factors(W, len(A))
+    A.copy_(low)
+    B.copy_(high)
+
+
+def start_orthogonal(A, B, std):
+    """Random orthonormal directions, equally long, with B A as large as the dense layer's start: |B A|_F = std sqrt(in out). Near to `svd`
+    (a random W has random singular vectors) at the price of two QR decompositions."""
+    size = math.sqrt(std) * (A.shape[1] * len(B) / len(A)) ** 0.25
+    nn.init.orthogonal_(A, gain=size)
+    nn.init.orthogonal_(B, gain=size)
+
+
+STARTS = {"normal": start_normal, "cola": start_cola, "svd": start_svd, "orthogonal": start_orthogonal}
+
+
+@torch.no_grad()
+def decay_products(model, rate):
+    """Decay of |B A|_F^2 in place of |A|^2 + |B|^2: A -= rate B^T (B A), B -= rate (B A) A^T, by way of r x r matrices, without B A."""
+    for layer in model.modules():
+        if isinstance(layer, LowRankLinear):
+            BtB, AAt = layer.B.T @ layer.B, layer.A @ layer.A.T
+            layer.A.addmm_(BtB, layer.A.clone(), alpha=-rate)
+            layer.B.addmm_(layer.B.clone(), AAt, alpha=-rate)
+
+
+# ----------------------------------------------------------------------------- the layers
+
 class LowRankLinear(nn.Module):
     """y = B (A x) + bias, equation 5. A: (r, in), B: (out, r), bias: (out) or None."""
 
@@ -51,11 +98,12 @@ class LowRankLinear(nn.Module):
         if not self.A.is_meta:
             self.init_weights()
 
+    start = "normal"  # one of STARTS
+
     def init_weights(self, std=0.02):
-        """Factors of equal size whose product has the deviation that a dense layer starts with: r (s s)^2 = std^2."""
-        s = math.sqrt(std) / self.rank ** 0.25
-        nn.init.normal_(self.A, std=s)
-        nn.init.normal_(self.B, std=s)
+        """Random factors, in place of a dense layer of deviation std."""
+        with torch.no_grad():
+            STARTS[self.start](self.A, self.B, std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -87,7 +135,10 @@ class LowRankEmbedding(nn.Module):
         if not self.A.is_meta:
             self.init_weights()
 
-    init_weights = LowRankLinear.init_weights
+    def init_weights(self, std=0.02):
+        with torch.no_grad():
+            start_normal(self.A.T, self.B, std)
+
     bias = None
 
     def forward(self, tokens):
@@ -366,19 +417,20 @@ def svd_factors(weight, rank):
     check_rank(rank, weight.shape[1], weight.shape[0])
     U, S, Vt = torch.linalg.svd(weight.detach().float(), full_matrices=False)
     root = S[:rank].sqrt()
-    return (root[:, None] * Vt[:rank]).to(weight.dtype), (U[:, :rank] * root).to(weight.dtype)
+    A, B = root[:, None] * Vt[:rank], U[:, :rank] * root
+    return A.to(weight.dtype).contiguous(), B.to(weight.dtype).contiguous()  # as they lie when they are loaded: the same sums in the same order
 
 
-def replace_linears(model, rank, method=1, embedding_rank=0, progress=lambda layers: layers):
-    """Replace every linear layer, the head included, by one of `rank`; in place.
+def replace_linears(model, rank, method=1, embedding_rank=0, progress=lambda layers: layers, start="normal", head=True):
+    """Replace every linear layer, and the head W^H with `head`, by one of `rank`; in place.
 
-    method 1: random factors; 2: factors of the SVD of the layer's weight; 3: a BlendedLinear around the layer's weight.
-    embedding_rank: also W^E. On the meta device only the shapes are made. Returns the line that says what was done.
+    method 1: random factors, of which STARTS[start] draws the values; 2: factors of the SVD of the layer's weight; 3: a BlendedLinear around
+    the layer's weight. embedding_rank: also W^E. On the meta device only the shapes are made. Returns the line that says what was done.
     """
     if method not in (1, 2, 3):
         raise InputError(f"--method must be 1, 2 or 3, got {method}")
     before = count_parameters(model)
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and (head or m is not model.head)]
     todo = iter(progress(linears) if method > 1 else linears)
 
     def make(name, dense):
@@ -386,9 +438,14 @@ def replace_linears(model, rank, method=1, embedding_rank=0, progress=lambda lay
         layer = (BlendedLinear if method == 3 else LowRankLinear)
         with torch.device(dense.weight.device):
             layer = layer(dense.in_features, dense.out_features, rank, dense.bias is not None)
-        if method == 1 or dense.weight.is_meta:
-            return layer
         low = layer.lowrank if method == 3 else layer
+        low.start = start
+        if dense.weight.is_meta:
+            return layer
+        if method == 1:
+            if start != "normal":  # with which the layer was made
+                low.init_weights()
+            return layer
         low.A.data, low.B.data = svd_factors(dense.weight, rank)
         if dense.bias is not None:
             low.bias.data.copy_(dense.bias.data)
@@ -404,7 +461,7 @@ def replace_linears(model, rank, method=1, embedding_rank=0, progress=lambda lay
             layer.A.data, layer.B.data = A, Bt.T.contiguous()
         return layer
 
-    names = swap_layers(model, make, wanted=lambda m: isinstance(m, nn.Linear))
+    names = swap_layers(model, make, wanted=linears.__contains__)
     if embedding_rank:
         names += swap_layers(model, make_embedding, wanted=lambda m: m is model.embed)
     for _ in todo:

@@ -252,9 +252,9 @@ def gb(n):
 
 # ----------------------------------------------------------------------------- for the scripts
 
-def expected_memory(model, batch, length, autocast=False, recompute=None):
+def expected_memory(model, batch, length, autocast=False, recompute=None, optimizer_bytes=None):
     """kind -> bytes that a training step of train.py or finetune.py is expected to take, and "total". `batch` is of one forward pass."""
-    kinds = by_kind(account(model, batch, length, autocast=autocast, recompute=recompute))
+    kinds = by_kind(account(model, batch, length, autocast=autocast, recompute=recompute, optimizer_bytes=optimizer_bytes))
     return kinds | {"total": sum(kinds.values())}
 
 
@@ -263,10 +263,10 @@ def statement(expected):
     return f"expects {gb(expected['total'])} GB: " + ", ".join(f"{KINDS[kind]} {gb(n)}" for kind, n in expected.items() if kind in KINDS and n)
 
 
-def advice(model, batch, length, autocast=False, recompute=None):
+def advice(model, batch, length, autocast=False, recompute=None, optimizer_bytes=None):
     """After running out of memory: what was expected, and the flags that would have taken less, the least first."""
     def total(*args):
-        return expected_memory(model, *args)["total"]
+        return expected_memory(model, *args, optimizer_bytes)["total"]
     now, options = total(batch, length, autocast, recompute), {}
     if recompute != "block":
         options["--recompute block"] = total(batch, length, autocast, "block")

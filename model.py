@@ -76,6 +76,7 @@ def _llama(blocks, heads, kv_heads, width, ffn, **more):
 
 CONFIGS = {
     "tiny": _gpt2(4, 4, 128, context=256),
+    "small": _gpt2(8, 8, 256, context=256),
     "gpt2": _gpt2(12, 12, 768),
     "gpt2-medium": _gpt2(24, 16, 1024),
     "gpt2-large": _gpt2(36, 20, 1280),

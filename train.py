@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from checkpoint import decomposed_from, load_model, open_dense, own_tensors, read_state, replace_model, save_state
 from data import check_length, eval_batches, open_corpus, prepare, train_batch
-from lowrank import blend_alpha, blend_with, finish_blend, replace_linears, set_alpha
+from lowrank import STARTS, blend_alpha, blend_with, decay_products, finish_blend, replace_linears, set_alpha
 from memory import advice, expected_memory, statement
 from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_token
 from pipeline import SCHEDULES, Grid, Pipeline, utilization, write_trace
@@ -49,11 +49,25 @@ from runtime import (
     say,
     world_size,
 )
-from training import all_reduce, learning_rate, make_optimizer, optimizer_tensors, restarted, restore_optimizer, restored_arguments, set_aside
+from training import (
+    all_reduce,
+    learning_rate,
+    make_optimizers,
+    moment_bytes,
+    optimizer_tensors,
+    restarted,
+    restore_optimizers,
+    restored_arguments,
+    set_aside,
+    set_rate,
+    step_all,
+)
 from watchdog import Watchdog
 
 # What a resumed run may not change: with another value it would not be the same run.
-FIXED = ("model", "rank", "method", "init_from", "embedding_rank", "dropout", "bits", "data", "batch_size", "grad_accum", "seq_len", "seed")
+FIXED = ("model", "rank", "method", "init_from", "embedding_rank", "head", "dropout", "bits", "data", "vocabulary", "batch_size", "grad_accum", "seq_len",
+         "seed", "optimizer", "warm_start")
+SMALL = ("tiny", "small")  # models without a vocabulary of their own: it is as large as their tokenizer's
 
 
 def parse(argv):
@@ -65,11 +79,13 @@ def parse(argv):
     g.add_argument("--method", type=int, help="1 from scratch, 2 from the SVD of --init-from, 3 blended (default: 1, with --init-from 2)")
     g.add_argument("--init-from", help="a pretrained model to start from: a folder, a file or a known name")
     g.add_argument("--embedding-rank", type=int, help="rank of the embedding W^E too; 0 leaves it dense (default: 0)")
+    g.add_argument("--head", choices=("lowrank", "dense"), help="W^H: of the rank too, as in the paper, or left as it is, shared with W^E (default: lowrank)")
     g.add_argument("--dropout", type=float, help="dropout while training (default: 0)")
     g.add_argument("--bits", type=int, help="8 or 4: compute with weights rounded to so many bits, and save them so at the end (default: 16, not rounded)")
     g = p.add_argument_group("data")
     g.add_argument("--data", help="builtin, openwebtext, or a text file or folder (default: builtin)")
     g.add_argument("--data-dir", help="where named data sets are (default: $DATA_DIR, then data/)")
+    g.add_argument("--vocabulary", type=int, help="train a tokenizer of so many pieces on the data; 0 takes GPT-2's (default: 0)")
     g.add_argument("--batch-size", type=int, help="sequences a step in each process (default: 4 on a CPU, 16 on a GPU, or what --microbatches divides)")
     g.add_argument("--grad-accum", type=int, help="batches whose gradients are added up for one step (default: 1)")
     g.add_argument("--seq-len", type=int, help="tokens in a training window (default: 256 on a CPU, else 1,024; at most the model's context)")
@@ -81,6 +97,13 @@ def parse(argv):
     g.add_argument("--weight-decay", type=float, help="decay of matrices; vectors have none (default: 0.1)")
     g.add_argument("--grad-clip", type=float, help="largest norm of the whole gradient; 0 leaves it as it is (default: 1)")
     g.add_argument("--seed", type=int, help="of weights, batches and dropout (default: 1)")
+    g = p.add_argument_group("low rank from scratch (python bench.py quality compares them)")
+    g.add_argument("--optimizer", choices=("muon", "adamw"), help="muon: orthogonalized steps for the matrices of the blocks, AdamW for the rest "
+                   "(default: muon, with --init-from adamw)")
+    g.add_argument("--start", choices=tuple(STARTS), help="first values of factors B and A (default: orthogonal with muon, else normal)")
+    g.add_argument("--decay", choices=("factors", "product"), help="what weight decay shrinks: |A|^2 + |B|^2 or |B A|^2 (default: factors)")
+    g.add_argument("--b-rate", type=float, help="learning rate of B over that of A (default: 1)")
+    g.add_argument("--warm-start", type=float, help="share of the steps at full rank, before the SVD makes factors of the layers (default: 0)")
     g = p.add_argument_group("machine")
     g.add_argument("--dtype", help="float32, bfloat16, or auto: the one whose matrix products are faster here (default: auto)")
     g.add_argument("--recompute", choices=MODES, help="what the backward pass computes again instead of keeping it: sdpa the scores of attention, "
@@ -107,9 +130,11 @@ def defaults(args, device):
     gpu = device.torch_device.type == "cuda"
     iters = args.max_iters if args.max_iters is not None else 5000 if gpu else 150
     many, usual = max(1, args.microbatches or 1), 16 if gpu else 4  # the batch is divided into so many
-    values = dict(model="gpt2", rank=0, method=2 if args.init_from else 1, embedding_rank=0, dropout=0.0, bits=16, data="builtin",
+    values = dict(model="gpt2", rank=0, method=2 if args.init_from else 1, embedding_rank=0, head="lowrank", dropout=0.0, bits=16, data="builtin", vocabulary=0,
                   data_dir=os.environ.get("DATA_DIR", "data"), batch_size=-(-usual // many) * many, grad_accum=1, max_iters=iters, stop_at=iters, lr=1e-3,
                   warmup=min(200, iters // 10), weight_decay=0.1, grad_clip=1.0, seed=1, dtype="auto",
+                  optimizer="adamw" if args.init_from else "muon", start="normal" if args.init_from or args.optimizer == "adamw" else "orthogonal",
+                  decay="factors", b_rate=1.0, warm_start=0.0,
                   recompute="block" if args.schedule == "gpipe" else "sdpa", compile=False, pipeline=0, microbatches=0, schedule="1f1b", shard=False, trace="",
                   out_dir="out/train", resume=False, log_interval=10, eval_interval=-(-iters // 4), eval_tokens=8192, save_interval=500)
     for name, value in values.items():
@@ -122,7 +147,8 @@ def check(args):
     for name in ("batch_size", "grad_accum", "max_iters", "stop_at", "log_interval", "eval_interval", "eval_tokens", "save_interval"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("rank", "embedding_rank", "warmup", "lr", "weight_decay", "grad_clip", "seed", "pipeline", "microbatches"):
+    for name in ("rank", "embedding_rank", "warmup", "lr", "weight_decay", "grad_clip", "seed", "pipeline", "microbatches", "vocabulary",
+                 "b_rate"):
         if getattr(args, name) < 0:
             raise InputError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
     if args.method not in (1, 2, 3):
@@ -144,7 +170,19 @@ def check(args):
         why = ("a pipeline cuts the model already" if args.pipeline else "--method 3 changes its layers on the way" if args.method == 3
                else "there is one process: torchrun --nproc_per_node N train.py ... --shard")
         raise InputError(f"--shard spreads one unchanging model over several processes: {why}")
+    check_start(args)
     check_pipeline(args)
+
+
+def check_start(args):
+    if not 0 <= args.warm_start < 1:
+        raise InputError(f"--warm-start is a share of the steps, 0 to below 1, got {args.warm_start:g}")
+    if args.warm_start and (args.method != 1 or not args.rank or args.pipeline or args.shard or args.bits < 16):
+        raise InputError("--warm-start is of method 1 at a --rank, and changes the layers on the way: no --init-from, --pipeline, --shard or --bits with it")
+    if args.decay == "product" and args.shard:
+        raise InputError("--decay product multiplies whole factors, --shard spreads them: leave one of them out")
+    if args.head == "dense" and args.embedding_rank:
+        raise InputError(f"--head dense shares the matrix of W^E, which --embedding-rank {args.embedding_rank} replaces: leave one of them out")
 
 
 def check_pipeline(args):
@@ -173,7 +211,7 @@ def new_model(args, device):
                 say(blend_with(model, lambda name: dense.get(f"{name}.weight")))
         if args.rank:
             bar = partial(tqdm, desc="decomposing", unit=" layers", disable=None, leave=False)
-            say(replace_linears(model, args.rank, args.method, args.embedding_rank, bar))
+            say(replace_linears(model, args.rank, args.method, args.embedding_rank, bar, head=args.head == "lowrank"))
         model.set_dropout(args.dropout)
         return model.to(device), tokenizer, full_rank
     return None, None, None
@@ -182,11 +220,13 @@ def new_model(args, device):
 def random_model(args, vocab_size, device):
     """A model of the named architecture with random weights: shapes first, then memory, then values."""
     torch.manual_seed(args.seed)
-    changes = dict(vocab_size=vocab_size) if args.model == "tiny" else {}
+    changes = dict(vocab_size=vocab_size) if args.model in SMALL else {}
     with torch.device("meta"):
         model = Transformer(config_for(args.model, dropout=args.dropout, **changes))
         full_rank = count_parameters(model)
-        line = replace_linears(model, args.rank, args.method, args.embedding_rank) if args.rank else f"full rank: {full_rank / 1e6:,.1f}M parameters"
+        line = f"full rank: {full_rank / 1e6:,.1f}M parameters"
+        if args.rank and not args.warm_start:
+            line = replace_linears(model, args.rank, args.method, args.embedding_rank, start=args.start, head=args.head == "lowrank")
     say(line)
     model.materialize(device).init_weights()
     return model, full_rank
@@ -249,7 +289,7 @@ def set_up(argv):
     corpus = open_corpus(args.data, args.data_dir)
     for turn in range(2):  # the first process prepares the data, then the others find it
         if (rank() == 0) == (turn == 0):
-            tokens = prepare(corpus, tokenizer, vocabulary=8192 if args.model == "gpt2" else None)
+            tokens = prepare(corpus, tokenizer, args.vocabulary or (8192 if args.model == "gpt2" else 4096), own=args.vocabulary > 0)
         if world_size() > 1:
             dist.barrier()
     if model is None:
@@ -282,7 +322,8 @@ class Run:
     def __init__(self, args, device, model, tokens, full_rank, state, moments):
         self.args, self.device, self.model, self.tokens, self.full_rank = args, device, model, tokens, full_rank
         self.replicas, self.replica = world_size() // max(1, args.pipeline), rank()
-        self.shapes = dict(batch=args.batch_size, length=args.seq_len, autocast=device.dtype == torch.bfloat16, recompute=args.recompute)
+        self.shapes = dict(batch=args.batch_size, length=args.seq_len, autocast=device.dtype == torch.bfloat16, recompute=args.recompute,
+                           optimizer_bytes=moment_bytes(model, args.optimizer))
         self.pipeline = None
         if args.pipeline:
             self.make_pipeline()
@@ -295,9 +336,14 @@ class Run:
         self.folder = RunFolder(args.out_dir, resume_step=self.step if state else None)
         self.rows = args.batch_size * args.grad_accum * self.replicas  # the whole batch of a step
         self.tokens_per_step = self.rows * args.seq_len
-        self.flops = flops_per_token(model, args.seq_len, training=True)
         self.saved_at, self.val_loss = self.step, None
         self.started = time.perf_counter()
+        self.prepare(moments)
+
+    def prepare(self, moments):
+        """Everything around the model as its layers are now: what is recomputed, compiled and shared, and the optimizers."""
+        args, model, device = self.args, self.model, self.device
+        self.flops = flops_per_token(model, args.seq_len, training=True)
         use_recompute(model, args.recompute)
         if args.bits < 16:
             say(f"quantization-aware: {attach_fake_quantization(model, args.bits)} layers compute with weights rounded to {args.bits} bit")
@@ -314,8 +360,15 @@ class Run:
         elif world_size() > 1 and not self.pipeline:
             self.loss_of = DistributedDataParallel(self.loss_of, device_ids=[local_rank()] if device.torch_device.type == "cuda" else None,
                                                    broadcast_buffers=False)
-        self.optimizer = make_optimizer(model, args)
-        restore_optimizer(model, self.optimizer, moments, **place)
+        self.optimizers = make_optimizers(model, args.lr, args.weight_decay, args.optimizer, args.b_rate, args.decay, **place)
+        restore_optimizers(model, self.optimizers, moments, **place)
+
+    def end_warm_start(self):
+        """Full rank was long enough: the factors of the SVD take over, and what stays keeps its moments."""
+        moments = optimizer_tensors(self.model, self.optimizers)
+        say(f"step {self.step}: " + replace_linears(self.model, self.args.rank, 2, self.args.embedding_rank, head=self.args.head == "lowrank"))
+        stay = dict(self.model.named_parameters())
+        self.prepare({key: moment for key, moment in moments.items() if key.rsplit("#", 1)[0] in stay})
 
     def make_pipeline(self):
         args, grid = self.args, Grid(self.args.pipeline)
@@ -370,9 +423,10 @@ class Run:
         if args.method == 3 and set_alpha(self.model, alpha) and alpha == 0:
             say(f"step {step}: alpha is 0, {finish_blend(self.model)} blended layers are low-rank from now on")
             self.flops = flops_per_token(self.model, args.seq_len, training=True)
+        if args.warm_start and step == int(args.warm_start * args.max_iters):
+            self.end_warm_start()
         rate = learning_rate(step, args)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizers, rate)
         count = args.batch_size * args.grad_accum
         x, y = train_batch(self.tokens.train, args.seq_len, self.rows, args.seed, step, first=self.replica * count, count=count)
         total = self.pipeline.step(x, y, (args.seed, step)) if self.pipeline else self.backward(x, y)
@@ -380,8 +434,9 @@ class Run:
             self.pipeline.clip(args.grad_clip)
         elif args.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)  # the next step adds into the same memory
+        if args.decay == "product":
+            decay_products(self.model, rate * args.weight_decay)
+        step_all(self.optimizers)
         return total
 
     def backward(self, x, y):
@@ -427,7 +482,7 @@ class Run:
         return self.flops * self.tokens_per_step / seconds / (self.device.rate * world_size())
 
     def save(self):
-        tensors, moments = own_tensors(self.model), optimizer_tensors(self.model, self.optimizer)
+        tensors, moments = own_tensors(self.model), optimizer_tensors(self.model, self.optimizers)
         if self.pipeline:  # process 0 writes the whole model, whatever the number of stages
             tensors, moments = self.pipeline.gather(tensors), self.pipeline.gather(moments)
         elif self.args.shard:

@@ -1,8 +1,8 @@
-"""What the scripts that train share: the optimizer and its state, the learning rate, sums over processes, and how a run is continued.
+"""What the scripts that train share: the optimizers and their state, the learning rate, sums over processes, and how a run is continued.
 
-    optimizer = make_optimizer(model, args)                # AdamW on whatever wants a gradient
-    rate = learning_rate(step, args)                       # warm-up, then half a cosine
-    tensors = optimizer_tensors(model, optimizer)          # by the names of the parameters; restore_optimizer puts them back
+    optimizers = make_optimizers(model, lr, weight_decay)  # AdamW on whatever wants a gradient; or muon.py's for the matrices of the blocks
+    set_rate(optimizers, learning_rate(step, args))        # warm-up, then half a cosine
+    tensors = optimizer_tensors(model, optimizers)         # by the names of the parameters; restore_optimizers puts them back
 """
 import math
 import os
@@ -11,15 +11,50 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from muon import Muon
 from runtime import InputError, rank, say, world_size
 
 
-def make_optimizer(model, args):
-    """AdamW; matrices decay, vectors (biases, norms) do not. The fused kernel reads and writes each number once."""
-    learn = [p for p in model.parameters() if p.requires_grad and not p.is_meta]  # what is on the meta device is another stage's
-    groups = [dict(params=[p for p in learn if p.dim() >= 2], weight_decay=args.weight_decay),
-              dict(params=[p for p in learn if p.dim() < 2], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+def make_optimizers(model, lr, weight_decay, kind="adamw", b_rate=1.0, decay="factors", **place):
+    """A list: AdamW alone, or for kind "muon" Muon for the matrices inside the blocks and AdamW for the rest (W^E, W^H, biases, norms), as is usual.
+
+    Matrices decay, vectors do not; with decay "product" neither do factors A and B (lowrank.decay_products is for them). b_rate: the
+    learning rate of every B over that of the rest. AdamW's fused kernel reads and writes each number once.
+    """
+    groups, muons = {}, muon_matrices(model, kind)
+    for name, p in model.named_parameters():
+        if p.requires_grad and not p.is_meta:  # what is on the meta device is another stage's
+            factor = name.rsplit(".", 1)[-1] in ("A", "B")
+            decays = p.dim() >= 2 and not (factor and decay == "product")
+            key = p in muons, weight_decay * decays, b_rate if name.endswith(".B") else 1.0
+            groups.setdefault(key, []).append(p)
+
+    def of(muon):
+        return [dict(params=params, weight_decay=wd, scale=scale) for (is_muon, wd, scale), params in groups.items() if is_muon == muon]
+    optimizers = [torch.optim.AdamW(of(False), lr=lr, betas=(0.9, 0.95), fused=True)] if of(False) else []
+    return optimizers + ([Muon(of(True), lr, **place)] if of(True) else [])
+
+
+def set_rate(optimizers, rate):
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["lr"] = rate * group["scale"]
+
+
+def step_all(optimizers):
+    """One step of each, and their gradients are zero again: the next pass adds into the same memory."""
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+
+def muon_matrices(model, kind):
+    return {p for p in model.blocks.parameters() if p.dim() == 2 and p.requires_grad} if kind == "muon" else set()
+
+
+def moment_bytes(model, kind):
+    """Bytes of the optimizers' state for each number that learns, on average: AdamW keeps two moments in 32 bit, Muon one."""
+    learn, muons = sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in muon_matrices(model, kind))
+    return 8 - 4 * muons / max(1, learn)
 
 
 def learning_rate(step, args):
@@ -30,19 +65,21 @@ def learning_rate(step, args):
     return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
 
 
-def optimizer_tensors(model, optimizer):
-    """The optimizer's state by the names of the parameters, which outlive their order."""
-    return {f"{name}#{key}": value for name, p in model.named_parameters() for key, value in optimizer.state.get(p, {}).items()}
+def optimizer_tensors(model, optimizers):
+    """The optimizers' state by the names of the parameters, which outlive their order."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {f"{names[p]}#{key}": value for o in optimizers for p, state in o.state.items() for key, value in state.items()}
 
 
-def restore_optimizer(model, optimizer, tensors, place=lambda value, p: value.to(p.device)):
+def restore_optimizers(model, optimizers, tensors, place=lambda value, p: value.to(p.device)):
     """place(value, p): what of a saved tensor belongs beside the parameter p; of a sharded model, this process's part."""
     parameters = dict(model.named_parameters())
+    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for key, value in tensors.items():
         name, part = key.rsplit("#", 1)
         p = parameters[name]
         if not p.is_meta:
-            optimizer.state[p][part] = place(value, p)
+            owner[p].state[p][part] = place(value, p)
 
 
 def all_reduce(tensor, device, op=dist.ReduceOp.SUM):

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 import warnings
-from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from instructions import Batch, encode, pick
 from lowrank import attach_lora
 from recompute import head_loss, use_recompute
 from runtime import InputError, find_device, peak_memory, say
-from training import make_optimizer
+from training import make_optimizers
 
 TARGETS = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
 # Table VIII of the paper: weighted F1 of Llama2-7B untuned and after 8-bit LoRA
@@ -44,7 +43,7 @@ def our_steps(args, bits, rows, device):
     model, _ = load_model(args.base, device.torch_device, device.dtype, bits)
     attach_lora(model, args.rank, 32, list(TARGETS), 0.1)
     use_recompute(model, "sdpa").train()
-    optimizer = make_optimizer(model, Namespace(lr=1e-3, weight_decay=0.0))
+    optimizer, = make_optimizers(model, 1e-3, 0.0)
 
     def step(i):
         batch = Batch(pick(rows, args.batch_size, 1, i), device=device.torch_device)

@@ -7,7 +7,6 @@
 import importlib.util
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -21,9 +20,9 @@ PAPER = {("gpt2", 192): 1.14, ("gpt2", 96): 1.18, ("gpt2", 48): 1.19, ("gpt2-xl"
 
 
 def training_step(model, device, batch, length):
-    """One whole optimizer step as train.py does it, on random tokens."""
-    from train import Loss, make_optimizer
-    optimizer = make_optimizer(model, Namespace(weight_decay=0.1, lr=1e-4))
+    """One whole optimizer step as `train.py --optimizer adamw` does it, on random tokens."""
+    from train import Loss, make_optimizers
+    optimizer, = make_optimizers(model, 1e-4, 0.1)  # AdamW, as the peer's
     loss_of = Loss(model)
     tokens = torch.randint(model.config.vocab_size, (batch, length + 1), device=device.torch_device)
 

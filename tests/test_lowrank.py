@@ -8,12 +8,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lowrank import (
+    STARTS,
     BlendedLinear,
     LoRALinear,
     LowRankEmbedding,
     LowRankLinear,
     attach_lora,
     blend_alpha,
+    decay_products,
     drop_lora,
     finish_blend,
     merge_lora,
@@ -54,6 +56,47 @@ def test_a_new_layer_has_the_deviation_of_a_dense_one():
     layer = LowRankLinear(512, 512, 64)
     layer.init_weights(std=0.02)
     assert abs(layer.dense_weight().std().item() - 0.02) < 0.001
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_every_start_is_as_large_as_it_says(start):
+    torch.manual_seed(0)
+    layer = LowRankLinear(96, 160, 24)
+    layer.start = start
+    layer.init_weights(std=0.03)
+    A, B, product = layer.A.detach(), layer.B.detach(), layer.dense_weight().detach()
+    if start == "normal":
+        assert product.std().item() == pytest.approx(0.03, rel=0.1) and A.std().item() == pytest.approx(B.std().item(), rel=0.05)
+    elif start == "cola":
+        assert A.std().item() == pytest.approx((24 * (96 + 160)) ** -0.25, rel=0.05) == pytest.approx(B.std().item(), rel=0.1)
+    elif start == "orthogonal":
+        assert product.norm().item() == pytest.approx(0.03 * (96 * 160) ** 0.5, rel=1e-5)
+        S = torch.linalg.svdvals(product)[:24]
+        assert S.max() / S.min() < 1.0001 and A.norm(dim=1).max().item() == pytest.approx(B.norm(dim=0).min().item(), rel=1e-4)
+    else:  # the largest singular values of a random matrix lie at its edge, std (sqrt(in) + sqrt(out))
+        S = torch.linalg.svdvals(product)
+        assert S[0].item() == pytest.approx(0.03 * (96 ** 0.5 + 160 ** 0.5), rel=0.1) and S[24] < 1e-4
+    assert not layer.bias.any()
+
+
+def test_product_decay_is_the_gradient_of_the_product_norm():
+    layer = LowRankLinear(20, 30, 5).double()
+    A, B = layer.A.detach().clone().requires_grad_(), layer.B.detach().clone().requires_grad_()
+    ((B @ A).square().sum() / 2).backward()
+    wanted = A - 0.3 * A.grad, B - 0.3 * B.grad
+    decay_products(nn.Sequential(layer), 0.3)
+    assert torch.allclose(layer.A, wanted[0], atol=1e-14) and torch.allclose(layer.B, wanted[1], atol=1e-14)
+
+
+def test_a_head_may_stay_dense_and_shared():
+    with torch.device("meta"):
+        model = Transformer(GPT2)
+        line = replace_linears(model, 4, start="orthogonal", head=False)
+    model.materialize().init_weights()
+    assert isinstance(model.head, nn.Linear) and model.head.weight is model.embed.weight and line.startswith("replaced 8 linears")
+    assert model.blocks[0].mlp.up.start == "orthogonal"
+    S = torch.linalg.svdvals(model.blocks[0].mlp.up.dense_weight())[:4]
+    assert S.max() / S.min() < 1.0001
 
 
 def test_paper_counts_on_the_meta_device():

@@ -178,7 +178,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
 @pytest.mark.parametrize("args, message", [
     (("--rank", 100000), "rank must be in 1..128 for a 128x384 layer, got 100000"),
     (("--rank", -1), "--rank must not be negative, got -1"),
-    (("--model", "gpt5"), "no model is called 'gpt5': known names are tiny, gpt2"),
+    (("--model", "gpt5"), "no model is called 'gpt5': known names are tiny, small, gpt2"),
     (("--data", "/nowhere/at/all.txt"), "--data /nowhere/at/all.txt: there is no such file or folder"),
     (("--method", 2, "--rank", 8), "--method 2 starts from the SVD of pretrained weights"),
     (("--method", 3), "--method 3 blends into layers of a rank: give --rank"),
@@ -187,6 +187,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     (("--seq-len", 1000), "--seq-len 1000 is longer than the model's context of 256"),
     (("--dtype", "float8"), "--dtype must be auto, float32 or bfloat16, got float8"),
     (("--dropout", 2), "dropout must be in 0..1"),
+    (("--warm-start", 1), "--warm-start is a share of the steps, 0 to below 1, got 1"),
+    (("--warm-start", 0.5), "--warm-start is of method 1 at a --rank"),
+    (("--rank", 8, "--head", "dense", "--embedding-rank", 8), "--head dense shares the matrix of W^E"),
+    (("--vocabulary", -5), "--vocabulary must not be negative, got -5"),
     (("--resume",), "holds no training state: start the run without --resume"),
     (("--init-from", "/nowhere"), "no such folder or file")])
 def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path, text_file, capsys):
@@ -203,6 +207,27 @@ def test_resume_refuses_to_become_another_run(tmp_path, text_file, run):
     assert call(*TINY, "--data", text_file, "--max-iters", 2, "--out-dir", tmp_path / "run") == 0
     done = run("train.py", "--resume", "--rank", 16, "--out-dir", tmp_path / "run")
     assert done.returncode == 2 and "--rank 16 differs from the 8 of the run that --resume continues" in done.stderr
+
+
+@pytest.mark.parametrize("extra", [("--warm-start", 0.5), ("--optimizer", "adamw", "--decay", "product", "--b-rate", 2), ("--head", "dense", "--start", "svd")])
+def test_ways_of_low_rank_from_scratch_go_on_bit_for_bit(tmp_path, text_file, extra):
+    """Stopped right before the warm start ends, and after it."""
+    common = (*TINY, "--data", text_file, "--max-iters", 8, *extra)
+    assert call(*common, "--out-dir", tmp_path / "a") == 0
+    assert call(*common, "--stop-at", 4, "--out-dir", tmp_path / "b") == 0
+    assert isinstance(load_model(tmp_path / "b")[0].blocks[0].mlp.up, LowRankLinear) == ("--warm-start" not in extra)
+    assert call("--resume", "--stop-at", 6, "--out-dir", tmp_path / "b") == 0
+    assert call("--resume", "--out-dir", tmp_path / "b") == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    model = load_model(tmp_path / "a")[0]
+    assert isinstance(model.blocks[0].mlp.up, LowRankLinear) and (model.head.weight is model.embed.weight if "--head" in extra else model.head.rank == 8)
+
+
+def test_a_vocabulary_of_the_size_that_was_asked_for(tmp_path, text_file):
+    assert call("--model", "small", "--rank", 4, "--vocabulary", 400, "--data", text_file, "--max-iters", 1, "--seq-len", 16, "--eval-tokens", 32,
+                "--out-dir", tmp_path / "run") == 0
+    model, tokenizer = load_model(tmp_path / "run")
+    assert tokenizer.vocab_size == model.config.vocab_size == 400 and (model.config.width, model.config.blocks) == (256, 8)
 
 
 @pytest.mark.slow
