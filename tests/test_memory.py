@@ -1,8 +1,11 @@
 """The account of memory, made without running anything, equals what a real run keeps; its totals are the paper's where they can be."""
 
+import json
+
 import pytest
 import torch
 
+import bench
 from lowrank import attach_lora, replace_linears
 from memory import NAMES, Kept, Watch, account, activations, advice, by_kind, expected_memory, memory_rows, meta_model, print_memory_tables, statement
 from model import Config, Transformer, config_for, count_parameters
@@ -138,3 +141,16 @@ def test_tables_are_printed(capsys):
     text = capsys.readouterr().out
     assert "does it fit in 24 GB? no" in text and "Table III" in text and "Table IV" in text
     assert "1,552" in text and "34.4" in text
+
+
+def test_all_modes_side_by_side_are_the_modes_one_by_one(tmp_path):
+    def rows(mode):
+        file = tmp_path / f"{mode}.json"
+        assert bench.main(["memory", "--model", "smollm2-135m", "--seq", "256", "--recompute", mode, "--json", str(file)]) == 0
+        return json.loads(file.read_text())["rows"]
+    side_by_side = {r["mode"]: r for r in rows("all")}
+    for mode in ("none", "block"):
+        one = rows(mode)
+        assert side_by_side[mode]["bytes"] == sum(r["bytes"] for r in one if r["kind"] == "activation")
+        assert side_by_side[mode]["working_set"] == max(r["bytes"] for r in one if r["kind"] == "transient")
+    assert side_by_side["none"]["bytes"] > side_by_side["sdpa"]["bytes"] > side_by_side["block"]["bytes"]
