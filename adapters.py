@@ -24,10 +24,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from checkpoint import load_model, locate, read_config, read_tensors, replace_model, sync_folder, write_tensors
+from checkpoint import load_model, locate, read_config, replace_model
 from formats import ROWS, open_source, their_name
 from lowrank import LoRALinear, drop_lora, is_linear, merge_lora, swap_layers
 from runtime import InputError, command, write_atomic
+from storage import read_tensors, sync_folder, write_tensors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Settings of PEFT under which y = W x + (alpha/r) B A x is not all there is, and the values that turn them off.
@@ -197,8 +198,10 @@ def with_factors(base, adapter, A, B):
 
 # ----------------------------------------------------------------------------- writing
 
-def save_adapter(folder, model, base_name, base_id, base_bits=16):
-    """Write the model's LoRALinear layers. `folder` should be new or about to be renamed; the factors, without which it is no adapter, come last."""
+def save_adapter(folder, model, base_name, base_id, base_bits=16, learned=None):
+    """Write the model's LoRALinear layers. `folder` should be new or about to be renamed; the factors, without which it is no adapter, come last.
+
+    learned: name -> value of the parameters A and B, where the model itself holds parts of them (shard.py)."""
     folder, kind = Path(folder), model.config.kind
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
@@ -211,7 +214,8 @@ def save_adapter(folder, model, base_name, base_id, base_bits=16):
                   inference_mode=True, init_lora_weights=True, use_rslora=False, use_dora=False, modules_to_save=None)
     write_atomic(folder / "BASE_ID", base_id + (f" {base_bits}" if base_bits < 16 else "") + "\n")
     write_atomic(folder / FILES[0], json.dumps(config, indent=2) + "\n")
-    factors = {f"{peft_name(name, kind)}.lora_{letter}.weight": getattr(layer, letter) for name, layer in layers.items() for letter in "AB"}
+    learned = learned or dict(model.named_parameters())
+    factors = {f"{peft_name(name, kind)}.lora_{letter}.weight": learned[f"{name}.{letter}"] for name in layers for letter in "AB"}
     write_tensors(folder / FILES[1], {name: t.detach().float().cpu() for name, t in factors.items()})
     sync_folder(folder)
 

@@ -1,4 +1,4 @@
-"""Models and training state on disk.
+"""Models on disk, and back.
 
 A model is a folder that can be rebuilt from itself alone:
 
@@ -6,14 +6,7 @@ A model is a folder that can be rebuilt from itself alone:
     model.safetensors      the weights (model-0000i-of-0000n.safetensors and an index when large), with a checksum inside
     tokenizer.json or tokenizer.model
 
-Training state is such a folder with two files more, so that weights and optimizer can never be of different steps:
-
-    OUT/state/             config.json, model.safetensors, tokenizer, optimizer.safetensors, state.json
-    OUT/state.previous/    the one before
-    OUT/model.safetensors  ... the same files as in state/, by hard link: OUT is itself a model folder
-
-Everything is written beside, synced, then renamed: a process killed at any moment leaves a state that can be read.
-Nothing here is ever unpickled.
+The folder of a training run is one too (storage.py says how its state is kept). What others wrote is read by formats.py.
 
     python checkpoint.py info out/train              layers, ranks, bytes
     python checkpoint.py quantize out/train out/int8 --bits 8
@@ -21,22 +14,20 @@ Nothing here is ever unpickled.
 """
 import argparse
 import functools
-import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from formats import Source, fetch_smollm2, hub_snapshot, open_source, their_name
+from data import calibration_batches
+from export import export
+from formats import Source, fetch_smollm2, hub_snapshot, open_source
 from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, replace_linears, swap_layers
 from model import CONFIGS, Config, Transformer, config_for, count_parameters
 from quant import KINDS as QUANT_KINDS
@@ -44,70 +35,10 @@ from quant import QuantEmbedding, QuantLinear, bits_and_group, describe, from_de
 from quant import tie as tie_quantized
 from rounding import quantize_calibrated
 from runtime import InputError, cache_dir, command, write_atomic
+from storage import SHARD_BYTES, read_tensors, replace_state, sync_folder, write_tensors
 from tokenizer import load_tokenizer
 
 FORMAT = "fingpt-hpc"
-SHARD_BYTES = 4 << 30
-
-
-# ----------------------------------------------------------------------------- tensors on disk
-
-def _bytes(tensor):
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def write_tensors(path, tensors):
-    """Write a safetensors file whose header holds the sha256 of names and contents; synced and renamed into place."""
-    path = Path(path)
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(_bytes(tensors[name]))
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt", "sha256": digest.hexdigest()})
-    except SafetensorError as e:
-        partial.unlink(missing_ok=True)
-        code = re.search(r"os error (\d+)", str(e))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(partial, 0o666 & ~mask)  # safetensors makes its files readable for their owner alone
-    with open(partial, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(partial, path)
-
-
-def read_tensors(path):
-    """Yield (name, tensor) of a file of write_tensors, one at a time in the order of names; at the end the checksum must agree.
-
-    The file is mapped anew for each tensor: pages of a mapping that stays open would pile up to the size of the file."""
-    digest = hashlib.sha256()
-    try:
-        with safe_open(path, framework="pt") as f:
-            wanted, names = (f.metadata() or {}).get("sha256"), sorted(f.keys())
-        for name in names:
-            with safe_open(path, framework="pt") as f:
-                tensor = f.get_tensor(name)
-            digest.update(name.encode())
-            digest.update(_bytes(tensor))
-            yield name, tensor
-            del tensor  # before the next one comes
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{path} is missing, truncated or not a safetensors file ({e})") from None
-    if wanted and wanted != digest.hexdigest():
-        raise InputError(f"{path} was altered after it was written: its checksum is {digest.hexdigest()[:12]}, it should be {wanted[:12]}")
-
-
-def sync_folder(path):
-    """Make renames inside a folder last through a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ----------------------------------------------------------------------------- the model folder
@@ -169,6 +100,20 @@ def save_model(folder, model, tokenizer=None, tensors=None):
     if tokenizer is not None:
         tokenizer.save(folder)
     write_config(folder, model.config, describe_layers(model), files)
+
+
+def replace_model(folder, model, tokenizer):
+    """save_model beside `folder`, then in its place."""
+    partial = Path(folder).with_name(Path(folder).name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_model(partial, model, tokenizer)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def save_state(out_dir, model, tokenizer, optimizer_tensors, state, tensors=None):
+    """Replace the training state of a run by that of now. tensors: of a model that is spread over processes, gathered."""
+    replace_state(out_dir, lambda folder: save_model(folder, model, tokenizer, tensors), optimizer_tensors, state)
 
 
 def write_config(folder, architecture, layers, files, **more):
@@ -322,161 +267,7 @@ def locate(name):
     raise InputError(f"{name}: no such folder or file, nor a known model ({', '.join(CONFIGS)})")
 
 
-# ----------------------------------------------------------------------------- training state
-
-def save_state(out_dir, model, tokenizer, optimizer_tensors, state, tensors=None):
-    """Replace OUT/state by the state of now, keeping the one before; then make OUT a model folder of the same weights.
-
-    tensors: of a model that is spread over processes, gathered.
-    """
-    replace_state(out_dir, lambda folder: save_model(folder, model, tokenizer, tensors), optimizer_tensors, state)
-
-
-def replace_state(out_dir, write, optimizer_tensors, state):
-    """save_state of whatever write(folder) writes: a model, or an adapter alone."""
-    out = Path(out_dir)
-    new, current, previous = out / "state.partial", out / "state", out / "state.previous"
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        write(new)
-        write_tensors(new / "optimizer.safetensors", optimizer_tensors)
-        write_atomic(new / "state.json", json.dumps(state, indent=1) + "\n")
-    except OSError:  # a full disk: leave the last good state and give the space back
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if current.exists():  # from here on there is always a whole state under one of the two names
-        shutil.rmtree(previous, ignore_errors=True)
-        os.replace(current, previous)
-    os.replace(new, current)
-    sync_folder(out)
-    publish(current, out)
-
-
-def publish(state, out):
-    """Link the model's files of a state folder into the run's folder, each replaced in one step."""
-    for file in state.iterdir():
-        if file.name not in ("optimizer.safetensors", "state.json"):
-            partial = out / (file.name + ".partial")
-            partial.unlink(missing_ok=True)
-            try:
-                os.link(file, partial)
-            except OSError:  # a file system without hard links
-                shutil.copy(file, partial)
-            os.replace(partial, out / file.name)
-
-
-def read_state(out_dir, files=lambda folder: read_config(folder)["files"]):
-    """(folder, state.json, optimizer tensors) of the last whole state of a run; a damaged one is reported and the one before is taken.
-
-    files(folder): the safetensors files that must be whole, besides the optimizer's.
-    """
-    problems = []
-    for folder in (Path(out_dir) / "state", Path(out_dir) / "state.previous"):
-        if not folder.exists():
-            continue
-        try:
-            state = json.loads((folder / "state.json").read_text())
-            for file in files(folder):
-                for _ in read_tensors(folder / file):
-                    pass
-            optimizer = dict(read_tensors(folder / "optimizer.safetensors"))
-        except (InputError, OSError, json.JSONDecodeError, TypeError, KeyError) as e:
-            problems.append(f"{folder}: {e}")
-            continue
-        for problem in problems:
-            print(f"warning: {problem}; going on from {folder} at step {state['step']}", file=sys.stderr)
-        return folder, state, optimizer
-    raise InputError("; ".join(problems) or f"{out_dir} holds no training state: start the run without --resume")
-
-
-# ----------------------------------------------------------------------------- taking a model elsewhere
-
-def dense_tensors(model):
-    """(name, tensor) of the dense model that computes the same: low-rank, blended, adapted and quantized layers multiplied out, one at a time."""
-    def visit(module, prefix):
-        if hasattr(module, "dense_weight"):
-            yield prefix + "weight", module.dense_weight()
-            if getattr(module, "bias", None) is not None:  # an embedding has none
-                yield prefix + "bias", module.bias
-            return
-        for name, p in module.named_parameters(recurse=False):
-            if not (prefix == "head." and p is getattr(model.embed, "weight", None)):  # a tied head is the embedding
-                yield prefix + name, p
-        for name, child in module.named_children():
-            yield from visit(child, f"{prefix}{name}.")
-    with torch.no_grad():
-        yield from visit(model, "")
-
-
-def huggingface_config(config, tied, dtype, tokenizer):
-    """config.json of transformers' GPT2LMHeadModel or LlamaForCausalLM."""
-    common = dict(vocab_size=config.vocab_size, tie_word_embeddings=tied, torch_dtype=str(dtype)[6:],
-                  bos_token_id=tokenizer and tokenizer.begin, eos_token_id=tokenizer and sorted(tokenizer.stop_ids))
-    if config.kind == "gpt2":
-        return dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_positions=config.context, n_embd=config.width, n_layer=config.blocks,
-                    n_head=config.heads, n_inner=config.ffn, activation_function="gelu_new", layer_norm_epsilon=config.norm_eps, **common)
-    return dict(model_type="llama", architectures=["LlamaForCausalLM"], max_position_embeddings=config.context, hidden_size=config.width,
-                num_hidden_layers=config.blocks, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads, intermediate_size=config.ffn,
-                rms_norm_eps=config.norm_eps, rope_theta=config.rope_base, hidden_act="silu", attention_bias=False, mlp_bias=False,
-                head_dim=config.head_size, **common)
-
-
-def export(model, tokenizer, out, dtype=torch.float32):
-    """Write a dense Hugging Face folder, a shard at a time; it appears when it is complete."""
-    out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty: choose a new folder to export into")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    column = model.config.kind
-    prefix = "transformer." if column == "gpt2" else "model."
-    shards, shard, size, names = [], {}, 0, set()
-    for name, tensor in dense_tensors(model):
-        theirs = their_name(name, column)
-        if column == "gpt2" and tensor.dim() == 2 and name.startswith("blocks."):
-            tensor = tensor.T  # their Conv1D keeps (in, out)
-        shard[theirs if name.startswith("head.") else prefix + theirs] = tensor.to(dtype).contiguous()
-        size += tensor.numel() * dtype.itemsize
-        names.add(name)
-        if size > SHARD_BYTES:
-            shards, shard, size = shards + [_write_shard(partial, len(shards), shard)], {}, 0
-    if shard:
-        shards.append(_write_shard(partial, len(shards), shard))
-    _name_shards(partial, shards)
-    config = huggingface_config(model.config, "head.weight" not in names, dtype, tokenizer)
-    write_atomic(partial / "config.json", json.dumps(config, indent=2) + "\n")
-    if tokenizer is not None:
-        tokenizer.save(partial)
-    if out.exists():
-        out.rmdir()
-    os.replace(partial, out)
-
-
-def _write_shard(folder, number, tensors):
-    file = f"shard{number}.safetensors"
-    write_tensors(folder / file, tensors)
-    return file, {n: t.nbytes for n, t in tensors.items()}
-
-
-def _name_shards(folder, shards):
-    """The names and the index that transformers expects, known only when all shards are written."""
-    if len(shards) == 1:
-        os.replace(folder / shards[0][0], folder / "model.safetensors")
-        return
-    weight_map = {}
-    for i, (file, sizes) in enumerate(shards):
-        new = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(folder / file, folder / new)
-        weight_map |= dict.fromkeys(sizes, new)
-    total = sum(sum(sizes.values()) for _, sizes in shards)
-    write_atomic(folder / "model.safetensors.index.json", json.dumps(dict(metadata=dict(total_size=total), weight_map=weight_map), indent=1) + "\n")
-
-
-# ----------------------------------------------------------------------------- quantized folders
-
-CALIBRATION_TOKENS, CALIBRATION_WINDOW = 16384, 512  # more text changes little: the moments of 16,384 inputs have settled
-
+# ----------------------------------------------------------------------------- random and quantized models
 
 def random_model(name, rank=0, bits=16, group=None, device="cpu", dtype=torch.bfloat16):
     """A model of a known name with random weights, made and quantized a layer at a time: to measure sizes and speeds where weights can't be had."""
@@ -490,18 +281,6 @@ def random_model(name, rank=0, bits=16, group=None, device="cpu", dtype=torch.bf
             value = torch.empty(p.shape, device=device)
             yield key, value.normal_(std=0.02) if p.dim() > 1 else value.fill_(float(key.endswith("weight")))
     return fill(model, values(), device, dtype, name, quantizer_of(model, bits, group)).eval()
-
-
-def calibration_batches(text, tokenizer, context, count=CALIBRATION_TOKENS):
-    """The first tokens of a text, in windows: a list of (1, T) tensors."""
-    if tokenizer is None:
-        raise InputError("--calibration needs the model's tokenizer, and there is none beside the weights")
-    from data import open_corpus
-    ids = tokenizer.encode("".join(itertools.islice(open_corpus(text, "data").documents(), max(1, count // 500))))[:count]
-    length = min(CALIBRATION_WINDOW, context)
-    if len(ids) < length:
-        raise InputError(f"--calibration {text} has {len(ids)} tokens: at least {length} are needed")
-    return [row[None] for row in torch.tensor(ids).split(length) if len(row) == length]
 
 
 def quantized(args):
@@ -524,15 +303,6 @@ def save_quantized(folder, model, tokenizer):
     if Path(folder).exists() and any(Path(folder).iterdir()):
         raise InputError(f"{folder} is not empty: choose a new folder")
     replace_model(folder, model.bfloat16(), tokenizer)
-
-
-def replace_model(folder, model, tokenizer):
-    """save_model beside `folder`, then in its place."""
-    partial = Path(folder).with_name(Path(folder).name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_model(partial, model, tokenizer)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
 
 
 # ----------------------------------------------------------------------------- python checkpoint.py

@@ -253,6 +253,20 @@ def eval_batches(tokens, length, rows, limit):
         yield windows(tokens, starts[i:i + rows], length)
 
 
+CALIBRATION_TOKENS, CALIBRATION_WINDOW = 16384, 512  # more text changes little: the moments of 16,384 inputs have settled
+
+
+def calibration_batches(text, tokenizer, context, count=CALIBRATION_TOKENS):
+    """The first tokens of a text, in windows: a list of (1, T) tensors."""
+    if tokenizer is None:
+        raise InputError("--calibration needs the model's tokenizer, and there is none beside the weights")
+    ids = tokenizer.encode("".join(itertools.islice(open_corpus(text, "data").documents(), max(1, count // 500))))[:count]
+    length = min(CALIBRATION_WINDOW, context)
+    if len(ids) < length:
+        raise InputError(f"--calibration {text} has {len(ids)} tokens: at least {length} are needed")
+    return [row[None] for row in torch.tensor(ids).split(length) if len(row) == length]
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="builtin, openwebtext, or a text file or folder")

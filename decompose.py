@@ -40,12 +40,14 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
-from checkpoint import build, calibration_batches, open_dense, place, read_tensors, write_config, write_tensors
+from checkpoint import build, open_dense, place, write_config
+from data import calibration_batches
 from factorize import check_ratio, choose_ranks, dense_from, eigenvalues, factorize, prepare, same_ranks, size, uniform_ranks
 from lowrank import LowRankLinear
 from model import Transformer, count_parameters
 from recompute import head_loss
 from runtime import InputError, command, find_device, peak_memory, rank, say, world_size, write_atomic
+from storage import read_tensors, write_tensors
 from watchdog import Watchdog
 
 BATCH_BYTES = 1 << 30    # matrices that are decomposed at once

@@ -38,7 +38,7 @@ from checkpoint import load_model, own_tensors
 from data import open_corpus
 from model import count_parameters, generate
 from recompute import head_loss
-from runtime import InputError, command, find_device, peak_memory, rank, read_metrics, say, world_size, write_atomic
+from runtime import InputError, command, find_device, markdown, peak_memory, rank, read_metrics, say, world_size, write_atomic
 
 WINDOW = 1024
 SENTIMENT_TOKENS, ENTITY_TOKENS = 10, 128  # of an answer, at most; FinGPT lets both run until prompt and answer have 512
@@ -261,13 +261,6 @@ def seconds_for_100_tokens(model, device):
 
 
 # ----------------------------------------------------------------------------- tables
-
-def markdown(header, rows):
-    cells = [header] + [[str(c) for c in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["| " + " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 1) + ("-" if i < 2 else ":") for i, w in enumerate(widths)) + "|"] + lines[1:])
-
 
 def score_lines(task, r):
     """(name, value, interval, majority) of each score of a task."""

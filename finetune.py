@@ -17,6 +17,7 @@ Why it fits: W never changes, so it needs no gradient and no moments and may be 
     padding, the instruction again and again    instructions.py
 
 Data parallel under torchrun: every process has the base and its part of the batch; one sum of all gradients, 1.8 MB, goes around a step.
+With --bits 16 --shard the base is spread over the processes as well (shard.py), for one of which no GPU can hold a copy.
 """
 import argparse
 import json
@@ -34,12 +35,13 @@ from tqdm import tqdm
 import score
 import tasks
 from adapters import FILES, adaptable, base_id, bits_of, load_adapter, save_adapter
-from checkpoint import load_model, locate, read_config, read_state, replace_state
+from checkpoint import load_model, locate, read_config
 from formats import open_source
 from instructions import Batch, encode, made_up_headlines, pick, read_alpaca
 from lowrank import LoRALinear, attach_lora, start_from_error
 from recompute import MODES, head_loss, use_recompute
 from runtime import InputError, RunFolder, StopSignal, command, find_device, peak_memory, plot_losses, rank, say, world_size, write_atomic
+from storage import read_state, replace_state
 from training import (
     all_reduce,
     learning_rate,
@@ -57,6 +59,9 @@ from watchdog import Watchdog
 SENTIMENT = ("fpb", "fiqa", "tfns")
 # What a resumed run may not change: with another value it would not be the same run.
 FIXED = ("base", "bits", "rank", "alpha", "dropout", "targets", "start", "task", "batch_size", "grad_accum", "seq_len", "seed")
+
+WHOLE = ("--shard spreads parameters, and the integers of {} are none: leave it out (each process copies the base, which is small then), "
+         "or give a base in 16 bit with --bits 16")
 
 
 def parse(argv):
@@ -133,8 +138,7 @@ def check(args):
     if args.start == "loftq" and args.bits == 16:
         raise InputError("--start loftq begins with what quantization lost, and --bits 16 loses nothing: give --bits 8 or 4")
     if args.shard and args.bits < 16:
-        raise InputError(f"--shard spreads parameters, and the integers of a --bits {args.bits} base are none: leave it out (each process copies the base, "
-                         "which is small then), or give --bits 16")
+        raise InputError(WHOLE.format(f"a --bits {args.bits} base"))
     if args.shard and world_size() == 1:
         raise InputError("--shard spreads one model over several processes, and there is one: torchrun --nproc_per_node N finetune.py ... --shard")
     if args.task not in ("sentiment", "alpaca", *tasks.TASKS) and not Path(args.task).is_file():
@@ -147,6 +151,8 @@ def adapted_model(args, device, resumed):
     """The base, frozen and at its bits, with adapters that do nothing yet (or, with LoftQ, what rounding lost); and its tokenizer."""
     home = "cpu" if args.shard else device.torch_device  # a model to be sharded need not fit on one GPU
     model, tokenizer = load_model(args.base, home, device.dtype, args.bits)
+    if args.shard and any(bits_of(layer) < 16 for layer in adaptable(model).values()):
+        raise InputError(WHOLE.format(args.base))
     if tokenizer is None:
         raise InputError(f"{args.base} has no tokenizer beside its weights: put a tokenizer.json or tokenizer.model there")
     args.targets = args.targets or {"gpt2": "qkv", "llama": "q,k,v"}[model.config.kind]
@@ -360,7 +366,7 @@ class Run:
         answers, total = sum(len(r.ids) - r.start for r in rows), torch.zeros((), device=self.device.torch_device)
         for i in range(rank() * args.grad_accum, (rank() + 1) * args.grad_accum):  # the i-th batch of the step, whichever process has it
             torch.manual_seed(int(np.random.SeedSequence((args.seed, self.step, i)).generate_state(1)[0]))  # of dropout
-            share = args.recompute != "block" and not args.shard  # sharded, all processes must go through the blocks equally often
+            share = args.recompute != "block" and not args.shard  # a sharded block computes in all processes at once: each goes through it once a batch
             batch = Batch(rows[i * args.batch_size:(i + 1) * args.batch_size], share, self.device.torch_device)
             loss = self.loss_of(batch) * (batch.answers / answers)
             (loss * world_size() if args.shard else loss).backward()  # fully_shard divides the sum of gradients by the number of processes

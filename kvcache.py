@@ -16,7 +16,8 @@ sequence, all blocks in one batched product, and the parts are joined as a softm
 
     m = max_j max(s_j),   z = sum_j sum exp(s_j - m),   y = sum_j exp(s_j - m) V_j / z
 
-so that the pool is read where it lies and no sequence is padded to the longest.
+so that the pool is read where it lies and no sequence is padded to the longest. A block that at least half of the sequences share (the
+instruction of a task, say) is read once for all of them: it answers all queries in one product.
 
     pool = Pool(model.config, blocks=512)
     cache = PagedCache([Sequence(pool) for _ in prompts])         # what model.hidden and model.generate take as a cache
@@ -24,6 +25,7 @@ so that the pool is read where it lies and no sequence is padded to the longest.
 """
 import heapq
 import math
+from collections import Counter
 
 import torch
 
@@ -145,30 +147,40 @@ class PagedCache(KVCache):
         """Reserve the blocks of the next T tokens, and say where they go; once a step, for all layers."""
         for sequence in self.sequences:
             sequence.reserve(T)
-        width = max(len(s.table) for s in self.sequences)
-        self.table = torch.tensor([s.table + [0] * (width - len(s.table)) for s in self.sequences], device=self.device)  # (B, blocks)
+        self.look_up()
         places = self.positions(T).expand(len(self.sequences), T)
         self.place = self.table.gather(1, places // self.pool.size), places % self.pool.size  # two of (B, T)
         if T == 1:
             self.prepare_blocks()
         self.plan = T
 
+    def look_up(self):
+        """Where each row's blocks are: (B, blocks); rows with fewer blocks than the longest end with any, which nobody looks at."""
+        width = max(len(s.table) for s in self.sequences)
+        self.table = torch.tensor([s.table + [0] * (width - len(s.table)) for s in self.sequences], device=self.device)
+
     def prepare_blocks(self):
-        """For attention by blocks: which blocks, the row that each belongs to (owner), and -inf at places beyond its row's end (beyond)."""
-        size = self.pool.size
-        parts = [(block, row, min(size, s.length + 1 - i * size)) for row, s in enumerate(self.sequences) for i, block in enumerate(s.table)]
+        """For attention by blocks: which blocks, the row that each belongs to (owner), and -inf at places beyond its row's end (beyond). Blocks that
+        many rows share are apart: they answer all rows at once, with -inf for a row that lacks them."""
+        size, count = self.pool.size, Counter(block for s in self.sequences for block in s.table)
+        shared = [block for block, n in count.items() if n > 1 and 2 * n >= len(self.sequences)]
+        self.shared = torch.tensor(shared, dtype=torch.long, device=self.device)
+        lacks = torch.tensor([[block not in s.table for block in shared] for s in self.sequences], dtype=torch.bool, device=self.device)
+        self.lacks = torch.zeros(lacks.shape, device=self.device).masked_fill_(lacks, -math.inf).repeat_interleave(size, 1)[:, None, None]  # (B, 1, 1, S)
+        parts = [(block, row, min(size, s.length + 1 - i * size)) for row, s in enumerate(self.sequences) for i, block in enumerate(s.table)
+                 if block not in shared]
         once, high = {part[0]: part for part in parts}, max(part[0] for part in parts) + 1
         if len(once) == len(parts) and high <= 1.25 * len(parts):  # read the pool as it lies, with the few blocks of others in between: no copy
             self.used, parts = slice(high), [once.get(block, (block, 0, 0)) for block in range(high)]
-        else:  # a block that rows share is there once for each
+        else:  # a block that few rows share is there once for each
             self.used = torch.tensor([block for block, *_ in parts], device=self.device)
         _, self.owner, filled = (torch.tensor(column, device=self.device) for column in zip(*parts))
         beyond = torch.arange(size, device=self.device) >= filled[:, None]
         self.beyond = torch.zeros(beyond.shape, device=self.device).masked_fill_(beyond, -math.inf)[:, None, None]  # (E, 1, 1, size)
 
     def update(self, layer, k, v):
-        """Store k, v (B, kv_heads, T, d). Returns what `attend` reads: for one token the blocks in use, (E, kv_heads, size, d), else
-        all keys and values in order, (B, kv_heads, S, d)."""
+        """Store k, v (B, kv_heads, T, d). Returns what `attend` reads: for one token the blocks in use, (E, kv_heads, size, d), and those of many
+        rows, (kv_heads, S, d); else all keys and values in order, (B, kv_heads, S, d)."""
         T = k.shape[2]
         if self.plan is None:
             self.prepare(T)
@@ -176,29 +188,35 @@ class PagedCache(KVCache):
         block, offset = self.place
         store[0][block, :, offset], store[1][block, :, offset] = k.transpose(1, 2), v.transpose(1, 2)
         if T == 1:
-            return store[0][self.used], store[1][self.used]
-        if self.end == 0:
-            return k, v
-        return self.in_order(store[0], T), self.in_order(store[1], T)
+            return zip((store[0][self.used], store[1][self.used]), store[:, self.shared].transpose(1, 2).flatten(2, 3))
+        return (k, v) if self.end == 0 else self.in_order(layer, self.end + T)
 
-    def in_order(self, store, T):
-        B, blocks = self.table.shape
-        rows = store.index_select(0, self.table.flatten()).unflatten(0, (B, blocks)).transpose(1, 2)  # (B, kv_heads, blocks, size, d)
-        return rows.flatten(2, 3)[:, :, :self.end + T]
+    def in_order(self, layer, length):
+        """The first `length` keys and values of every row, one after the other: (2, B, kv_heads, length, d)."""
+        store = self.pool.kv[layer].transpose(1, 2)  # (2, kv_heads, blocks, size, d)
+        rows = store.index_select(2, self.table.flatten()).unflatten(2, self.table.shape)  # (2, kv_heads, B, blocks, size, d)
+        return rows.flatten(3, 4)[:, :, :, :length].transpose(1, 2)
 
     def attend(self, q, k, v, mask=None, dropout=0.0):
-        """Equation 1 for one query of each row, block by block. q (B, h, 1, d); k, v (E, kv_heads, size, d) -> (B, h, 1, d)."""
+        """Equation 1 for one query of each row, block by block. q (B, h, 1, d); k, v as `update` returns them -> (B, h, 1, d)."""
         if q.shape[2] > 1:
             return attend(q, k, v, mask)
+        (k, k_shared), (v, v_shared), owner = k, v, self.owner
         B, h, _, d = q.shape
-        owner, groups = self.owner, (k.shape[1], h // k.shape[1])  # query heads that share a key head are rows of one product
-        q = (q * d ** -0.5).reshape(B, *groups, d)[owner]  # (E, kv_heads, g, d)
-        s = (q @ k.transpose(2, 3)).float() + self.beyond  # (E, kv_heads, g, size)
+        q = (q * d ** -0.5).reshape(B, k.shape[1], -1, d)  # (B, kv_heads, g, d): query heads that share a key head are rows of one product
+        s = (q[owner] @ k.transpose(2, 3)).float().add_(self.beyond)  # (E, kv_heads, g, size)
         part = s.amax(-1)
-        top = part.new_full((B, *groups), -math.inf).scatter_reduce_(0, owner[:, None, None].expand_as(part), part, "amax")
-        p = (s - top[owner][..., None]).exp_()
-        total = p.new_zeros(B, *groups).index_add_(0, owner, p.sum(-1))
-        y = p.new_zeros(B, *groups, d).index_add_(0, owner, (p.to(v.dtype) @ v).float())
+        top = part.new_full(q.shape[:3], -math.inf).scatter_reduce_(0, owner[:, None, None].expand_as(part), part, "amax")
+        if len(self.shared):
+            s_shared = torch.einsum("bhgd,hsd->bhgs", q, k_shared).float().add_(self.lacks)
+            top = torch.maximum(top, s_shared.amax(-1))
+        p = s.sub_(top[owner][..., None]).exp_()
+        total = torch.zeros_like(top).index_add_(0, owner, p.sum(-1))
+        y = torch.zeros_like(q, dtype=torch.float32).index_add_(0, owner, (p.to(v.dtype) @ v).float())
+        if len(self.shared):
+            p = s_shared.sub_(top[..., None]).exp_()
+            total += p.sum(-1)
+            y += torch.einsum("bhgs,hsd->bhgd", p.to(v.dtype), v_shared)
         return (y / total[..., None]).to(q.dtype).reshape(B, h, 1, d)
 
 

@@ -217,6 +217,14 @@ def write_atomic(path, text):
     os.replace(partial, path)
 
 
+def markdown(header, rows, left=2):
+    """A table in Markdown that can be read as it stands, too; the first `left` columns begin at the left, numbers end at the right."""
+    cells = [header] + [[str(c) for c in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["| " + " | ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 1) + ("-" if i < left else ":") for i, w in enumerate(widths)) + "|"] + lines[1:])
+
+
 def plot_losses(folder, title):
     """OUT/loss.png: training loss of every logged step and validation loss where it was taken."""
     import matplotlib

@@ -12,7 +12,7 @@ Reading every (text, ending) pair by itself, as lm-evaluation-harness does, read
 The branches lie behind one another; RoPE or the position table gets the positions above, and attention sees a key if it is in the trunk or in
 the query's own branch, and not after it. The last token of an ending is never read, since nothing is predicted from it: where endings are one
 token (BoolQ's yes and no) there is no branch at all. What all rows of a task begin with (the instruction of the sentiment prompts) is read once
-for all of them and its keys and values are kept in a KV cache; from the same cache a prompt's answer is written and its choices are scored.
+for all of them, into blocks of a paged cache (kvcache.py) that they share; there a prompt's answer is written, and its choices are scored, too.
 Rows are sorted by length and batched by count of tokens, so there is hardly any padding, and the head, a fifth of a small model's work, is
 applied only where a scored token is predicted. PIQA on SmolLM2 takes 0.66 of the multiplications of reading every pair.
 """
@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import KVCache, generate
+from kvcache import SIZE, PagedCache, Pool, Sequence
+from model import generate
 from runtime import InputError
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # more is no faster on a CPU and takes memory
@@ -94,12 +95,13 @@ def batches(items, length, budget, most=256):
 # ----------------------------------------------------------------------------- log-likelihoods
 
 class Beginnings:
-    """What a batch reads as its cache: the keys and values of what its rows begin with, in a KVCache of one row or of one for each, and then the
-    rows' own, at given positions. It only reads that cache: another batch, or generate, can go on from it."""
+    """A batch's cache for scoring: of each row what the PagedCache holds of it, then its own tokens, at given positions. They are not kept:
+    another batch, or generate, can go on from the same blocks."""
 
-    def __init__(self, cache, lengths, positions, mask):
-        self.cache, self.length, self.given_positions, self.given_mask = cache, max(lengths), positions, mask
+    def __init__(self, cache, positions, mask):
+        self.cache, self.given_positions, self.given_mask = cache, positions, mask
         self.end = int(positions.max()) + 1 - positions.shape[1]  # the model compares end + T with its context: branches share positions
+        cache.look_up()
 
     def positions(self, T):
         return self.given_positions
@@ -108,24 +110,22 @@ class Beginnings:
         return self.given_mask
 
     def update(self, layer, k, v):
-        if self.length == 0:
+        if self.cache.end == 0:
             return k, v
-        return [torch.cat((kept[layer][:, :, :self.length].expand(len(new), -1, -1, -1), new), dim=2)  # (B, kv_heads, length + T, d)
-                for kept, new in ((self.cache.k, k), (self.cache.v, v))]
+        return [torch.cat(pair, dim=2) for pair in zip(self.cache.in_order(layer, self.cache.end), (k, v))]  # two of (B, kv_heads, S + T, d)
 
     def advance(self, T):
         pass
 
 
 @torch.inference_mode()
-def read_prefix(model, ids, device):
-    """The KV cache of a text, one row; None for no text."""
-    if not ids:
-        return None
-    cache = KVCache(model.config, 1, len(ids), device.torch_device)
-    with device.autocast():
-        model.hidden(torch.tensor([ids], device=device.torch_device), cache)
-    return cache
+def read(model, texts, cache, device):
+    """Read into the cache what it lacks of each text."""
+    unread = [ids[n:] for ids, n in zip(texts, cache.lengths)]
+    if any(unread):
+        with device.autocast():
+            model.hidden(padded(unread, 0, cache.device), cache)
+        cache.lengths = [len(ids) for ids in texts]
 
 
 def shared_tokens(rows):
@@ -135,13 +135,21 @@ def shared_tokens(rows):
     return min([common_prefix([r.tokens for r in rows])] + [min(r.branch.count(0), min(r.scored)[0]) for r in rows])
 
 
-def in_batches(model, rows, device, most=256):
-    """Yields (rows of a batch, how many tokens they share, the cache of these tokens or None); the longest rows come first."""
-    for group in ([r for r in rows if not r.cut], [r for r in rows if r.cut]):  # rows without their beginning share none with the others
+def in_batches(model, rows, device, most=256, new_tokens=0):
+    """Yields (rows of a batch, their PagedCache); the longest rows come first. What all rows begin with is in the cache: it was read once, into blocks
+    that all share. With new_tokens the pool has room for the rows and so many tokens more, else for that beginning alone."""
+    for group in filter(None, ([r for r in rows if not r.cut], [r for r in rows if r.cut])):  # rows without their beginning share none with the others
         shared = shared_tokens(group)
-        prefix = read_prefix(model, group[0].tokens[:shared], device) if shared else None
-        for batch in batches(group, lambda r: len(r.tokens), BATCH_TOKENS[device.torch_device.type], most):
-            yield batch, shared, prefix
+        parts = list(batches(group, lambda r: len(r.tokens), BATCH_TOKENS[device.torch_device.type], most))
+        own = max(len(b) * ((len(b[0].tokens) - shared + new_tokens) // SIZE + 2) for b in parts) if new_tokens else 1  # blocks; 2: of both ends
+        dtype = device.dtype if device.dtype == torch.bfloat16 else model.norm.weight.dtype  # of keys and values
+        beginning = Sequence(Pool(model.config, -(-shared // SIZE) + own, device=device.torch_device, dtype=dtype))
+        read(model, [group[0].tokens[:shared]], PagedCache([beginning]), device)
+        for batch in parts:
+            cache = PagedCache([beginning.share(shared) for _ in batch])
+            yield batch, cache
+            cache.lengths = [0] * len(batch)  # their blocks go back to the pool
+        beginning.cut()
 
 
 def in_order(examples, found, doing, progress):
@@ -160,19 +168,19 @@ def padded(lists, fill, device):
     return torch.tensor([row + [fill] * (width - len(row)) for row in lists], device=device)
 
 
-def read_rows(model, rows, read, cache, device):
-    """What the head reads at every place of a batch of rows after the first `read` (a number for each row), which are in the cache: (B, T, C)."""
-    where = device.torch_device
-    tokens, positions = (padded([part[n:] for part, n in zip(parts, read)], 0, where) for parts in ([r.tokens for r in rows], [r.positions for r in rows]))
-    branch = padded([r.branch[n:] for r, n in zip(rows, read)], -1, where)
-    if not any(read) and not branch.gt(0).any():
+def read_rows(model, rows, cache):
+    """What the head reads at every place of a batch of rows after those that are in the cache: (B, T, C)."""
+    where, known = cache.device, cache.lengths
+    tokens, positions = (padded([part[n:] for part, n in zip(parts, known)], 0, where) for parts in ([r.tokens for r in rows], [r.positions for r in rows]))
+    branch = padded([r.branch[n:] for r, n in zip(rows, known)], -1, where)
+    if not any(known) and not branch.gt(0).any():
         return model.hidden(tokens)  # one text a row: plain causal attention, which never looks at the padding behind
     T = tokens.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=where).tril()
     own = causal & ((branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None]))                  # (B, T, T): query, key
-    kept = torch.arange(max(read), device=where) < torch.tensor(read, device=where)[:, None]                # (B, S)
+    kept = torch.arange(max(known), device=where) < torch.tensor(known, device=where)[:, None]              # (B, S)
     mask = torch.cat((kept[:, None, :].expand(-1, T, -1), own), dim=2)[:, None]                              # (B, 1, T, S + T)
-    return model.hidden(tokens, Beginnings(cache, read, positions, mask))
+    return model.hidden(tokens, Beginnings(cache, positions, mask))
 
 
 def log_probabilities(head, h, targets, rows):
@@ -185,25 +193,26 @@ def log_probabilities(head, h, targets, rows):
 
 
 @torch.inference_mode()
-def score_batch(model, rows, read, cache, device):
-    """log p of every choice of every row: a list of lists. `read` and `cache` as for read_rows."""
+def score_batch(model, rows, cache, device):
+    """log p of every choice of every row: a list of lists. Of each row the cache holds a beginning."""
+    start = cache.lengths
     with device.autocast():
-        h = read_rows(model, rows, read, cache, device)
-        wanted = sorted({(b, place - read[b], token) for b, r in enumerate(rows) for place, token, _ in r.scored})  # tokens that choices share count once
+        h = read_rows(model, rows, cache)
+        wanted = sorted({(b, place - start[b], token) for b, r in enumerate(rows) for place, token, _ in r.scored})  # tokens that choices share count once
         b, place, token = torch.tensor(wanted, device=h.device).T
         logp = log_probabilities(model.head, h[b, place], token, HEAD_ROWS[h.device.type])
     known, result = dict(zip(wanted, logp.tolist())), [[0.0] * len(r.example.choices) for r in rows]
     for b, r in enumerate(rows):
         for place, token, choice in r.scored:
-            result[b][choice] += known[b, place - read[b], token]
+            result[b][choice] += known[b, place - start[b], token]
     return result
 
 
 def score_in_batches(model, tokenizer, examples, device):
     """Yields, batch by batch, [(example, log p of every choice, tokens cut), ...]."""
     rows = [make_row(e, tokenizer, model.config.context) for e in examples]
-    for batch, shared, prefix in in_batches(model, rows, device):
-        yield [(r.example, scores, r.cut) for r, scores in zip(batch, score_batch(model, batch, [shared] * len(batch), prefix, device))]
+    for batch, cache in in_batches(model, rows, device):
+        yield [(r.example, scores, r.cut) for r, scores in zip(batch, score_batch(model, batch, cache, device))]
 
 
 def label_scores(model, tokenizer, examples, device, progress=True):
@@ -218,22 +227,6 @@ def prompt_row(example, tokenizer, room):
     ids = ([] if tokenizer.begin is None else [tokenizer.begin]) + tokenizer.encode(example.prompt.rstrip())  # a space at its end is left to the model
     kept = ids[-room:]
     return Row(example, kept, list(range(len(kept))), [0] * len(kept), [(len(kept) - 1, None, None)], len(ids) - len(kept))
-
-
-@torch.inference_mode()
-def read_prompts(model, rows, shared, prefix, new_tokens, device):
-    """(how many tokens of each row were read, their KV cache with room for new tokens): every prompt but its last token, which predicts."""
-    ends = [min(r.scored)[0] for r in rows]
-    cache = KVCache(model.config, len(rows), max(ends) + 1 + new_tokens, device.torch_device)
-    if shared:
-        for layer, (k, v) in enumerate(zip(prefix.k, prefix.v)):
-            cache.update(layer, k.expand(len(rows), -1, -1, -1), v.expand(len(rows), -1, -1, -1))
-        cache.advance(shared)
-    if max(ends) > shared:
-        with device.autocast():
-            model.hidden(padded([r.tokens[shared:end] for r, end in zip(rows, ends)], 0, device.torch_device), cache)
-    cache.lengths = list(ends)
-    return ends, cache
 
 
 @torch.inference_mode()
@@ -255,10 +248,11 @@ def answer_in_batches(model, tokenizer, examples, device, new_tokens):
     new_tokens = min(new_tokens, model.config.context // 2)
     room = model.config.context - new_tokens
     rows = [make_row(e, tokenizer, model.config.context, room) if e.choices else prompt_row(e, tokenizer, room) for e in examples]
-    for batch, shared, prefix in in_batches(model, rows, device, most=64):
-        ends, cache = read_prompts(model, batch, shared, prefix, new_tokens, device)
-        scores = score_batch(model, batch, ends, cache, device) if batch[0].example.choices else [[]] * len(batch)
-        texts = continued(model, [r.tokens[:end + 1] for r, end in zip(batch, ends)], cache, new_tokens, tokenizer, device)
+    for batch, cache in in_batches(model, rows, device, most=64, new_tokens=new_tokens):
+        prompts = [r.tokens[:min(r.scored)[0] + 1] for r in batch]
+        read(model, [ids[:-1] for ids in prompts], cache, device)  # the last token predicts: it is left to both
+        scores = score_batch(model, batch, cache, device) if batch[0].example.choices else [[]] * len(batch)
+        texts = continued(model, prompts, cache, new_tokens, tokenizer, device)
         yield [(r.example, answer, r.cut) for r, *answer in zip(batch, texts, scores)]
 
 

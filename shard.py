@@ -11,8 +11,10 @@ its gradients are summed and handed out in the same parts. It costs half as many
 The gathering is torch's own, torch.distributed.fsdp.fully_shard; this file says what is a unit and takes whole tensors in and out.
 
     torchrun --nproc_per_node 8 train.py --model gpt2-xl --rank 384 --shard
+    torchrun --nproc_per_node 8 finetune.py --base llama2-13b --bits 16 --shard
 """
 import torch.distributed as dist
+import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -28,6 +30,25 @@ def shard(model, loss_of, device_type):
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(loss_of, mesh=mesh, reshard_after_forward=True)  # else W^E and W^H would stay gathered after an evaluation, apart from their moments
+
+
+class Within(nn.Module):
+    """Within(model)(function, ...) calls a function that reads a model's parts, as one forward pass: for so long embedding and head are gathered."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function, *args):
+        return function(*args)
+
+
+def gather_once(model):
+    """To be called within the sharded model before anything else is, if any of that is under torch.inference_mode (generation, scores): the tensors
+    that a block's parameters are gathered in are made the first time, and made there they could not learn later."""
+    for block in model.blocks:
+        block.unshard()
+        block.reshard()
 
 
 def whole(tensors):

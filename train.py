@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import decomposed_from, load_model, open_dense, own_tensors, read_state, replace_model, save_state
+from checkpoint import decomposed_from, load_model, open_dense, own_tensors, replace_model, save_state
 from data import check_length, eval_batches, open_corpus, prepare, train_batch
 from lowrank import STARTS, blend_alpha, blend_with, decay_products, finish_blend, replace_linears, set_alpha
 from memory import advice, expected_memory, statement
@@ -49,6 +49,7 @@ from runtime import (
     say,
     world_size,
 )
+from storage import read_state
 from training import (
     all_reduce,
     learning_rate,

@@ -5,6 +5,8 @@ import time
 import torch
 from tqdm import tqdm
 
+from runtime import markdown
+
 
 def interleaved(steps, rounds):
     """Median seconds of each named step, all of them run in turn `rounds` times after a warm-up. steps: name -> function."""
@@ -22,8 +24,4 @@ def interleaved(steps, rounds):
 
 def table(rows, columns):
     """Rows as a Markdown table; columns: title -> function of a row."""
-    cells = [list(columns)] + [[str(f(r)) for f in columns.values()] for r in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    lines = ["| " + " | ".join(c.rjust(w) for c, w in zip(row, widths)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
-    return "\n".join(lines)
+    return markdown(list(columns), [[f(r) for f in columns.values()] for r in rows], left=0)

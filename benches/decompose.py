@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 
 from benches.common import table
-from checkpoint import calibration_batches, load_model
+from checkpoint import load_model
+from data import calibration_batches
 from factorize import factorize, prepare
 from lowrank import halves, second_moments
 from model import config_for

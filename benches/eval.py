@@ -18,7 +18,8 @@ import torch
 import score
 import tasks
 from benches.common import table
-from checkpoint import export, load_model
+from checkpoint import load_model
+from export import export
 from runtime import find_device
 
 FILES = {"boolq": "super_glue/boolq/default.yaml", "piqa": "piqa/piqa.yaml", "winogrande": "winogrande/default.yaml"}  # of the harness

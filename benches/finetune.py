@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from benches.common import table
-from checkpoint import export, load_model
+from checkpoint import load_model
+from export import export
 from finetune import read_task
 from instructions import Batch, encode, pick
 from lowrank import attach_lora

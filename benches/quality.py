@@ -2,11 +2,12 @@
 
     python bench.py quality --data FOLDER                      within an hour on a laptop: width 256, 8 blocks, r = 64
     python bench.py quality --data openwebtext                 on a GPU: gpt2, r = 192
-    python bench.py quality --seeds 1 --rates 2e-3             a quick look
+    python bench.py quality --seeds 1 --steps 40               a quick look
 
 Every line is a run of `train.py` with the flags shown in VARIANTS, in a folder of its own under --work, and what was finished is not repeated. Full rank,
-plain and the best choose among --rates and are repeated with every seed; the others take the rate of plain or of the best. The time of a step is measured
-afterwards, all variants in turn; then full rank gets a schedule as long as the best low-rank model took: same seconds, fewer tokens.
+plain and the best look for their learning rate by steps of a factor of 2 and are repeated with every seed; the others take the rate of plain or of the
+best. The time of a step is measured afterwards, all variants in turn; then full rank gets a schedule as long as the best low-rank model took: same
+seconds, fewer tokens.
 """
 import json
 import math
@@ -69,9 +70,20 @@ def train(name, rate, seed, steps, args):
     return row
 
 
-def in_parallel(jobs, args):
+def in_parallel(function, jobs, args):
     with ThreadPoolExecutor(args.jobs) as pool:
-        return list(pool.map(lambda job: train(*job, args), jobs))
+        return list(pool.map(lambda job: function(*job, args), jobs))
+
+
+def climb(name, args):
+    """Runs at rates a factor of 2 apart, up or down from --rate, until one is no better than the one before it."""
+    rows = [train(name, args.rate * factor, args.seeds[0], args.steps, args) for factor in (1, 2)]
+    factor = 2 if rows[1]["val_loss"] < rows[0]["val_loss"] else 1 / 2
+    if factor < 1:
+        rows.reverse()
+    while rows[-1]["val_loss"] < rows[-2]["val_loss"]:
+        rows.append(train(name, rows[-1]["lr"] * factor, args.seeds[0], args.steps, args))
+    return rows
 
 
 def step_times(args):
@@ -91,14 +103,14 @@ def bench(args):
     """All runs, then the times, then full rank for as many seconds as the best took."""
     device = find_device(args.dtype)
     Path(args.work).mkdir(parents=True, exist_ok=True)
-    train("plain", args.rates[0], args.seeds[0], 1, args)  # prepares the data once
-    rows = in_parallel([(name, rate, args.seeds[0], args.steps) for name in SWEPT for rate in args.rates], args)
+    train("plain", args.rate, args.seeds[0], 1, args)  # prepares the data once
+    rows = sum(in_parallel(climb, [(name,) for name in SWEPT], args), [])
     best = {name: min((r for r in rows if r["variant"] == name), key=lambda r: r["val_loss"])["lr"] for name in SWEPT}
-    rows += in_parallel([(name, best[WIDE if "Muon" in name else "plain"], args.seeds[0], args.steps) for name in VARIANTS if name not in SWEPT]
-                        + [(name, best[name], seed, args.steps) for name in SWEPT for seed in args.seeds[1:]], args)
+    rows += in_parallel(train, [(name, best[WIDE if "Muon" in name else "plain"], args.seeds[0], args.steps) for name in VARIANTS if name not in SWEPT]
+                        + [(name, best[name], seed, args.steps) for seed in args.seeds[1:] for name in SWEPT], args)
     times = step_times(args)
     short = {name: max(10, round(args.steps * times[BEST] / times[name])) for name in FULL}
-    rows += in_parallel([(name, best[name], seed, short[name]) for name in FULL for seed in args.seeds], args)
+    rows += in_parallel(train, [(name, best[name], seed, short[name]) for name in FULL for seed in args.seeds], args)
     for r in rows:
         step = times.get(r["variant"])
         r |= dict(tokens_per_second=step and r["tokens"] / r["steps"] / step, seconds=step and step * r["steps"], equal_seconds=r["steps"] != args.steps)
@@ -158,7 +170,6 @@ def plot(lines, rows, file):
 
 def arguments(p):
     gpu = torch.cuda.is_available()
-    numbers = lambda kind: lambda text: [kind(word) for word in text.split(",")]  # noqa: E731
     p.add_argument("--data", default="openwebtext" if gpu else "builtin", help="as for train.py (default: openwebtext on a GPU, else builtin)")
     p.add_argument("--model", default="gpt2" if gpu else "small", help="architecture (default: gpt2 on a GPU, else small: width 256, 8 blocks)")
     p.add_argument("--vocabulary", type=int, default=0 if gpu else 4096, help="pieces of the tokenizer (default: GPT-2's on a GPU, else 4096)")
@@ -166,8 +177,8 @@ def arguments(p):
     p.add_argument("--wide-rank", type=int, default=272 if gpu else 112, help="of the variant with 0.65x the parameters (default: 272 on a GPU, else 112)")
     p.add_argument("--steps", type=int, default=2000 if gpu else 120, help="default: 2000 on a GPU, else 120")
     p.add_argument("--batch-size", type=int, default=16 if gpu else 8, help="sequences a step (default: 16 on a GPU, else 8)")
-    p.add_argument("--rates", type=numbers(float), default=[1.5e-3, 3e-3, 6e-3], help="learning rates to choose from (default: 1.5e-3,3e-3,6e-3)")
-    p.add_argument("--seeds", type=numbers(int), default=[1, 2, 3], help="default: 1,2,3")
+    p.add_argument("--rate", type=float, default=1.5e-3, help="learning rate to begin the search at (default: %(default)s)")
+    p.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3], help="default: 1,2,3")
     p.add_argument("--dtype", default="auto", help="as for train.py (default: %(default)s)")
     p.add_argument("--eval-tokens", type=int, default=32768, help="of the validation text (default: %(default)s)")
     p.add_argument("--rounds", type=int, default=5, help="timed steps of each variant (default: %(default)s)")

@@ -7,12 +7,14 @@ published: another choice of groups has to round them again as it would any mode
 """
 import math
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from benches.common import table
-from checkpoint import calibration_batches, load_model
+from checkpoint import load_model
+from data import calibration_batches
 from eval import WINDOW, windows
 from quant import quantize, quantize_rows, stored_bytes
 from recompute import head_loss
@@ -57,13 +59,18 @@ def bench(args):
         model = rounded(args, device, bits, group, how, text)
         seconds, size = time.perf_counter() - start, stored_bytes(model)
         p = perplexity(model, items, device)
-        rows.append(dict(model=args.model, bits=bits, group=group, rounding=how, calibration=text, perplexity=p,
+        rows.append(dict(model=args.model, bits=bits, group=group, rounding=how, calibration=Path(text).name if text else None, perplexity=p,
                          over_16_bit=p / (rows[0]["perplexity"] if rows else p) - 1, seconds=seconds, model_bytes=size))
-    print(f"{args.model}: perplexity of {sum(len(w.ids) for w in items):,} tokens of {args.text}; calibration with {args.calibration_tokens:,} tokens")
-    print(table(rows, {"bits": lambda r: r["bits"], "a scale for": lambda r: "" if r["group"] is None else f"{r['group']} weights" if r["group"] else "a row",
-                       "rounding": lambda r: r["rounding"], "calibration": lambda r: r["calibration"] or "", "perplexity": lambda r: f"{r['perplexity']:.2f}",
-                       "over 16 bit": lambda r: f"{r['over_16_bit']:+.1%}", "s": lambda r: f"{r['seconds']:.0f}"}))
+    count = sum(len(w.ids) for w in items)
+    print(f"{args.model}: perplexity of {count:,} tokens of {Path(args.text).name}; calibration with {args.calibration_tokens:,} tokens")
     return device, rows
+
+
+def report(rows):
+    return table(rows, {"bits": lambda r: r["bits"], "a scale for": lambda r: "" if r["group"] is None else f"{r['group']} weights" if r["group"] else "a row",
+                        "rounding": lambda r: r["rounding"], "calibration": lambda r: r["calibration"] or "", "perplexity": lambda r: f"{r['perplexity']:.2f}",
+                        "over 16 bit": lambda r: f"{r['over_16_bit']:+.2%}" if r["group"] is not None else "",
+                        "s": lambda r: f"{r['seconds']:.0f}", "MB": lambda r: f"{r['model_bytes'] / 1e6:.0f}"})
 
 
 def arguments(p):

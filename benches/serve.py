@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 from benches.common import table
-from checkpoint import export, load_model
+from checkpoint import load_model
+from export import export
 from kvcache import Pool, bytes_per_token
 from lowrank import replace_linears
 from model import Transformer, config_for, count_parameters, generate

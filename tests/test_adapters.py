@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import adapters
 from adapters import base_id, load_adapter, read_adapter, save_adapter, take_off
-from checkpoint import export, load_model, save_model
+from checkpoint import load_model, save_model
+from export import export
 from lowrank import LoRALinear, attach_lora, drop_lora, merge_lora, start_from_error, unmerge_lora
 from model import Config, Transformer
 from quant import quantize

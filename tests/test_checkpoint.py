@@ -8,11 +8,14 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import export, load_model, read_state, read_tensors, save_model, save_state
+import storage
+from checkpoint import load_model, save_model, save_state
+from export import export
 from lowrank import attach_lora, replace_linears, set_alpha
 from model import Config, Transformer
 from quant import quantize
 from runtime import InputError, command
+from storage import read_state, read_tensors
 from tokenizer import train_tokenizer
 
 GPT2 = Config("gpt2", vocab_size=400, context=32, blocks=2, heads=4, kv_heads=4, width=32, ffn=128)
@@ -146,7 +149,7 @@ def test_a_kill_between_any_two_file_operations_leaves_a_whole_state(tmp_path, m
                 calls[0] -= 1
             return real(*args, **kw)
         monkeypatch.setattr(target, name, wrapped)
-    for target, name in ((os, "replace"), (os, "link"), (shutil, "rmtree"), (checkpoint, "save_file"), (checkpoint, "sync_folder")):
+    for target, name in ((os, "replace"), (os, "link"), (shutil, "rmtree"), (storage, "save_file"), (storage, "sync_folder"), (checkpoint, "sync_folder")):
         count(target, name)
     seen, n = set(), 0
     while True:
@@ -192,8 +195,8 @@ def test_a_full_disk_keeps_the_last_state_and_is_one_line(tmp_path, monkeypatch,
     save(tmp_path, 1)
 
     def full(*args, **kw):
-        raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    monkeypatch.setattr(checkpoint, "save_file", full)
+        raise storage.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(storage, "save_file", full)
     with pytest.raises(SystemExit) as e:
         command(lambda: save(tmp_path, 2))
     assert e.value.code == 2
@@ -221,7 +224,7 @@ def test_transformers_loads_an_export_with_equal_logits(model, tmp_path, monkeyp
                 if hasattr(m, "B"):
                     torch.nn.init.normal_(m.B)
         else:
-            monkeypatch.setattr(checkpoint, "SHARD_BYTES", 40_000)
+            monkeypatch.setattr("export.SHARD_BYTES", 40_000)
     with torch.no_grad():
         for p in model.parameters():  # biases and norms too
             p.add_(0.05 * torch.randn_like(p))
@@ -281,7 +284,7 @@ def test_info_counts_layers_ranks_and_bytes(tmp_path, capsys):
     assert all(len(line) <= 100 for line in lines[1:])
 
 
-def test_loading_needs_little_more_than_the_model(tmp_path, run):
+def test_loading_needs_little_more_than_the_model(tmp_path, run, monkeypatch):
     """Peak resident memory of loading a sharded model of 0.5 GB: the model, its largest tensor, and what Python with torch takes anyway."""
     config = Config("llama", vocab_size=32000, context=64, blocks=8, heads=8, kv_heads=8, width=1024, ffn=2816, tied=False)
     torch.manual_seed(0)
@@ -289,13 +292,10 @@ def test_loading_needs_little_more_than_the_model(tmp_path, run):
     size = sum(p.nbytes for p in model.parameters())
     largest = max(p.nbytes for p in model.parameters())
     assert 0.5e9 < size < 0.8e9
-    shards = checkpoint.SHARD_BYTES
-    checkpoint.SHARD_BYTES = 100 << 20
-    try:
-        save_model(tmp_path / "ours", model)
-        export(model, None, tmp_path / "hf")
-    finally:
-        checkpoint.SHARD_BYTES = shards
+    for module in ("checkpoint", "export"):
+        monkeypatch.setattr(f"{module}.SHARD_BYTES", 100 << 20)
+    save_model(tmp_path / "ours", model)
+    export(model, None, tmp_path / "hf")
     del model
     for folder, dtype in (("ours", "float32"), ("hf", "float32"), ("hf", "bfloat16")):
         code = (f"import torch, checkpoint, runtime; checkpoint.build(checkpoint.CONFIGS['tiny'], {{}}); before = runtime.peak_memory(torch.device('cpu')); "

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 import eval as evaluation
 import tasks
 from adapters import base_id, save_adapter
-from checkpoint import export, load_model, save_model
+from checkpoint import load_model, save_model
+from export import export
 from lowrank import attach_lora
 from model import Config, Transformer
 from runtime import InputError

@@ -18,13 +18,15 @@ import finetune
 import score
 import tasks
 from adapters import base_id, load_adapter, our_name, read_adapter, save_adapter, take_off
-from checkpoint import export, load_model, read_state, save_model
+from checkpoint import load_model, replace_model, save_model
+from export import export
 from instructions import Batch, Row, encode, made_up_headlines, pick, read_alpaca
 from lowrank import LoRALinear, attach_lora
 from model import Config, Transformer
 from quant import quantize
 from recompute import MODES, head_loss, use_recompute
 from runtime import InputError
+from storage import read_state
 from tokenizer import train_tokenizer
 
 CONFIG = Config("llama", vocab_size=400, context=128, blocks=2, heads=4, kv_heads=2, width=32, ffn=48)
@@ -222,6 +224,30 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_accumulation(base, 
     assert all(torch.allclose(x, y, atol=1e-5) for n in a.factors for x, y in zip(a.factors[n], b.factors[n]))
 
 
+def test_two_shards_have_the_losses_of_two_replicas_stopped_and_resumed(base, tmp_path, run):
+    """Scores before and after go through the sharded model too; the state is whole: replicas go on with what shards left."""
+    common = ["--base", base, "--bits", "16", "--max-iters", "6", *QUIET, "--eval-limit", "12", "--dropout", "0", "--targets", "q,v,down,head"]
+    copies, parts = tmp_path / "copies", tmp_path / "parts"
+    for args in ([*common, "--out-dir", copies], [*common, "--shard", "--recompute", "block", "--stop-at", "2", "--out-dir", parts],
+                 ["--resume", "--shard", "--recompute", "sdpa", "--stop-at", "4", "--out-dir", parts], ["--resume", "--out-dir", parts]):
+        done = run("finetune.py", *args, processes=2)
+        assert done.returncode == 0, done.stderr
+    one, two = losses(copies), losses(parts)
+    assert one.keys() == two.keys() and len(one) == 6 and max(abs(one[s] - two[s]) for s in one) < 1e-5
+    a, b = read_adapter(copies), read_adapter(parts)
+    assert a.base_id == b.base_id and all(torch.allclose(x, y, atol=1e-5) for n in a.factors for x, y in zip(a.factors[n], b.factors[n]))
+    whole, sharded = (json.loads((folder / "summary.json").read_text()) for folder in (copies, parts))
+    assert whole["trainable_parameters"] == sharded["trainable_parameters"] and whole["scores_before"] == sharded["scores_before"]
+    assert whole["val_loss"] == pytest.approx(sharded["val_loss"], abs=1e-5)
+
+
+def test_a_quantized_folder_is_not_sharded(base, tmp_path, run):
+    replace_model(tmp_path / "int8", load_model(base, bits=8)[0], load_model(base)[1])
+    done = run("finetune.py", "--base", tmp_path / "int8", "--bits", "16", "--shard", "--out-dir", tmp_path / "out", *QUIET, processes=2)
+    assert done.returncode != 0 and f"error (process 0): --shard spreads parameters, and the integers of {tmp_path / 'int8'} are none" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def start(base, out, *args):
     return subprocess.Popen([sys.executable, "finetune.py", "--base", base, *QUIET, "--max-iters", "400", "--save-interval", "1", *args, "--out-dir", out],
                             cwd=os.path.dirname(finetune.__file__), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -317,6 +343,8 @@ def test_malformed_rows_are_refused(text, message, tmp_path):
     (["--seq-len", "2"], "--seq-len must be at least 8"),
     (["--batch-size", "0"], "--batch-size must be at least 1"),
     (["--start", "loftq", "--bits", "16"], "--bits 16 loses nothing"),
+    (["--shard"], "the integers of a --bits 8 base are none: leave it out .each process copies the base, which is small then., or give a base in 16 bit"),
+    (["--shard", "--bits", "16"], "several processes, and there is one: torchrun --nproc_per_node N finetune.py"),
     (["--base", "nowhere"], "nowhere: no such folder or file, nor a known model"),
     (["--dtype", "float8"], "--dtype must be auto, float32 or bfloat16"),
 ])

@@ -56,21 +56,22 @@ def test_what_the_cache_holds_already_is_not_read_again():
     assert second == [s[0] for s in generate(ours, [text], 6, temperature=0)]
 
 
-def filled_batch(lengths, size, blocks, dtype=torch.float32, shared=0):
+def filled_batch(lengths, size, blocks, dtype=torch.float32, shared=0, sharing=0):
     """A batch whose rows hold `lengths` random tokens, written piece by piece in turn so that their blocks interleave; also what was written,
-    as (k, v) of each row, (kv_heads, length, d). Rows begin with `shared` tokens of the first row, in its blocks."""
+    as (k, v) of each row, (kv_heads, length, d). The first `sharing` rows begin with `shared` tokens of the first one, in its blocks."""
     torch.manual_seed(0)
     pool = Pool(SMALL, blocks, size, dtype=dtype)
     pool.kv.fill_(float("nan"))  # memory that was never written may hold anything
     rows, written = [Sequence(pool) for _ in lengths], [torch.randn(2, 2, n, 8, dtype=dtype) for n in lengths]
     if shared:
         write(rows[:1], [written[0][:, :, :shared]])
-        rows[1:] = [rows[0].share(shared) for _ in rows[1:]]
-        for w in written[1:]:
+        rows[1:sharing] = [rows[0].share(shared) for _ in rows[1:sharing]]
+        for w in written[1:sharing]:
             w[:, :, :shared] = written[0][:, :, :shared]
-    for at in range(shared, max(lengths)):
-        todo = [i for i, n in enumerate(lengths) if at < n]
-        write([rows[i] for i in todo], [written[i][:, :, at:at + 1] for i in todo])
+    for at in range(max(lengths)):
+        todo = [i for i, n in enumerate(lengths) if rows[i].length == at < n]
+        if todo:
+            write([rows[i] for i in todo], [written[i][:, :, at:at + 1] for i in todo])
     return rows, written
 
 
@@ -87,14 +88,16 @@ def softmax_attention(q, k, v):
 
 
 @pytest.mark.parametrize("lengths, size, leave, shared", [
-    ([1, 7, 30, 16], 4, (), 0),       # read as the pool lies
-    ([20, 9, 30, 5], 4, (1,), 0),     # with holes where a row has left
-    ([20, 9, 40, 5], 4, (0, 2), 0),   # with so many holes that blocks are gathered
-    ([20, 9, 30, 12], 4, (), 6),      # shared blocks, the second one copied
-    ([3, 5, 2], 16, (), 0)])
+    ([1, 7, 30, 16], 4, (), (0, 0)),       # read as the pool lies
+    ([20, 9, 30, 5], 4, (1,), (0, 0)),     # with holes where a row has left
+    ([20, 9, 40, 5], 4, (0, 2), (0, 0)),   # with so many holes that blocks are gathered
+    ([20, 9, 30, 12], 4, (), (6, 4)),      # blocks of all rows, the second one copied
+    ([20, 9, 30, 12, 8, 3], 4, (), (8, 4)),  # blocks of most rows, two lack them
+    ([20, 9, 30, 12, 8, 3], 4, (), (8, 2)),  # of few rows: gathered for each
+    ([3, 5, 2], 16, (), (0, 0))])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["float32", "bfloat16"])
 def test_attention_by_blocks_is_equation_1(lengths, size, leave, shared, dtype, tolerance):
-    rows, written = filled_batch(lengths, size, 64, dtype, shared)
+    rows, written = filled_batch(lengths, size, 64, dtype, *shared)
     for i in leave:
         rows[i].cut()
     stay = [i for i in range(len(lengths)) if i not in leave]

@@ -14,6 +14,7 @@ import tasks
 from bench import main as bench_main
 from benches.eval import harness, harness_model, harness_rows
 from checkpoint import load_model, save_model
+from lowrank import attach_lora
 from model import Config, Transformer, generate
 from runtime import InputError, find_device
 from tasks import Example
@@ -228,6 +229,57 @@ def test_cut_prompts_are_scored_after_what_is_left_of_them(task_data, tokenizer,
 def test_an_answer_takes_at_most_half_of_the_context(tokenizer, device):
     (text,) = score.generate_answers(random_model(context=32), tokenizer, [Example("x", 0, "a", "")], device, new_tokens=64, progress=False)
     assert 0 < len(tokenizer.encode(text)) <= 17
+
+
+# ----------------------------------------------------------------------------- blocks of the paged cache
+
+@pytest.mark.parametrize("task", ["fpb", "tfns", "piqa"])
+def test_what_rows_begin_with_is_in_blocks_that_all_hold(task, task_data, tokenizer, device):
+    """Before a batch is read all its rows have the same blocks; then each has a copy of the last, partly filled one, and goes on in its own."""
+    model, pools = random_model(), set()
+    rows = [score.make_row(e, tokenizer, 256) for e in tasks.load(task, task_data)]
+    shared = score.shared_tokens(rows)
+    for batch, cache in score.in_batches(model, rows, device, new_tokens=8):
+        pool, tables = cache.pool, [s.table for s in cache.sequences]
+        assert cache.lengths == [shared] * len(batch) and all(t == tables[0] for t in tables) and len(tables[0]) == -(-shared // 16)
+        assert all(pool.users[block] == len(batch) + 1 for block in tables[0])  # the rows and the beginning itself
+        score.read(model, [r.tokens[:shared + 1] for r in batch], cache, device)
+        full = shared // 16
+        assert all(s.table[:full] == tables[0][:full] for s in cache.sequences)
+        assert len({s.table[full] for s in cache.sequences}) == len(batch) and all(pool.users[s.table[full]] == 1 for s in cache.sequences)
+        pools.add(pool)
+    assert len(pools) == 1 and (pool.users, len(pool.free)) == ([0] * len(pool.users), len(pool.users))
+    assert shared > 4
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("budget, context", [(2048, 256), (300, 256), (2048, 64)])
+def test_scores_and_texts_from_the_blocks(budget, context, kind, task_data, tokenizer, device, monkeypatch):
+    """Scores as of a whole pass in float64 without any cache, texts as read anew for every token; every block comes back, and none is missing."""
+    model, examples, pools, make = random_model(kind, context), tasks.load("fpb", task_data) + tasks.load("fiqa", task_data), [], score.Pool
+    monkeypatch.setattr(score, "Pool", lambda *args, **more: pools.append(make(*args, **more)) or pools[-1])
+    monkeypatch.setitem(score.BATCH_TOKENS, "cpu", budget)
+    both = score.answer_both_ways(model, tokenizer, examples, device, 8, progress=False)
+    labels = score.label_scores(model, tokenizer, examples, device, progress=False)
+    assert len(pools) >= 2 and all(sorted(p.free) == list(range(len(p.users))) for p in pools)
+    for example, (text, scores), label in zip(examples, both, labels):
+        prompt = tokenizer.encode(example.prompt.rstrip())[-(context - 8):]
+        ids = [step[0] for step in generate(model, [prompt], 8, temperature=0, stop=tokenizer.stop_ids, use_cache=False, vocabulary=tokenizer.vocab_size)]
+        assert text == tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids]).split("Answer: ")[0]
+        exact = plainly(model, tokenizer, example)
+        assert label == pytest.approx(exact, abs=2e-4) and (context == 64 or scores == pytest.approx(exact, abs=2e-4))
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_blocks_are_of_the_dtype_that_the_model_computes_in(bits, task_data, tokenizer, device, tmp_path):
+    save_model(tmp_path / "model", random_model(), tokenizer)
+    examples = tasks.load("fpb", task_data)
+    exact = score.label_scores(load_model(tmp_path / "model", bits=bits)[0], tokenizer, examples, device, progress=False)
+    model, _ = load_model(tmp_path / "model", dtype=torch.bfloat16, bits=bits)
+    attach_lora(model, r=2, alpha=4)
+    for where in (find_device("bfloat16"), device):  # with autocast, and without
+        near = [scores for _, scores in score.answer_both_ways(model.to(where.dtype), tokenizer, examples, where, 4, progress=False)]
+        assert np.abs(np.array(near) - np.array(exact)).max() < 0.5
 
 
 # ----------------------------------------------------------------------------- metrics

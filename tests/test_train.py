@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import train
-from checkpoint import load_model, read_state
+from checkpoint import load_model
 from lowrank import LowRankLinear
+from storage import read_state
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--model", "tiny", "--rank", 8, "--batch-size", 2, "--seq-len", 32, "--log-interval", 1, "--eval-tokens", 64, "--dtype", "float32")

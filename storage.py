@@ -1,0 +1,148 @@
+"""Files that a kill, a full disk or a flipped bit does not ruin: tensors, and the state of a training run.
+
+    write_tensors("w.safetensors", {"W": W})                         with a checksum inside
+    for name, tensor in read_tensors("w.safetensors"): ...           a tensor at a time
+
+Training state is a folder that has the optimizer beside the model, so that the two can never be of different steps:
+
+    OUT/state/             a model folder (checkpoint.py) or an adapter (adapters.py), optimizer.safetensors, state.json
+    OUT/state.previous/    the one before
+    OUT/model.safetensors  ... the same files as in state/, by hard link: OUT is itself a model or an adapter
+
+Everything is written beside, synced, then renamed: a process killed at any moment leaves a state that can be read.
+Nothing here is ever unpickled.
+"""
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from runtime import InputError, write_atomic
+
+SHARD_BYTES = 4 << 30  # of a file of a model, about
+
+
+# ----------------------------------------------------------------------------- tensors
+
+def _bytes(tensor):
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def write_tensors(path, tensors):
+    """Write a safetensors file whose header holds the sha256 of names and contents; synced and renamed into place."""
+    path = Path(path)
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(_bytes(tensors[name]))
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt", "sha256": digest.hexdigest()})
+    except SafetensorError as e:
+        partial.unlink(missing_ok=True)
+        code = re.search(r"os error (\d+)", str(e))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(partial, 0o666 & ~mask)  # safetensors makes its files readable for their owner alone
+    with open(partial, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def read_tensors(path):
+    """Yield (name, tensor) of a file of write_tensors, one at a time in the order of names; at the end the checksum must agree.
+
+    The file is mapped anew for each tensor: pages of a mapping that stays open would pile up to the size of the file."""
+    digest = hashlib.sha256()
+    try:
+        with safe_open(path, framework="pt") as f:
+            wanted, names = (f.metadata() or {}).get("sha256"), sorted(f.keys())
+        for name in names:
+            with safe_open(path, framework="pt") as f:
+                tensor = f.get_tensor(name)
+            digest.update(name.encode())
+            digest.update(_bytes(tensor))
+            yield name, tensor
+            del tensor  # before the next one comes
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path} is missing, truncated or not a safetensors file ({e})") from None
+    if wanted and wanted != digest.hexdigest():
+        raise InputError(f"{path} was altered after it was written: its checksum is {digest.hexdigest()[:12]}, it should be {wanted[:12]}")
+
+
+def sync_folder(path):
+    """Make renames inside a folder last through a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ----------------------------------------------------------------------------- training state
+
+def replace_state(out_dir, write, optimizer_tensors, state):
+    """Replace OUT/state by the state of now, keeping the one before; write(folder) writes the model, or an adapter alone. Then link its files into OUT."""
+    out = Path(out_dir)
+    new, current, previous = out / "state.partial", out / "state", out / "state.previous"
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        write(new)
+        write_tensors(new / "optimizer.safetensors", optimizer_tensors)
+        write_atomic(new / "state.json", json.dumps(state, indent=1) + "\n")
+    except OSError:  # a full disk: leave the last good state and give the space back
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if current.exists():  # from here on there is always a whole state under one of the two names
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(current, previous)
+    os.replace(new, current)
+    sync_folder(out)
+    publish(current, out)
+
+
+def publish(state, out):
+    """Link the model's files of a state folder into the run's folder, each replaced in one step."""
+    for file in state.iterdir():
+        if file.name not in ("optimizer.safetensors", "state.json"):
+            partial = out / (file.name + ".partial")
+            partial.unlink(missing_ok=True)
+            try:
+                os.link(file, partial)
+            except OSError:  # a file system without hard links
+                shutil.copy(file, partial)
+            os.replace(partial, out / file.name)
+
+
+def read_state(out_dir, files=lambda folder: json.loads((folder / "config.json").read_text())["files"]):
+    """(folder, state.json, optimizer tensors) of the last whole state of a run; a damaged one is reported and the one before is taken.
+
+    files(folder): the safetensors files that must be whole, besides the optimizer's.
+    """
+    problems = []
+    for folder in (Path(out_dir) / "state", Path(out_dir) / "state.previous"):
+        if not folder.exists():
+            continue
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            for file in files(folder):
+                for _ in read_tensors(folder / file):
+                    pass
+            optimizer = dict(read_tensors(folder / "optimizer.safetensors"))
+        except (InputError, OSError, json.JSONDecodeError, TypeError, KeyError) as e:
+            problems.append(f"{folder}: {e}")
+            continue
+        for problem in problems:
+            print(f"warning: {problem}; going on from {folder} at step {state['step']}", file=sys.stderr)
+        return folder, state, optimizer
+    raise InputError("; ".join(problems) or f"{out_dir} holds no training state: start the run without --resume")
