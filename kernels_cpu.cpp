@@ -1,11 +1,14 @@
-// The products of quant.py for a few rows of x on a CPU: y = W x and y = B (A x) with int8 or int4 weights (section V.B).
+// Decoding on a CPU (sections V.B and V.C): y = W x and y = B (A x) with int8 or int4 weights for some rows of x, and attention of one query.
 //
 // Decoding a token reads every weight once and multiplies it once, so the time is that of reading. What it takes to read as fast as the
-// memory can: vectors of 16 weights, four rows of W side by side (their sums do not wait for each other), and asking for the rows to come
-// ahead of time (prefetch; 1.5 times as fast here). Everything else happens where the numbers already are: the conversion of x, s and o, the bias, and
-// for y = B (A x) both products in one go, with one barrier of the threads between them.
+// memory can:
+//   - little work for a weight. x is rounded to integers too, to 16 bits with a scale for each 64 numbers (its error is below that of bfloat16):
+//     then 32 products of integers and their sums are one or two instructions, and the weights need not become floats;
+//   - four rows of W side by side, whose sums do not wait for each other, and asking for the rows to come ahead of time (prefetch; 1.6 times as fast);
+//   - everything else where the numbers already are: the conversion of x, s and o, the bias, and for y = B (A x) both products in
+//     one call, with one barrier of the threads between them.
 //
-// quant.py compiles this file with g++ in a second, at the first use, and calls it through ctypes. Without a compiler torch's products take over.
+// quant.py compiles this file with g++ in a second, at the first use, and calls it through ctypes. Without a compiler torch takes over.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -24,109 +27,134 @@ struct Matrix {
 };
 
 struct bfloat16 { uint16_t bits; };
-static float to_float(float v) { return v; }
-static float to_float(bfloat16 v) {
-  uint32_t u = (uint32_t)v.bits << 16;
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
-static void store(float& to, float v) { to = v; }
-static void store(bfloat16& to, float v) {
-  uint32_t u;
-  memcpy(&u, &v, 4);
-  to.bits = v != v ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16;  // to the nearest, ties to even
+static inline float as_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
+static inline uint32_t bits_of(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
+static inline float to_float(float v) { return v; }
+static inline float to_float(bfloat16 v) { return as_float((uint32_t)v.bits << 16); }
+static inline void store(float& to, float v) { to = v; }
+static inline void store(bfloat16& to, float v) {  // to the nearest, ties to even
+  uint32_t u = bits_of(v);
+  to.bits = v != v ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16;
 }
 
 // ---------------------------------------------------------------------------- 64 weights at a time
 
 constexpr int CHUNK = 64;
-typedef float floats __attribute__((vector_size(64), aligned(4)));  // 16 numbers, anywhere in memory
+typedef float floats __attribute__((vector_size(64)));                // 16 numbers
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef int16_t shorts __attribute__((vector_size(64), aligned(2)));  // 32, anywhere in memory
 
-// Weights 16 j .. 16 j + 15 of a chunk, as float; of int4, bits 4 j .. 4 j + 3 of its 16 half-words, looked up in a table of the 16 numbers.
-template <int BITS> static inline floats weights(const uint8_t* q, int j) {
-#ifdef __AVX512BW__  // g++ does not find these instructions by itself
-  if (BITS == 8) return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)q + j)));
-  __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)q));
-  const __m512 numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  return (floats)_mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * j), numbers);  // it looks at the lowest four bits
+// One half of a chunk of W, j = 0 or 1. g++ does not find these instructions by itself; the loop below says what they do.
+template <int BITS> static inline shorts weights(const uint8_t* q, int j) {
+#ifdef __AVX512BW__
+  if (BITS == 8) return (shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)q + j));
+  __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)q));  // 8 words of 8 weights, twice
+  const __m512i shift = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4);
+  words = _mm512_srlv_epi32(words, _mm512_add_epi32(shift, _mm512_set1_epi32(8 * j)));
+  return (shorts)_mm512_sub_epi16(_mm512_and_si512(words, _mm512_set1_epi32(0x000f000f)), _mm512_set1_epi16(8));
 #else
-  floats w;
-  for (int i = 0; i < 16; i++) w[i] = BITS == 8 ? (int8_t)q[16 * j + i] : (q[2 * i + j / 2] >> 4 * (j % 2) & 15) - 8;
+  shorts w;
+  for (int i = 0; i < 32; i++) w[i] = BITS == 8 ? (int8_t)q[32 * j + i] : (q[4 * (i / 2 % 8) + 2 * (i % 2) + j] >> i / 16 * 4 & 15) - 8;
   return w;
 #endif
 }
 
-// sum[r][m] += 64 weights of row r times 64 numbers of row m of x, in 16 parts each. A weight is turned into a float once for all M rows of x,
-// which lie in the order of `arrange`.
-template <int BITS, int ROWS, int M> static inline void chunk(const uint8_t* const* q, size_t byte, const float* const* x, size_t k, floats (*sum)[M]) {
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; j++)
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) {
-      floats w = weights<BITS>(q[r] + byte, j);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; m++) sum[r][m] += ((const floats*)(x[m] + k))[j] * w;
-    }
+// The place in a chunk of the weight that the above puts at i of its 64: int4 are taken out of words as in quant.py's pack().
+template <int BITS> static constexpr int place(int i) { return BITS == 8 ? i : 8 * (i % 16 / 2) + 2 * (i / 16) + i % 2; }
+
+// sum + a b, of neighbours two by two.
+static inline ints dot(ints sum, shorts a, shorts b) {
+#ifdef __AVX512VNNI__
+  return (ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined __AVX512BW__
+  return sum + (ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#else
+  for (int i = 0; i < 16; i++) sum[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+  return sum;
+#endif
 }
 
-// The place in a chunk of the weight that meets x[at]: int4 are taken out of 16 half-words, four bits of each in turn (quant.py's pack()).
-template <int BITS> static int place(int at) { return BITS == 8 ? at : 8 * (at % 16 / 2) + 2 * (at / 16) + at % 2; }
-
-// What all rows of W need of one x: its numbers in the order of the chunks, with zeros at the end, and its sum over each group.
-struct Input {
-  std::vector<float> x, sums;
-  template <int BITS, class T> void arrange(const T* from, int width, int group) {
-    int chunks = (width + CHUNK - 1) / CHUNK;
-    x.assign((size_t)chunks * CHUNK, 0);
-    sums.assign(width / group, 0);
-    for (int i = 0; i < chunks * CHUNK; i++) {
-      int k = i / CHUNK * CHUNK + place<BITS>(i % CHUNK);
-      if (k < width) x[i] = to_float(from[k]);
-    }
-    for (int k = 0; k < width; k++) sums[k / group] += to_float(from[k]);
-  }
-};
-
-static float add_up(floats v) {
+static inline float add_up(floats v) {
   float sum = 0;
   for (int i = 0; i < 16; i++) sum += v[i];
   return sum;
 }
 
+// What all rows of W need of one x: its chunks as integers in the order of the weights, with zeros at the end, their scales, and the sum
+// of x over each group.
+struct Input {
+  std::vector<int16_t> x;
+  std::vector<float> scale, sums;
+
+  template <int BITS, class T> void round(const T* from, int width, int group) {
+    int chunks = (width + CHUNK - 1) / CHUNK;
+    x.resize((size_t)chunks * CHUNK), scale.resize(chunks), sums.assign(width / group, 0);
+    for (int c = 0; c < chunks; c++) {
+      float v[CHUNK] = {};
+      if ((c + 1) * CHUNK <= width)
+        for (int i = 0; i < CHUNK; i++) v[i] = to_float(from[c * CHUNK + i]);
+      else
+        for (int i = 0; i < width % CHUNK; i++) v[i] = to_float(from[c * CHUNK + i]);
+      uint32_t most = 0;  // floats without their sign are in order as integers, and infinity and NaN are the largest: they make the scale NaN
+      for (int i = 0; i < CHUNK; i++) most = (bits_of(v[i]) & 0x7fffffff) > most ? bits_of(v[i]) & 0x7fffffff : most;
+      float largest = as_float(most), inverse = largest > 0 ? 32767 / largest : 0;
+      int sum = 0;
+      for (int i = 0; i < CHUNK; i++) x[c * CHUNK + i] = (int)rintf(v[place<BITS>(i)] * inverse);
+      for (int i = 0; i < CHUNK; i++) sum += x[c * CHUNK + i];
+      scale[c] = largest - largest == 0 ? largest / 32767 : NAN;
+      sums[c * CHUNK / group] += scale[c] * sum;
+    }
+  }
+};
+
 // y[m][r] = row n + r of W times row m of x. A group is a multiple of 64, or the whole row.
 template <int BITS, int ROWS, int M> static void multiply(const Matrix& W, int n, const Input* in, float (*y)[4]) {
-  constexpr int CHUNK_BYTES = CHUNK * BITS / 8, AHEAD = 4096;
-  int groups = W.width / W.group, whole = W.width / CHUNK, in_group = W.group / CHUNK;  // chunks
+  constexpr int BYTES = CHUNK * BITS / 8, AHEAD = 4096;
+  const int groups = W.width / W.group, whole = W.width / CHUNK, in_group = W.group / CHUNK;  // chunks
+  const int next = (AHEAD / (ROWS * W.row_bytes) + 1) * ROWS * W.row_bytes;  // the rows after next, or further where rows are short
   const uint8_t* q[ROWS];
-  const _Float16* s[ROWS];
-  const float* x[M];
-  floats sum[ROWS][M] = {};
-  for (int r = 0; r < ROWS; r++) q[r] = W.q + (size_t)(n + r) * W.row_bytes, s[r] = W.scale + (size_t)(n + r) * groups;
-  for (int m = 0; m < M; m++) x[m] = in[m].x.data();
-  int next = (AHEAD / (ROWS * W.row_bytes) + 1) * ROWS * W.row_bytes;  // the rows after next, or further where rows are short
+  const shorts* x[M];
+  const float* scale[M];
+  floats sum[ROWS][M] = {}, of_group[ROWS][M];
+  for (int r = 0; r < ROWS; r++) q[r] = W.q + (size_t)(n + r) * W.row_bytes;
+  for (int m = 0; m < M; m++) x[m] = (const shorts*)in[m].x.data(), scale[m] = in[m].scale.data();
+
+  auto add = [&](const uint8_t* const* at, int c) {
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) {
+      shorts w[2] = {weights<BITS>(at[r], 0), weights<BITS>(at[r], 1)};
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++)
+        of_group[r][m] += __builtin_convertvector(dot(dot(ints{}, w[0], x[m][2 * c]), w[1], x[m][2 * c + 1]), floats) * scale[m][c];
+    }
+  };
   for (int g = 0; g < groups; g++) {
-    floats of_group[ROWS][M] = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS * M; i++) of_group[i / M][i % M] = floats{};
     for (int c = g * in_group; c < (g + 1) * in_group; c++) {
-      for (int r = 0; r < ROWS; r++) __builtin_prefetch(q[r] + c * CHUNK_BYTES + next);
-      chunk<BITS, ROWS, M>(q, c * CHUNK_BYTES, x, c * CHUNK, of_group);
+      const uint8_t* at[ROWS];
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) at[r] = q[r] + c * BYTES, __builtin_prefetch(at[r] + next);
+      add(at, c);
     }
     if (W.width % CHUNK) {  // the last numbers of a whole row
-      uint8_t rest[ROWS][CHUNK] = {};
-      const uint8_t* rows[ROWS];
-      for (int r = 0; r < ROWS; r++) rows[r] = rest[r], memcpy(rest[r], q[r] + whole * CHUNK_BYTES, W.row_bytes - whole * CHUNK_BYTES);
-      chunk<BITS, ROWS, M>(rows, 0, x, whole * CHUNK, of_group);
+      uint8_t rest[ROWS][BYTES];
+      const uint8_t* at[ROWS];
+      for (int r = 0; r < ROWS; r++) at[r] = (const uint8_t*)memcpy(rest[r], q[r] + whole * BYTES, W.row_bytes - whole * BYTES);
+      add(at, whole);
     }
+#pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++)
-      for (int m = 0; m < M; m++) sum[r][m] += (float)s[r][g] * of_group[r][m];
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++) sum[r][m] += of_group[r][m] * (float)W.scale[(size_t)(n + r) * groups + g];
   }
-  for (int r = 0; r < ROWS; r++) {
-    const _Float16* o = W.offset + (size_t)(n + r) * groups;
+  for (int r = 0; r < ROWS; r++)
     for (int m = 0; m < M; m++) {
-      y[m][r] = add_up(sum[r][m]);
-      for (int g = 0; g < groups; g++) y[m][r] += (float)o[g] * in[m].sums[g];
+      const _Float16* o = W.offset + (size_t)(n + r) * groups;
+      float total = add_up(sum[r][m]);
+      for (int g = 0; g < groups; g++) total += (float)o[g] * in[m].sums[g];
+      y[m][r] = total;
     }
-  }
 }
 
 // This thread's share of y (M, rows) = x W^T + bias: four rows of W by four rows of x at a time, then what is left.
@@ -150,26 +178,136 @@ template <int BITS, class T, class Y> static void share(const Matrix& W, const s
 template <int BITS, class T> static void run(const T* x, int M, const Matrix* A, const Matrix* B, const T* bias, T* y) {
   static thread_local std::vector<Input> in, middle;
   static thread_local std::vector<float> h;
-  in.resize(M);
-  for (int m = 0; m < M; m++) in[m].arrange<BITS>(x + (size_t)m * A->width, A->width, A->group);
-  if (B) middle.resize(M), h.resize((size_t)M * A->rows);
-  auto &inputs = in, &inner = middle;  // the vectors of the thread that calls, for all threads
-  auto* hidden = h.data();
+  auto round = [&](std::vector<Input>& to, auto* from, const Matrix* W) {
+    to.resize(M);
+    for (int m = 0; m < M; m++) to[m].template round<BITS>(from + (size_t)m * W->width, W->width, W->group);
+  };
+  round(in, x, A);
+  if (B) h.resize((size_t)M * A->rows);
+  auto& inputs = in;  // the vectors of the thread that calls, for all threads
+  float* hidden = h.data();
 #pragma omp parallel
-  {
-    if (!B) share<BITS>(*A, inputs, bias, y);
-    else {
-      share<BITS>(*A, inputs, (const T*)nullptr, hidden);
+  if (B) {
+    share<BITS>(*A, inputs, (const T*)nullptr, hidden);
 #pragma omp barrier
-#pragma omp single
-      for (int m = 0; m < M; m++) inner[m].template arrange<BITS>(hidden + (size_t)m * A->rows, B->width, B->group);
-      share<BITS>(*B, inner, bias, y);
-    }
-  }
+    round(middle, hidden, B);  // every thread for itself: that is quicker than waiting for one that does it
+    share<BITS>(*B, middle, bias, y);
+  } else
+    share<BITS>(*A, inputs, bias, y);
 }
 
 // y (M, rows) = x W^T + bias with W = A, or B A where B is not null. x, bias (or null) and y are all float32, or all bfloat16.
 extern "C" void product(const void* x, int M, const Matrix* A, const Matrix* B, int bits, int is_float, const void* bias, void* y) {
   if (is_float) (bits == 8 ? run<8, float> : run<4, float>)((const float*)x, M, A, B, (const float*)bias, (float*)y);
   else (bits == 8 ? run<8, bfloat16> : run<4, bfloat16>)((const bfloat16*)x, M, A, B, (const bfloat16*)bias, (bfloat16*)y);
+}
+
+// ---------------------------------------------------------------------------- a whole step: one token of each row through all blocks (Fig. 2)
+//
+// A block of a small model takes less time than it takes Python to call its layers one by one. Here are the same layers once more, in one call.
+
+struct Norm { const float *weight, *bias; };  // no bias: RMSNorm
+struct Layer { const Matrix *A, *B; const float* bias; int bits; };  // y = B (A x) + bias, or A x + bias where B is null
+struct Block {
+  Norm norm1, norm2;
+  Layer in[3], o, gate, up, down;  // in: q, k, v, or all of them in one; no gate: GELU
+  void *K, *V;                     // the cache: (rows, kv_heads, capacity, d)
+};
+struct Network {
+  const Block* blocks;
+  const int* lengths;     // (rows): places of the cache that are taken
+  const float *cos, *sin; // (rows, d / 2): RoPE, or null
+  int count, rows, width, heads, kv_heads, d, ffn, capacity, float_cache;
+  float eps;
+};
+
+static inline float exponential(float x) {  // of whole vectors at a time, which libm's does not do: 2^n times a polynomial
+  x = x < -87 ? -87 : x > 88 ? 88 : x;
+  float n = rintf(x * 1.44269504f), r = x - n * 0.693147181f;
+  float p = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720)))));
+  return p * as_float((uint32_t)((int)n + 127) << 23);
+}
+
+static void normalize(const Network& net, const Norm& norm, const float* x, float* y) {
+  for (int row = 0, n = net.width; row < net.rows; row++, x += n, y += n) {
+    float mean = 0, squares = 0;
+    for (int i = 0; norm.bias && i < n; i++) mean += x[i];
+    mean /= n;
+    for (int i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
+    float scale = 1 / sqrtf(squares / n + net.eps);
+    for (int i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * norm.weight[i];
+    for (int i = 0; norm.bias && i < n; i++) y[i] += norm.bias[i];
+  }
+}
+
+static void rotate(const Network& net, float* x, int heads) {  // (rows, heads, d)
+  for (int i = 0, half = net.d / 2; i < net.rows * heads; i++, x += net.d)
+    for (int c = 0; c < half; c++) {
+      float cos = net.cos[i / heads * half + c], sin = net.sin[i / heads * half + c], a = x[c], b = x[c + half];
+      x[c] = a * cos - b * sin, x[c + half] = b * cos + a * sin;
+    }
+}
+
+// Equation 1 for one query: y = softmax(q K^T / sqrt(d)) V over `length` keys.
+template <class T> static void answer(const float* q, const T* keys, const T* values, int length, int d, float* y) {
+  static thread_local std::vector<float> memory;
+  memory.resize(length);
+  float *p = memory.data(), most = -INFINITY, total = 0;
+  for (int j = 0; j < length; j++, keys += d) {
+    float score = 0;
+    for (int c = 0; c < d; c++) score += q[c] * to_float(keys[c]);
+    p[j] = score / sqrtf(d);
+    most = p[j] > most ? p[j] : most;
+  }
+  for (int j = 0; j < length; j++) total += p[j] = exponential(p[j] - most);
+  for (int c = 0; c < d; c++) y[c] = 0;
+  for (int j = 0; j < length; j++, values += d)
+    for (int c = 0; c < d; c++) y[c] += p[j] / total * to_float(values[c]);
+}
+
+// Each row's k and v go to its next place in the cache, then its queries see all places. q, k, v: `*_row` numbers from row to row.
+template <class T> static void attend(const Network& net, const Block& block, const float* q, const float* k, const float* v, int q_row, int kv_row, float* y) {
+#pragma omp parallel for
+  for (int i = 0; i < net.rows * net.kv_heads; i++) {
+    int row = i / net.kv_heads, head = i % net.kv_heads, d = net.d, queries = net.heads / net.kv_heads;  // queries that share a key
+    int length = net.lengths[row];
+    T *keys = (T*)block.K + (size_t)i * net.capacity * d, *values = (T*)block.V + (size_t)i * net.capacity * d;
+    for (int c = 0; c < d; c++) {
+      store(keys[(size_t)length * d + c], k[(size_t)row * kv_row + head * d + c]);
+      store(values[(size_t)length * d + c], v[(size_t)row * kv_row + head * d + c]);
+    }
+    for (int h = head * queries; h < (head + 1) * queries; h++)
+      answer(q + (size_t)row * q_row + h * d, keys, values, length + 1, d, y + ((size_t)row * net.heads + h) * d);
+  }
+}
+
+// x (rows, width): from the embedding to what the last norm reads.
+extern "C" void step(const Network* network, float* x) {
+  const Network& net = *network;
+  const int rows = net.rows, q_size = net.heads * net.d, kv_size = net.kv_heads * net.d;
+  std::vector<float> a((size_t)rows * net.width), b((size_t)rows * (q_size + 2 * kv_size)), y((size_t)rows * q_size), up((size_t)rows * net.ffn), gate(up);
+  auto times = [&](const Layer& l, const float* from, float* to) { product(from, rows, l.A, l.B, l.bits, 1, l.bias, to); };
+  auto add = [&](const std::vector<float>& y) { for (size_t i = 0; i < y.size(); i++) x[i] += y[i]; };
+
+  for (const Block* block = net.blocks; block < net.blocks + net.count; block++) {
+    normalize(net, block->norm1, x, a.data());
+    bool apart = block->in[1].A;
+    float *q = b.data(), *k = q + (apart ? (size_t)rows * q_size : q_size), *v = k + (apart ? (size_t)rows * kv_size : kv_size);
+    times(block->in[0], a.data(), q);
+    if (apart) times(block->in[1], a.data(), k), times(block->in[2], a.data(), v);
+    if (net.cos) rotate(net, q, net.heads), rotate(net, k, net.kv_heads);
+    int all = q_size + 2 * kv_size;
+    (net.float_cache ? attend<float> : attend<bfloat16>)(net, *block, q, k, v, apart ? q_size : all, apart ? kv_size : all, y.data());
+    times(block->o, y.data(), a.data());
+    add(a);
+    normalize(net, block->norm2, x, a.data());
+    times(block->up, a.data(), up.data());
+    if (block->gate.A) {
+      times(block->gate, a.data(), gate.data());
+      for (size_t i = 0; i < up.size(); i++) up[i] *= gate[i] / (1 + exponential(-gate[i]));
+    } else
+      for (size_t i = 0; i < up.size(); i++) up[i] /= 1 + exponential(-1.5957691216f * (up[i] + 0.044715f * up[i] * up[i] * up[i]));
+    times(block->down, up.data(), a.data());
+    add(a);
+  }
 }

@@ -371,7 +371,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     A row ends at a token of `stop` (which is still yielded), after max_new_tokens, or where the context is full.
     Without the cache every step reads the whole text again, as in section III.C.2. `vocabulary`: draw from so many tokens only, where
     the tokenizer knows fewer than the model has. `cache`: in place of a new one; what it holds already are beginnings of the prompts,
-    which are not read again. `make_step(model, cache)` gives what takes single tokens (cudagraph.py).
+    which are not read again. `make_step(model, cache)` gives what takes single tokens (cudagraph.py, cpustep.py), or None where that can't be had.
     """
     check_sampling(temperature, top_k, top_p, max_new_tokens)
     config, device = model.config, next(model.parameters()).device
@@ -400,8 +400,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             logits = model.head(h)  # (B, V)
         else:
             cache.lengths = [n if a else 0 for n, a in zip(cache.lengths, alive)]  # a row that ended writes where nobody looks
-            if make_step and take_one is None:
-                take_one = make_step(model, cache)
+            if make_step:
+                take_one, make_step = make_step(model, cache), None
             if take_one:
                 logits = take_one(new, cache.lengths)
                 cache.advance(1)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from adapters import base_id
 from checkpoint import load_model
+from cpustep import cpu_step
 from kvcache import SIZE, PagedCache, Pool, Sequence, bytes_per_token
 from model import check_sampling, generate
 from runtime import InputError, command, find_device
@@ -59,7 +60,8 @@ def write(model, tokenizer, ids, args, generator, cache=None):
     """Stream the continuation of ids to the terminal; returns its text and its tokens."""
     stream, text, tokens = tokenizer.stream(), "", []
     for step in generate(model, [ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, tokenizer.stop_ids, generator,
-                         use_cache=not args.no_cache, vocabulary=tokenizer.vocab_size, cache=cache):
+                         use_cache=not args.no_cache, vocabulary=tokenizer.vocab_size, cache=cache,
+                         make_step=cpu_step if cache is None else None):
         tokens.append(step[0])
         if step[0] not in tokenizer.stop_ids:
             piece = stream.feed(step[0])
