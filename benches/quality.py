@@ -57,7 +57,7 @@ def train(name, rate, seed, steps, args):
     if not (folder / "summary.json").exists():
         resume = (folder / "state").exists()
         flags = ["--resume"] if resume else [*flags_of(name, args), "--lr", str(rate), "--seed", str(seed), "--max-iters", str(steps),
-                                             "--eval-interval", str(-(-steps // 8)), "--save-interval", "100"]
+                                             "--eval-interval", str(-(-steps // 4)), "--save-interval", "100"]
         env = dict(os.environ, OMP_NUM_THREADS=str(max(1, torch.get_num_threads() // args.jobs)))
         done = subprocess.run([sys.executable, "train.py", *flags, "--out-dir", folder], env=env, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -151,9 +151,9 @@ def plot(lines, rows, file):
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), dpi=120, layout="constrained", sharey=True)
     shown = ("full rank, AdamW", "full rank, Muon", "plain", "Muon, dense head", WIDE)
     for line in (r for r in lines if r["variant"] in shown):
-        runs = [r["curve"] for r in rows if all(r[k] == line[k] for k in ("variant", "lr", "steps"))]
-        tokens = [t for t, _ in runs[0]]
-        losses = [statistics.fmean(values) for values in zip(*([v for _, v in run] for run in runs))]
+        runs = [dict(r["curve"]) for r in rows if all(r[k] == line[k] for k in ("variant", "lr", "steps"))]
+        tokens = sorted(set.intersection(*map(set, runs)))
+        losses = [statistics.fmean(run[t] for run in runs) for t in tokens]
         style = dict(color=f"C{shown.index(line['variant'])}", marker="o", ms=3, ls=":" if line["equal_seconds"] else "-")
         label = None if line["equal_seconds"] else f"{line['variant']} ({line['parameters'] / 1e6:.1f}M)"
         axes[0].plot([t / 1e6 for t in tokens], losses, label=label, **style)
