@@ -513,7 +513,10 @@ def quantize_layer(layer, bits, group=None, rounding=quantize_rows):
 
 
 def tie(model):
-    """One matrix for a quantized head and embedding that are tied, as Transformer.tie does for the dense ones."""
+    """One matrix for a quantized head and embedding that are tied, as Transformer.tie does for the dense ones. And an embedding that was
+    read from a file learns what dtype the rest of the model was read in."""
+    if isinstance(model.embed, _Lookup):
+        model.embed.dtype = model.norm.weight.dtype
     if model.config.tied and isinstance(model.head, QuantLinear) and isinstance(model.embed, QuantEmbedding):
         model.head.W = model.embed.W
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import quant
+from checkpoint import load_model, save_model
 from lowrank import LoRALinear, LowRankEmbedding, LowRankLinear, attach_lora, replace_linears, second_moments
 from model import Config, Transformer, count_parameters, generate, matmul_weights
 from quant import QuantMatrix, attach_fake_quantization, decode, detach_fake_quantization, pack, quantize, quantize_layer, quantize_rows, unpack
@@ -273,6 +274,18 @@ def test_a_quantized_model(kind, rank, tied, bits, tmp_path):
         t.data.copy_(read[name])
     with torch.no_grad():
         assert torch.equal(again.eval()(tokens), after)
+
+
+@pytest.mark.parametrize("rank", [0, 32])
+def test_a_saved_model_computes_in_the_dtype_it_is_read_in(rank, tmp_path):
+    """The integers of an embedding say nothing of the dtype of the norms after it."""
+    model = small("gpt2", rank)
+    quantize(model, 8)
+    save_model(tmp_path / "m", model, None)
+    for dtype in (torch.float32, torch.bfloat16):
+        again, _ = load_model(tmp_path / "m", dtype=dtype)
+        with torch.no_grad():
+            assert again(torch.tensor([[1, 2, 3]])).dtype == dtype
 
 
 def test_a_tied_matrix_is_stored_once_at_8_bits():
