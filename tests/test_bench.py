@@ -1,12 +1,15 @@
 """The benchmarks as commands: each has a file, helps, refuses what it doesn't know; the README's tables are those of results/."""
 import json
+import math
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 import bench
+from benches import quality
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,3 +59,26 @@ def test_a_changed_figure_changes_the_table(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = bench.tables("before\n<!-- results/pipeline.json -->\nold\n<!-- end -->\nafter\n")
     assert "0.123" in text and "old" not in text and text.startswith("before\n") and text.endswith("after\n")
+
+
+@pytest.mark.parametrize("best", [0.25, 0.5, 1, 2, 4])
+def test_the_search_for_a_rate_ends_beyond_the_best_one(best, monkeypatch):
+    monkeypatch.setattr(quality, "train", lambda name, rate, seed, steps, args: dict(lr=rate, val_loss=abs(math.log2(rate / best))))
+    rows = quality.climb("plain", Namespace(rate=1.0, seeds=[1], steps=10))
+    rates = [r["lr"] for r in rows]
+    assert best in rates and len(set(rates)) == len(rates) >= 3
+    assert min(rates) < best < max(rates), "neither end is the best: the search did not stop too early"
+
+
+def test_lines_of_quality_are_means_over_the_seeds_at_the_best_rate():
+    def row(variant, lr, seed, loss, steps=10, equal=False):
+        return dict(variant=variant, rank=0, lr=lr, seed=seed, val_loss=loss, steps=steps, equal_seconds=equal, share=1.0, tokens=100 * steps,
+                    tokens_per_second=50.0, seconds=2.0 * steps)
+    rows = [row("full rank, AdamW", 1e-3, 1, 5.0), row("full rank, AdamW", 2e-3, 1, 4.8), row("full rank, AdamW", 2e-3, 2, 4.6),
+            row("full rank, Muon", 2e-3, 1, 4.0), row("full rank, Muon", 2e-3, 1, 4.5, steps=5, equal=True), row("plain", 1e-3, 1, 4.9)]
+    lines = {(r["variant"], r["equal_seconds"]): r for r in quality.summary(rows)}
+    adamw = lines["full rank, AdamW", False]
+    assert (adamw["lr"], adamw["runs"]) == (2e-3, 2) and [adamw[k] for k in ("mean", "low", "high")] == pytest.approx([4.7, 4.6, 4.8])
+    assert lines["full rank, Muon", True]["mean"] == 4.5 and lines["full rank, Muon", False]["mean"] == 4.0
+    table = quality.report(rows).splitlines()
+    assert len(table) == 2 + 4 and "+0.200" in table[-1] and "+0.900" in table[-1], "plain over full rank with AdamW and with Muon"
