@@ -43,6 +43,7 @@ VARIANTS = {**{name: ["--rank", "0", *flags] for name, flags in FULL.items()}, *
             WIDE: ["--rank", "WIDE", *LOW["Muon, dense head"]]}
 SWEPT = (*FULL, "plain", WIDE)
 BEST = WIDE
+OTHERS = [name for name in VARIANTS if name not in SWEPT]
 
 
 def flags_of(name, args):
@@ -87,13 +88,13 @@ def climb(name, args):
 
 
 def step_times(args):
-    """variant -> seconds of an optimizer step, measured in turn in this process."""
+    """variant -> seconds of an optimizer step, measured in turn in this process; of those whose steps are all alike."""
     file = Path(args.work) / "step_times.json"
     if file.exists():
         return json.loads(file.read_text())
     from train import Run, set_up
-    runs = {name: Run(*set_up([*flags_of(name, args), "--out-dir", str(Path(args.work) / "timed" / str(i))])) for i, name in enumerate(VARIANTS)
-            if name not in ("full rank for 20%", "blended (method 3)")}  # neither has steps of one kind
+    names = [name for name in (*SWEPT, *(args.variant or OTHERS)) if name not in ("full rank for 20%", "blended (method 3)")]
+    runs = {name: Run(*set_up([*flags_of(name, args), "--out-dir", str(Path(args.work) / "timed" / str(i))])) for i, name in enumerate(names)}
     seconds = interleaved({name: run.one_step for name, run in runs.items()}, args.rounds)
     write_atomic(file, json.dumps(seconds, indent=1))
     return seconds
@@ -106,7 +107,7 @@ def bench(args):
     train("plain", args.rate, args.seeds[0], 1, args)  # prepares the data once
     rows = sum(in_parallel(climb, [(name,) for name in SWEPT], args), [])
     best = {name: min((r for r in rows if r["variant"] == name), key=lambda r: r["val_loss"])["lr"] for name in SWEPT}
-    rows += in_parallel(train, [(name, best[WIDE if "Muon" in name else "plain"], args.seeds[0], args.steps) for name in VARIANTS if name not in SWEPT]
+    rows += in_parallel(train, [(name, best[WIDE if "Muon" in name else "plain"], args.seeds[0], args.steps) for name in args.variant or OTHERS]
                         + [(name, best[name], seed, args.steps) for seed in args.seeds[1:] for name in SWEPT], args)
     times = step_times(args)
     short = {name: max(10, round(args.steps * times[BEST] / times[name])) for name in FULL}
@@ -179,6 +180,8 @@ def arguments(p):
     p.add_argument("--batch-size", type=int, default=16 if gpu else 8, help="sequences a step (default: 16 on a GPU, else 8)")
     p.add_argument("--rate", type=float, default=1.5e-3, help="learning rate to begin the search at (default: %(default)s)")
     p.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3], help="default: 1,2,3")
+    p.add_argument("--variant", action="append", choices=OTHERS, metavar="NAME",
+                   help=f"one of the others, may be repeated: {', '.join(map(repr, OTHERS))} (default: all)".replace("%", "%%"))
     p.add_argument("--dtype", default="auto", help="as for train.py (default: %(default)s)")
     p.add_argument("--eval-tokens", type=int, default=32768, help="of the validation text (default: %(default)s)")
     p.add_argument("--rounds", type=int, default=5, help="timed steps of each variant (default: %(default)s)")
