@@ -48,7 +48,8 @@ OTHERS = [name for name in VARIANTS if name not in SWEPT]
 
 def flags_of(name, args):
     values = {"RANK": str(args.rank), "WIDE": str(args.wide_rank)}
-    return ["--model", args.model, "--data", args.data, "--vocabulary", str(args.vocabulary), "--batch-size", str(args.batch_size), "--dtype", args.dtype,
+    return ["--model", args.model, "--data", args.data, "--vocabulary", str(args.vocabulary), "--batch-size", str(args.batch_size),
+            "--seq-len", str(args.seq_len), "--dtype", args.dtype,
             "--eval-tokens", str(args.eval_tokens), "--log-interval", "5", *(values.get(flag, flag) for flag in VARIANTS[name])]
 
 
@@ -150,7 +151,7 @@ def plot(lines, rows, file):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), dpi=120, layout="constrained", sharey=True)
-    shown = ("full rank, AdamW", "full rank, Muon", "plain", "Muon, dense head", WIDE)
+    shown = ("full rank, AdamW", "full rank, Muon", "plain", "Muon, orthogonal", WIDE)
     for line in (r for r in lines if r["variant"] in shown):
         runs = [dict(r["curve"]) for r in rows if all(r[k] == line[k] for k in ("variant", "lr", "steps"))]
         tokens = sorted(set.intersection(*map(set, runs)))
@@ -178,6 +179,7 @@ def arguments(p):
     p.add_argument("--wide-rank", type=int, default=272 if gpu else 112, help="of the variant with 0.65x the parameters (default: 272 on a GPU, else 112)")
     p.add_argument("--steps", type=int, default=2000 if gpu else 120, help="default: 2000 on a GPU, else 120")
     p.add_argument("--batch-size", type=int, default=16 if gpu else 8, help="sequences a step (default: 16 on a GPU, else 8)")
+    p.add_argument("--seq-len", type=int, default=1024 if gpu else 256, help="tokens of each (default: 1024 on a GPU, else 256)")
     p.add_argument("--rate", type=float, default=1.5e-3, help="learning rate to begin the search at (default: %(default)s)")
     p.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3], help="default: 1,2,3")
     p.add_argument("--variant", action="append", choices=OTHERS, metavar="NAME",
