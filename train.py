@@ -273,6 +273,7 @@ def set_up(argv):
         args.resume = True
     if args.resume:
         folder, state, moments = read_state(args.out_dir or "out/train")
+        state["args"].setdefault("optimizer", "adamw")  # of a run from before there was a choice
         args = restored_arguments(args, given, state["args"], FIXED)
     device = find_device(args.dtype or "auto")
     say(f"device {device.name}" + (f", {world_size()} processes" if world_size() > 1 else ""))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from checkpoint import load_model
+from checkpoint import load_model, save_state
 from lowrank import LowRankLinear
 from storage import read_state
 
@@ -222,6 +222,27 @@ def test_ways_of_low_rank_from_scratch_go_on_bit_for_bit(tmp_path, text_file, ex
     assert_same_run(tmp_path / "a", tmp_path / "b")
     model = load_model(tmp_path / "a")[0]
     assert isinstance(model.blocks[0].mlp.up, LowRankLinear) and (model.head.weight is model.embed.weight if "--head" in extra else model.head.rank == 8)
+
+
+def test_a_warm_start_of_two_processes_is_that_of_one(tmp_path, text_file, run):
+    common = (*TINY, "--data", text_file, "--max-iters", 6, "--warm-start", 0.5)
+    one = run("train.py", *common, "--grad-accum", 2, "--out-dir", tmp_path / "one")
+    two = run("train.py", *common, "--out-dir", tmp_path / "two", processes=2)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert a.keys() == b.keys() and max(abs(a[k] - b[k]) for k in a) < 1e-5
+
+
+def test_a_run_from_before_the_choice_of_optimizers_goes_on_as_it_began(tmp_path, text_file):
+    common = (*TINY, "--data", text_file, "--max-iters", 4, "--optimizer", "adamw")
+    assert call(*common, "--out-dir", tmp_path / "a") == 0
+    assert call(*common, "--stop-at", 2, "--out-dir", tmp_path / "b") == 0
+    folder, state, moments = read_state(tmp_path / "b")
+    del state["args"]["optimizer"]
+    model, tokenizer = load_model(folder)
+    save_state(tmp_path / "b", model, tokenizer, moments, state)
+    assert call("--resume", "--out-dir", tmp_path / "b") == 0
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
 def test_a_vocabulary_of_the_size_that_was_asked_for(tmp_path, text_file):
