@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from runtime import command, write_atomic
+from runtime import InputError, command, write_atomic
 
 BENCHES = {
     "train": "training GPT-2: full rank against r = 192, 96, 48",
@@ -40,10 +40,12 @@ BENCHES = {
 }
 
 
-def tables(readme):
+def tables(readme, folder=Path(__file__).parent):
     """The text with every block `<!-- results/FILE.json -->...<!-- end -->` made anew: the table of that record and where it comes from."""
     def block(match):
-        record = json.loads(Path(match[1]).read_text())  # from the folder of README.md
+        if not (folder / match[1]).exists():
+            raise InputError(f"README.md shows {match[1]}, which is not there: make it with bench.py NAME --json {match[1]}")
+        record = json.loads((folder / match[1]).read_text())
         report = importlib.import_module(f"benches.{record['command'].split()[2]}").report
         origin = f"`{record['command']}`, {record['device']}, torch {record['torch']}, {record['date']}, commit {record['commit']}; [rows]({match[1]})"
         return f"<!-- {match[1]} -->\n{report(record['rows'])}\n\n<sub>{origin}</sub>\n<!-- end -->"

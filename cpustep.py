@@ -13,7 +13,8 @@ import ctypes
 import torch
 
 from model import KVCache, attend
-from quant import FEW_ROWS_CPU, QuantLinear, QuantLowRank, load_cpu_kernels, matrices
+from products import FEW_ROWS_CPU, load_cpu_kernels
+from quant import QuantLinear, QuantLowRank, matrices
 
 POINTER, INT = ctypes.c_void_p, ctypes.c_int
 

@@ -8,7 +8,7 @@
 //   - everything else where the numbers already are: the conversion of x, s and o, the bias, and for y = B (A x) both products in
 //     one call, with one barrier of the threads between them.
 //
-// quant.py compiles this file with g++ in some seconds, at the first use, and calls it through ctypes. Without a compiler torch takes over.
+// products.py compiles this file with g++ in some seconds, at the first use, and calls it through ctypes. Without a compiler torch takes over.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>

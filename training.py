@@ -116,8 +116,8 @@ def restarted(out_dir):
 def restored_arguments(args, given, saved, fixed):
     """The saved run's arguments, with those that were given now where they may change: not those named in `fixed`."""
     for name in fixed:
-        if name in given and getattr(args, name) != saved[name]:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} differs from the {saved[name]} of the run that --resume continues: "
+        if name in given and getattr(args, name) != saved.get(name):  # None: an option that the run did not have yet
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} differs from the {saved.get(name)} of the run that --resume continues: "
                              f"leave it out, or start another run with another --out-dir")
     for name, value in saved.items():
         if name not in given and name not in ("resume", "stop_at", "out_dir", "trace", "shard"):

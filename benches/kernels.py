@@ -13,7 +13,8 @@ from functools import partial
 import torch
 
 from benches.common import table
-from quant import QuantMatrix, load_kernels
+from products import load_kernels
+from quant import QuantMatrix
 from runtime import InputError, find_device
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (512, 4096), (4096, 512)]  # (out, in)

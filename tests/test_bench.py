@@ -10,6 +10,7 @@ import pytest
 
 import bench
 from benches import quality
+from runtime import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,13 +52,14 @@ def test_the_tables_of_the_readme_are_those_of_results():
     assert bench.tables(readme) == readme, "python bench.py readme"
 
 
-def test_a_changed_figure_changes_the_table(tmp_path, monkeypatch):
+def test_a_changed_figure_changes_the_table(tmp_path):
     record = json.loads((ROOT / "results/pipeline.json").read_text())
     record["rows"][0]["utilization"] = 0.123
     (tmp_path / "results").mkdir()
     (tmp_path / "results/pipeline.json").write_text(json.dumps(record))
-    monkeypatch.chdir(tmp_path)
-    text = bench.tables("before\n<!-- results/pipeline.json -->\nold\n<!-- end -->\nafter\n")
+    text = bench.tables("before\n<!-- results/pipeline.json -->\nold\n<!-- end -->\nafter\n", tmp_path)
+    with pytest.raises(InputError, match="results/missing.json.*--json"):
+        bench.tables("<!-- results/missing.json -->\n<!-- end -->", tmp_path)
     assert "0.123" in text and "old" not in text and text.startswith("before\n") and text.endswith("after\n")
 
 

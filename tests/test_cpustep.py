@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import quant
+import products
 from cpustep import Step, cpu_step
 from kvcache import PagedCache, Pool, Sequence
 from lowrank import attach_lora, replace_linears
@@ -14,7 +14,7 @@ from quant import quantize
 
 @pytest.fixture(autouse=True)
 def needs_a_compiler():
-    if quant.load_cpu_kernels() is None:
+    if products.load_cpu_kernels() is None:
         pytest.skip("no g++ to compile kernels_cpu.cpp with")
 
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import products
 import quant
 from checkpoint import load_model, save_model
 from lowrank import LoRALinear, LowRankEmbedding, LowRankLinear, attach_lora, replace_linears, second_moments
@@ -126,17 +127,17 @@ def off_by(x, w, error):
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.bfloat16, 2 ** -8), (torch.float16, 2 ** -11)])
 def test_the_cpu_kernels_equal_float64(bits, grouped, dtype, rounding):
     """kernels_cpu.cpp: W x and B (A x) + bias of fresh random sizes, with outliers in x, to the rounding of x and y."""
-    if quant.load_cpu_kernels() is None:
+    if products.load_cpu_kernels() is None:
         pytest.skip("no g++ to compile kernels_cpu.cpp with")
     for _ in range(8):
         rows, width, rank, count = (random.choice([1, 2, 3, 4, 5, 17, 63, 64, 65, 100, 129, 192, 300]) for _ in range(4))
-        A, count = some_matrix(bits, rank, width, grouped), min(count, quant.FEW_ROWS_CPU)
+        A, count = some_matrix(bits, rank, width, grouped), min(count, products.FEW_ROWS_CPU)
         B, bias = some_matrix(bits, rows, rank, grouped), torch.randn(rows)
         if grouped:
             A = some_matrix(bits, B.in_features, width, True)
         x = (torch.randn(count, A.in_features) * torch.randn(A.in_features).mul(2).exp()).to(dtype)
         with torch.no_grad():
-            h, y = quant.cpu_product(x, A), quant.cpu_product(x, A, B, bias.to(dtype))
+            h, y = products.cpu_product(x, A), products.cpu_product(x, A, B, bias.to(dtype))
         x, a, b = x.double(), A.dense().double(), B.dense().double()
         exact, error = x @ a.T, off_by(x, a, torch.zeros_like(x))
         assert h.dtype == y.dtype == dtype and ((h.double() - exact).abs() <= error + rounding * (exact.abs() + error) + 1e-7).all()
@@ -171,12 +172,12 @@ def test_the_cpu_kernels_see_what_became_of_the_integers():
 def test_without_a_compiler_torch_takes_over_and_it_is_said_once(bits, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("FINGPT_CACHE", str(tmp_path / "cache"))
-    quant.load_cpu_kernels.cache_clear()
+    products.load_cpu_kernels.cache_clear()
     layer, x = quantize_layer(LowRankLinear(65, 48, 17), bits, 0), torch.randn(3, 65)
     with torch.no_grad():
         assert relative(layer(x), x @ layer.dense_weight().T + layer.bias) < 0.02
         layer(x)
-    quant.load_cpu_kernels.cache_clear()
+    products.load_cpu_kernels.cache_clear()
     assert capsys.readouterr().out.count("kernels_cpu.cpp is not used") == 1
 
 
@@ -449,7 +450,7 @@ def test_straight_through_gradient():
 def test_kernels_fall_back_and_say_so_once(monkeypatch, capsys):
     import torch.utils.cpp_extension
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
-    quant.load_kernels.cache_clear()
-    assert quant.load_kernels() is None and quant.load_kernels() is None
+    products.load_kernels.cache_clear()
+    assert products.load_kernels() is None and products.load_kernels() is None
     assert capsys.readouterr().out.count("kernels.cu is not used") == 1
-    quant.load_kernels.cache_clear()
+    products.load_kernels.cache_clear()
