@@ -4,10 +4,9 @@
     python bench.py quality --data openwebtext                 on a GPU: gpt2, r = 192
     python bench.py quality --seeds 1 --steps 40               a quick look
 
-Every line is a run of `train.py` with the flags shown in VARIANTS, in a folder of its own under --work, and what was finished is not repeated. Full rank,
-plain and the best look for their learning rate by steps of a factor of 2 and are repeated with every seed; the others take the rate of plain or of the
-best. The time of a step is measured afterwards, all variants in turn; then full rank gets a schedule as long as the best low-rank model took: same
-seconds, fewer tokens.
+Every line is a run of `train.py` with the flags shown in VARIANTS, in a folder of its own under --work, and what was finished is not repeated. Each
+variant looks for its own learning rate by steps of a factor of 2; those of MAIN are then repeated with every seed. The time of a step is measured
+afterwards, all variants in turn; then full rank gets a schedule as long as the best low-rank model took: same seconds, fewer tokens.
 """
 import json
 import math
@@ -38,12 +37,11 @@ LOW = {
     "Muon, orthogonal": [*MUON, "--start", "orthogonal"],
     "Muon, dense head": [*MUON, "--start", "orthogonal", "--head", "dense"],
 }
-WIDE = "Muon, dense head, wide"  # the largest rank with at most 0.65 of the parameters
+BEST = "Muon, orthogonal, wide"  # the largest rank with at most 0.65 of the parameters
 VARIANTS = {**{name: ["--rank", "0", *flags] for name, flags in FULL.items()}, **{name: ["--rank", "RANK", *flags] for name, flags in LOW.items()},
-            WIDE: ["--rank", "WIDE", *LOW["Muon, dense head"]]}
-SWEPT = (*FULL, "plain", WIDE)
-BEST = WIDE
-OTHERS = [name for name in VARIANTS if name not in SWEPT]
+            BEST: ["--rank", "WIDE", *LOW["Muon, orthogonal"]]}
+MAIN = (*FULL, "plain", "Muon, orthogonal", BEST)
+OTHERS = [name for name in VARIANTS if name not in MAIN]
 
 
 def flags_of(name, args):
@@ -94,7 +92,7 @@ def step_times(args):
     if file.exists():
         return json.loads(file.read_text())
     from train import Run, set_up
-    names = [name for name in (*SWEPT, *(args.variant or OTHERS)) if name not in ("full rank for 20%", "blended (method 3)")]
+    names = [name for name in (*MAIN, *(args.variant or OTHERS)) if name not in ("full rank for 20%", "blended (method 3)")]
     runs = {name: Run(*set_up([*flags_of(name, args), "--out-dir", str(Path(args.work) / "timed" / str(i))])) for i, name in enumerate(names)}
     seconds = interleaved({name: run.one_step for name, run in runs.items()}, args.rounds)
     write_atomic(file, json.dumps(seconds, indent=1))
@@ -106,10 +104,9 @@ def bench(args):
     device = find_device(args.dtype)
     Path(args.work).mkdir(parents=True, exist_ok=True)
     train("plain", args.rate, args.seeds[0], 1, args)  # prepares the data once
-    rows = sum(in_parallel(climb, [(name,) for name in SWEPT], args), [])
-    best = {name: min((r for r in rows if r["variant"] == name), key=lambda r: r["val_loss"])["lr"] for name in SWEPT}
-    rows += in_parallel(train, [(name, best[WIDE if "Muon" in name else "plain"], args.seeds[0], args.steps) for name in args.variant or OTHERS]
-                        + [(name, best[name], seed, args.steps) for seed in args.seeds[1:] for name in SWEPT], args)
+    rows = sum(in_parallel(climb, [(name,) for name in (*MAIN, *(args.variant or OTHERS))], args), [])
+    best = {name: min((r for r in rows if r["variant"] == name), key=lambda r: r["val_loss"])["lr"] for name in MAIN}
+    rows += in_parallel(train, [(name, best[name], seed, args.steps) for seed in args.seeds[1:] for name in MAIN], args)
     times = step_times(args)
     short = {name: max(10, round(args.steps * times[BEST] / times[name])) for name in FULL}
     rows += in_parallel(train, [(name, best[name], seed, short[name]) for name in FULL for seed in args.seeds], args)
@@ -151,12 +148,11 @@ def plot(lines, rows, file):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.2), dpi=120, layout="constrained", sharey=True)
-    shown = ("full rank, AdamW", "full rank, Muon", "plain", "Muon, orthogonal", WIDE)
-    for line in (r for r in lines if r["variant"] in shown):
+    for line in (r for r in lines if r["variant"] in MAIN):
         runs = [dict(r["curve"]) for r in rows if all(r[k] == line[k] for k in ("variant", "lr", "steps"))]
         tokens = sorted(set.intersection(*map(set, runs)))
         losses = [statistics.fmean(run[t] for run in runs) for t in tokens]
-        style = dict(color=f"C{shown.index(line['variant'])}", marker="o", ms=3, ls=":" if line["equal_seconds"] else "-")
+        style = dict(color=f"C{MAIN.index(line['variant'])}", marker="o", ms=3, ls=":" if line["equal_seconds"] else "-")
         label = None if line["equal_seconds"] else f"{line['variant']} ({line['parameters'] / 1e6:.1f}M)"
         axes[0].plot([t / 1e6 for t in tokens], losses, label=label, **style)
         axes[1].plot([t / line["tokens_per_second"] for t in tokens], losses, **style)
@@ -176,11 +172,11 @@ def arguments(p):
     p.add_argument("--model", default="gpt2" if gpu else "small", help="architecture (default: gpt2 on a GPU, else small: width 256, 8 blocks)")
     p.add_argument("--vocabulary", type=int, default=0 if gpu else 4096, help="pieces of the tokenizer (default: GPT-2's on a GPU, else 4096)")
     p.add_argument("--rank", type=int, default=192 if gpu else 64, help="default: 192 on a GPU, else 64")
-    p.add_argument("--wide-rank", type=int, default=272 if gpu else 112, help="of the variant with 0.65x the parameters (default: 272 on a GPU, else 112)")
+    p.add_argument("--wide-rank", type=int, default=208 if gpu else 96, help="of the variant with 0.65x the parameters (default: 208 on a GPU, else 96)")
     p.add_argument("--steps", type=int, default=2000 if gpu else 120, help="default: 2000 on a GPU, else 120")
     p.add_argument("--batch-size", type=int, default=16 if gpu else 8, help="sequences a step (default: 16 on a GPU, else 8)")
     p.add_argument("--seq-len", type=int, default=1024 if gpu else 256, help="tokens of each (default: 1024 on a GPU, else 256)")
-    p.add_argument("--rate", type=float, default=1.5e-3, help="learning rate to begin the search at (default: %(default)s)")
+    p.add_argument("--rate", type=float, default=3e-3, help="learning rate to begin the search at (default: %(default)s)")
     p.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3], help="default: 1,2,3")
     p.add_argument("--variant", action="append", choices=OTHERS, metavar="NAME",
                    help=f"one of the others, may be repeated: {', '.join(map(repr, OTHERS))} (default: all)".replace("%", "%%"))
