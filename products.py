@@ -76,6 +76,7 @@ def dense_product(x, matrix):
 
 FEW_ROWS_CPU = 32  # beyond, dequantizing and torch's own product win
 SLAB = 1 << 25     # bytes that HugePages takes at a time
+CPU_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
 
 
 class HugePages:
@@ -108,14 +109,13 @@ huge_pages = HugePages()
 def load_cpu_kernels():
     """kernels_cpu.cpp as a library, compiled at the first use and kept; None, said once, where that can't be."""
     source = Path(__file__).with_name("kernels_cpu.cpp")
-    flags = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
-    key = hashlib.sha256(" ".join([source.read_text(), cpu_name(), *flags]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(" ".join([source.read_text(), cpu_name(), *CPU_FLAGS]).encode()).hexdigest()[:16]
     library = cache_dir() / f"kernels_cpu-{key}.so"
     try:
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)
             partial = library.with_suffix(f".{os.getpid()}")
-            subprocess.run(["g++", *flags, "-w", "-shared", "-fPIC", source, "-o", partial], check=True, capture_output=True, text=True)
+            subprocess.run(["g++", *CPU_FLAGS, "-w", "-shared", "-fPIC", source, "-o", partial], check=True, capture_output=True, text=True)
             os.replace(partial, library)
         kernels = ctypes.CDLL(str(library))
     except (OSError, subprocess.CalledProcessError) as e:

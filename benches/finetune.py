@@ -162,15 +162,23 @@ def ask(connection, what):
 
 # ----------------------------------------------------------------------------- Table VIII
 
+def tuned(task, bits, rank, start, args):
+    """The folder of a run of finetune.py; one that is there already is not repeated."""
+    out = Path(args.out_dir) / f"{task}-{bits}bit-r{rank}{'-loftq' * (start == 'loftq')}"
+    if not (out / "summary.json").exists():
+        resume = ["--resume"] if (out / "state").exists() else ["--base", args.base, "--task", task, "--bits", str(bits), "--rank", str(rank),
+            "--start", start, "--eval-limit", str(args.eval_limit), "--max-iters", str(args.max_iters)]
+        done = subprocess.run([sys.executable, "finetune.py", *resume, "--data-dir", args.data_dir, "--out-dir", out], check=False)
+        if done.returncode:
+            raise InputError(f"finetune.py ended with {done.returncode}: its own lines above say why")
+    return out
+
+
 def quality(args):
-    """A run of finetune.py for each line of the table; one that is there already is not repeated."""
+    """A run for each line of the table."""
     rows = []
     for task, bits, rank, start in QUALITY:
-        out = Path(args.out_dir) / f"{task}-{bits}bit-r{rank}{'-loftq' * (start == 'loftq')}"
-        if not (out / "summary.json").exists():
-            resume = ["--resume"] if (out / "state").exists() else ["--base", args.base, "--task", task, "--bits", str(bits), "--rank", str(rank),
-                "--start", start, "--eval-limit", str(args.eval_limit), "--max-iters", str(args.max_iters)]
-            subprocess.run([sys.executable, "finetune.py", *resume, "--data-dir", args.data_dir, "--out-dir", out], check=True)
+        out = tuned(task, bits, rank, start, args)
         s = json.loads((out / "summary.json").read_text())
         before, after = s["scores_before"][task], s["scores_after"][task]
         rows.append(dict(task=task, bits=bits, rank=rank, start=start, f1_before=before["f1"], f1_after=after["f1"], interval=after["interval"],

@@ -36,6 +36,9 @@ LOW = {
     "Muon, SVD": [*MUON, "--start", "svd"],
     "Muon, orthogonal": [*MUON, "--start", "orthogonal"],
     "Muon, dense head": [*MUON, "--start", "orthogonal", "--head", "dense"],
+    "Muon, decay of |BA|": [*MUON, "--start", "orthogonal", "--decay", "product"],
+    "Muon, full rank for 20%": [*MUON, "--start", "orthogonal", "--warm-start", "0.2"],
+    "Muon, blended (method 3)": [*MUON, "--method", "3"],
 }
 BEST = "Muon, orthogonal, wide"  # the largest rank with at most 0.65 of the parameters
 VARIANTS = {**{name: ["--rank", "0", *flags] for name, flags in FULL.items()}, **{name: ["--rank", "RANK", *flags] for name, flags in LOW.items()},
@@ -92,7 +95,7 @@ def step_times(args):
     if file.exists():
         return json.loads(file.read_text())
     from train import Run, set_up
-    names = [name for name in (*MAIN, *(args.variant or OTHERS)) if name not in ("full rank for 20%", "blended (method 3)")]
+    names = [name for name in (*MAIN, *(args.variant or OTHERS)) if not {"--warm-start", "--method"} & set(VARIANTS[name])]
     runs = {name: Run(*set_up([*flags_of(name, args), "--out-dir", str(Path(args.work) / "timed" / str(i))])) for i, name in enumerate(names)}
     seconds = interleaved({name: run.one_step for name, run in runs.items()}, args.rounds)
     write_atomic(file, json.dumps(seconds, indent=1))

@@ -1,5 +1,6 @@
 """quant.py: the format, the quantized layers against float64 and autograd, rounding, and models that survive disk and training."""
 import copy
+import platform
 import random
 
 import pytest
@@ -122,13 +123,25 @@ def off_by(x, w, error):
     return (error + 0.501 * step + 1e-6 * x.abs()) @ w.abs().T
 
 
+@pytest.fixture(params=["as it is", "-mno-avx512vnni", "-mno-avx512f"])
+def cpu(request, monkeypatch):
+    """kernels_cpu.cpp as it is compiled on this machine, and on such a one without certain instructions."""
+    if request.param != "as it is":
+        if platform.machine() != "x86_64":
+            pytest.skip("other CPUs take the plain loops in any case")
+        monkeypatch.setattr(products, "CPU_FLAGS", [*products.CPU_FLAGS, request.param])
+    products.load_cpu_kernels.cache_clear()
+    if products.load_cpu_kernels() is None:
+        pytest.skip("no g++ to compile kernels_cpu.cpp with")
+    yield
+    products.load_cpu_kernels.cache_clear()
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.bfloat16, 2 ** -8), (torch.float16, 2 ** -11)])
-def test_the_cpu_kernels_equal_float64(bits, grouped, dtype, rounding):
+def test_the_cpu_kernels_equal_float64(bits, grouped, dtype, rounding, cpu):
     """kernels_cpu.cpp: W x and B (A x) + bias of fresh random sizes, with outliers in x, to the rounding of x and y."""
-    if products.load_cpu_kernels() is None:
-        pytest.skip("no g++ to compile kernels_cpu.cpp with")
     for _ in range(8):
         rows, width, rank, count = (random.choice([1, 2, 3, 4, 5, 17, 63, 64, 65, 100, 129, 192, 300]) for _ in range(4))
         A, count = some_matrix(bits, rank, width, grouped), min(count, products.FEW_ROWS_CPU)
@@ -147,7 +160,7 @@ def test_the_cpu_kernels_equal_float64(bits, grouped, dtype, rounding):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_numbers_that_are_not_finite_stay_so(bits, bad):
+def test_numbers_that_are_not_finite_stay_so(bits, bad, cpu):
     x = torch.randn(5, 128)
     x[2, 70] = float(bad)
     with torch.no_grad():
