@@ -36,6 +36,7 @@ BENCHES = {
     "serve": "one after another, batched, paged; one adapter and sixteen",
     "quality": "the loss of full rank, plain low rank, and what is meant to help, on the same tokens",
     "scores": "the seven tasks at 16, 8 and 4 bit",
+    "chance": "the paper's accuracies, with what chance alone does",
     "eval": "PIQA, against EleutherAI's lm-evaluation-harness",
 }
 

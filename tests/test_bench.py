@@ -7,9 +7,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench
-from benches import quality
+from benches import chance, quality
 from runtime import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,3 +85,12 @@ def test_lines_of_quality_are_means_over_the_seeds_at_the_best_rate():
     assert lines["full rank, Muon", True]["mean"] == 4.5 and lines["full rank, Muon", False]["mean"] == 4.0
     table = quality.report(rows).splitlines()
     assert len(table) == 2 + 4 and "+0.200" in table[-1] and "+0.900" in table[-1], "plain over full rank with AdamW and with Muon"
+
+
+def test_probabilities_by_chance_are_those_of_drawn_samples():
+    draws = torch.distributions.Binomial(1000, torch.tensor(0.62)).sample((200_000, 2)) / 10  # percent
+    for difference in (0.5, 2.0, 4.0):
+        drawn = (draws[:, 0] - draws[:, 1]).abs()
+        share = sum((drawn > bound).double().mean().item() for bound in (difference - 0.05, difference + 0.05)) / 2  # rows are whole: half of the equal ones
+        assert abs(chance.by_chance(62, 62 + difference, 1000) - share) < 0.01
+    assert chance.by_chance(50, 50, 100) == 1
