@@ -61,7 +61,8 @@ def train(name, rate, seed, steps, args):
         resume = (folder / "state").exists()
         flags = ["--resume"] if resume else [*flags_of(name, args), "--lr", str(rate), "--seed", str(seed), "--max-iters", str(steps),
                                              "--eval-interval", str(-(-steps // 4)), "--save-interval", "100"]
-        env = dict(os.environ, OMP_NUM_THREADS=str(max(1, torch.get_num_threads() // args.jobs)))
+        threads = str(max(1, torch.get_num_threads() // args.jobs))
+        env = dict(os.environ, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
         done = subprocess.run([sys.executable, "train.py", *flags, "--out-dir", folder], env=env, capture_output=True, text=True, check=False)
         if done.returncode:
             raise InputError(f"{name} at rate {rate:g}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
