@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from checkpoint import load_model, locate, read_config, replace_model
 from formats import ROWS, open_source, their_name
 from lowrank import LoRALinear, drop_lora, is_linear, merge_lora, swap_layers
+from quant import matrices
 from runtime import InputError, command, write_atomic
 from storage import read_tensors, sync_folder, write_tensors
 
@@ -167,7 +168,7 @@ def adaptable(model):
 def bits_of(layer):
     """Of the base's weights."""
     base = getattr(layer, "base", layer)  # of one adapter or of many
-    return getattr(getattr(base, "W", None), "bits", 16)
+    return min((m.bits for m in matrices(base)), default=16)
 
 
 def load_adapter(model, folder, base_id=None):

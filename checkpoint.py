@@ -3,7 +3,7 @@
 A model is a folder that can be rebuilt from itself alone:
 
     config.json            the architecture, and for each layer that was swapped its kind and rank
-    model.safetensors      the weights (model-0000i-of-0000n.safetensors and an index when large), with a checksum inside
+    model.safetensors      the weights, with a checksum inside (model-0000i-of-0000n.safetensors when large; config.json lists them)
     tokenizer.json or tokenizer.model
 
 The folder of a training run is one too (storage.py says how its state is kept). What others wrote is read by formats.py.

@@ -38,8 +38,9 @@ DOCUMENT = 8192  # characters: longer texts are cut into documents of about this
 # ----------------------------------------------------------------------------- corpora: a name, a key, documents
 
 class Corpus:
-    """Texts with a name. `key` changes when the text does; `documents()` yields strings; `val_every`: each so-many-th is for validation."""
-    val_every = 20
+    """Texts with a name. `key` changes when the text does; `documents()` yields strings; `val_every`: each so-many-th is for validation;
+    `home`: where the tokens are kept, if not in the cache."""
+    val_every, home = 20, None
 
     def __init__(self, name, key, documents, total=None):
         self.name, self.key, self.documents, self.total = name, key, documents, total
@@ -125,7 +126,7 @@ def openwebtext(data_dir):
         except (OSError, ConnectionError) as e:
             raise InputError(f"openwebtext could not be downloaded ({type(e).__name__}): check the network, or give --data a text file") from None
     corpus = Corpus("openwebtext", "v1", documents, total=8_013_769)
-    corpus.val_every, corpus.folder = 2000, Path(data_dir) / "openwebtext"
+    corpus.val_every, corpus.home = 2000, Path(data_dir)  # 18 GB of tokens are no cache
     return corpus
 
 
@@ -157,14 +158,14 @@ class TokenFiles:
 
 
 def prepare(corpus, tokenizer=None, vocabulary=4096, own=False):
-    """Token files of a corpus, made now or found where they were made before.
+    """Token files of a corpus, made now or found where they were made before; a folder for each tokenizer.
 
     tokenizer None: GPT-2's, or where that can't be had, or with `own`, a SentencePiece model of `vocabulary` pieces trained on the corpus.
     """
     if tokenizer is None and not own:
         tokenizer = gpt2_tokenizer()
     kind = f"sp{vocabulary}" if tokenizer is None else hashlib.sha256(repr(sorted(tokenizer.pieces.items())).encode()).hexdigest()[:8]
-    folder = getattr(corpus, "folder", None) or cache_dir() / "tokens" / f"{corpus.name}-{corpus.key}-{kind}"
+    folder = (corpus.home or cache_dir() / "tokens") / f"{corpus.name}-{corpus.key}-{kind}"
     if not (folder / "meta.json").exists():
         if tokenizer is None:
             say(f"training a SentencePiece model of {vocabulary:,} pieces on the corpus" if own else
@@ -253,6 +254,16 @@ def eval_batches(tokens, length, rows, limit):
         yield windows(tokens, starts[i:i + rows], length)
 
 
+def first_tokens(name, tokenizer, count=None):
+    """Ids of the first `count` tokens of a text, or of all; only as much of it is read and encoded as that needs."""
+    room, documents = 16 * count if count else None, []  # characters; no vocabulary here has longer tokens on average
+    for document in open_corpus(name, "data").documents():
+        documents.append(document)
+        if room and sum(map(len, documents)) >= room:
+            break
+    return tokenizer.encode("".join(documents)[:room])[:count]
+
+
 CALIBRATION_TOKENS, CALIBRATION_WINDOW = 16384, 512  # more text changes little: the moments of 16,384 inputs have settled
 
 
@@ -260,7 +271,7 @@ def calibration_batches(text, tokenizer, context, count=CALIBRATION_TOKENS):
     """The first tokens of a text, in windows: a list of (1, T) tensors."""
     if tokenizer is None:
         raise InputError("--calibration needs the model's tokenizer, and there is none beside the weights")
-    ids = tokenizer.encode("".join(itertools.islice(open_corpus(text, "data").documents(), max(1, count // 500))))[:count]
+    ids = first_tokens(text, tokenizer, count)
     length = min(CALIBRATION_WINDOW, context)
     if len(ids) < length:
         raise InputError(f"--calibration {text} has {len(ids)} tokens: at least {length} are needed")

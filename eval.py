@@ -35,7 +35,7 @@ import score
 import tasks
 from adapters import base_id, load_adapter
 from checkpoint import load_model, own_tensors
-from data import open_corpus
+from data import first_tokens
 from model import count_parameters, generate
 from recompute import head_loss
 from runtime import InputError, command, find_device, markdown, peak_memory, rank, read_metrics, say, world_size, write_atomic
@@ -129,9 +129,7 @@ class Window:
 
 def windows(path, tokenizer, limit, length):
     """The windows of a text, at most `limit` tokens of it; only as much of the text is tokenized as that needs."""
-    text = "".join(open_corpus(path, "data").documents())
-    piece = len(text) if limit is None else 16 * limit  # characters; no vocabulary here has longer tokens on average
-    ids = tokenizer.encode(text[:piece])[:limit]
+    ids = first_tokens(path, tokenizer, limit)
     if len(ids) < 2:
         raise InputError(f"{path} has {len(ids)} tokens: perplexity needs at least 2")
     return [Window(i, ids[start:start + length]) for i, start in enumerate(range(0, len(ids), length))]
@@ -144,7 +142,8 @@ def window_rows(run, items):
         if len(w.ids) > 1:  # a last token alone has nothing to be predicted from
             with torch.inference_mode(), run.device.autocast():
                 loss = head_loss(run.model.head, run.model.hidden(tokens[:, :-1]), tokens[:, 1:]).item()
-        yield [dict(index=w.index, loss=loss, predicted=len(w.ids) - 1, cut=0, bytes=len(run.tokenizer.decode(w.ids).encode()))]
+        yield [dict(index=w.index, loss=loss, predicted=len(w.ids) - 1, cut=0,
+                    bytes=len(run.tokenizer.decode(w.ids).encode()) - len(run.tokenizer.decode(w.ids[:1]).encode()))]  # the first is given
 
 
 def perplexity_of(sums):

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import score
+import eval as evaluation
 import tasks
 from adapters import FILES, adaptable, base_id, bits_of, load_adapter, save_adapter
 from checkpoint import load_model, locate, read_config
@@ -44,9 +44,13 @@ from runtime import InputError, RunFolder, StopSignal, command, find_device, pea
 from storage import read_state, replace_state
 from training import (
     all_reduce,
+    already_done,
+    check_rows,
     learning_rate,
     make_optimizers,
+    not_finite,
     optimizer_tensors,
+    refuse_to_save,
     restarted,
     restore_optimizers,
     restored_arguments,
@@ -58,7 +62,7 @@ from watchdog import Watchdog
 
 SENTIMENT = ("fpb", "fiqa", "tfns")
 # What a resumed run may not change: with another value it would not be the same run.
-FIXED = ("base", "bits", "rank", "alpha", "dropout", "targets", "start", "task", "batch_size", "grad_accum", "seq_len", "seed")
+FIXED = ("base", "bits", "rank", "alpha", "dropout", "targets", "start", "task", "seq_len", "seed")
 
 WHOLE = ("--shard spreads parameters, and the integers of {} are none: leave it out (each process copies the base, which is small then), "
          "or give a base in 16 bit with --bits 16")
@@ -174,7 +178,10 @@ def original_weights(base):
     path = locate(base)
     if path.is_dir() and read_config(path):
         model = load_model(base)[0]
-        return lambda name: model.get_submodule(name).weight
+        if any(bits_of(layer) < 16 for layer in adaptable(model).values()):
+            raise InputError(f"--start loftq begins with what rounding lost, and {base} holds rounded weights alone: leave it out, or give the base as it was")
+        layers = adaptable(model)
+        return lambda name: layers[name].weight if hasattr(layers[name], "weight") else layers[name].dense_weight()
     source = open_source(path)
     return lambda name: source.get(name + ".weight")
 
@@ -233,30 +240,21 @@ class Data:
 def scores_of(model, tokenizer, test, device):
     """task -> weighted F1 of the most likely label and of the generated answer, with what chance and luck do beside them. NER is generated alone."""
     model.eval()
-    found = {task: (entity_scores if task == "ner" else label_scores)(model, tokenizer, examples, device) for task, examples in test.items()}
+    run, found = evaluation.Run(model, tokenizer, device, None), {}
+    for task, examples in test.items():
+        produce, summarize = evaluation.KINDS[task if task == "ner" else "fpb"]
+        with tqdm(total=len(examples), desc=f"scoring {task}", unit=" rows", disable=None if rank() == 0 else True, leave=False) as bar:
+            rows = []
+            for batch in produce(run, examples):
+                rows += batch
+                bar.update(len(batch))
+        r = summarize(task, rows, examples)
+        best = r.get("likeliest", r)
+        found[task] = dict(f1=best["f1"], interval=best["interval"], rows=len(rows))
+        if best is not r:
+            found[task] |= dict(accuracy=best["accuracy"], f1_generated=r["f1"], answered=r["parsed"], majority=r["majority"])
     model.train()
     return found
-
-
-def label_scores(model, tokenizer, examples, device):
-    labels, classes = [e.label for e in examples], len(examples[0].choices)
-    likelihoods = score.label_scores(model, tokenizer, examples, device, progress=rank() == 0)
-    texts = score.generate_answers(model, tokenizer, examples, device, progress=rank() == 0)
-    likeliest = score.confusion(labels, [int(np.argmax(row)) for row in likelihoods], classes)
-    read = [tasks.read_sentiment(text) for text in texts]
-    generated = score.confusion(labels, [examples[0].choices.index(label) for label, _ in read], classes)
-    return dict(f1=float(score.weighted_f1(likeliest)), interval=score.bootstrap(likeliest, score.weighted_f1), accuracy=float(score.accuracy(likeliest)),
-                f1_generated=float(score.weighted_f1(generated)), answered=float(np.mean([there for _, there in read])),
-                majority=score.majority(likeliest, score.weighted_f1), rows=len(examples))
-
-
-def entity_scores(model, tokenizer, examples, device):
-    counts = []
-    for e, text in zip(examples, score.generate_answers(model, tokenizer, examples, device, new_tokens=64, progress=rank() == 0)):
-        right, named = set(tasks.entities(e.tags)), set(tasks.entities(tasks.read_entities(e.words, text)[0]))
-        counts.append((len(right & named), len(right), len(named)))
-    total = np.sum(counts, 0)
-    return dict(f1=float(score.entity_f1(total)), interval=score.bootstrap_rows(counts, score.entity_f1), rows=len(examples))
 
 
 def mean_f1(scores):
@@ -318,24 +316,27 @@ class Run:
         self.learning = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(model, args.lr, args.weight_decay)
         restore_optimizers(model, self.optimizers, moments, **place)
+        self.rows = args.batch_size * args.grad_accum * world_size()  # of a step, in all processes
+        check_rows(state, self.rows, args)
         self.step = state["step"] if state else 0
         self.before = state["before"] if state else None
         self.seconds_before = state["seconds"] if state else 0.0
         if state is None:  # not before everything else is in order
             set_aside(args.out_dir)
         self.folder = RunFolder(args.out_dir, resume_step=self.step if state else None)
-        self.rows = args.batch_size * args.grad_accum * world_size()  # of a step, in all processes
-        self.saved_at, self.val_loss, self.pace = self.step, None, []  # pace: (tokens, seconds) of each step
+        self.saved_at, self.pace = self.step, []  # pace: (tokens, seconds) of each step
         self.started = time.perf_counter()
 
     def train(self):
         args, stop = self.args, StopSignal()
+        last = min(args.stop_at, args.max_iters)
+        if already_done(self.step, last, args.out_dir):
+            return 0
         if rank() == 0:
             write_atomic(self.folder.path / "heldout.json", json.dumps(self.data.indices) + "\n")
         if self.before is None:
             self.before = self.within(scores_of, self.model, self.tokenizer, self.data.test, self.device)
         tell("before", self.before)
-        last = min(args.stop_at, args.max_iters)
         bar = tqdm(total=last, initial=self.step, unit=" steps", disable=None if rank() == 0 else True, dynamic_ncols=True)
         while self.step < last and not self.any_process(stop.name is not None):
             began = time.perf_counter()
@@ -373,8 +374,7 @@ class Run:
             total += loss.detach()
         loss = all_reduce(total.cpu(), self.device).item()
         if not math.isfinite(loss):
-            raise InputError(f"the loss is {loss} at step {self.step + 1}: the run stops, {args.out_dir}/state keeps step {self.saved_at}. "
-                             f"A smaller --lr than {args.lr:g}, or a longer --warmup, usually helps")
+            raise not_finite(f"the loss is {loss}", args, self.step + 1, self.saved_at)
         self.add_up_gradients()
         if args.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.learning, args.grad_clip)
@@ -403,7 +403,7 @@ class Run:
     def speed(self):
         """Tokens a second, without the first step, in which memory is touched for the first time."""
         steps = self.pace[1:] or self.pace
-        return sum(tokens for tokens, _ in steps) / sum(seconds for _, seconds in steps) if steps else None
+        return sum(tokens for tokens, _ in steps) / sum(seconds for _, seconds in steps)
 
     @torch.no_grad()
     def held_out_loss(self):
@@ -420,7 +420,7 @@ class Run:
         args, step = self.args, self.step
         row = dict(step=step, loss=loss, lr=learning_rate(step - 1, args))
         if step % args.eval_interval == 0 or step == last:
-            row["val_loss"] = self.val_loss = self.held_out_loss()
+            row["val_loss"] = self.held_out_loss()
         row |= dict(tokens_per_second=self.speed(), peak_memory_bytes=peak_memory(self.device.torch_device))
         self.folder.log(**row)
         seconds = (last - step) * float(np.median([seconds for _, seconds in self.pace]))
@@ -428,17 +428,18 @@ class Run:
             bar.write(f"step {step} loss {loss:.4f} lr {row['lr']:.1e} {row['tokens_per_second']:.0f} tok/s {row['peak_memory_bytes'] / 1e9:.1f} GB "
                       f"left {time.strftime('%H:%M:%S', time.gmtime(seconds))}")
             if row.get("val_loss") is not None:
-                bar.write(f"step {step} val_loss {self.val_loss:.4f}")
+                bar.write(f"step {step} val_loss {row['val_loss']:.4f}")
 
     def save(self):
         args, moments = self.args, optimizer_tensors(self.model, self.optimizers)
+        refuse_to_save(self.learning, self.device, args, self.step, self.saved_at)
         learned = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if args.shard:
             from shard import whole
             learned, moments = whole(learned), whole(moments)
         if rank() == 0:
             bits = min(bits_of(m) for m in self.model.modules() if isinstance(m, LoRALinear)) if args.start == "loftq" else 16
-            state = dict(step=self.step, args=vars(args), before=self.before, seconds=self.seconds())
+            state = dict(step=self.step, rows=self.rows, args=vars(args), before=self.before, seconds=self.seconds())
             replace_state(args.out_dir, lambda folder: save_adapter(folder, self.model, args.base, self.base_id, bits, learned), moments, state)
             plot_losses(self.folder.path, f"LoRA r = {args.rank} on {args.base}, {args.bits} bit, {Path(args.task).name}")
         if world_size() > 1:
@@ -452,11 +453,12 @@ class Run:
         args, memory = self.args, peak_memory(self.device.torch_device)
         largest = int(all_reduce(torch.tensor(float(memory), dtype=torch.float64), self.device, dist.ReduceOp.MAX))
         total = int(all_reduce(torch.tensor(float(memory), dtype=torch.float64), self.device))
-        rows = self.folder.rows()
+        rows = self.folder.rows() or [{}]  # their last says what a run that was resumed at its end no longer can
         self.folder.finish(
             base=args.base, base_id=self.base_id, bits=args.bits, rank=args.rank, f1_before=mean_f1(self.before), f1_after=mean_f1(after),
             scores_before=self.before, scores_after=after, trainable_parameters=sum(p.numel() for p in self.learning), steps=self.step,
-            loss=rows[-1]["loss"] if rows else None, val_loss=self.val_loss, tokens_per_second=self.speed(), peak_memory_bytes=largest,
+            loss=rows[-1].get("loss"), val_loss=next((r["val_loss"] for r in reversed(rows) if "val_loss" in r), None),
+            tokens_per_second=self.speed() if self.pace else rows[-1].get("tokens_per_second"), peak_memory_bytes=largest,
             peak_memory_bytes_total=total, seconds=self.seconds(), devices=world_size(), device_hours=world_size() * self.seconds() / 3600,
             device=self.device.name, dtype=args.dtype, arguments=vars(args))
         say(f"{args.out_dir}/ has the adapter, metrics.jsonl, summary.json and loss.png; try")

@@ -263,7 +263,7 @@ def statement(expected):
     return f"expects {gb(expected['total'])} GB: " + ", ".join(f"{KINDS[kind]} {gb(n)}" for kind, n in expected.items() if kind in KINDS and n)
 
 
-def advice(model, batch, length, autocast=False, recompute=None, optimizer_bytes=None):
+def advice(model, batch, length, autocast=False, recompute=None, optimizer_bytes=None, grad_accum=1):
     """After running out of memory: what was expected, and the flags that would have taken less, the least first."""
     def total(*args):
         return expected_memory(model, *args, optimizer_bytes)["total"]
@@ -271,7 +271,7 @@ def advice(model, batch, length, autocast=False, recompute=None, optimizer_bytes
     if recompute != "block":
         options["--recompute block"] = total(batch, length, autocast, "block")
     if batch > 1:
-        options[f"--batch-size {batch // 2} --grad-accum 2"] = total(batch // 2, length, autocast, recompute)
+        options[f"--batch-size {batch // 2} --grad-accum {2 * grad_accum}"] = total(batch // 2, length, autocast, recompute)
     if length > 128:
         options[f"--seq-len {length // 2}"] = total(batch, length // 2, autocast, recompute)
     smaller = [f"{flags} ({gb(n)} GB)" for flags, n in sorted(options.items(), key=lambda item: item[1]) if n < 0.98 * now]

@@ -371,7 +371,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     A row ends at a token of `stop` (which is still yielded), after max_new_tokens, or where the context is full.
     Without the cache every step reads the whole text again, as in section III.C.2. `vocabulary`: draw from so many tokens only, where
     the tokenizer knows fewer than the model has. `cache`: in place of a new one; what it holds already are beginnings of the prompts,
-    which are not read again. `make_step(model, cache)` gives what takes single tokens (cudagraph.py, cpustep.py), or None where that can't be had.
+    which are not read again (the longest beginning and the longest rest must fit the context together). `make_step(model, cache)` gives what
+    takes single tokens (cudagraph.py, cpustep.py), or None where that can't be had.
     """
     check_sampling(temperature, top_k, top_p, max_new_tokens)
     config, device = model.config, next(model.parameters()).device

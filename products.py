@@ -92,7 +92,7 @@ class HugePages:
         if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
             return tensor
         if self.used + tensor.nbytes > len(self.slab):
-            self.slab, self.used = mmap.mmap(-1, max(SLAB, tensor.nbytes)), 0
+            self.slab, self.used = mmap.mmap(-1, max(SLAB, tensor.nbytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0  # shared memory has small pages
             with contextlib.suppress(OSError):  # a kernel without huge pages
                 self.slab.madvise(mmap.MADV_HUGEPAGE)
             if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # the originals of the last slab are free by now: no model is there twice

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from adapters import base_id
 from checkpoint import load_model
 from cpustep import cpu_step
+from cudagraph import Step
 from kvcache import SIZE, PagedCache, Pool, Sequence, bytes_per_token
 from model import check_sampling, generate
 from runtime import InputError, command, find_device
@@ -48,8 +49,9 @@ def parse(argv):
     g.add_argument("--seed", type=int, default=1, help="of the draws; line n of --prompts has seed + n - 1 (default: %(default)s)")
     g = p.add_argument_group("memory")
     g.add_argument("--no-cache", action="store_true", help="read the whole text again for every token, as in section III.C.2 (slow)")
+    g.add_argument("--cuda-graph", action="store_true", help="record a step as a CUDA graph and replay it for each token of --prompt (GPU only)")
     g.add_argument("--batch-size", type=int, default=32, help="prompts that advance together at most (default: %(default)s)")
-    g.add_argument("--kv-memory", type=float, default=1024, metavar="MB", help="for keys and values, at most (default: %(default)s)")
+    g.add_argument("--kv-memory", type=float, default=1024, metavar="MB", help="for keys and values, at most, of --prompts and --chat (default: %(default)s)")
     g.add_argument("--adapter-memory", type=float, metavar="MB", help="adapters in memory, at most; the least recently used leave (default: no limit)")
     return p.parse_args(argv)
 
@@ -61,7 +63,7 @@ def write(model, tokenizer, ids, args, generator, cache=None):
     stream, text, tokens = tokenizer.stream(), "", []
     for step in generate(model, [ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, tokenizer.stop_ids, generator,
                          use_cache=not args.no_cache, vocabulary=tokenizer.vocab_size, cache=cache,
-                         make_step=cpu_step if cache is None else None):
+                         make_step=None if cache is not None else Step if args.cuda_graph else cpu_step):
         tokens.append(step[0])
         if step[0] not in tokenizer.stop_ids:
             piece = stream.feed(step[0])
@@ -214,6 +216,8 @@ def check(args):
     check_sampling(args.temperature, args.top_k, args.top_p, args.max_new_tokens)
     if args.prompts and (args.chat or args.no_cache):
         raise InputError("--prompts goes neither with --chat nor with --no-cache: leave one out")
+    if args.cuda_graph and (args.prompts or args.chat or args.no_cache):
+        raise InputError("--cuda-graph is for --prompt, with the cache: leave --prompts, --chat or --no-cache out")
     if len(args.adapter) > 1 and not args.prompts:
         raise InputError(f"{len(args.adapter)} adapters, and nothing says which one to use: give one, or --prompts with a name in each line")
     for flag in ("batch_size", "kv_memory", "adapter_memory"):
@@ -225,6 +229,8 @@ def main(argv=None):
     args = parse(argv)
     check(args)
     device = find_device("float32")
+    if args.cuda_graph and device.torch_device.type != "cuda":
+        raise InputError(f"--cuda-graph needs a GPU, and this is {device.name}: leave it out")
     model, tokenizer = load_model(args.model, device.torch_device, getattr(torch, args.dtype), args.bits)
     if tokenizer is None:
         raise InputError(f"{args.model} has no tokenizer beside its weights: put a tokenizer.json or tokenizer.model there")

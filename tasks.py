@@ -310,7 +310,7 @@ def find_files(task, data_dir):
         if found != digest:
             raise InputError(f"{task}: what {address} hands out has the SHA-256 {found[:12]}, not {digest[:12]}: it is not the file it was")
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{name}.partial"
+        partial = folder / f"{name}.{os.getpid()}.partial"  # several processes may download at once
         partial.write_bytes(content)
         os.replace(partial, folder / name)
         say(f"{folder / name}: downloaded from {address}")

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from checkpoint import decomposed_from, load_model, open_dense, own_tensors, replace_model, save_state
 from data import check_length, eval_batches, open_corpus, prepare, train_batch
-from lowrank import STARTS, blend_alpha, blend_with, decay_products, finish_blend, replace_linears, set_alpha
+from lowrank import STARTS, LowRankLinear, blend_alpha, blend_with, decay_products, finish_blend, replace_linears, set_alpha
 from memory import advice, expected_memory, statement
 from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_token
 from pipeline import SCHEDULES, Grid, Pipeline, utilization, write_trace
@@ -52,10 +52,14 @@ from runtime import (
 from storage import read_state
 from training import (
     all_reduce,
+    already_done,
+    check_rows,
     learning_rate,
     make_optimizers,
     moment_bytes,
+    not_finite,
     optimizer_tensors,
+    refuse_to_save,
     restarted,
     restore_optimizers,
     restored_arguments,
@@ -66,8 +70,8 @@ from training import (
 from watchdog import Watchdog
 
 # What a resumed run may not change: with another value it would not be the same run.
-FIXED = ("model", "rank", "method", "init_from", "embedding_rank", "head", "dropout", "bits", "data", "vocabulary", "batch_size", "grad_accum", "seq_len",
-         "seed", "optimizer", "warm_start")
+FIXED = ("model", "rank", "method", "init_from", "embedding_rank", "head", "dropout", "bits", "data", "vocabulary", "seq_len", "seed",
+         "optimizer", "warm_start")
 SMALL = ("tiny", "small")  # models without a vocabulary of their own: it is as large as their tokenizer's
 
 
@@ -162,6 +166,8 @@ def check(args):
         raise InputError("--method 3 blends into layers of a rank: give --rank, or a folder of decompose.py to --init-from")
     if args.rank and args.init_from and decomposed_from(args.init_from):
         raise InputError(f"{args.init_from} is decomposed and has its ranks: leave --rank {args.rank} out, or start from {decomposed_from(args.init_from)}")
+    if args.embedding_rank and not args.rank:
+        raise InputError(f"--embedding-rank {args.embedding_rank} is for a model whose layers are low-rank, too: give --rank as well")
     if args.bits not in (4, 8, 16):
         raise InputError(f"--bits must be 4, 8 or 16, got {args.bits}")
     if args.bits < 16 and (args.method == 3 or args.recompute == "lowrank"):
@@ -205,6 +211,8 @@ def new_model(args, device):
     """The model that a fresh run starts from, its tokenizer (None: none came with it) and the count of parameters at full rank."""
     if args.init_from:
         model, tokenizer = load_model(args.init_from)
+        if tokenizer is None:
+            raise InputError(f"{args.init_from} has no tokenizer beside its weights, and with another one they mean nothing: put its tokenizer.json there")
         with torch.device("meta"):
             full_rank = count_parameters(Transformer(model.config))
         if args.method == 3 and not args.rank:
@@ -216,6 +224,10 @@ def new_model(args, device):
         model.set_dropout(args.dropout)
         return model.to(device), tokenizer, full_rank
     return None, None, None
+
+
+def same_network(a, b):
+    return all(getattr(a, name) == getattr(b, name) for name in ("kind", "blocks", "heads", "width", "ffn"))
 
 
 def random_model(args, vocab_size, device):
@@ -278,13 +290,14 @@ def set_up(argv):
     device = find_device(args.dtype or "auto")
     say(f"device {device.name}" + (f", {world_size()} processes" if world_size() > 1 else ""))
     say(f"dtype {str(device.dtype)[6:]} ({device.why}), {device.rate / 1e12:.2f} TFLOPS in products")
-    if args.init_from is None:
-        config_for(args.model or "gpt2")  # an unknown name is refused before anything slow begins
+    config_for(args.model or "gpt2")  # an unknown name is refused before anything slow begins
     check(defaults(args, device))
     args.dtype = str(device.dtype)[6:]  # a resumed run computes as it began
     home = torch.device("cpu") if args.shard else device.torch_device  # a model to be sharded need not fit on one GPU
     if state is None:
         model, tokenizer, full_rank = new_model(args, home)
+        if model is not None and "model" in given and not same_network(model.config, config_for(args.model)):
+            raise InputError(f"--init-from {args.init_from} is another network than --model {args.model}: leave --model out")
     else:
         model, tokenizer = load_model(folder, home)
         full_rank = state["parameters_full_rank"]
@@ -331,14 +344,16 @@ class Run:
             self.make_pipeline()
         else:
             say(statement(expected_memory(model, **self.shapes)))
+        self.rows = args.batch_size * args.grad_accum * self.replicas  # the whole batch of a step
+        check_rows(state, self.rows, args)
         self.step = state["step"] if state else 0
+        self.warming = args.warm_start > 0 and not any(isinstance(layer, LowRankLinear) for layer in model.modules())
         self.seconds_before = state["seconds"] if state else 0.0
         if state is None:  # not before everything else is in order, and --init-from, which may be the same folder, has been read
             set_aside(args.out_dir)
         self.folder = RunFolder(args.out_dir, resume_step=self.step if state else None)
-        self.rows = args.batch_size * args.grad_accum * self.replicas  # the whole batch of a step
         self.tokens_per_step = self.rows * args.seq_len
-        self.saved_at, self.val_loss = self.step, None
+        self.saved_at = self.step
         self.started = time.perf_counter()
         self.prepare(moments)
 
@@ -367,6 +382,7 @@ class Run:
 
     def end_warm_start(self):
         """Full rank was long enough: the factors of the SVD take over, and what stays keeps its moments."""
+        self.warming = False
         moments = optimizer_tensors(self.model, self.optimizers)
         say(f"step {self.step}: " + replace_linears(self.model, self.args.rank, 2, self.args.embedding_rank, head=self.args.head == "lowrank"))
         stay = dict(self.model.named_parameters())
@@ -382,6 +398,8 @@ class Run:
     def train(self):
         args, stop = self.args, StopSignal()
         last = min(args.stop_at, args.max_iters)
+        if already_done(self.step, last, args.out_dir):
+            return 0
         bar = tqdm(total=last, initial=self.step, unit=" steps", disable=None if rank() == 0 else True, dynamic_ncols=True)
         times = []
         while self.step < last:
@@ -393,7 +411,7 @@ class Run:
             except RuntimeError as e:  # of which torch.OutOfMemoryError is one; on a CPU it has no name of its own
                 if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
                     raise
-                raise InputError(advice(self.model, **self.shapes)) from None
+                raise InputError(advice(self.model, **self.shapes, grad_accum=args.grad_accum)) from None
             self.step += 1
             bar.update()
             times.append(time.perf_counter() - began)
@@ -425,7 +443,7 @@ class Run:
         if args.method == 3 and set_alpha(self.model, alpha) and alpha == 0:
             say(f"step {step}: alpha is 0, {finish_blend(self.model)} blended layers are low-rank from now on")
             self.flops = flops_per_token(self.model, args.seq_len, training=True)
-        if args.warm_start and step == int(args.warm_start * args.max_iters):
+        if self.warming and step >= int(args.warm_start * args.max_iters):
             self.end_warm_start()
         rate = learning_rate(step, args)
         set_rate(self.optimizers, rate)
@@ -462,12 +480,11 @@ class Run:
     def log(self, loss, times, last, bar):
         args, step = self.args, self.step
         if not math.isfinite(loss):
-            raise InputError(f"the loss is {loss} at step {step}: the run stops, {args.out_dir}/state keeps step {self.saved_at}. "
-                             f"A smaller --lr than {args.lr:g}, or a longer --warmup, usually helps")
+            raise not_finite(f"the loss is {loss}", args, step, self.saved_at)
         row = dict(step=step, loss=loss, lr=learning_rate(step - 1, args), tokens=step * self.tokens_per_step)
         if step % args.eval_interval == 0 or step == last:
             replica = (0, 1) if args.shard else (self.replica, self.replicas)  # a sharded model computes in all processes at once or not at all
-            row["val_loss"] = self.val_loss = evaluate(self.loss_of, self.tokens.val, args, self.device, *replica)
+            row["val_loss"] = evaluate(self.loss_of, self.tokens.val, args, self.device, *replica)
             self.device.rate = max(self.device.rate, matmul_rate(self.device.torch_device, self.device.dtype))  # the first time may have been a busy one
         seconds = float(np.median(times[-args.log_interval:]))
         row |= dict(tokens_per_second=self.tokens_per_step / seconds, step_ms=seconds * 1e3, mfu=self.mfu(seconds),
@@ -478,12 +495,13 @@ class Run:
             bar.write(f"step {step} loss {loss:.4f} lr {row['lr']:.1e} {row['tokens_per_second']:.0f} tok/s {row['step_ms']:.0f} ms "
                       f"{row['peak_memory_bytes'] / 1e9:.1f} GB mfu {row['mfu']:.0%} left {left}")
             if "val_loss" in row:
-                bar.write(f"step {step} val_loss {self.val_loss:.4f}")
+                bar.write(f"step {step} val_loss {row['val_loss']:.4f}")
 
     def mfu(self, seconds):
         return self.flops * self.tokens_per_step / seconds / (self.device.rate * world_size())
 
     def save(self):
+        refuse_to_save(self.model.parameters(), self.device, self.args, self.step, self.saved_at)
         tensors, moments = own_tensors(self.model), optimizer_tensors(self.model, self.optimizers)
         if self.pipeline:  # process 0 writes the whole model, whatever the number of stages
             tensors, moments = self.pipeline.gather(tensors), self.pipeline.gather(moments)
@@ -491,7 +509,7 @@ class Run:
             from shard import whole
             tensors, moments = whole(tensors), whole(moments)
         if rank() == 0:
-            state = dict(step=self.step, args=vars(self.args), parameters_full_rank=self.full_rank, seconds=self.seconds())
+            state = dict(step=self.step, rows=self.rows, args=vars(self.args), parameters_full_rank=self.full_rank, seconds=self.seconds())
             save_state(self.args.out_dir, self.model, self.tokens.tokenizer, moments, state, tensors)
             plot_losses(self.folder.path, f"{self.args.init_from or self.args.model}, {f'r = {self.args.rank}' if self.args.rank else 'full rank'}, "
                         f"on {Path(self.args.data).name}")
@@ -514,14 +532,15 @@ class Run:
         parameters, memory = count_parameters(self.model), peak_memory(self.device.torch_device)
         total_memory = int(all_reduce(torch.tensor(float(memory), dtype=torch.float64), self.device))
         largest = int(all_reduce(torch.tensor(float(memory), dtype=torch.float64), self.device, dist.ReduceOp.MAX))
-        seconds = float(np.median(times)) if times else math.nan
         size = self.save_rounded() if self.args.bits < 16 and rank() == 0 else 4 * parameters
-        rows = [r for r in self.folder.rows() if r.get("loss") is not None]
+        rows = self.folder.rows() or [{}]  # their last says what a run that was resumed at its end no longer can
+        seconds = float(np.median(times)) if times else rows[-1].get("step_ms", 1e3 * self.seconds() / self.step) / 1e3
         self.folder.finish(
-            model=self.args.model, rank=self.args.rank, method=self.args.method, parameters=parameters, parameters_full_rank=self.full_rank,
-            compression=self.full_rank / parameters, bits=self.args.bits, model_bytes=size, steps=self.step, tokens=self.step * self.tokens_per_step,
-            loss=rows[-1]["loss"] if rows else None, val_loss=self.val_loss, tokens_per_second=self.tokens_per_step / seconds, step_ms=seconds * 1e3,
-            mfu=self.mfu(seconds), peak_memory_bytes=largest, peak_memory_bytes_total=total_memory, seconds=self.seconds(),
+            model=self.args.init_from or self.args.model, rank=self.args.rank, method=self.args.method, parameters=parameters,
+            parameters_full_rank=self.full_rank, compression=self.full_rank / parameters, bits=self.args.bits, model_bytes=size, steps=self.step,
+            tokens=self.step * self.tokens_per_step, loss=rows[-1].get("loss"),
+            val_loss=next((r["val_loss"] for r in reversed(rows) if "val_loss" in r), None), tokens_per_second=self.tokens_per_step / seconds,
+            step_ms=seconds * 1e3, mfu=self.mfu(seconds), peak_memory_bytes=largest, peak_memory_bytes_total=total_memory, seconds=self.seconds(),
             devices=world_size(), device_hours=world_size() * self.seconds() / 3600, device=self.device.name, dtype=str(self.device.dtype)[6:],
             stopped_by=stopped, arguments=vars(self.args))
         say(f"{self.args.out_dir}/ has the model, metrics.jsonl, summary.json and loss.png; try")

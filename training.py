@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lowrank import LowRankLinear
 from muon import Muon
 from runtime import InputError, rank, say, world_size
 
@@ -18,14 +19,14 @@ from runtime import InputError, rank, say, world_size
 def make_optimizers(model, lr, weight_decay, kind="adamw", b_rate=1.0, decay="factors", **place):
     """A list: AdamW alone, or for kind "muon" Muon for the matrices inside the blocks and AdamW for the rest (W^E, W^H, biases, norms), as is usual.
 
-    Matrices decay, vectors do not; with decay "product" neither do factors A and B (lowrank.decay_products is for them). b_rate: the
+    Matrices decay, vectors do not; with decay "product" neither do the factors of layers (lowrank.decay_products is for them). b_rate: the
     learning rate of every B over that of the rest. AdamW's fused kernel reads and writes each number once.
     """
     groups, muons = {}, muon_matrices(model, kind)
+    others = {p for layer in model.modules() if isinstance(layer, LowRankLinear) for p in (layer.A, layer.B)} if decay == "product" else set()
     for name, p in model.named_parameters():
         if p.requires_grad and not p.is_meta:  # what is on the meta device is another stage's
-            factor = name.rsplit(".", 1)[-1] in ("A", "B")
-            decays = p.dim() >= 2 and not (factor and decay == "product")
+            decays = p.dim() >= 2 and p not in others
             key = p in muons, weight_decay * decays, b_rate if name.endswith(".B") else 1.0
             groups.setdefault(key, []).append(p)
 
@@ -82,6 +83,18 @@ def restore_optimizers(model, optimizers, tensors, place=lambda value, p: value.
             owner[p].state[p][part] = place(value, p)
 
 
+def not_finite(what, args, step, saved_at):
+    return InputError(f"{what} at step {step}: the run stops, {args.out_dir}/state keeps step {saved_at}. "
+                      f"A smaller --lr than {args.lr:g}, or a longer --warmup, usually helps")
+
+
+def refuse_to_save(parameters, device, args, step, saved_at):
+    """Raise, in all processes, where a parameter is not finite: such a state must not take the place of a good one."""
+    bad = any(not torch.isfinite(p.to_local() if hasattr(p, "to_local") else p).all() for p in parameters if not p.is_meta)
+    if all_reduce(torch.tensor(float(bad)), device, dist.ReduceOp.MAX):
+        raise not_finite("some weights are not finite", args, step, saved_at)
+
+
 def all_reduce(tensor, device, op=dist.ReduceOp.SUM):
     """Sum (or max) over the processes, returned on the CPU."""
     if world_size() == 1:
@@ -111,6 +124,21 @@ def restarted(out_dir):
     if world_size() > 1:
         dist.all_reduce(count, dist.ReduceOp.MAX)
     return bool(count) and any((Path(out_dir) / name).exists() for name in ("state", "state.previous"))
+
+
+def check_rows(state, rows, args):
+    """A step of a run that goes on has as many rows as before, however they are divided among batches and processes."""
+    if state and state.get("rows", rows) != rows:
+        raise InputError(f"a step of the run that --resume continues has {state['rows']} rows, and {rows} with --batch-size {args.batch_size}, "
+                         f"--grad-accum {args.grad_accum} and {world_size()} process{'es' * (world_size() > 1)}: change one of the three")
+
+
+def already_done(step, last, out_dir):
+    """Whether a resumed run has nothing left to do, and its summary is there: it is left as it is."""
+    done = step >= last and (Path(out_dir) / "summary.json").exists()
+    if done:
+        say(f"{out_dir} has its {step} steps already (--max-iters or --stop-at beyond {step} go on)")
+    return done
 
 
 def restored_arguments(args, given, saved, fixed):

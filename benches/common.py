@@ -1,11 +1,15 @@
-"""What the benchmarks share: timing in turn, and tables."""
+"""What the benchmarks share: timing in turn, runs of the scripts that are not repeated, and tables."""
+import json
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from runtime import markdown
+from runtime import InputError, markdown
 
 
 def interleaved(steps, rounds):
@@ -20,6 +24,28 @@ def interleaved(steps, rounds):
             if i:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def finished(folder):
+    """summary.json of a run that went to its end, else None."""
+    file = Path(folder) / "summary.json"
+    summary = json.loads(file.read_text()) if file.exists() else dict(stopped_by="nothing yet")
+    return None if summary.get("stopped_by") else summary
+
+
+def call(script, *flags, env=None, quiet=False):
+    """Run a script of the project."""
+    done = subprocess.run([sys.executable, script, *map(str, flags)], env=env, capture_output=quiet, text=True, check=False)
+    if done.returncode:
+        why = (done.stderr.strip() or "killed").splitlines()[-1] if quiet else "its own lines above say why"
+        raise InputError(f"{script} ended with {done.returncode}: {why}")
+
+
+def run_once(script, folder, *flags, **how):
+    """`python SCRIPT FLAGS --out-dir FOLDER`, gone on with where it was stopped, unless it is done already. Returns its summary."""
+    if finished(folder) is None:
+        call(script, *(["--resume"] if (Path(folder) / "state").exists() else flags), "--out-dir", folder, **how)
+    return finished(folder)
 
 
 def table(rows, columns):

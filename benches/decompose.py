@@ -6,9 +6,6 @@
 The loop takes W, or W C where inputs count (H = C C^T their second moments), and is given C; ours has to compute C. Gathering H is not timed.
 error_over_optimum is the largest over all matrices, of the Frobenius norm of (W - B A) C over that of the best possible, in float64.
 """
-import json
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -16,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benches.common import table
+from benches.common import call, run_once, table
 from checkpoint import load_model
 from data import calibration_batches
 from factorize import factorize, prepare
@@ -135,34 +132,25 @@ VARIANTS = {"plain uniform": ("--ranks", "uniform"), "plain chosen": (), "activa
             "activations chosen": ("--calibration",)}
 
 
-def call(*command):
-    """Run a script of the project."""
-    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
-    if result.returncode:
-        raise InputError(f"{command[0]} failed: {(result.stderr.strip() or 'no message').splitlines()[-1]}")
-
-
 def perplexity(folder, args):
     """Of a model folder or name, kept beside the others so that a stopped run goes on."""
     out = Path(args.work) / f"perplexity-{Path(folder).name}"
-    if not (out / "summary.json").exists():
-        call("eval.py", "--model", folder, "--tasks", "perplexity", "--data", args.text, "--limit", args.limit, "--out-dir", out)
-    return json.loads((out / "summary.json").read_text())["perplexity"]["perplexity"]
+    summary = run_once("eval.py", out, "--model", folder, "--tasks", "perplexity", "--data", args.text, "--limit", args.limit, quiet=True)
+    return summary["perplexity"]["perplexity"]
 
 
 def decomposed(ratio, variant, args):
     folder, flags = Path(args.work) / f"{variant.replace(' ', '-')}-{round(100 * ratio)}", VARIANTS[variant]
     text = [args.calibration] if flags[-1:] == ("--calibration",) else []
-    call("decompose.py", "--model", "smollm2-135m", "--ratio", ratio, *flags, *text, "--out-dir", folder)
+    call("decompose.py", "--model", "smollm2-135m", "--ratio", ratio, *flags, *text, "--out-dir", folder, quiet=True)  # one that is done is left as it is
     return folder
 
 
 def recovered(folder, method, args):
     """Train a decomposed folder for args.steps steps; (perplexity, rows of metrics.jsonl)."""
     out = Path(args.work) / f"method-{method}-from-{folder.name}"
-    if not (out / "summary.json").exists():
-        call("train.py", "--method", method, "--init-from", folder, "--data", args.calibration, "--max-iters", args.steps, "--batch-size", 2, "--seq-len", 256,
-             "--lr", args.lr, "--dtype", "float32", "--eval-tokens", 2048, "--out-dir", out)
+    run_once("train.py", out, "--method", method, "--init-from", folder, "--data", args.calibration, "--max-iters", args.steps, "--batch-size", 2,
+             "--seq-len", 256, "--lr", args.lr, "--dtype", "float32", "--eval-tokens", 2048, quiet=True)
     return perplexity(out, args), read_metrics(out / "metrics.jsonl")
 
 

@@ -11,8 +11,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -20,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benches.common import table
+from benches.common import run_once, table
 from checkpoint import load_model
 from export import export
 from finetune import read_task
@@ -165,12 +163,8 @@ def ask(connection, what):
 def tuned(task, bits, rank, start, args):
     """The folder of a run of finetune.py; one that is there already is not repeated."""
     out = Path(args.out_dir) / f"{task}-{bits}bit-r{rank}{'-loftq' * (start == 'loftq')}"
-    if not (out / "summary.json").exists():
-        resume = ["--resume"] if (out / "state").exists() else ["--base", args.base, "--task", task, "--bits", str(bits), "--rank", str(rank),
-            "--start", start, "--eval-limit", str(args.eval_limit), "--max-iters", str(args.max_iters)]
-        done = subprocess.run([sys.executable, "finetune.py", *resume, "--data-dir", args.data_dir, "--out-dir", out], check=False)
-        if done.returncode:
-            raise InputError(f"finetune.py ended with {done.returncode}: its own lines above say why")
+    run_once("finetune.py", out, "--base", args.base, "--task", task, "--bits", bits, "--rank", rank, "--start", start, "--eval-limit", args.eval_limit,
+             "--max-iters", args.max_iters, "--data-dir", args.data_dir)
     return out
 
 

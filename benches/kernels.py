@@ -141,10 +141,13 @@ def bench(args):
     with torch.inference_mode():
         rows = measure(m)
     print(f"{device.name}: a copy moves {m.copy / 1e9:.0f} GB/s")
-    print(table(rows, {"kernel": lambda r: r["kernel"], "engine": lambda r: r["engine"], "shape": lambda r: r["shape"], "rows": lambda r: r["rows"],
-                       "bits": lambda r: r["bits"], "us": lambda r: f"{r['us']:.1f}", "GB/s": lambda r: f"{r['gb_s']:.0f}",
-                       "of copy": lambda r: f"{r['share_of_copy']:.0%}"}))
     return device, rows
+
+
+def report(rows):
+    return table(rows, {"kernel": lambda r: r["kernel"], "engine": lambda r: r["engine"], "shape": lambda r: r["shape"], "rows": lambda r: r["rows"],
+                        "bits": lambda r: r["bits"], "us": lambda r: f"{r['us']:.1f}", "GB/s": lambda r: f"{r['gb_s']:.0f}",
+                        "of copy": lambda r: f"{r['share_of_copy']:.0%}"})
 
 
 def arguments(p):

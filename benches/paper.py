@@ -8,15 +8,13 @@ finetuning and generation of Llama2-7B and 13B at 4, 8 and 16 bit. A CPU measure
 """
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 
 from benches import finetune
-from benches.common import interleaved, table
+from benches.common import interleaved, run_once, table
 from benches.train import gpt2_of_rank, peak_of_one, training_step
 from checkpoint import load_model, random_model, replace_model
 from lowrank import attach_lora, replace_linears
@@ -24,7 +22,7 @@ from memory import account, by_kind, meta_model
 from model import Transformer, count_parameters, flops_per_token, generate
 from quant import quantize, stored_bytes
 from recompute import head_loss, use_recompute
-from runtime import InputError, find_device, matmul_rate, peak_memory, read_metrics
+from runtime import find_device, matmul_rate, peak_memory, read_metrics
 
 PAPER_V = {"float32": 19.5, "float16": 312, "int8": 624, "int4": 1248}  # data sheet of an A100, TFLOPS
 PAPER_VI = {  # parameters (as many bytes at 8 bit), GPU hours of methods 1 and 2, seconds of an answer
@@ -172,11 +170,8 @@ def pretrained(method, args):
         model.materialize(torch.device("cpu")).init_weights()
         replace_model(Path(args.work) / "random", model, tokenizer)
         start = ["--init-from", Path(args.work) / "random"]
-    if not (out / "summary.json").exists():
-        done = subprocess.run([sys.executable, "train.py", *start, "--data", args.data, "--max-iters", str(args.steps), "--batch-size", "2", "--seq-len", "256",
-                               "--lr", str(args.lr), "--dtype", args.dtype, "--eval-tokens", "2048", "--out-dir", out], check=False)
-        if done.returncode:
-            raise InputError(f"train.py ended with {done.returncode}: its own lines above say why")
+    run_once("train.py", out, *start, "--data", args.data, "--max-iters", args.steps, "--batch-size", 2, "--seq-len", 256, "--lr", args.lr,
+             "--dtype", args.dtype, "--eval-tokens", 2048)
     return out
 
 

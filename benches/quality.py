@@ -12,15 +12,13 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from benches.common import interleaved, table
-from runtime import InputError, find_device, read_metrics, write_atomic
+from benches.common import interleaved, run_once, table
+from runtime import find_device, read_metrics, write_atomic
 
 ADAMW, MUON = ["--optimizer", "adamw"], ["--optimizer", "muon"]
 FULL = {"full rank, AdamW": ADAMW, "full rank, Muon": MUON}
@@ -55,16 +53,9 @@ def flags_of(name, args):
 def train(name, rate, seed, steps, args):
     """One run, or what it left the last time. Returns its row."""
     folder = Path(args.work) / f"{''.join(c if c.isalnum() else '-' for c in name)}-{rate:g}-seed{seed}-{steps}steps"
-    if not (folder / "summary.json").exists():
-        resume = (folder / "state").exists()
-        flags = ["--resume"] if resume else [*flags_of(name, args), "--lr", str(rate), "--seed", str(seed), "--max-iters", str(steps),
-                                             "--eval-interval", str(-(-steps // 4)), "--save-interval", "100"]
-        threads = str(max(1, torch.get_num_threads() // args.jobs))
-        env = dict(os.environ, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
-        done = subprocess.run([sys.executable, "train.py", *flags, "--out-dir", folder], env=env, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise InputError(f"{name} at rate {rate:g}: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
-    s = json.loads((folder / "summary.json").read_text())
+    threads = str(max(1, torch.get_num_threads() // args.jobs))
+    s = run_once("train.py", folder, *flags_of(name, args), "--lr", rate, "--seed", seed, "--max-iters", steps, "--eval-interval", -(-steps // 4),
+                 "--save-interval", 100, env=dict(os.environ, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads), quiet=True)
     curve = [(r["tokens"], r["val_loss"]) for r in read_metrics(folder / "metrics.jsonl") if r.get("val_loss") is not None]
     row = dict(model=s["model"], rank=s["rank"], variant=name, seed=seed, lr=rate, steps=steps, parameters=s["parameters"],
                share=s["parameters"] / s["parameters_full_rank"], tokens=s["tokens"], val_loss=s["val_loss"], curve=curve)

@@ -5,12 +5,10 @@
 """
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-from benches.common import table
-from runtime import InputError, find_device
+from benches.common import call, table
+from runtime import find_device
 
 TASKS = ("boolq", "piqa", "winogrande", "fpb", "fiqa", "tfns", "ner")
 
@@ -18,10 +16,8 @@ TASKS = ("boolq", "piqa", "winogrande", "fpb", "fiqa", "tfns", "ner")
 def measured(bits, args):
     """The summary.json of eval.py at so many bits."""
     out = Path(args.out_dir) / f"{Path(args.model).name}-{bits}"
-    command = ["eval.py", "--model", args.model, "--bits", bits, "--tasks", args.tasks, "--data-dir", args.data_dir, "--out-dir", out]
-    command += ["--limit", args.limit] if args.limit else []
-    if subprocess.run([sys.executable, *map(str, command)]).returncode:
-        raise InputError(f"eval.py at {bits} bit failed, as it says above; what is done stays in {out}")
+    limit = ["--limit", args.limit] if args.limit else []
+    call("eval.py", "--model", args.model, "--bits", bits, "--tasks", args.tasks, "--data-dir", args.data_dir, *limit, "--out-dir", out)
     return json.loads((out / "summary.json").read_text())
 
 

@@ -15,13 +15,14 @@ from benches.common import interleaved, table
 from lowrank import replace_linears
 from model import Transformer, config_for, count_parameters, flops_per_token
 from runtime import Device, find_device, matmul_rate
+from training import make_optimizers
 
 PAPER = {("gpt2", 192): 1.14, ("gpt2", 96): 1.18, ("gpt2", 48): 1.19, ("gpt2-xl", 384): 1.31}  # speedup over full rank, Tables VI and VII
 
 
 def training_step(model, device, batch, length):
     """One whole optimizer step as `train.py --optimizer adamw` does it, on random tokens."""
-    from train import Loss, make_optimizers
+    from train import Loss
     optimizer, = make_optimizers(model, 1e-4, 0.1)  # AdamW, as the peer's
     loss_of = Loss(model)
     tokens = torch.randint(model.config.vocab_size, (batch, length + 1), device=device.torch_device)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from benches.kernels import Measurement, measure
+from benches.kernels import Measurement, measure, report
 from quant import decode, quantize_rows, unpack
 
 
@@ -41,6 +41,7 @@ def test_rows_of_every_kernel():
         assert r["us"] == pytest.approx(1) and r["share_of_copy"] == pytest.approx(r["gb_s"] * 1e9 / m.copy)
     one = next(r for r in rows if (r["kernel"], r["engine"], r["shape"], r["rows"], r["bits"]) == ("matvec", "ours", "128x192", 1, 4))
     assert one["gb_s"] == pytest.approx(128 * 192 / 2 / 1e-6 / 1e9)
+    assert len(report(rows).splitlines()) == 2 + len(rows)
     assert all(len(calls) >= 2 for calls in sizes), "one matrix alone would stay in the L2"
     assert any(len(calls) * 128 * 192 >= 20_000 for calls in sizes[1:])
 

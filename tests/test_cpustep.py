@@ -4,6 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+import cpustep
+import model as model_file
 import products
 from cpustep import Step, cpu_step
 from kvcache import PagedCache, Pool, Sequence
@@ -96,3 +98,27 @@ def test_where_something_is_in_the_way_it_is_not_taken(monkeypatch):
     assert len(list(generate(model, [[1, 2]], 3, cache=paged, make_step=cpu_step))) == 3
     monkeypatch.setattr("cpustep.load_cpu_kernels", lambda: None)
     assert step_of(some_model("gpt2")) is None
+
+
+@pytest.mark.parametrize("change", ["another activation", "another block"])
+def test_a_changed_architecture_is_not_taken_for_the_old_one(change, monkeypatch, capsys):
+    class SquaredReLU(model_file.FeedForward):
+        def forward(self, x):
+            return self.down(torch.relu(self.up(x)).square())
+
+    class Parallel(torch.nn.Module):
+        def __init__(self, config, layer):
+            super().__init__()
+            self.norm, self.attention, self.mlp = model_file.make_norm(config), model_file.Attention(config, layer), model_file.FeedForward(config)
+
+        def forward(self, x, rope=None, cache=None, mask=None):
+            y = self.norm(x)
+            return x + self.attention(y, rope, cache, mask) + self.mlp(y)
+
+    monkeypatch.setattr(model_file, *(("FeedForward", SquaredReLU) if change == "another activation" else ("Block", Parallel)))
+    cpustep.classes_walked.cache_clear()
+    model = some_model("gpt2")
+    assert list(generate(model, [[1, 2, 3]], 8, temperature=0, make_step=cpu_step)) == list(generate(model, [[1, 2, 3]], 8, temperature=0))
+    assert cpustep.classes_walked("gpt2") is None and "layer by layer" in capsys.readouterr().out
+    monkeypatch.undo()
+    cpustep.classes_walked.cache_clear()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import data
-from data import TokenFiles, check_length, eval_batches, open_corpus, prepare, train_batch, write_tokens
+from data import TokenFiles, calibration_batches, check_length, eval_batches, open_corpus, prepare, train_batch, write_tokens
 from runtime import InputError
 from tokenizer import train_tokenizer
 
@@ -139,5 +139,20 @@ def test_openwebtext_streams_through_datasets(tmp_path, tokenizer, monkeypatch):
             return ({"text": f"page {i} of the web\n"} for i in range(4001))
     monkeypatch.setitem(__import__("sys").modules, "datasets", FakeLibrary)
     files = prepare(open_corpus("openwebtext", tmp_path), tokenizer)
-    assert files.folder == tmp_path / "openwebtext"
+    assert files.folder.parent == tmp_path
+    other = train_tokenizer([f"page {i} of the web\n" for i in range(300)], 280)
+    again = prepare(open_corpus("openwebtext", tmp_path), other)
+    assert again.folder != files.folder and again.tokenizer.pieces == other.pieces, "a folder for each tokenizer"
     assert "page 1999 of" in tokenizer.decode(files.val.tolist()) and "page 4000 of" in tokenizer.decode(files.train.tolist())
+
+
+@pytest.mark.parametrize("size", [20, 100_000])
+def test_calibration_takes_as_many_tokens_as_it_is_asked_for(tmp_path, tokenizer, size, text_file):
+    """Of many short texts and of a long one."""
+    text = text_file.read_text()
+    (tmp_path / "texts").mkdir()
+    for i in range(min(2000, len(text) // size)):
+        (tmp_path / "texts" / f"{i:05}.txt").write_text(text[i * size:(i + 1) * size])
+    batches = calibration_batches(tmp_path / "texts", tokenizer, 64, 4096)
+    assert [b.shape for b in batches] == [(1, 64)] * 64
+    assert torch.cat(batches, 1)[0].tolist() == tokenizer.encode(text[:40_000])[:4096]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from checkpoint import load_model, save_state
+from checkpoint import load_model, save_model, save_state
 from lowrank import LowRankLinear
 from storage import read_state
 
@@ -193,6 +193,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     (("--rank", 8, "--head", "dense", "--embedding-rank", 8), "--head dense shares the matrix of W^E"),
     (("--vocabulary", -5), "--vocabulary must not be negative, got -5"),
     (("--resume",), "holds no training state: start the run without --resume"),
+    (("--embedding-rank", 8), "--embedding-rank 8 is for a model whose layers are low-rank, too: give --rank as well"),
     (("--init-from", "/nowhere"), "no such folder or file")])
 def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path, text_file, capsys):
     from runtime import command
@@ -202,6 +203,56 @@ def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path, text_fil
     stderr = capsys.readouterr().err
     assert e.value.code == 2 and message in stderr and stderr.count("\n") == 1
     assert not (tmp_path / "run").exists(), "nothing half written"
+
+
+def test_weights_that_are_not_finite_do_not_take_the_place_of_good_ones(tmp_path, text_file, monkeypatch):
+    """A step whose loss is finite, and that nobody looks at, may still ruin the weights."""
+    step = train.Run.one_step
+
+    def ruinous(self):
+        loss = step(self)
+        if self.step == 4:
+            next(self.model.parameters()).data[0, 0] = float("inf")
+        return loss
+    monkeypatch.setattr(train.Run, "one_step", ruinous)
+    with pytest.raises(train.InputError, match="some weights are not finite at step 5: the run stops, .*/state keeps step 4"):
+        call(*TINY, "--data", text_file, "--max-iters", 20, "--save-interval", 1, "--log-interval", 20, "--out-dir", tmp_path / "run")
+    folder, state, _ = read_state(tmp_path / "run")
+    assert state["step"] == 4 and all(torch.isfinite(p).all() for p in load_model(folder)[0].parameters())
+
+
+def test_a_run_that_is_done_keeps_its_summary(tmp_path, text_file, capsys):
+    assert call(*TINY, "--data", text_file, "--max-iters", 3, "--out-dir", tmp_path / "run") == 0
+    before = (tmp_path / "run" / "summary.json").read_bytes()
+    assert call("--resume", "--out-dir", tmp_path / "run") == 0 and "has its 3 steps already" in capsys.readouterr().out
+    assert (tmp_path / "run" / "summary.json").read_bytes() == before and json.loads(before)["val_loss"] > 0
+    (tmp_path / "run" / "summary.json").unlink()  # killed right before it was written
+    assert call("--resume", "--out-dir", tmp_path / "run") == 0
+    again = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert again["val_loss"] == json.loads(before)["val_loss"] and again["tokens_per_second"] > 0
+
+
+def test_a_step_keeps_its_rows_however_they_are_divided(tmp_path, text_file, run):
+    common = (*TINY, "--data", text_file, "--max-iters", 6)
+    assert call(*common, "--grad-accum", 2, "--out-dir", tmp_path / "a") == 0
+    assert call(*common, "--grad-accum", 2, "--stop-at", 3, "--out-dir", tmp_path / "b") == 0
+    with pytest.raises(train.InputError, match="continues has 4 rows, and 2 with --batch-size 2, --grad-accum 1 and 1 process: change one of the three"):
+        call("--resume", "--grad-accum", 1, "--out-dir", tmp_path / "b")
+    done = run("train.py", "--resume", "--grad-accum", 1, "--out-dir", tmp_path / "b", processes=2)
+    assert done.returncode == 0, done.stderr
+    a, b = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert len(b) == 6 and max(abs(a[s] - b[s]) for s in a) < 1e-4
+    assert json.loads((tmp_path / "b" / "summary.json").read_text())["tokens"] == 6 * 4 * 32
+
+
+def test_the_weights_come_with_their_network_and_their_tokenizer(tmp_path, text_file):
+    assert call(*TINY, "--data", text_file, "--max-iters", 1, "--out-dir", tmp_path / "run") == 0
+    with pytest.raises(train.InputError, match="is another network than --model small: leave --model out"):
+        call("--model", "small", "--init-from", tmp_path / "run", "--data", text_file, "--out-dir", tmp_path / "other")
+    save_model(tmp_path / "mute", load_model(tmp_path / "run")[0])
+    with pytest.raises(train.InputError, match="mute has no tokenizer beside its weights"):
+        call("--init-from", tmp_path / "mute", "--data", text_file, "--out-dir", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_resume_refuses_to_become_another_run(tmp_path, text_file, run):
@@ -233,14 +284,23 @@ def test_a_warm_start_of_two_processes_is_that_of_one(tmp_path, text_file, run):
     assert a.keys() == b.keys() and max(abs(a[k] - b[k]) for k in a) < 1e-5
 
 
+@pytest.mark.parametrize("steps", [8, 20])
+def test_a_warm_start_ends_though_the_schedule_was_changed(tmp_path, text_file, steps):
+    assert call(*TINY, "--data", text_file, "--max-iters", 12, "--warm-start", 0.5, "--stop-at", 5, "--out-dir", tmp_path / "run") == 0
+    assert call("--resume", "--max-iters", steps, "--stop-at", 11, "--out-dir", tmp_path / "run") == 0
+    assert isinstance(load_model(tmp_path / "run")[0].blocks[0].mlp.up, LowRankLinear)
+
+
 def test_a_run_from_before_the_choice_of_optimizers_goes_on_as_it_began(tmp_path, text_file):
     common = (*TINY, "--data", text_file, "--max-iters", 4, "--optimizer", "adamw")
     assert call(*common, "--out-dir", tmp_path / "a") == 0
     assert call(*common, "--stop-at", 2, "--out-dir", tmp_path / "b") == 0
     folder, state, moments = read_state(tmp_path / "b")
-    del state["args"]["optimizer"]
+    del state["args"]["optimizer"], state["args"]["warm_start"]
     model, tokenizer = load_model(folder)
     save_state(tmp_path / "b", model, tokenizer, moments, state)
+    with pytest.raises(train.InputError, match="--warm-start 0.5 differs from the None of the run that --resume continues"):
+        call("--resume", "--warm-start", 0.5, "--out-dir", tmp_path / "b")
     assert call("--resume", "--out-dir", tmp_path / "b") == 0
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
