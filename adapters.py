@@ -28,7 +28,7 @@ from checkpoint import load_model, locate, read_config, replace_model
 from formats import ROWS, open_source, their_name
 from lowrank import LoRALinear, drop_lora, is_linear, merge_lora, swap_layers
 from quant import matrices
-from runtime import InputError, command, write_atomic
+from runtime import InputError, check_folder, command, write_atomic
 from storage import read_tensors, sync_folder, write_tensors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -102,7 +102,7 @@ def read_adapter(folder, model=None, base_id=None):
     config = read_settings(folder / FILES[0])
     rank, alpha = config["r"], config["lora_alpha"]
     factors = read_factors(folder / FILES[1], rank)
-    words = (folder / "BASE_ID").read_text().split() if (folder / "BASE_ID").is_file() else [None]
+    words = ((folder / "BASE_ID").read_text().split() if (folder / "BASE_ID").is_file() else []) or [None]
     adapter = Adapter(rank, alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), sorted({n.rsplit(".", 1)[-1] for n in factors}), factors,
                       config.get("base_model_name_or_path") or "", words[0], int(words[1]) if len(words) > 1 else 16, config.get("lora_dropout") or 0.0, folder)
     if base_id and adapter.base_id not in (None, base_id):
@@ -265,8 +265,7 @@ def own_rows(files):
 
 def merge(folder, out, base, bits):
     """Write the base with the adapter multiplied into it, as a model folder."""
-    if Path(out).exists() and any(Path(out).iterdir()):
-        raise InputError(f"{out} is not empty: choose a new folder")
+    check_folder(out, new=True)
     base = base or read_adapter(folder).base_name
     model, tokenizer = load_model(base, bits=bits)
     print(load_adapter(model, folder, base_id(base)))

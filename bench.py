@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from runtime import InputError, command, write_atomic
+from runtime import InputError, check_folder, command, write_atomic
 
 BENCHES = {
     "train": "training GPT-2: full rank against r = 192, 96, 48",
@@ -68,14 +68,17 @@ def main(argv=None):
     module.arguments(p)
     p.add_argument("--json", help="write the rows to this file too")
     args = p.parse_args(argv[1:])
+    if args.json:
+        check_folder(Path(args.json).parent)
     device, rows = module.bench(args)
+    print(module.report(rows))
     if args.json:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         words = [Path(word).name if Path(word).is_absolute() else word for word in argv]  # another machine has other folders
         record = dict(command=" ".join(["python bench.py", *words]), device=device.name, torch=torch.__version__, commit=commit,
                       date=time.strftime("%Y-%m-%d"), rows=rows)
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.json, json.dumps(record, indent=1) + "\n")
-    print(module.report(rows))
     return 0
 
 

@@ -34,7 +34,7 @@ from quant import KINDS as QUANT_KINDS
 from quant import QuantEmbedding, QuantLinear, bits_and_group, describe, from_description, quantize_layer, takes
 from quant import tie as tie_quantized
 from rounding import quantize_calibrated
-from runtime import InputError, cache_dir, command, write_atomic
+from runtime import InputError, cache_dir, check_folder, command, write_atomic
 from storage import SHARD_BYTES, read_tensors, replace_state, sync_folder, write_tensors
 from tokenizer import load_tokenizer
 
@@ -132,7 +132,7 @@ def read_config(folder):
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise InputError(f"{path} is damaged ({e})") from None
-    if config.get("format") != FORMAT:
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
         return None
     if config.get("version") != 1:
         raise InputError(f"{path} is of version {config.get('version')}, this program reads version 1: use the program that wrote it")
@@ -185,7 +185,7 @@ def place(model, name, tensor, device, dtype):
 def load_model(name, device="cpu", dtype=torch.float32, bits=16, group=None):
     """(model, tokenizer) of a known name, a folder or a file, in eval mode; tokenizer None if there is none beside the weights.
 
-    bits 8 or 4: quantized while loading, a layer at a time (a folder that is quantized already stays as it is).
+    bits 8 or 4: quantized while loading, a layer at a time; a folder that is quantized already must have these bits.
     """
     if bits not in (4, 8, 16):
         raise InputError(f"--bits must be 4, 8 or 16, got {bits}")
@@ -201,6 +201,9 @@ def load_model(name, device="cpu", dtype=torch.float32, bits=16, group=None):
         model = build(Config(**config["architecture"]), config["layers"])
     except (TypeError, KeyError) as e:
         raise InputError(f"{path}/config.json is damaged or of another version ({e})") from None
+    stored = min((layer["bits"] for layer in config["layers"].values() if "bits" in layer), default=bits)
+    if bits < 16 and stored != bits:
+        raise InputError(f"{path} has {stored}-bit weights already: leave --bits {bits} out, or give the model that it was made from")
     tensors = itertools.chain.from_iterable(read_tensors(path / file) for file in config["files"])
     model = fill(model, tensors, device, dtype, path, quantizer_of(model, bits, group))
     has_tokenizer = any((path / f).exists() for f in ("tokenizer.json", "tokenizer.model"))
@@ -285,6 +288,8 @@ def random_model(name, rank=0, bits=16, group=None, device="cpu", dtype=torch.bf
 
 def quantized(args):
     """(model, tokenizer) for `checkpoint.py quantize`."""
+    if args.random_init and args.calibration:
+        raise InputError("--calibration rounds trained weights, and --random-init has none: leave one of them out")
     if args.random_init:
         return random_model(args.model, args.rank, args.bits, args.group), None
     if args.rank:
@@ -300,8 +305,7 @@ def quantized(args):
 
 def save_quantized(folder, model, tokenizer):
     """Integers, scales in float16, and what is not quantized in bfloat16."""
-    if Path(folder).exists() and any(Path(folder).iterdir()):
-        raise InputError(f"{folder} is not empty: choose a new folder")
+    check_folder(folder, new=True)
     replace_model(folder, model.bfloat16(), tokenizer)
 
 
@@ -314,8 +318,11 @@ def stored_bits(files):
     """name -> bits of a number, of everything in these safetensors files."""
     bits = {}
     for file in files:
-        with safe_open(file, framework="pt") as f:
-            bits |= {name: BITS.get(f.get_slice(name).get_dtype(), 0) for name in f.keys()}  # noqa: SIM118 (a file, no dict)
+        try:
+            with safe_open(file, framework="pt") as f:
+                bits |= {name: BITS.get(f.get_slice(name).get_dtype(), 0) for name in f.keys()}  # noqa: SIM118 (a file, no dict)
+        except SafetensorError as e:
+            raise InputError(f"{file} is truncated or not a safetensors file ({e}): copy or save it again") from None
     return bits
 
 
@@ -370,6 +377,8 @@ def main(argv=None):
     p.add_argument("--random-init", action="store_true", help="random weights of a known name's shapes, to measure sizes and speeds")
     p.add_argument("--rank", type=int, default=0, help="with --random-init: the rank of every linear layer; 0 is full rank (default: 0)")
     args = parser.parse_args(argv)
+    if args.command != "info":
+        check_folder(args.out, new=True)  # before anything slow
     if args.command == "info":
         info(args.model)
     elif args.command == "quantize":

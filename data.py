@@ -48,6 +48,8 @@ class Corpus:
 
 def open_corpus(data, data_dir):
     """The corpus that --data names: builtin, openwebtext, or a path."""
+    if not data:
+        raise InputError("--data is empty: builtin, openwebtext, or a path")
     if data == "builtin":
         return Corpus("builtin", f"python{sysconfig.get_python_version()}", builtin_documents)
     if data == "openwebtext":
@@ -147,7 +149,7 @@ class TokenFiles:
     def _map(self, split):
         path, dtype = self.folder / f"{split}.bin", np.dtype(self.meta["dtype"]).newbyteorder("<")
         size, wanted = path.stat().st_size, self.meta[split]["tokens"] * dtype.itemsize
-        if size != wanted:
+        if size != wanted or size == 0:
             raise InputError(f"{path} has {size:,} bytes, meta.json says {wanted:,}: remove {self.folder} and prepare the data again")
         return np.memmap(path, dtype=dtype, mode="r")
 
@@ -195,8 +197,9 @@ def write_tokens(corpus, tokenizer, folder, batch=256):
                 parts[split]["sha256"].update(block.tobytes())
         if parts["val"]["tokens"] == 0:  # a text of a few pages: its last tenth
             _split_off_validation(partial, parts, dtype)
-        if parts["train"]["tokens"] == 0:
-            raise InputError(f"the text of {corpus.name} is empty")
+        if parts["train"]["tokens"] < 2 or parts["val"]["tokens"] < 2:
+            raise InputError(f"the text of {corpus.name} has {parts['train']['tokens'] + parts['val']['tokens']} tokens, too few to train on and to validate "
+                             "with: give more text")
         tokenizer.save(partial)
         meta = dict(corpus=corpus.name, tokenizer=tokenizer.name, dtype=dtype.name, largest=largest,
                     **{s: dict(tokens=p["tokens"], sha256=p["sha256"].hexdigest()) for s, p in parts.items()})

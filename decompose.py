@@ -28,6 +28,7 @@ backward pass over a few windows of the text (`sensitivities`). Without a text, 
 relative to their sum.
 """
 import argparse
+import hashlib
 import json
 import math
 import shutil
@@ -40,13 +41,13 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
-from checkpoint import build, open_dense, place, write_config
-from data import calibration_batches
+from checkpoint import build, locate, open_dense, place, write_config
+from data import calibration_batches, open_corpus
 from factorize import check_ratio, choose_ranks, dense_from, eigenvalues, factorize, prepare, same_ranks, size, uniform_ranks
 from lowrank import LowRankLinear
 from model import Transformer, count_parameters
 from recompute import head_loss
-from runtime import InputError, command, find_device, peak_memory, rank, say, world_size, write_atomic
+from runtime import InputError, check_folder, command, find_device, peak_memory, rank, say, world_size, write_atomic
 from storage import read_tensors, write_tensors
 from watchdog import Watchdog
 
@@ -507,6 +508,7 @@ def check(args):
         raise InputError(f"--ratio must lie between 0 and 1, got {args.ratio}")
     if args.calibration_tokens < 1:
         raise InputError(f"--calibration-tokens must be at least 1, got {args.calibration_tokens}")
+    check_folder(args.out_dir)
 
 
 def open_in_turn(name):
@@ -528,6 +530,7 @@ def run(args, source, device):
         check_ratio(shapes, args.ratio)
     windows = calibration_batches(args.calibration, source.tokenizer(), source.config.context, args.calibration_tokens) if args.calibration else None
     plan = {k: str(getattr(args, k)) for k in ("model", "rank", "ratio", "ranks", "calibration", "calibration_tokens")}
+    plan |= {"the model's files": stamp(locate(args.model)), "the text": open_corpus(args.calibration, "data").key if args.calibration else "none"}
     out = Path(args.out_dir)
     if from_first(finished(out, plan) if rank() == 0 else None):
         return
@@ -541,6 +544,12 @@ def run(args, source, device):
     if rank() == 0:
         finish(source, parts, names, args, device, time.perf_counter() - started)
     wait()
+
+
+def stamp(path):
+    """Of the weights in a folder or file: another one when they were written anew."""
+    files = [f for f in (sorted(path.iterdir()) if path.is_dir() else [path]) if f.suffix in (".safetensors", ".bin", ".pth", ".gguf")]
+    return hashlib.sha256(repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()[:12]
 
 
 def finished(out, plan):

@@ -38,7 +38,7 @@ from checkpoint import load_model, own_tensors
 from data import first_tokens
 from model import count_parameters, generate
 from recompute import head_loss
-from runtime import InputError, command, find_device, markdown, peak_memory, rank, read_metrics, say, world_size, write_atomic
+from runtime import InputError, check_folder, command, find_device, markdown, move_aside, peak_memory, rank, read_metrics, say, world_size, write_atomic
 
 WINDOW = 1024
 SENTIMENT_TOKENS, ENTITY_TOKENS = 10, 128  # of an answer, at most; FinGPT lets both run until prompt and answer have 512
@@ -181,7 +181,7 @@ def rows_file(folder, task, process=0):
 def gather(folder, task):
     """Rows of a task from the files of all processes, brought together in one file in their order; a line cut short by a kill is dropped."""
     parts = [rows_file(folder, task)] + sorted((Path(folder) / "predictions").glob(f"{task}.*.jsonl"))
-    rows = {r["index"]: r for part in parts for r in read_metrics(part)}
+    rows = {r["index"]: r for part in parts for r in read_metrics(part) if "index" in r}
     parts[0].parent.mkdir(parents=True, exist_ok=True)
     write_atomic(parts[0], "".join(json.dumps(rows[i]) + "\n" for i in sorted(rows)))
     for part in parts[1:]:
@@ -191,7 +191,7 @@ def gather(folder, task):
 def valid_rows(folder, task, items):
     """index -> row, of the rows on disk that are about one of these items."""
     wanted = {w.index: fingerprint(w) for w in items}
-    return {r["index"]: r for r in read_metrics(rows_file(folder, task)) if wanted.get(r["index"]) == r["row"]}
+    return {r["index"]: r for r in read_metrics(rows_file(folder, task)) if wanted.get(r["index"]) == r.get("row", "")}
 
 
 def in_turn(action, *args):
@@ -230,10 +230,8 @@ def measure(run, task, items):
 def claim(folder, settings):
     """Make the folder this model's; rows of another model are moved aside, not overwritten."""
     path = folder / "run.json"
-    if (folder / "predictions").exists() and (not path.exists() or json.loads(path.read_text()) != settings):
-        aside = next(p for n in range(1, 10 ** 6) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
-        os.replace(folder, aside)
-        say(f"{folder} held the rows of another model or of other settings: moved to {aside}")
+    if (folder / "predictions").exists() and (not path.exists() or path.read_text() != json.dumps(settings, indent=2) + "\n"):
+        say(f"{folder} held the rows of another model or of other settings: moved to {move_aside(folder)}")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(settings, indent=2) + "\n")
 
@@ -359,6 +357,7 @@ def check(args, names):
         raise InputError(f"--limit must be at least 2 tokens, got {args.limit}")
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit must be at least 1 row, got {args.limit}")
+    check_folder(args.out_dir)
 
 
 def open_model(args):

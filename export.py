@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from formats import their_name
-from runtime import InputError, write_atomic
+from runtime import check_folder, write_atomic
 from storage import SHARD_BYTES, write_tensors
 
 
@@ -48,8 +48,7 @@ def huggingface_config(config, tied, dtype, tokenizer):
 def export(model, tokenizer, out, dtype=torch.float32):
     """Write a dense Hugging Face folder, a shard at a time; it appears when it is complete."""
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty: choose a new folder to export into")
+    check_folder(out, new=True)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

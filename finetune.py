@@ -40,11 +40,26 @@ from formats import open_source
 from instructions import Batch, encode, made_up_headlines, pick, read_alpaca
 from lowrank import LoRALinear, attach_lora, start_from_error
 from recompute import MODES, head_loss, use_recompute
-from runtime import InputError, RunFolder, StopSignal, command, find_device, peak_memory, plot_losses, rank, say, world_size, write_atomic
+from runtime import (
+    InputError,
+    RunFolder,
+    StopSignal,
+    check_folder,
+    check_positive,
+    command,
+    find_device,
+    peak_memory,
+    plot_losses,
+    rank,
+    say,
+    world_size,
+    write_atomic,
+)
 from storage import read_state, replace_state
 from training import (
     all_reduce,
     already_done,
+    check_numbers,
     check_rows,
     learning_rate,
     make_optimizers,
@@ -128,15 +143,13 @@ def check(args):
     for name in ("rank", "batch_size", "grad_accum", "max_iters", "stop_at", "log_interval", "eval_interval", "eval_rows", "save_interval"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("warmup", "lr", "weight_decay", "grad_clip", "seed", "eval_limit"):
-        if not getattr(args, name) >= 0:
-            raise InputError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    check_numbers(args, "warmup", "lr", "weight_decay", "grad_clip", "seed", "eval_limit")
+    check_positive(args, "alpha")
+    check_folder(args.out_dir)
     if args.bits not in (4, 8, 16):
         raise InputError(f"--bits must be 4, 8 or 16, got {args.bits}")
     if not 0 <= args.dropout < 1:
         raise InputError(f"--dropout must be in 0..1 (1 excluded), got {args.dropout}")
-    if not args.alpha > 0:
-        raise InputError(f"--alpha must be above 0, got {args.alpha:g}")
     if args.seq_len < 8:
         raise InputError(f"--seq-len must be at least 8, got {args.seq_len}")
     if args.start == "loftq" and args.bits == 16:

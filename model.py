@@ -339,7 +339,7 @@ class KVCache:
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw a token from each row of logits (B, V) -> (B,). Temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in."""
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k:

@@ -41,7 +41,7 @@ import torch.nn as nn
 
 from model import matmul_weights, rope_tables
 from recompute import head_loss
-from runtime import InputError, command
+from runtime import InputError, check_folder, check_positive, command
 
 SCHEDULES = ("gpipe", "1f1b")
 TIMEOUT = timedelta(minutes=10)  # the longest that a process may wait for a living one: compiling and evaluating take minutes
@@ -132,6 +132,13 @@ def draw(rows, path, title, unit="clocks"):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path)
     plt.close(fig)
+
+
+def check_trace(path):
+    """Refuse a trace that can't be written, before the run."""
+    if Path(path).suffix == ".png":
+        raise InputError(f"--trace {path}: the picture is written beside the trace, under this name: let the trace end in .json")
+    check_folder(Path(path).parent)
 
 
 def write_trace(rows, path, title):
@@ -554,6 +561,12 @@ def main(argv=None):
     parser.add_argument("--trace", metavar="FILE", help="also run it in N processes whose work is a timed wait: a Chrome trace and the picture of it")
     parser.add_argument("--seconds", type=float, default=0.05, help="of a wait (default: %(default)s)")
     args = parser.parse_args(argv)
+    check_positive(args, "seconds")
+    check_folder(Path(args.out).parent)
+    if Path(args.out).suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--out {args.out} is no picture: let it end in .png, .pdf or .svg")
+    if args.trace:
+        check_trace(args.trace)
     N, M, lists = args.stages, args.microbatches, schedule(args.schedule, args.stages, args.microbatches)
     rows, theory = simulate(lists), M / (N + M - 1)
     print(clock_table(lists))

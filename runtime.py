@@ -10,6 +10,7 @@ writes what it measures through `RunFolder`:
 import ctypes
 import errno
 import json
+import math
 import os
 import platform
 import resource
@@ -35,6 +36,9 @@ def say(*words):
         print(*words, flush=True)
 
 
+UNUSABLE = [getattr(errno, name) for name in ("EACCES", "EROFS", "EPERM", "ENOTDIR", "EEXIST", "EISDIR", "ENOENT", "ENAMETOOLONG")]
+
+
 def command(main):
     """Run main() as a command: bad input and a full disk are one line on stderr and exit code 2, not a traceback."""
     try:
@@ -45,14 +49,45 @@ def command(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        full, place = e.errno in (errno.ENOSPC, errno.EDQUOT), e.filename and e.errno in UNUSABLE
+        if not full and not place:
             raise
-        line = f"{e.strerror}: {e.filename or 'while writing'}: free some space or choose another --out-dir"
+        other = "set FINGPT_CACHE to another folder" if e.filename and str(cache_dir()) in str(e.filename) else "choose another --out-dir"
+        line = f"{e.strerror}: {e.filename or 'while writing'}: {'free some space or ' if full else ''}{other}"
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     print(f"error: {line}" if world_size() == 1 else f"error (process {rank()}): {line}", file=sys.stderr)
     sys.exit(2)
+
+
+def check_folder(path, new=False):
+    """Refuse what can't become a folder to write to, before anything slow; new: or what is one already with something in it."""
+    whole = Path(path).absolute()
+    there = next(p for p in (whole, *whole.parents) if p.exists())
+    if not there.is_dir():
+        raise InputError(f"{path}: {there} is a file: choose another folder")
+    if new and whole == Path.cwd():
+        raise InputError(f"{path} is the current folder: choose a new one")
+    if new and there == whole and any(whole.iterdir()):
+        raise InputError(f"{path} is not empty: choose a new folder")
+
+
+def move_aside(folder):
+    """Rename a folder to the first FOLDER-N that is free, and return that."""
+    folder = Path(folder)
+    if folder.absolute() == Path.cwd():
+        raise InputError(f"{folder.absolute()} holds earlier results and is the current folder, which can't be moved aside: choose another --out-dir")
+    aside = next(p for n in range(1, 10 ** 6) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
+    os.replace(folder, aside)
+    return aside
+
+
+def check_positive(args, *names):
+    """Refuse what is not above 0 and finite."""
+    for name in names:
+        if not 0 < getattr(args, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name):g}")
 
 
 # ----------------------------------------------------------------------------- processes (torchrun sets these)

@@ -23,7 +23,7 @@ from cpustep import cpu_step
 from cudagraph import Step
 from kvcache import SIZE, PagedCache, Pool, Sequence, bytes_per_token
 from model import check_sampling, generate
-from runtime import InputError, command, find_device
+from runtime import InputError, check_positive, command, find_device
 from serve import Adapters, Engine, Request, common_length
 from tokenizer import render_chat
 
@@ -37,7 +37,7 @@ def parse(argv):
     g.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR",
                    help="an adapter of finetune.py or PEFT; several times with names for --prompts (default: the bare base)")
     g = p.add_argument_group("what to write")
-    g.add_argument("--prompt", default="\n", help="the text to continue (default: a new line)")
+    g.add_argument("--prompt", help="the text to continue (default: a new line)")
     g.add_argument("--prompts", metavar="FILE.jsonl", help="many texts at once, one a line; the answers go to standard output (default: --prompt)")
     g.add_argument("--chat", action="store_true", help="talk with an instruction-tuned model, in its own chat format")
     g = p.add_argument_group("draws")
@@ -84,7 +84,13 @@ def chat(model, tokenizer, args, generator):
         ids = tokenizer.encode(render_chat(tokenizer, messages), special=True)
         if cache:
             cache.lengths = [min(cache.end, common_length(read, ids[:-1]))]
-        text, tokens = write(model, tokenizer, ids, args, generator, cache)
+        try:
+            text, tokens = write(model, tokenizer, ids, args, generator, cache)
+        except InputError as e:  # too long for the context, or for --kv-memory: the conversation goes on without it
+            print(f"\nerror: {e}. This message is dropped; a larger --kv-memory or a new chat have more room", flush=True)
+            messages.pop()
+            read = []
+            continue
         print()
         read = ids + tokens
         messages.append(dict(role="assistant", content=text.strip()))
@@ -98,10 +104,11 @@ def _ask():
 
 
 def one(model, tokenizer, args, generator, device):
-    ids = with_begin(tokenizer, args.prompt)
+    prompt = "\n" if args.prompt is None else args.prompt
+    ids = with_begin(tokenizer, prompt)
     if not ids:
         raise InputError("the prompt is empty: give --prompt at least one character")
-    print(args.prompt, end="", flush=True)
+    print(prompt, end="", flush=True)
     start = time.perf_counter()
     _, tokens = write(model, tokenizer, ids, args, generator)
     seconds = time.perf_counter() - start
@@ -159,6 +166,10 @@ def read_line(line, default):
         raise InputError(f"unknown key {unknown[0]!r}: {form}")
     if not isinstance(row.get("adapter"), str | None):
         raise InputError(f"its adapter is no name: {form}")
+    try:
+        row["prompt"].encode()
+    except UnicodeEncodeError as e:
+        raise InputError(f"its prompt has half of a surrogate pair (character {e.start}): {form}") from None
     return row["prompt"], row.get("adapter", default)
 
 
@@ -214,15 +225,19 @@ def read_adapters(model, args):
 
 def check(args):
     check_sampling(args.temperature, args.top_k, args.top_p, args.max_new_tokens)
+    if args.prompt is not None and (args.prompts or args.chat):
+        raise InputError("--prompt goes neither with --prompts nor with --chat: leave one out")
     if args.prompts and (args.chat or args.no_cache):
         raise InputError("--prompts goes neither with --chat nor with --no-cache: leave one out")
     if args.cuda_graph and (args.prompts or args.chat or args.no_cache):
         raise InputError("--cuda-graph is for --prompt, with the cache: leave --prompts, --chat or --no-cache out")
     if len(args.adapter) > 1 and not args.prompts:
         raise InputError(f"{len(args.adapter)} adapters, and nothing says which one to use: give one, or --prompts with a name in each line")
-    for flag in ("batch_size", "kv_memory", "adapter_memory"):
-        if (value := getattr(args, flag)) is not None and value <= 0:
-            raise InputError(f"--{flag.replace('_', '-')} must be above 0, got {value}")
+    check_positive(args, "batch_size", "kv_memory", *(["adapter_memory"] if args.adapter_memory is not None else []))
+    if abs(args.seed) >= 1 << 62:
+        raise InputError(f"--seed must be below 2^62, got {args.seed}")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that can't show a character shows its number
 
 
 def main(argv=None):

@@ -138,7 +138,7 @@ def read_state(out_dir, files=lambda folder: json.loads((folder / "config.json")
             for file in files(folder):
                 for _ in read_tensors(folder / file):
                     pass
-            optimizer = dict(read_tensors(folder / "optimizer.safetensors"))
+            optimizer, _ = dict(read_tensors(folder / "optimizer.safetensors")), (state["step"], state["args"])
         except (InputError, OSError, json.JSONDecodeError, TypeError, KeyError) as e:
             problems.append(f"{folder}: {e}")
             continue

@@ -32,13 +32,14 @@ from data import check_length, eval_batches, open_corpus, prepare, train_batch
 from lowrank import STARTS, LowRankLinear, blend_alpha, blend_with, decay_products, finish_blend, replace_linears, set_alpha
 from memory import advice, expected_memory, statement
 from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_token
-from pipeline import SCHEDULES, Grid, Pipeline, utilization, write_trace
+from pipeline import SCHEDULES, Grid, Pipeline, check_trace, utilization, write_trace
 from quant import attach_fake_quantization, stored_bytes
 from recompute import MODES, head_loss, use_recompute
 from runtime import (
     InputError,
     RunFolder,
     StopSignal,
+    check_folder,
     command,
     find_device,
     local_rank,
@@ -53,6 +54,7 @@ from storage import read_state
 from training import (
     all_reduce,
     already_done,
+    check_numbers,
     check_rows,
     learning_rate,
     make_optimizers,
@@ -70,7 +72,7 @@ from training import (
 from watchdog import Watchdog
 
 # What a resumed run may not change: with another value it would not be the same run.
-FIXED = ("model", "rank", "method", "init_from", "embedding_rank", "head", "dropout", "bits", "data", "vocabulary", "seq_len", "seed",
+FIXED = ("model", "rank", "method", "init_from", "embedding_rank", "head", "dropout", "bits", "vocabulary", "seq_len", "seed",
          "optimizer", "warm_start")
 SMALL = ("tiny", "small")  # models without a vocabulary of their own: it is as large as their tokenizer's
 
@@ -152,10 +154,8 @@ def check(args):
     for name in ("batch_size", "grad_accum", "max_iters", "stop_at", "log_interval", "eval_interval", "eval_tokens", "save_interval"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("rank", "embedding_rank", "warmup", "lr", "weight_decay", "grad_clip", "seed", "pipeline", "microbatches", "vocabulary",
-                 "b_rate"):
-        if getattr(args, name) < 0:
-            raise InputError(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    check_numbers(args, "rank", "embedding_rank", "warmup", "lr", "weight_decay", "grad_clip", "seed", "pipeline", "microbatches", "vocabulary", "b_rate")
+    check_folder(args.out_dir)
     if args.method not in (1, 2, 3):
         raise InputError(f"--method must be 1, 2 or 3, got {args.method}")
     if args.method == 2 and not args.init_from:
@@ -197,6 +197,8 @@ def check_pipeline(args):
         if args.trace or args.microbatches and not args.resume:
             raise InputError("--microbatches and --trace are of a pipeline: give --pipeline N")
         return
+    if args.trace:
+        check_trace(args.trace)
     args.microbatches = args.microbatches or max(m for m in range(1, 4 * args.pipeline + 1) if args.batch_size % m == 0)
     if args.batch_size % args.microbatches:
         raise InputError(f"--batch-size {args.batch_size} is not divisible into {args.microbatches} microbatches: change one of the two")
@@ -307,6 +309,9 @@ def set_up(argv):
             tokens = prepare(corpus, tokenizer, args.vocabulary or (8192 if args.model == "gpt2" else 4096), own=args.vocabulary > 0)
         if world_size() > 1:
             dist.barrier()
+    text = tokens.meta["train"]["sha256"]
+    if state and state.get("text", text) != text:
+        raise InputError(f"--data {args.data} is not the text that the run began with: give that one, or start another run with another --out-dir")
     if model is None:
         model, full_rank = random_model(args, tokens.tokenizer.vocab_size, home)
     return args, device, model.train(), tokens, full_rank, state, moments
@@ -423,11 +428,11 @@ class Run:
             if self.step % args.save_interval == 0 and self.step < last:
                 self.save()
         bar.close()
+        if self.saved_at < self.step:
+            self.save()
         rows = self.pipeline.traced() if args.trace else None
         if rows and rank() == 0:
             write_trace(rows, args.trace, f"{args.schedule}, {args.pipeline} stages, step {self.step}, measured: utilization {utilization(rows):.3f}")
-        if self.saved_at < self.step:
-            self.save()
         self.finish(times, stop.name)
         if stop.name:
             say(f"stopped by {stop.name} after step {self.step}, saved; go on with")
@@ -509,7 +514,8 @@ class Run:
             from shard import whole
             tensors, moments = whole(tensors), whole(moments)
         if rank() == 0:
-            state = dict(step=self.step, rows=self.rows, args=vars(self.args), parameters_full_rank=self.full_rank, seconds=self.seconds())
+            state = dict(step=self.step, rows=self.rows, text=self.tokens.meta["train"]["sha256"], args=vars(self.args), parameters_full_rank=self.full_rank,
+                         seconds=self.seconds())
             save_state(self.args.out_dir, self.model, self.tokens.tokenizer, moments, state, tensors)
             plot_losses(self.folder.path, f"{self.args.init_from or self.args.model}, {f'r = {self.args.rank}' if self.args.rank else 'full rank'}, "
                         f"on {Path(self.args.data).name}")

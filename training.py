@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from lowrank import LowRankLinear
 from muon import Muon
-from runtime import InputError, rank, say, world_size
+from runtime import InputError, move_aside, rank, say, world_size
 
 
 def make_optimizers(model, lr, weight_decay, kind="adamw", b_rate=1.0, decay="factors", **place):
@@ -110,9 +110,8 @@ def set_aside(out_dir):
     """An earlier run in the same folder is moved, not overwritten."""
     out = Path(out_dir)
     if rank() == 0 and ((out / "state").exists() or (out / "state.previous").exists() or (out / "summary.json").exists()):
-        n = next(n for n in range(1, 10 ** 6) if not out.with_name(f"{out.name}-{n}").exists())
-        os.replace(out, out.with_name(f"{out.name}-{n}"))
-        say(f"{out} held an earlier run: moved to {out}-{n} (to go on with it: --resume --out-dir {out}-{n})")
+        aside = move_aside(out)
+        say(f"{out} held an earlier run: moved to {aside} (to go on with it: --resume --out-dir {aside})")
 
 
 def restarted(out_dir):
@@ -124,6 +123,16 @@ def restarted(out_dir):
     if world_size() > 1:
         dist.all_reduce(count, dist.ReduceOp.MAX)
     return bool(count) and any((Path(out_dir) / name).exists() for name in ("state", "state.previous"))
+
+
+def check_numbers(args, *names):
+    """Of both scripts: what must be finite and not negative, and the seed, which torch wants in 64 bits."""
+    for name in names:
+        value = getattr(args, name)
+        if not 0 <= value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} must {'not be negative' if value < 0 else 'be a finite number'}, got {value}")
+    if args.seed >= 1 << 62:
+        raise InputError(f"--seed must be below 2^62, got {args.seed}")
 
 
 def check_rows(state, rows, args):

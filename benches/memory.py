@@ -11,7 +11,7 @@ from lowrank import attach_lora, replace_linears
 from memory import by_kind, memory_rows, meta_model, print_memory_tables
 from quant import quantize
 from recompute import MODES
-from runtime import find_device
+from runtime import check_positive, find_device
 
 SHOWN = {  # mode: what is kept, and the paper's total of Table IV
     "none": ("everything, the probabilities s too", 81), "sdpa": ("all but s: torch's fused attention", None),
@@ -20,6 +20,7 @@ SHOWN = {  # mode: what is kept, and the paper's total of Table IV
 
 def bench(args):
     """Bytes of a training step by kind, counted without running it, and the paper's Tables III and IV beside ours."""
+    check_positive(args, "batch", "seq", "limit_gb")
     model = meta_model(args.model)
     if args.rank:
         print(replace_linears(model, args.rank))

@@ -5,7 +5,7 @@
 from benches.common import table
 from memory import account, by_kind, meta_model
 from pipeline import SCHEDULES, balance, costs, piece_of, schedule, simulate, stored
-from runtime import InputError, find_device
+from runtime import InputError, check_positive, find_device
 
 
 def plan(model, gpus, length=4096, sequences=1024, kind="1f1b", tflops=400.0, gigabytes=80.0, link=50.0):
@@ -42,6 +42,7 @@ def plan(model, gpus, length=4096, sequences=1024, kind="1f1b", tflops=400.0, gi
 
 def bench(args):
     """Stages, replicas, memory, bubble and messages for a model and GPUs that are not here: a simulation from the stated rates."""
+    check_positive(args, "gpus", "seq_len", "sequences", "tflops", "gigabytes", "link")
     rows = plan(meta_model(args.model), args.gpus, args.seq_len, args.sequences, args.schedule, args.tflops, args.gigabytes, args.link)
     print(f"SIMULATED, nothing was run: {args.model} on {args.gpus} GPUs of {args.gigabytes:g} GB, {args.tflops:g} TFLOPS each in products, "
           f"{args.link:g} GB/s between them; {args.sequences} sequences of {args.seq_len} tokens a step, {args.schedule}, blocks recomputed")

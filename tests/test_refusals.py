@@ -1,0 +1,138 @@
+"""What users type wrong, in every command: one line that names the value, exit code 2, and nothing lost."""
+import json
+import shutil
+
+import pytest
+import torch
+
+import adapters
+import bench
+import checkpoint
+import decompose
+import eval as evaluation
+import finetune
+import pipeline
+import sample
+import train
+from checkpoint import save_model
+from model import Config, Transformer
+from runtime import InputError, command
+from tokenizer import train_tokenizer
+
+MAINS = dict(train=train.main, finetune=finetune.main, eval=evaluation.main, sample=sample.main, checkpoint=checkpoint.main, adapters=adapters.main,
+             decompose=decompose.main, pipeline=pipeline.main, bench=bench.main)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, text_file):
+    """A folder with a model, its int8 twin, a text, and a file where a folder is wanted."""
+    path = tmp_path_factory.mktemp("place")
+    (path / "book.txt").write_text(text_file.read_text()[:60_000])
+    (path / "few.txt").write_text("hello world how are")
+    torch.manual_seed(0)
+    model = Transformer(Config("llama", vocab_size=400, context=64, blocks=1, heads=2, kv_heads=1, width=32, ffn=48)).eval()
+    save_model(path / "base", model, train_tokenizer([(path / "book.txt").read_text()], 400))
+    checkpoint.main(["quantize", str(path / "base"), str(path / "int8"), "--bits", "8"])
+    (path / "file").write_text("in the way")
+    (path / "adapter").mkdir()
+    return path
+
+
+TRAIN = "train --model tiny --rank 8 --max-iters 1 --seq-len 32 --data book.txt --out-dir run "
+
+
+@pytest.mark.parametrize("line, message", [
+    (TRAIN + "--out-dir file", "file is a file: choose another folder"),
+    (TRAIN + "--out-dir file/x", "file is a file: choose another folder"),
+    (TRAIN + "--seed 99999999999999999999999", "--seed must be below 2^62"),
+    (TRAIN + "--lr nan", "--lr must be a finite number, got nan"),
+    (TRAIN + "--b-rate inf", "--b-rate must be a finite number, got inf"),
+    (TRAIN + "--data few.txt", "tokens, too few to train on and to validate with"),
+    (TRAIN + "--pipeline 1 --trace file/t.json", "file is a file: choose another folder"),
+    (TRAIN + "--pipeline 1 --trace t.png", "let the trace end in .json"),
+    ("finetune --base base --task made-up --out-dir file", "file is a file: choose another folder"),
+    ("finetune --base base --alpha inf --out-dir x", "--alpha must be above 0, got inf"),
+    ("eval --model base --data book.txt --out-dir file", "file is a file: choose another folder"),
+    ("eval --model int8 --bits 4 --data book.txt --out-dir x", "int8 has 8-bit weights already: leave --bits 4 out"),
+    ("decompose --model base --rank 4 --out-dir file/x", "file is a file: choose another folder"),
+    ("checkpoint quantize base file", "file is a file: choose another folder"),
+    ("checkpoint quantize base .", ". is the current folder: choose a new one"),
+    ("checkpoint quantize int8 x --bits 4", "int8 has 8-bit weights already"),
+    ("checkpoint quantize tiny x --random-init --calibration book.txt", "--calibration rounds trained weights, and --random-init has none"),
+    ("checkpoint export base base", "base is not empty: choose a new folder"),
+    ("checkpoint info cut", "is truncated or not a safetensors file"),
+    ("checkpoint info list", "list"),
+    ("adapters merge adapter file", "file is a file: choose another folder"),
+    ("sample --model base --prompt a --chat", "--prompt goes neither with --prompts nor with --chat"),
+    ("sample --model base --kv-memory nan", "--kv-memory must be above 0, got nan"),
+    ("sample --model base --seed 9999999999999999999", "--seed must be below 2^62"),
+    ("sample --model base --cuda-graph --no-cache", "--cuda-graph is for --prompt, with the cache"),
+    ("pipeline --out file/x.png", "file is a file: choose another folder"),
+    ("pipeline --out x.xyz", "let it end in .png, .pdf or .svg"),
+    ("pipeline --trace t.json --seconds nan", "--seconds must be above 0, got nan"),
+    ("bench plan --gpus 0", "--gpus must be above 0, got 0"),
+    ("bench plan --tflops -5", "--tflops must be above 0, got -5"),
+    ("bench plan --json file/m.json", "file is a file: choose another folder"),
+    ("bench memory --model tiny --batch 0", "--batch must be above 0, got 0"),
+])
+def test_a_wrong_line_is_one_line_of_answer(line, message, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    for name in ("run", "x", "cut", "list"):
+        shutil.rmtree(place / name, ignore_errors=True)
+    shutil.copytree(place / "base", place / "cut")
+    (place / "cut" / "model.safetensors").write_bytes((place / "base" / "model.safetensors").read_bytes()[:100])
+    (place / "list").mkdir()
+    (place / "list" / "config.json").write_text("[]")
+    script, *args = line.split()
+    with pytest.raises(SystemExit) as end:
+        command(lambda: MAINS[script](args))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and len([row for row in error.splitlines() if row.startswith("error: ")]) == 1
+    assert not (place / "run").exists() and not (place / "x").exists(), "nothing half written"
+
+
+def test_a_run_goes_on_with_the_same_text_wherever_it_lies_and_with_no_other(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    args = ["--model", "tiny", "--rank", "8", "--max-iters", "2", "--seq-len", "32", "--data", "book.txt", "--out-dir", str(tmp_path / "run")]
+    assert train.main([*args, "--stop-at", "1"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy("book.txt", tmp_path / "elsewhere")
+    (tmp_path / "other.txt").write_text((place / "book.txt").read_text() + "and more")
+    with pytest.raises(InputError, match="other.txt is not the text that the run began with"):
+        train.main(["--resume", "--data", str(tmp_path / "other.txt"), "--out-dir", str(tmp_path / "run")])
+    assert train.main(["--resume", "--data", str(tmp_path / "elsewhere" / "book.txt"), "--out-dir", str(tmp_path / "run")]) == 0
+
+
+def test_a_model_that_was_trained_anew_is_decomposed_anew(place, tmp_path):
+    shutil.copytree(place / "base", tmp_path / "dense")
+    args = ["--model", str(tmp_path / "dense"), "--rank", "4", "--out-dir", str(tmp_path / "small")]
+    decompose.main(args)
+    decompose.main(args)  # done already
+    model, tokenizer = checkpoint.load_model(tmp_path / "dense")
+    for p in model.parameters():
+        p.data.mul_(2)
+    checkpoint.replace_model(tmp_path / "dense", model, tokenizer)
+    with pytest.raises(InputError, match="small is not empty: choose a new folder"):
+        decompose.main(args)
+
+
+def test_one_line_with_half_a_surrogate_pair_does_not_stop_the_others(place, capsys, tmp_path):
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "a"}\n{"prompt": "\\ud800 alone"}\n{"prompt": "b"}\n')
+    with pytest.raises(InputError, match="1 of 3 lines .* failed, the others are done: line 2: its prompt has half of a surrogate pair"):
+        sample.main(["--model", str(place / "base"), "--max-new-tokens", "2", "--prompts", str(tmp_path / "lines.jsonl")])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert sorted(row["line"] for row in rows if "text" in row) == [1, 3]
+
+
+def test_a_chat_goes_on_after_a_message_that_is_too_long(place, monkeypatch, capsys, tmp_path):
+    model, tokenizer = checkpoint.load_model(place / "base")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    save_model(tmp_path / "chat", model, tokenizer)
+    lines = iter(["One?", "word " * 500, "Two?", ""])
+    asked, real = [], sample.generate
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(sample, "generate", lambda model, prompts, *rest, **more: asked.append(prompts[0]) or real(model, prompts, *rest, **more))
+    sample.main(["--model", str(tmp_path / "chat"), "--chat", "--max-new-tokens", "2", "--temperature", "0"])
+    out = capsys.readouterr().out
+    assert "tokens: the model reads 1 to 64" in out and "This message is dropped" in out
+    assert len(asked) == 3 and "One?" in tokenizer.decode(asked[2]) and "Two?" in tokenizer.decode(asked[2]) and "word" not in tokenizer.decode(asked[2])
