@@ -80,7 +80,7 @@ CPU_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fassociative-ma
 
 
 class HugePages:
-    """Memory in pages of 2 MiB, of which a CPU knows enough by heart to read a whole model without looking up addresses: a fifth faster here.
+    """Memory in pages of 2 MiB, of which a CPU knows enough by heart to read a whole model without looking up addresses: a tenth faster here.
 
     A matrix is smaller than such a page, so many share a slab, which is freed with the last of them.
     """

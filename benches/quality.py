@@ -151,15 +151,14 @@ def plot(lines, rows, file):
         tokens = sorted(set.intersection(*map(set, runs)))
         losses = [statistics.fmean(run[t] for run in runs) for t in tokens]
         style = dict(color=f"C{MAIN.index(line['variant'])}", marker="o", ms=3, ls=":" if line["equal_seconds"] else "-")
-        label = None if line["equal_seconds"] else f"{line['variant']} ({line['parameters'] / 1e6:.1f}M)"
+        label = None if line["equal_seconds"] else f"{line['variant']}{', r = %d' % line['rank'] if line['rank'] else ''} ({line['share']:.2f}x the parameters)"
         axes[0].plot([t / 1e6 for t in tokens], losses, label=label, **style)
         axes[1].plot([t / line["tokens_per_second"] for t in tokens], losses, **style)
     axes[0].set(xlabel="million tokens", ylabel="validation loss (nats per token)")
-    axes[1].set(xlabel="seconds")
-    axes[0].set_ylim(top=sorted(r["curve"][1][1] for r in rows)[-1])
+    axes[1].set(xlabel="seconds (dotted: a schedule that ends with the best low rank's)")
     for ax in axes:
         ax.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[1].legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="upper right")
     fig.savefig(file)
     plt.close(fig)
 

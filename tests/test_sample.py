@@ -196,9 +196,10 @@ def test_bad_adapters_and_files(folder, adapters, tmp_path):
     (["--prompt", "word " * 200], "a prompt has .* tokens: the model reads 1 to 64"),
     (["--temperature", "-1"], "temperature must be at least 0, got -1"),
     (["--max-new-tokens", "0"], "max-new-tokens must be at least 1, got 0"),
+    (["--prompt", "a", "--chat"], "--prompt goes neither with --prompts nor with --chat"),
     (["--chat"], "has no chat template: use --prompt"),
     (["--model", "/nowhere"], "no such folder or file")])
 def test_bad_input(args, message, folder):
     path, *_ = folder
     with pytest.raises(InputError, match=message):
-        sample.main(["--model", str(path), "--prompt", "a", *args])
+        sample.main(["--model", str(path), *args])
