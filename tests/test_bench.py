@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bench
-from benches import chance, quality
+from benches import chance, common, paper, quality
 from runtime import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,3 +94,28 @@ def test_probabilities_by_chance_are_those_of_drawn_samples():
         share = sum((drawn > bound).double().mean().item() for bound in (difference - 0.05, difference + 0.05)) / 2  # rows are whole: half of the equal ones
         assert abs(chance.by_chance(62, 62 + difference, 1000) - share) < 0.01
     assert chance.by_chance(50, 50, 100) == 1
+
+
+def test_the_papers_tables_have_its_figures_in_brackets_and_a_star_where_nothing_ran():
+    rows = [dict(table="V", what="int8", quantity="TFLOPS", value=1.5, paper=624, how="measured"),
+            dict(table="VI", what="gpt2 r48", quantity="training speed", value=3.9, paper=[1.192, 1.197], how="counted"),
+            dict(table="VI", what="gpt2 r48", quantity="MB", value=52.5, paper=None, how="exact"),
+            dict(table="VI", what="gpt2 r96", quantity="MB", value=62, paper=58.5, how="exact")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in paper.report(rows).splitlines()]
+    assert ["int8", "1.5 (624)"] in cells and ["gpt2 r48", "3.9* (1.192 / 1.197)", "52.5"] in cells and ["gpt2 r96", "", "62 (58.5)"] in cells
+
+
+def test_a_run_that_was_stopped_is_gone_on_with_and_a_finished_one_is_not_repeated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script.py").write_text(
+        "import json, pathlib, sys\n"
+        "out = pathlib.Path(sys.argv[-1]); (out / 'state').mkdir(parents=True, exist_ok=True)\n"
+        "stopped = None if '--resume' in sys.argv else 'SIGINT'\n"
+        "(out / 'summary.json').write_text(json.dumps(dict(stopped_by=stopped, argv=sys.argv[1:])))\n"
+        "sys.exit('error: no' if '--bad' in sys.argv else 0)\n")
+    assert common.run_once("script.py", "out", "--lr", 1) is None, "it was stopped"
+    assert common.run_once("script.py", "out", "--lr", 1)["argv"] == ["--resume", "--out-dir", "out"]
+    before = (tmp_path / "out" / "summary.json").stat().st_mtime_ns
+    assert common.run_once("script.py", "out", "--lr", 1)["stopped_by"] is None and (tmp_path / "out" / "summary.json").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="script.py ended with 1: error: no"):
+        common.run_once("script.py", "other", "--bad", quiet=True)
