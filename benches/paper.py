@@ -134,7 +134,7 @@ def seconds_of_answer(model, device):
 def table_ix(device, length):
     rows = []
     for (name, r, bits), (numbers, memory, size, seconds) in PAPER_IX.items():
-        what, model = f"{name} r{r} {bits} bit", meta_model(name)
+        what, model = f"{name} r{r} {bits} bit", meta_model(name).bfloat16()
         if bits < 16:
             quantize(model, bits)
         stored = stored_bytes(model) if bits < 16 else 2 * count_parameters(model)

@@ -339,7 +339,7 @@ def test_malformed_rows_are_refused(text, message, tmp_path):
     (["--alpha", "nan"], "--alpha must be above 0"),
     (["--dropout", "1"], "--dropout must be in 0..1"),
     (["--lr", "-1"], "--lr must not be negative"),
-    (["--lr", "nan"], "--lr must not be negative"),
+    (["--lr", "nan"], "--lr must be a finite number"),
     (["--seq-len", "2"], "--seq-len must be at least 8"),
     (["--batch-size", "0"], "--batch-size must be at least 1"),
     (["--start", "loftq", "--bits", "16"], "--bits 16 loses nothing"),
