@@ -34,7 +34,7 @@ from quant import KINDS as QUANT_KINDS
 from quant import QuantEmbedding, QuantLinear, bits_and_group, describe, from_description, quantize_layer, takes
 from quant import tie as tie_quantized
 from rounding import quantize_calibrated
-from runtime import InputError, cache_dir, check_folder, command, write_atomic
+from runtime import InputError, cache_dir, check_folder, command, give_back_memory, write_atomic
 from storage import SHARD_BYTES, read_tensors, replace_state, sync_folder, write_tensors
 from tokenizer import load_tokenizer
 
@@ -144,12 +144,15 @@ def decomposed_from(folder):
     return (read_config(folder) or {}).get("decomposed_from") if Path(folder).is_dir() else None
 
 
+GIVE_BACK = 1 << 28  # bytes of layers that were quantized, after which free memory goes back to the system
+
+
 def fill(model, tensors, device, dtype, where, quantizer=None):
     """Give a meta model its memory, a tensor (name, tensor) at a time; every name must fit, none may be left.
 
     quantizer(layer) -> its quantized form: called as soon as a layer is complete, so that the model never stands there whole in 16 or 32 bit.
     """
-    own = {name: p.shape for name, p in own_tensors(model).items()}
+    own, freed = {name: p.shape for name, p in own_tensors(model).items()}, 0
     for name, tensor in tensors:
         if name not in own:
             raise InputError(f"{where}: unexpected tensor {name} {tuple(tensor.shape)}")
@@ -160,7 +163,12 @@ def fill(model, tensors, device, dtype, where, quantizer=None):
         del tensor
         layer_name = name.rsplit(".", 1)[0]
         if quantizer and takes(model, layer := model.get_submodule(layer_name)) and not any(p.is_meta for p in layer.parameters()):
+            freed += sum(p.nbytes for p in layer.parameters())
             model.set_submodule(layer_name, quantizer(layer))
+            del layer
+            if freed > GIVE_BACK:  # else the heap fills with holes that are too small for the next layer
+                give_back_memory()
+                freed = 0
     if own:
         raise InputError(f"{where}: {len(own)} tensors are missing, first {min(own)}: a shard may be missing")
     if model.config.tied and isinstance(model.embed, QuantEmbedding) and isinstance(model.head, nn.Linear):

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from runtime import cache_dir, cpu_name, matmul_rate, say
+from runtime import cache_dir, cpu_name, give_back_memory, matmul_rate, say
 
 
 def product(x, matrix):
@@ -95,8 +95,7 @@ class HugePages:
             self.slab, self.used = mmap.mmap(-1, max(SLAB, tensor.nbytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0  # shared memory has small pages
             with contextlib.suppress(OSError):  # a kernel without huge pages
                 self.slab.madvise(mmap.MADV_HUGEPAGE)
-            if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # the originals of the last slab are free by now: no model is there twice
-                libc.malloc_trim(0)
+            give_back_memory()  # the originals of the last slab are free by now: no model is there twice
         place = torch.frombuffer(self.slab, dtype=tensor.dtype, count=tensor.numel(), offset=self.used).view(tensor.shape)
         self.used += -(-tensor.nbytes // 64) * 64
         return place.copy_(tensor)

@@ -190,6 +190,12 @@ def keep_freed_memory():
             libc.mallopt(-1, (1 << 31) - 1)
 
 
+def give_back_memory():
+    """Return to the system the memory that is free, and that keep_freed_memory keeps."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def peak_memory(device):
     """Peak bytes: what torch allocated on a GPU, the whole process's resident memory on a CPU."""
     import torch
