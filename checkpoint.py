@@ -385,11 +385,11 @@ def main(argv=None):
     p.add_argument("--random-init", action="store_true", help="random weights of a known name's shapes, to measure sizes and speeds")
     p.add_argument("--rank", type=int, default=0, help="with --random-init: the rank of every linear layer; 0 is full rank (default: 0)")
     args = parser.parse_args(argv)
-    if args.command != "info":
-        check_folder(args.out, new=True)  # before anything slow
     if args.command == "info":
         info(args.model)
-    elif args.command == "quantize":
+        return 0
+    check_folder(args.out, new=True)  # before anything slow
+    if args.command == "quantize":
         model, tokenizer = quantized(args)
         save_quantized(args.out, model, tokenizer)
         size = sum(f.stat().st_size for f in Path(args.out).iterdir())

@@ -466,12 +466,11 @@ class Run:
         args, memory = self.args, peak_memory(self.device.torch_device)
         largest = int(all_reduce(torch.tensor(float(memory), dtype=torch.float64), self.device, dist.ReduceOp.MAX))
         total = int(all_reduce(torch.tensor(float(memory), dtype=torch.float64), self.device))
-        rows = self.folder.rows() or [{}]  # their last says what a run that was resumed at its end no longer can
         self.folder.finish(
             base=args.base, base_id=self.base_id, bits=args.bits, rank=args.rank, f1_before=mean_f1(self.before), f1_after=mean_f1(after),
             scores_before=self.before, scores_after=after, trainable_parameters=sum(p.numel() for p in self.learning), steps=self.step,
-            loss=rows[-1].get("loss"), val_loss=next((r["val_loss"] for r in reversed(rows) if "val_loss" in r), None),
-            tokens_per_second=self.speed() if self.pace else rows[-1].get("tokens_per_second"), peak_memory_bytes=largest,
+            loss=self.folder.last("loss"), val_loss=self.folder.last("val_loss"),
+            tokens_per_second=self.speed() if self.pace else self.folder.last("tokens_per_second"), peak_memory_bytes=largest,
             peak_memory_bytes_total=total, seconds=self.seconds(), devices=world_size(), device_hours=world_size() * self.seconds() / 3600,
             device=self.device.name, dtype=args.dtype, arguments=vars(args))
         say(f"{args.out_dir}/ has the adapter, metrics.jsonl, summary.json and loss.png; try")

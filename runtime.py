@@ -230,6 +230,10 @@ class RunFolder:
     def rows(self):
         return read_metrics(self.path / "metrics.jsonl")
 
+    def last(self, key):
+        """The last value that was logged under this name, by an earlier process of the run too; None if there is none."""
+        return next((r[key] for r in reversed(self.rows()) if key in r), None)
+
     def finish(self, **summary):
         if self.file:
             self.file.close()

@@ -62,7 +62,10 @@ def whole(tensors):
 
 
 def part_like(tensor, parameter):
-    """This process's part of a whole tensor that belongs to `parameter`, as its moments do; scalars (AdamW's step) stay whole."""
+    """This process's part of a whole tensor that belongs to `parameter`, as its moments do; scalars (AdamW's step) stay whole.
+
+    Every process has read the same file, so each cuts (and copies) its own part, nothing is sent.
+    """
     if not isinstance(parameter, DTensor) or tensor.dim() == 0:
         return tensor.to(parameter.device)
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)

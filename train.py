@@ -539,16 +539,14 @@ class Run:
         total_memory = int(all_reduce(torch.tensor(float(memory), dtype=torch.float64), self.device))
         largest = int(all_reduce(torch.tensor(float(memory), dtype=torch.float64), self.device, dist.ReduceOp.MAX))
         size = self.save_rounded() if self.args.bits < 16 and rank() == 0 else 4 * parameters
-        rows = self.folder.rows() or [{}]  # their last says what a run that was resumed at its end no longer can
-        seconds = float(np.median(times)) if times else rows[-1].get("step_ms", 1e3 * self.seconds() / self.step) / 1e3
+        seconds = float(np.median(times)) if times else (self.folder.last("step_ms") or 1e3 * self.seconds() / self.step) / 1e3
         self.folder.finish(
             model=self.args.init_from or self.args.model, rank=self.args.rank, method=self.args.method, parameters=parameters,
             parameters_full_rank=self.full_rank, compression=self.full_rank / parameters, bits=self.args.bits, model_bytes=size, steps=self.step,
-            tokens=self.step * self.tokens_per_step, loss=rows[-1].get("loss"),
-            val_loss=next((r["val_loss"] for r in reversed(rows) if "val_loss" in r), None), tokens_per_second=self.tokens_per_step / seconds,
-            step_ms=seconds * 1e3, mfu=self.mfu(seconds), peak_memory_bytes=largest, peak_memory_bytes_total=total_memory, seconds=self.seconds(),
-            devices=world_size(), device_hours=world_size() * self.seconds() / 3600, device=self.device.name, dtype=str(self.device.dtype)[6:],
-            stopped_by=stopped, arguments=vars(self.args))
+            tokens=self.step * self.tokens_per_step, loss=self.folder.last("loss"), val_loss=self.folder.last("val_loss"),
+            tokens_per_second=self.tokens_per_step / seconds, step_ms=seconds * 1e3, mfu=self.mfu(seconds), peak_memory_bytes=largest,
+            peak_memory_bytes_total=total_memory, seconds=self.seconds(), devices=world_size(), device_hours=world_size() * self.seconds() / 3600,
+            device=self.device.name, dtype=str(self.device.dtype)[6:], stopped_by=stopped, arguments=vars(self.args))
         say(f"{self.args.out_dir}/ has the model, metrics.jsonl, summary.json and loss.png; try")
         say(f"    python sample.py --model {self.args.out_dir} --prompt \"The file\"")
 
