@@ -20,7 +20,10 @@
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <torch/extension.h>
+#include <ATen/ops/empty.h>  // single headers in place of torch/extension.h, with which everything took twice as long to compile
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/utils/pybind.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -742,27 +745,27 @@ void run_matmul_back(int type, const void* g, int M, Form f, void* out, int step
 
 #ifndef CUDA_ON_CPU  // ---- and with tensors, every argument checked
 
-int type_of(const torch::Tensor& t, const char* name, bool or_float = false) {
+int type_of(const at::Tensor& t, const char* name, bool or_float = false) {
   TORCH_CHECK(t.is_cuda(), name, " must be on a GPU, it is on ", t.device());
   TORCH_CHECK(t.dim() == 2 && t.is_contiguous(), name, " must be contiguous with 2 dimensions, it has shape ", t.sizes(), " and strides ",
               t.strides());
-  if (t.scalar_type() == torch::kBFloat16) return BFLOAT16;
-  if (t.scalar_type() == torch::kHalf) return HALF;
-  TORCH_CHECK(or_float && t.scalar_type() == torch::kFloat, name, " must be bfloat16 or float16", or_float ? " or float32" : "", ", it is ",
+  if (t.scalar_type() == at::kBFloat16) return BFLOAT16;
+  if (t.scalar_type() == at::kHalf) return HALF;
+  TORCH_CHECK(or_float && t.scalar_type() == at::kFloat, name, " must be bfloat16 or float16", or_float ? " or float32" : "", ", it is ",
               t.scalar_type());
   return FLOAT;
 }
 
-Form form_of(const torch::Tensor& q, const torch::Tensor& scale, const torch::Tensor& offset, int64_t width, const torch::Device& device) {
-  TORCH_CHECK(q.scalar_type() == torch::kChar || q.scalar_type() == torch::kByte, "q must be int8 (8 bit) or uint8 (4 bit), it is ", q.scalar_type());
-  int bits = q.scalar_type() == torch::kChar ? 8 : 4;
+Form form_of(const at::Tensor& q, const at::Tensor& scale, const at::Tensor& offset, int64_t width, const at::Device& device) {
+  TORCH_CHECK(q.scalar_type() == at::kChar || q.scalar_type() == at::kByte, "q must be int8 (8 bit) or uint8 (4 bit), it is ", q.scalar_type());
+  int bits = q.scalar_type() == at::kChar ? 8 : 4;
   for (auto& [t, name] : {std::pair{&q, "q"}, std::pair{&scale, "scale"}, std::pair{&offset, "offset"}}) {
     TORCH_CHECK(t->device() == device, name, " must be on ", device, ", it is on ", t->device());
     TORCH_CHECK(t->dim() == 2 && t->is_contiguous() && (size_t)t->data_ptr() % 16 == 0, name,
                 " must be contiguous with 2 dimensions and begin at a multiple of 16 bytes");
     TORCH_CHECK(t->size(0) == q.size(0), name, " has ", t->size(0), " rows, q has ", q.size(0));
   }
-  TORCH_CHECK(scale.scalar_type() == torch::kHalf && offset.scalar_type() == torch::kHalf, "scale and offset must be float16");
+  TORCH_CHECK(scale.scalar_type() == at::kHalf && offset.scalar_type() == at::kHalf, "scale and offset must be float16");
   TORCH_CHECK(scale.sizes() == offset.sizes() && scale.size(1) > 0 && width % scale.size(1) == 0, "scale ", scale.sizes(), " and offset ",
               offset.sizes(), " do not divide a row of ", width);
   int64_t row_bytes = (width * bits + 127) / 128 * 16;
@@ -775,70 +778,70 @@ Form form_of(const torch::Tensor& q, const torch::Tensor& scale, const torch::Te
 cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream(); }
 
 // Zeroed counters, one set for each stream: launches on one stream follow each other.
-void* counters_for(const torch::Tensor& x) {
-  static std::map<std::pair<int, cudaStream_t>, torch::Tensor> all;
+void* counters_for(const at::Tensor& x) {
+  static std::map<std::pair<int, cudaStream_t>, at::Tensor> all;
   auto& counters = all[{x.get_device(), current_stream()}];
-  if (!counters.defined()) counters = torch::zeros({4}, x.options().dtype(torch::kInt));
+  if (!counters.defined()) counters = at::zeros({4}, x.options().dtype(at::kInt));
   return counters.data_ptr();
 }
 
-std::tuple<torch::Tensor, torch::Tensor, torch::Tensor> quantize_tensor(torch::Tensor w, int64_t bits, int64_t group, int64_t step) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_tensor(at::Tensor w, int64_t bits, int64_t group, int64_t step) {
   int type = type_of(w, "w", true);
   TORCH_CHECK(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
   TORCH_CHECK(group > 0 && w.size(1) % group == 0, "groups of ", group, " do not divide a row of ", w.size(1));
   c10::cuda::CUDAGuard guard(w.device());
-  auto q = torch::empty({w.size(0), (w.size(1) * bits + 127) / 128 * 16}, w.options().dtype(bits == 8 ? torch::kChar : torch::kByte));
-  auto scale = torch::empty({w.size(0), w.size(1) / group}, w.options().dtype(torch::kHalf)), offset = torch::empty_like(scale);
+  auto q = at::empty({w.size(0), (w.size(1) * bits + 127) / 128 * 16}, w.options().dtype(bits == 8 ? at::kChar : at::kByte));
+  auto scale = at::empty({w.size(0), w.size(1) / group}, w.options().dtype(at::kHalf)), offset = at::empty_like(scale);
   run_quantize(type, w.data_ptr(), form_of(q, scale, offset, w.size(1), w.device()), step, current_stream());
   return {q, scale, offset};
 }
 
-torch::Tensor dequantize_tensor(torch::Tensor q, torch::Tensor scale, torch::Tensor offset, int64_t width, torch::ScalarType dtype, int64_t step) {
+at::Tensor dequantize_tensor(at::Tensor q, at::Tensor scale, at::Tensor offset, int64_t width, at::ScalarType dtype, int64_t step) {
   c10::cuda::CUDAGuard guard(q.device());
-  auto out = torch::empty({q.size(0), width}, q.options().dtype(dtype));
+  auto out = at::empty({q.size(0), width}, q.options().dtype(dtype));
   int type = type_of(out, "the result", true);
   run_dequantize(type, form_of(q, scale, offset, width, q.device()), out.data_ptr(), step, current_stream());
   return out;
 }
 
-torch::Tensor product_tensor(torch::Tensor x, torch::Tensor q, torch::Tensor scale, torch::Tensor offset, int64_t step) {
+at::Tensor product_tensor(at::Tensor x, at::Tensor q, at::Tensor scale, at::Tensor offset, int64_t step) {
   int type = type_of(x, "x");
   Form f = form_of(q, scale, offset, x.size(1), x.device());
   c10::cuda::CUDAGuard guard(x.device());
-  auto y = torch::empty({x.size(0), f.W.rows}, x.options());
+  auto y = at::empty({x.size(0), f.W.rows}, x.options());
   run_product(type, x.data_ptr(), x.size(0), f, y.data_ptr(), step, current_stream());
   return y;
 }
 
-torch::Tensor matmul_back_tensor(torch::Tensor g, torch::Tensor q, torch::Tensor scale, torch::Tensor offset, int64_t width, int64_t step) {
+at::Tensor matmul_back_tensor(at::Tensor g, at::Tensor q, at::Tensor scale, at::Tensor offset, int64_t width, int64_t step) {
   int type = type_of(g, "g");
   Form f = form_of(q, scale, offset, width, g.device());
   TORCH_CHECK(g.size(1) == f.W.rows, "g has ", g.size(1), " columns, W has ", f.W.rows, " rows");
   c10::cuda::CUDAGuard guard(g.device());
-  auto out = torch::empty({g.size(0), width}, g.options());
+  auto out = at::empty({g.size(0), width}, g.options());
   run_matmul_back(type, g.data_ptr(), g.size(0), f, out.data_ptr(), step, current_stream());
   return out;
 }
 
-void check_few_rows(const torch::Tensor& x, std::initializer_list<Form> forms) {
+void check_few_rows(const at::Tensor& x, std::initializer_list<Form> forms) {
   TORCH_CHECK(x.size(0) <= 16, "x must have at most 16 rows, it has ", x.size(0));
   for (auto& f : forms) TORCH_CHECK(words_for(f), "groups of ", f.W.group, " are not a multiple of ", 128 / f.bits);
 }
 
-torch::Tensor lowrank_tensor(torch::Tensor x, torch::Tensor qA, torch::Tensor sA, torch::Tensor oA,
-                             torch::Tensor qB, torch::Tensor sB, torch::Tensor oB) {
+at::Tensor lowrank_tensor(at::Tensor x, at::Tensor qA, at::Tensor sA, at::Tensor oA,
+                             at::Tensor qB, at::Tensor sB, at::Tensor oB) {
   int type = type_of(x, "x");
   Form A = form_of(qA, sA, oA, x.size(1), x.device()), B = form_of(qB, sB, oB, qA.size(0), x.device());
   TORCH_CHECK(A.bits == B.bits, "A has ", A.bits, " bits, B has ", B.bits);
   check_few_rows(x, {A, B});
   c10::cuda::CUDAGuard guard(x.device());
-  auto h = torch::empty({x.size(0), A.W.rows}, x.options()), y = torch::empty({x.size(0), B.W.rows}, x.options());
+  auto h = at::empty({x.size(0), A.W.rows}, x.options()), y = at::empty({x.size(0), B.W.rows}, x.options());
   if (x.size(0)) run_lowrank(type, x.data_ptr(), x.size(0), A, B, h.data_ptr(), y.data_ptr(), counters_for(x), current_stream());
   return y;
 }
 
-torch::Tensor lora_tensor(torch::Tensor x, torch::Tensor q, torch::Tensor scale, torch::Tensor offset,
-                          torch::Tensor A, torch::Tensor B, double factor) {
+at::Tensor lora_tensor(at::Tensor x, at::Tensor q, at::Tensor scale, at::Tensor offset,
+                          at::Tensor A, at::Tensor B, double factor) {
   int type = type_of(x, "x");
   TORCH_CHECK(type_of(A, "A") == type && type_of(B, "B") == type, "A and B must be ", x.scalar_type(), " like x, they are ",
               A.scalar_type(), " and ", B.scalar_type());
@@ -847,7 +850,7 @@ torch::Tensor lora_tensor(torch::Tensor x, torch::Tensor q, torch::Tensor scale,
               "A ", A.sizes(), " and B ", B.sizes(), " do not fit W (", f.W.rows, ", ", f.W.width, ") on ", x.device());
   check_few_rows(x, {f});
   c10::cuda::CUDAGuard guard(x.device());
-  auto h = torch::empty({x.size(0), A.size(0)}, x.options().dtype(torch::kFloat)), y = torch::empty({x.size(0), f.W.rows}, x.options());
+  auto h = at::empty({x.size(0), A.size(0)}, x.options().dtype(at::kFloat)), y = at::empty({x.size(0), f.W.rows}, x.options());
   if (x.size(0))
     run_lora(type, x.data_ptr(), x.size(0), f, A.data_ptr(), B.data_ptr(), A.size(0), factor, h.data_ptr(), y.data_ptr(), counters_for(x),
              current_stream());
