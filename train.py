@@ -517,11 +517,15 @@ class Run:
             state = dict(step=self.step, rows=self.rows, text=self.tokens.meta["train"]["sha256"], args=vars(self.args), parameters_full_rank=self.full_rank,
                          seconds=self.seconds())
             save_state(self.args.out_dir, self.model, self.tokens.tokenizer, moments, state, tensors)
-            plot_losses(self.folder.path, f"{self.args.init_from or self.args.model}, {f'r = {self.args.rank}' if self.args.rank else 'full rank'}, "
+            plot_losses(self.folder.path, f"{self.args.init_from or self.args.model}, {f'r = {r}' if (r := self.rank_of_model()) else 'full rank'}, "
                         f"on {Path(self.args.data).name}")
         if world_size() > 1:
             dist.barrier()
         self.saved_at = self.step
+
+    def rank_of_model(self):
+        """--rank; of a model that came with its ranks (--init-from of a low-rank one) the largest."""
+        return self.args.rank or max((m.rank for m in self.model.modules() if isinstance(m, LowRankLinear)), default=0)
 
     def seconds(self):
         return self.seconds_before + time.perf_counter() - self.started
@@ -541,7 +545,7 @@ class Run:
         size = self.save_rounded() if self.args.bits < 16 and rank() == 0 else 4 * parameters
         seconds = float(np.median(times)) if times else (self.folder.last("step_ms") or 1e3 * self.seconds() / self.step) / 1e3
         self.folder.finish(
-            model=self.args.init_from or self.args.model, rank=self.args.rank, method=self.args.method, parameters=parameters,
+            model=self.args.init_from or self.args.model, rank=self.rank_of_model(), method=self.args.method, parameters=parameters,
             parameters_full_rank=self.full_rank, compression=self.full_rank / parameters, bits=self.args.bits, model_bytes=size, steps=self.step,
             tokens=self.step * self.tokens_per_step, loss=self.folder.last("loss"), val_loss=self.folder.last("val_loss"),
             tokens_per_second=self.tokens_per_step / seconds, step_ms=seconds * 1e3, mfu=self.mfu(seconds), peak_memory_bytes=largest,

@@ -375,5 +375,6 @@ def test_training_goes_on_from_a_decomposed_folder(tmp_path, text_file, run, met
     assert result.returncode == 0, result.stderr
     before, after = (json.loads((tmp_path / f / "summary.json").read_text()) for f in ("o", "t"))
     assert after["parameters"] == before["parameters"] and after["parameters_full_rank"] == before["parameters_full_rank"]
+    assert after["rank"] == max(layer["rank"] for layer in json.loads((tmp_path / "o/config.json").read_text())["layers"].values())
     with pytest.raises(InputError, match="is decomposed and has its ranks: leave --rank 3 out"):
         train.main([str(a) for a in (*command[1:], "--rank", 3)])
