@@ -828,8 +828,7 @@ void check_few_rows(const at::Tensor& x, std::initializer_list<Form> forms) {
   for (auto& f : forms) TORCH_CHECK(words_for(f), "groups of ", f.W.group, " are not a multiple of ", 128 / f.bits);
 }
 
-at::Tensor lowrank_tensor(at::Tensor x, at::Tensor qA, at::Tensor sA, at::Tensor oA,
-                             at::Tensor qB, at::Tensor sB, at::Tensor oB) {
+at::Tensor lowrank_tensor(at::Tensor x, at::Tensor qA, at::Tensor sA, at::Tensor oA, at::Tensor qB, at::Tensor sB, at::Tensor oB) {
   int type = type_of(x, "x");
   Form A = form_of(qA, sA, oA, x.size(1), x.device()), B = form_of(qB, sB, oB, qA.size(0), x.device());
   TORCH_CHECK(A.bits == B.bits, "A has ", A.bits, " bits, B has ", B.bits);
@@ -840,8 +839,7 @@ at::Tensor lowrank_tensor(at::Tensor x, at::Tensor qA, at::Tensor sA, at::Tensor
   return y;
 }
 
-at::Tensor lora_tensor(at::Tensor x, at::Tensor q, at::Tensor scale, at::Tensor offset,
-                          at::Tensor A, at::Tensor B, double factor) {
+at::Tensor lora_tensor(at::Tensor x, at::Tensor q, at::Tensor scale, at::Tensor offset, at::Tensor A, at::Tensor B, double factor) {
   int type = type_of(x, "x");
   TORCH_CHECK(type_of(A, "A") == type && type_of(B, "B") == type, "A and B must be ", x.scalar_type(), " like x, they are ",
               A.scalar_type(), " and ", B.scalar_type());
