@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from runtime import InputError, check_folder, command, write_atomic
+from common.cli import InputError, check_folder, command, write_atomic
 
 BENCHES = {
     "train": "training GPT-2: full rank against r = 192, 96, 48",

@@ -25,18 +25,19 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from data import calibration_batches
-from export import export
-from formats import Source, fetch_smollm2, hub_snapshot, open_source
+from beyond.rounding import quantize_calibrated
+from common.cli import InputError, cache_dir, check_folder, command, write_atomic
+from common.data import calibration_batches
+from common.device import give_back_memory
+from common.export import export
+from common.formats import Source, fetch_smollm2, hub_snapshot, open_source
+from common.storage import SHARD_BYTES, read_tensors, replace_state, sync_folder, write_tensors
+from common.tokenizer import load_tokenizer
 from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, replace_linears, swap_layers
 from model import CONFIGS, Config, Transformer, config_for, count_parameters
 from quant import KINDS as QUANT_KINDS
 from quant import QuantEmbedding, QuantLinear, bits_and_group, describe, from_description, quantize_layer, takes
 from quant import tie as tie_quantized
-from rounding import quantize_calibrated
-from runtime import InputError, cache_dir, check_folder, command, give_back_memory, write_atomic
-from storage import SHARD_BYTES, read_tensors, replace_state, sync_folder, write_tensors
-from tokenizer import load_tokenizer
 
 FORMAT = "fingpt-hpc"
 

@@ -41,15 +41,27 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
+from beyond.factorize import (
+    check_ratio,
+    choose_ranks,
+    dense_from,
+    eigenvalues,
+    factorize,
+    prepare,
+    same_ranks,
+    size,
+    uniform_ranks,
+)
 from checkpoint import build, locate, open_dense, place, write_config
-from data import calibration_batches, open_corpus
-from factorize import check_ratio, choose_ranks, dense_from, eigenvalues, factorize, prepare, same_ranks, size, uniform_ranks
+from common.cli import InputError, check_folder, command, say, write_atomic
+from common.data import calibration_batches, open_corpus
+from common.device import find_device, peak_memory
+from common.loss import head_loss
+from common.processes import rank, world_size
+from common.storage import read_tensors, write_tensors
+from common.watchdog import Watchdog
 from lowrank import LowRankLinear
 from model import Transformer, count_parameters
-from recompute import head_loss
-from runtime import InputError, check_folder, command, find_device, peak_memory, rank, say, world_size, write_atomic
-from storage import read_tensors, write_tensors
-from watchdog import Watchdog
 
 BATCH_BYTES = 1 << 30    # matrices that are decomposed at once
 SENSITIVITY_WINDOWS = 8  # of the calibration text

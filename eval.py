@@ -31,14 +31,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import score
-import tasks
-from adapters import base_id, load_adapter
 from checkpoint import load_model, own_tensors
-from data import first_tokens
+from common.adapters import base_id, load_adapter
+from common.cli import InputError, check_folder, command, markdown, move_aside, say, write_atomic
+from common.data import first_tokens
+from common.device import find_device, peak_memory
+from common.folder import read_metrics
+from common.loss import head_loss
+from common.processes import rank, world_size
 from model import count_parameters, generate
-from recompute import head_loss
-from runtime import InputError, check_folder, command, find_device, markdown, move_aside, peak_memory, rank, read_metrics, say, world_size, write_atomic
+from tasks import score, sets
 
 WINDOW = 1024
 SENTIMENT_TOKENS, ENTITY_TOKENS = 10, 128  # of an answer, at most; FinGPT lets both run until prompt and answer have 512
@@ -83,8 +85,8 @@ def sentiment_rows(run, examples):
     for batch in score.answer_in_batches(run.model, run.tokenizer, examples, run.device, SENTIMENT_TOKENS):
         rows = []
         for e, (text, likelihoods), cut in batch:
-            label, parsed = tasks.read_sentiment(text)
-            rows.append(dict(index=e.index, label=e.label, prediction=tasks.SENTIMENTS.index(label), parsed=parsed, answer=text,
+            label, parsed = sets.read_sentiment(text)
+            rows.append(dict(index=e.index, label=e.label, prediction=sets.SENTIMENTS.index(label), parsed=parsed, answer=text,
                              likeliest=int(np.argmax(likelihoods)), scores=likelihoods, cut=cut))
         yield rows
 
@@ -96,7 +98,7 @@ def sentiment_result(task, rows, examples):
                     accuracy_interval=score.bootstrap(table, score.accuracy), confusion=table.tolist())
     table = counted(rows, "prediction", 3)
     return dict(**measured("prediction"), parsed=float(np.mean([r["parsed"] for r in rows])), likeliest=measured("likeliest"),
-                majority=score.majority(table, score.weighted_f1), majority_accuracy=score.majority(table, score.accuracy), labels=tasks.SENTIMENTS)
+                majority=score.majority(table, score.weighted_f1), majority_accuracy=score.majority(table, score.accuracy), labels=sets.SENTIMENTS)
 
 
 # ----------------------------------------------------------------------------- entities: NER
@@ -105,8 +107,8 @@ def entity_rows(run, examples):
     for batch in score.answer_in_batches(run.model, run.tokenizer, examples, run.device, ENTITY_TOKENS):
         rows = []
         for e, (text, _), cut in batch:
-            tags, parsed = tasks.read_entities(e.words, text)
-            right, named = set(tasks.entities(e.tags)), set(tasks.entities(tags))
+            tags, parsed = sets.read_entities(e.words, text)
+            right, named = set(sets.entities(e.tags)), set(sets.entities(tags))
             rows.append(dict(index=e.index, tags=tags, label=e.tags, counts=[len(right & named), len(right), len(named)], parsed=parsed, answer=text, cut=cut))
         yield rows
 
@@ -285,7 +287,7 @@ def print_results(results):
     if sentiments := {task: r for task, r in results.items() if "confusion" in r}:
         names = ["wrote: neg.", "neu.", "pos.", "likeliest: neg.", "neu.", "pos."]
         print("\n" + markdown(["task", "right label", *names], [[task if i == 0 else "", label, *r["confusion"][i], *r["likeliest"]["confusion"][i]]
-                                                              for task, r in sentiments.items() for i, label in enumerate(tasks.SENTIMENTS)]))
+                                                              for task, r in sentiments.items() for i, label in enumerate(sets.SENTIMENTS)]))
     if parsed := [f"{task} {r['parsed']:.1%}" for task, r in results.items() if "parsed" in r]:
         print(f"\nanswers that could be parsed (the others count as neutral, or as naming nobody): {', '.join(parsed)}")
     if r := results.get("perplexity"):
@@ -386,8 +388,8 @@ def main(argv=None):
     items = {}
     for t in names:  # missing or malformed data is told before the model is loaded
         if t != "perplexity":
-            in_turn(tasks.find_files, t, args.data_dir)  # the first process downloads
-            items[t] = tasks.draw(tasks.load(t, args.data_dir), args.limit)
+            in_turn(sets.find_files, t, args.data_dir)  # the first process downloads
+            items[t] = sets.draw(sets.load(t, args.data_dir), args.limit)
     model, tokenizer, device, settings = open_model(args)
     if "perplexity" in names:
         items["perplexity"] = windows(args.data, tokenizer, args.limit, min(WINDOW, model.config.context))

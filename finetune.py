@@ -33,30 +33,16 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import eval as evaluation
-import tasks
-from adapters import FILES, adaptable, base_id, bits_of, load_adapter, save_adapter
 from checkpoint import load_model, locate, read_config
-from formats import open_source
-from instructions import Batch, encode, made_up_headlines, pick, read_alpaca
-from lowrank import LoRALinear, attach_lora, start_from_error
-from recompute import MODES, head_loss, use_recompute
-from runtime import (
-    InputError,
-    RunFolder,
-    StopSignal,
-    check_folder,
-    check_positive,
-    command,
-    find_device,
-    peak_memory,
-    plot_losses,
-    rank,
-    say,
-    world_size,
-    write_atomic,
-)
-from storage import read_state, replace_state
-from training import (
+from common.adapters import FILES, adaptable, base_id, bits_of, load_adapter, save_adapter
+from common.cli import InputError, StopSignal, check_folder, check_positive, command, say, write_atomic
+from common.device import find_device, peak_memory
+from common.folder import RunFolder, plot_losses
+from common.formats import open_source
+from common.loss import head_loss
+from common.processes import rank, world_size
+from common.storage import read_state, replace_state
+from common.training import (
     all_reduce,
     already_done,
     check_numbers,
@@ -73,7 +59,11 @@ from training import (
     set_rate,
     step_all,
 )
-from watchdog import Watchdog
+from common.watchdog import Watchdog
+from lowrank import LoRALinear, attach_lora, start_from_error
+from recompute import MODES, use_recompute
+from tasks import sets
+from tasks.rows import Batch, encode, made_up_headlines, pick, read_alpaca
 
 SENTIMENT = ("fpb", "fiqa", "tfns")
 # What a resumed run may not change: with another value it would not be the same run.
@@ -96,7 +86,7 @@ def parse(argv):
                    "(default: q,k,v or qkv)")
     g.add_argument("--start", choices=("lora", "loftq"), help="lora: B = 0; loftq: A and B from the SVD of what quantization lost (default: lora)")
     g = p.add_argument_group("data")
-    g.add_argument("--task", help=f"sentiment (those of {', '.join(SENTIMENT)} that are at hand), {', '.join(tasks.TEST_SHARE)}, alpaca, or a JSON file in "
+    g.add_argument("--task", help=f"sentiment (those of {', '.join(SENTIMENT)} that are at hand), {', '.join(sets.TEST_SHARE)}, alpaca, or a JSON file in "
                    "Alpaca's format (default: sentiment)")
     g.add_argument("--data-dir", help="where the sets are (default: $DATA_DIR, then data/)")
     g.add_argument("--batch-size", type=int, help="rows a step in each process (default: 16)")
@@ -158,8 +148,8 @@ def check(args):
         raise InputError(WHOLE.format(f"a --bits {args.bits} base"))
     if args.shard and world_size() == 1:
         raise InputError("--shard spreads one model over several processes, and there is one: torchrun --nproc_per_node N finetune.py ... --shard")
-    if args.task not in ("sentiment", "alpaca", *tasks.TASKS) and not Path(args.task).is_file():
-        raise InputError(f"--task {args.task}: neither a file nor one of sentiment, alpaca, {', '.join(tasks.TEST_SHARE)}")
+    if args.task not in ("sentiment", "alpaca", *sets.TASKS) and not Path(args.task).is_file():
+        raise InputError(f"--task {args.task}: neither a file nor one of sentiment, alpaca, {', '.join(sets.TEST_SHARE)}")
 
 
 # ----------------------------------------------------------------------------- the model
@@ -215,14 +205,14 @@ def read_task(task, data_dir):
             "(--data-dir, or --task fpb to download)")
         made = made_up_headlines(1200, seed=0)
         train, test = made[300:], made[:300]
-    elif task in tasks.TASKS:
-        train, test = (tasks.load(task, data_dir, split) for split in ("train", "test"))
+    elif task in sets.TASKS:
+        train, test = (sets.load(task, data_dir, split) for split in ("train", "test"))
     else:
         path = Path(data_dir) / "alpaca" / "alpaca_data.json" if task == "alpaca" else Path(task)
         if not path.is_file():
             raise InputError(f"{path} is not there: put Alpaca's alpaca_data.json there, or give --data-dir the folder that holds alpaca/")
         pairs = read_alpaca(path)
-        held, learned = tasks.split_rows(len(pairs), 0.05) if len(pairs) >= 20 else ([], range(len(pairs)))
+        held, learned = sets.split_rows(len(pairs), 0.05) if len(pairs) >= 20 else ([], range(len(pairs)))
         return [pairs[i] for i in learned], [], [(i, pairs[i]) for i in held]
     return [(e.prompt, e.answer) for e in train], test, [(e.index, (e.prompt, e.answer)) for e in test]
 
@@ -239,10 +229,10 @@ class Data:
             held += [(task, pair) for _, pair in out]
             indices[task] = sorted(int(i) for i, _ in out)
             if args.eval_limit and examples:
-                self.test[task] = tasks.draw(examples, args.eval_limit)
+                self.test[task] = sets.draw(examples, args.eval_limit)
         if not self.train:
             raise InputError(f"--task {args.task} has no rows to learn from")
-        self.held_out = [rows(*pair, group=task) for task, pair in tasks.draw(held, args.eval_rows)]
+        self.held_out = [rows(*pair, group=task) for task, pair in sets.draw(held, args.eval_rows)]
         self.indices = indices
         say(f"data {', '.join(indices)}: {len(self.train):,} rows to learn from, {len(held):,} held out, "
             f"{sum(len(r.ids) for r in self.train) / len(self.train):.0f} tokens a row")
@@ -322,7 +312,7 @@ class Run:
         self.args, self.device, self.model, self.tokenizer, self.data, self.base_id = args, device, model, tokenizer, data, own_id
         self.within, place = (lambda function, *args: function(*args)), {}  # how to call what reads the model
         if args.shard:
-            from shard import Within, gather_once, part_like, shard  # two seconds to import
+            from common.shard import Within, gather_once, part_like, shard
             self.within, place = Within(model), dict(place=part_like)
             shard(model, self.within, device.torch_device.type)
             self.within(gather_once, model)
@@ -448,7 +438,7 @@ class Run:
         refuse_to_save(self.learning, self.device, args, self.step, self.saved_at)
         learned = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if args.shard:
-            from shard import whole
+            from common.shard import whole
             learned, moments = whole(learned), whole(moments)
         if rank() == 0:
             bits = min(bits_of(m) for m in self.model.modules() if isinstance(m, LoRALinear)) if args.start == "loftq" else 16

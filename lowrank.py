@@ -29,8 +29,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common.cli import InputError
 from model import count_parameters
-from runtime import InputError
 
 
 def check_rank(rank, in_features, out_features):

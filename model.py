@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from runtime import InputError
+from common.cli import InputError
 
 
 @dataclass(frozen=True)

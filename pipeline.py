@@ -39,9 +39,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from common.cli import InputError, check_folder, check_positive, command
+from common.loss import head_loss
 from model import matmul_weights, rope_tables
-from recompute import head_loss
-from runtime import InputError, check_folder, check_positive, command
 
 SCHEDULES = ("gpipe", "1f1b")
 TIMEOUT = timedelta(minutes=10)  # the longest that a process may wait for a living one: compiling and evaluating take minutes

@@ -30,9 +30,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from beyond.products import as_rows, cpu_product, few_rows_cpu, huge_pages, load_kernels, one_launch, product
+from common.cli import InputError
 from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, swap_layers
-from products import as_rows, cpu_product, few_rows_cpu, huge_pages, load_kernels, one_launch, product
-from runtime import InputError
 
 DEFAULT_GROUP = {8: 0, 4: 64}  # 0: the whole row is one vector
 SMALLEST_HALF = 2.0 ** -24     # a vector of equal numbers has no range; its scale must not be 0

@@ -17,15 +17,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from adapters import base_id
+from beyond.batching import Adapters, Engine, Request, common_length
+from beyond.cpu_step import cpu_step
+from beyond.cuda_graph import Step
+from beyond.paged_cache import SIZE, PagedCache, Pool, Sequence, bytes_per_token
 from checkpoint import load_model
-from cpustep import cpu_step
-from cudagraph import Step
-from kvcache import SIZE, PagedCache, Pool, Sequence, bytes_per_token
+from common.adapters import base_id
+from common.cli import InputError, check_positive, command
+from common.device import find_device
+from common.tokenizer import render_chat
 from model import check_sampling, generate
-from runtime import InputError, check_positive, command, find_device
-from serve import Adapters, Engine, Request, common_length
-from tokenizer import render_chat
 
 
 def parse(argv):

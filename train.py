@@ -27,31 +27,16 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from benches.account import advice, expected_memory, statement
 from checkpoint import decomposed_from, load_model, open_dense, own_tensors, replace_model, save_state
-from data import check_length, eval_batches, open_corpus, prepare, train_batch
-from lowrank import STARTS, LowRankLinear, blend_alpha, blend_with, decay_products, finish_blend, replace_linears, set_alpha
-from memory import advice, expected_memory, statement
-from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_token
-from pipeline import SCHEDULES, Grid, Pipeline, check_trace, utilization, write_trace
-from quant import attach_fake_quantization, stored_bytes
-from recompute import MODES, head_loss, use_recompute
-from runtime import (
-    InputError,
-    RunFolder,
-    StopSignal,
-    check_folder,
-    command,
-    find_device,
-    local_rank,
-    matmul_rate,
-    peak_memory,
-    plot_losses,
-    rank,
-    say,
-    world_size,
-)
-from storage import read_state
-from training import (
+from common.cli import InputError, StopSignal, check_folder, command, say
+from common.data import check_length, eval_batches, open_corpus, prepare, train_batch
+from common.device import find_device, matmul_rate, peak_memory
+from common.folder import RunFolder, plot_losses
+from common.loss import head_loss
+from common.processes import local_rank, rank, world_size
+from common.storage import read_state
+from common.training import (
     all_reduce,
     already_done,
     check_numbers,
@@ -69,7 +54,12 @@ from training import (
     set_rate,
     step_all,
 )
-from watchdog import Watchdog
+from common.watchdog import Watchdog
+from lowrank import STARTS, LowRankLinear, blend_alpha, blend_with, decay_products, finish_blend, replace_linears, set_alpha
+from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_token
+from pipeline import SCHEDULES, Grid, Pipeline, check_trace, utilization, write_trace
+from quant import attach_fake_quantization, stored_bytes
+from recompute import MODES, use_recompute
 
 # What a resumed run may not change: with another value it would not be the same run.
 FIXED = ("model", "rank", "method", "init_from", "embedding_rank", "head", "dropout", "bits", "vocabulary", "seq_len", "seed",
@@ -376,7 +366,7 @@ class Run:
                 block.compile()
         self.loss_of, place = self.pipeline or Loss(model), {}
         if args.shard:
-            from shard import part_like, shard  # two seconds to import
+            from common.shard import part_like, shard
             shard(model, self.loss_of, device.torch_device.type)
             place = dict(place=part_like)
         elif world_size() > 1 and not self.pipeline:
@@ -511,7 +501,7 @@ class Run:
         if self.pipeline:  # process 0 writes the whole model, whatever the number of stages
             tensors, moments = self.pipeline.gather(tensors), self.pipeline.gather(moments)
         elif self.args.shard:
-            from shard import whole
+            from common.shard import whole
             tensors, moments = whole(tensors), whole(moments)
         if rank() == 0:
             state = dict(step=self.step, rows=self.rows, text=self.tokens.meta["train"]["sha256"], args=vars(self.args), parameters_full_rank=self.full_rank,

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from runtime import InputError, markdown
+from common.cli import InputError, markdown
 
 
 def interleaved(steps, rounds):

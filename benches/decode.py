@@ -22,12 +22,13 @@ import torch
 from tqdm import tqdm
 
 from benches.common import table
+from beyond.cpu_step import cpu_step
+from beyond.cuda_graph import Step
 from checkpoint import random_model
-from cpustep import cpu_step
-from cudagraph import Step
+from common.cli import InputError
+from common.device import find_device, peak_memory
 from model import CONFIGS, config_for, generate
 from quant import stored_bytes
-from runtime import InputError, find_device, peak_memory
 
 RANKS = {"gpt2": 192, "gpt2-xl": 384}  # the paper's, of Table VIII
 PROMPT = list(range(100))

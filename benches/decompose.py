@@ -14,12 +14,14 @@ import torch
 from tqdm import tqdm
 
 from benches.common import call, run_once, table
+from beyond.factorize import factorize, prepare
 from checkpoint import load_model
-from data import calibration_batches
-from factorize import factorize, prepare
+from common.cli import InputError
+from common.data import calibration_batches
+from common.device import find_device
+from common.folder import read_metrics
 from lowrank import halves, second_moments
 from model import config_for
-from runtime import InputError, find_device, read_metrics
 
 STEPS = (("q", "k", "v"), ("qkv",), ("o",), ("gate", "up"), ("up",), ("down",))  # layers that share an input
 

@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import score
-import tasks
 from benches.common import table
 from checkpoint import load_model
-from export import export
-from runtime import find_device
+from common.device import find_device
+from common.export import export
+from tasks import score, sets
 
 FILES = {"boolq": "super_glue/boolq/default.yaml", "piqa": "piqa/piqa.yaml", "winogrande": "winogrande/default.yaml"}  # of the harness
 
@@ -61,7 +60,7 @@ def harness(lm, task, rows):
 
 
 def ours(model, tokenizer, device, task, args):
-    examples = tasks.draw(tasks.load(task, args.data_dir), args.limit)
+    examples = sets.draw(sets.load(task, args.data_dir), args.limit)
     scores = score.label_scores(model, tokenizer, examples, device)
     metrics = dict(acc=np.mean([np.argmax(s) == e.label for s, e in zip(scores, examples)]))
     if task == "piqa":

@@ -20,13 +20,15 @@ import torch
 
 from benches.common import run_once, table
 from checkpoint import load_model
-from export import export
+from common.cli import InputError, say
+from common.device import find_device, peak_memory
+from common.export import export
+from common.loss import head_loss
+from common.training import make_optimizers
 from finetune import read_task
-from instructions import Batch, encode, pick
 from lowrank import attach_lora
-from recompute import head_loss, use_recompute
-from runtime import InputError, find_device, peak_memory, say
-from training import make_optimizers
+from recompute import use_recompute
+from tasks.rows import Batch, encode, pick
 
 TARGETS = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
 # Table VIII of the paper: weighted F1 of Llama2-7B untuned and after 8-bit LoRA

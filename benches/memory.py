@@ -6,12 +6,13 @@
 """
 import torch
 
+from benches.account import by_kind, memory_rows, meta_model, print_memory_tables
 from benches.common import table
+from common.cli import check_positive
+from common.device import find_device
 from lowrank import attach_lora, replace_linears
-from memory import by_kind, memory_rows, meta_model, print_memory_tables
 from quant import quantize
 from recompute import MODES
-from runtime import check_positive, find_device
 
 SHOWN = {  # mode: what is kept, and the paper's total of Table IV
     "none": ("everything, the probabilities s too", 81), "sdpa": ("all but s: torch's fused attention", None),

@@ -14,15 +14,17 @@ from pathlib import Path
 import torch
 
 from benches import finetune
+from benches.account import account, by_kind, meta_model
 from benches.common import interleaved, run_once, table
 from benches.train import gpt2_of_rank, peak_of_one, training_step
 from checkpoint import load_model, random_model, replace_model
+from common.device import find_device, matmul_rate, peak_memory
+from common.folder import read_metrics
+from common.loss import head_loss
 from lowrank import attach_lora, replace_linears
-from memory import account, by_kind, meta_model
 from model import Transformer, count_parameters, flops_per_token, generate
 from quant import quantize, stored_bytes
-from recompute import head_loss, use_recompute
-from runtime import find_device, matmul_rate, peak_memory, read_metrics
+from recompute import use_recompute
 
 PAPER_V = {"float32": 19.5, "float16": 312, "int8": 624, "int4": 1248}  # data sheet of an A100, TFLOPS
 PAPER_VI = {  # parameters (as many bytes at 8 bit), GPU hours of methods 1 and 2, seconds of an answer

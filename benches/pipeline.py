@@ -3,8 +3,8 @@
     python bench.py pipeline
 """
 from benches.common import table
+from common.device import find_device
 from pipeline import measure
-from runtime import find_device
 
 
 def bench(args):

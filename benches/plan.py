@@ -2,10 +2,11 @@
 
     python bench.py plan --model llama2-70b --gpus 512
 """
+from benches.account import account, by_kind, meta_model
 from benches.common import table
-from memory import account, by_kind, meta_model
+from common.cli import InputError, check_positive
+from common.device import find_device
 from pipeline import SCHEDULES, balance, costs, piece_of, schedule, simulate, stored
-from runtime import InputError, check_positive, find_device
 
 
 def plan(model, gpus, length=4096, sequences=1024, kind="1f1b", tflops=400.0, gigabytes=80.0, link=50.0):

@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 
 from benches.common import interleaved, run_once, table
-from runtime import find_device, read_metrics, write_atomic
+from common.cli import write_atomic
+from common.device import find_device
+from common.folder import read_metrics
 
 ADAMW, MUON = ["--optimizer", "adamw"], ["--optimizer", "muon"]
 FULL = {"full rank, AdamW": ADAMW, "full rank, Muon": MUON}

@@ -13,13 +13,13 @@ import torch
 from tqdm import tqdm
 
 from benches.common import table
+from beyond.rounding import clip_rows, quantize_calibrated
 from checkpoint import load_model
-from data import calibration_batches
+from common.data import calibration_batches
+from common.device import find_device
+from common.loss import head_loss
 from eval import WINDOW, windows
 from quant import quantize, quantize_rows, stored_bytes
-from recompute import head_loss
-from rounding import clip_rows, quantize_calibrated
-from runtime import find_device
 
 MINMAX = "to the nearest, min-max"
 PLAIN = [(8, 0, MINMAX), (8, 64, MINMAX), (4, 64, MINMAX), (4, 64, "clipped"), (4, 0, MINMAX)]

@@ -6,11 +6,12 @@ from functools import partial
 
 import torch
 
+from benches.account import Watch
 from benches.common import interleaved, table
-from memory import Watch
+from common.device import find_device
+from common.loss import head_loss
 from model import Transformer, config_for
-from recompute import head_loss, use_recompute
-from runtime import find_device
+from recompute import use_recompute
 
 
 def checkpointed(model):

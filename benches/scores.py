@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from benches.common import call, table
-from runtime import find_device
+from common.device import find_device
 
 TASKS = ("boolq", "piqa", "winogrande", "fpb", "fiqa", "tfns", "ner")
 

@@ -16,13 +16,14 @@ import torch
 from tqdm import tqdm
 
 from benches.common import table
+from beyond.batching import Adapters, Engine, Request
+from beyond.paged_cache import Pool, bytes_per_token
 from checkpoint import load_model
-from export import export
-from kvcache import Pool, bytes_per_token
+from common.cli import InputError
+from common.device import find_device
+from common.export import export
 from lowrank import replace_linears
 from model import Transformer, config_for, count_parameters, generate
-from runtime import InputError, find_device
-from serve import Adapters, Engine, Request
 
 TARGETS, RANK = ("q", "k", "v", "qkv"), 8
 

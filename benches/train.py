@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from benches.common import interleaved, table
+from common.device import Device, find_device, matmul_rate
+from common.training import make_optimizers
 from lowrank import replace_linears
 from model import Transformer, config_for, count_parameters, flops_per_token
-from runtime import Device, find_device, matmul_rate
-from training import make_optimizers
 
 PAPER = {("gpt2", 192): 1.14, ("gpt2", 96): 1.18, ("gpt2", 48): 1.19, ("gpt2-xl", 384): 1.31}  # speedup over full rank, Tables VI and VII
 

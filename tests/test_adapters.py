@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import adapters
-from adapters import base_id, load_adapter, read_adapter, save_adapter, take_off
 from checkpoint import load_model, save_model
-from export import export
+from common import adapters
+from common.adapters import base_id, load_adapter, read_adapter, save_adapter, take_off
+from common.cli import InputError
+from common.export import export
 from lowrank import LoRALinear, attach_lora, drop_lora, merge_lora, start_from_error, unmerge_lora
 from model import Config, Transformer
 from quant import quantize
-from runtime import InputError
 
 CONFIGS = {"llama": Config("llama", vocab_size=120, context=32, blocks=2, heads=4, kv_heads=2, width=32, ffn=48, tied=False),
            "gpt2": Config("gpt2", vocab_size=120, context=32, blocks=2, heads=4, kv_heads=4, width=32, ffn=128)}

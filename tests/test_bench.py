@@ -11,7 +11,7 @@ import torch
 
 import bench
 from benches import chance, common, paper, quality
-from runtime import InputError
+from common.cli import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 import checkpoint
-import storage
 from checkpoint import load_model, save_model, save_state
-from export import export
+from common import storage
+from common.cli import InputError, command
+from common.export import export
+from common.storage import read_state, read_tensors
+from common.tokenizer import train_tokenizer
 from lowrank import attach_lora, replace_linears, set_alpha
 from model import Config, Transformer
 from quant import quantize
-from runtime import InputError, command
-from storage import read_state, read_tensors
-from tokenizer import train_tokenizer
 
 GPT2 = Config("gpt2", vocab_size=400, context=32, blocks=2, heads=4, kv_heads=4, width=32, ffn=128)
 LLAMA = Config("llama", vocab_size=400, context=32, blocks=2, heads=4, kv_heads=2, width=32, ffn=48, tied=False)
@@ -224,7 +224,7 @@ def test_transformers_loads_an_export_with_equal_logits(model, tmp_path, monkeyp
                 if hasattr(m, "B"):
                     torch.nn.init.normal_(m.B)
         else:
-            monkeypatch.setattr("export.SHARD_BYTES", 40_000)
+            monkeypatch.setattr("common.export.SHARD_BYTES", 40_000)
     with torch.no_grad():
         for p in model.parameters():  # biases and norms too
             p.add_(0.05 * torch.randn_like(p))
@@ -292,13 +292,13 @@ def test_loading_needs_little_more_than_the_model(tmp_path, run, monkeypatch):
     size = sum(p.nbytes for p in model.parameters())
     largest = max(p.nbytes for p in model.parameters())
     assert 0.5e9 < size < 0.8e9
-    for module in ("checkpoint", "export"):
+    for module in ("checkpoint", "common.export"):
         monkeypatch.setattr(f"{module}.SHARD_BYTES", 100 << 20)
     save_model(tmp_path / "ours", model)
     export(model, None, tmp_path / "hf")
     del model
     for folder, dtype in (("ours", "float32"), ("hf", "float32"), ("hf", "bfloat16")):
-        code = (f"import torch, checkpoint, runtime; checkpoint.build(checkpoint.CONFIGS['tiny'], {{}}); before = runtime.peak_memory(torch.device('cpu')); "
+        code = (f"import torch, checkpoint; from common import device as runtime; checkpoint.build(checkpoint.CONFIGS['tiny'], {{}}); before = runtime.peak_memory(torch.device('cpu')); "
                 f"m, _ = checkpoint.load_model({str(tmp_path / folder)!r}, dtype=torch.{dtype}); "
                 f"print(runtime.peak_memory(torch.device('cpu')) - before)")
         done = run("-c", code)

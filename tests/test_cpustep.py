@@ -4,11 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-import cpustep
 import model as model_file
-import products
-from cpustep import Step, cpu_step
-from kvcache import PagedCache, Pool, Sequence
+from beyond import products
+from beyond.cpu_step import Step, classes_walked, cpu_step
+from beyond.paged_cache import PagedCache, Pool, Sequence
 from lowrank import attach_lora, replace_linears
 from model import Config, KVCache, Transformer, generate
 from quant import quantize
@@ -96,7 +95,7 @@ def test_where_something_is_in_the_way_it_is_not_taken(monkeypatch):
     model = some_model("gpt2")
     paged = PagedCache([Sequence(Pool(model.config, 8))])
     assert len(list(generate(model, [[1, 2]], 3, cache=paged, make_step=cpu_step))) == 3
-    monkeypatch.setattr("cpustep.load_cpu_kernels", lambda: None)
+    monkeypatch.setattr("beyond.Xload_cpu_kernels", lambda: None)
     assert step_of(some_model("gpt2")) is None
 
 
@@ -116,9 +115,9 @@ def test_a_changed_architecture_is_not_taken_for_the_old_one(change, monkeypatch
             return x + self.attention(y, rope, cache, mask) + self.mlp(y)
 
     monkeypatch.setattr(model_file, *(("FeedForward", SquaredReLU) if change == "another activation" else ("Block", Parallel)))
-    cpustep.classes_walked.cache_clear()
+    classes_walked.cache_clear()
     model = some_model("gpt2")
     assert list(generate(model, [[1, 2, 3]], 8, temperature=0, make_step=cpu_step)) == list(generate(model, [[1, 2, 3]], 8, temperature=0))
-    assert cpustep.classes_walked("gpt2") is None and "layer by layer" in capsys.readouterr().out
+    assert classes_walked("gpt2") is None and "layer by layer" in capsys.readouterr().out
     monkeypatch.undo()
-    cpustep.classes_walked.cache_clear()
+    classes_walked.cache_clear()

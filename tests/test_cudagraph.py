@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from cudagraph import Step
+from beyond.cuda_graph import Step
 from model import Config, Transformer, generate
 from quant import quantize
 

@@ -7,10 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-import data
-from data import TokenFiles, calibration_batches, check_length, eval_batches, open_corpus, prepare, train_batch, write_tokens
-from runtime import InputError
-from tokenizer import train_tokenizer
+from common import data
+from common.cli import InputError
+from common.data import (
+    TokenFiles,
+    calibration_batches,
+    check_length,
+    eval_batches,
+    open_corpus,
+    prepare,
+    train_batch,
+    write_tokens,
+)
+from common.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

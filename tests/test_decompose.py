@@ -14,15 +14,27 @@ import torch
 from conftest import ROOT
 
 import train
+from beyond.factorize import (
+    RIDGE,
+    balanced,
+    check_ratio,
+    choose_ranks,
+    dense_from,
+    eigenvalues,
+    factorize,
+    prepare,
+    same_ranks,
+    size,
+    uniform_ranks,
+)
 from checkpoint import load_model, open_dense, save_model
-from data import calibration_batches
+from common.cli import InputError
+from common.data import calibration_batches
+from common.storage import read_tensors
+from common.tokenizer import train_tokenizer
 from decompose import main, second_moments_of, sensitivities
-from factorize import RIDGE, balanced, check_ratio, choose_ranks, dense_from, eigenvalues, factorize, prepare, same_ranks, size, uniform_ranks
 from lowrank import LowRankLinear, finish_blend, replace_linears, set_alpha
 from model import Config, Transformer
-from runtime import InputError
-from storage import read_tensors
-from tokenizer import train_tokenizer
 
 GPT2 = Config("gpt2", vocab_size=400, context=64, blocks=3, heads=4, kv_heads=4, width=32, ffn=128)
 LLAMA = Config("llama", vocab_size=400, context=64, blocks=3, heads=4, kv_heads=2, width=32, ffn=48, tied=False)

@@ -12,14 +12,14 @@ from sklearn.metrics import confusion_matrix, f1_score
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
-import tasks
-from adapters import base_id, save_adapter
 from checkpoint import load_model, save_model
-from export import export
+from common.adapters import base_id, save_adapter
+from common.cli import InputError
+from common.export import export
+from common.tokenizer import train_tokenizer
 from lowrank import attach_lora
 from model import Config, Transformer
-from runtime import InputError
-from tokenizer import train_tokenizer
+from tasks import sets
 
 SEVEN = "boolq,piqa,winogrande,fpb,fiqa,tfns,ner"
 
@@ -92,18 +92,18 @@ def test_every_task_has_what_the_tables_need(finished):
 def test_scores_are_those_of_the_predictions_written(finished, task_data):
     out, summary = finished
     for task in ("boolq", "piqa", "winogrande"):
-        examples, rows = {e.index: e for e in tasks.load(task, task_data)}, predictions(out, task)
+        examples, rows = {e.index: e for e in sets.load(task, task_data)}, predictions(out, task)
         assert all(r["label"] == examples[r["index"]].label and r["prediction"] == np.argmax(r["scores"]) for r in rows)
         assert summary[task]["accuracy"] == np.mean([r["label"] == np.argmax(r["scores"]) for r in rows])
         ones = np.mean([r["label"] for r in rows])
         assert summary[task]["majority"] == max(ones, 1 - ones)
-    by_character = [np.argmax([s / (len(c) - 1) for s, c in zip(r["scores"], tasks.load("piqa", task_data)[r["index"]].choices)])
+    by_character = [np.argmax([s / (len(c) - 1) for s, c in zip(r["scores"], sets.load("piqa", task_data)[r["index"]].choices)])
                     for r in predictions(out, "piqa")]
     assert summary["piqa"]["accuracy_norm"] == np.mean([r["label"] == p for r, p in zip(predictions(out, "piqa"), by_character)])
     for task in ("fpb", "fiqa", "tfns"):
         rows = predictions(out, task)
-        labels, read = [r["label"] for r in rows], [tasks.read_sentiment(r["answer"]) for r in rows]
-        given = [tasks.SENTIMENTS.index(label) for label, _ in read]
+        labels, read = [r["label"] for r in rows], [sets.read_sentiment(r["answer"]) for r in rows]
+        given = [sets.SENTIMENTS.index(label) for label, _ in read]
         assert summary[task]["f1"] == pytest.approx(f1_score(labels, given, average="weighted", zero_division=0))
         assert summary[task]["confusion"] == confusion_matrix(labels, given, labels=[0, 1, 2]).tolist()
         assert summary[task]["parsed"] == np.mean([parsed for _, parsed in read])
@@ -114,7 +114,7 @@ def test_scores_are_those_of_the_predictions_written(finished, task_data):
 
 def test_entity_f1_of_right_and_wrong_answers_is_that_of_seqeval(task_data, monkeypatch):
     """The random model names nobody: answers are put in its place."""
-    examples = tasks.load("ner", task_data, "train")[:4]
+    examples = sets.load("ner", task_data, "train")[:4]
     answers = [examples[0].answer, "Acme is a person", "", examples[3].answer.split(",")[0]]
     monkeypatch.setattr(evaluation.score, "answer_in_batches", lambda *args: iter([[(e, (a, []), 0) for e, a in zip(examples, answers)]]))
     (rows,) = evaluation.entity_rows(evaluation.Run(None, None, None, None), examples)

@@ -15,19 +15,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import finetune
-import score
-import tasks
-from adapters import base_id, load_adapter, our_name, read_adapter, save_adapter, take_off
 from checkpoint import load_model, replace_model, save_model
-from export import export
-from instructions import Batch, Row, encode, made_up_headlines, pick, read_alpaca
+from common.adapters import base_id, load_adapter, our_name, read_adapter, save_adapter, take_off
+from common.cli import InputError
+from common.export import export
+from common.loss import head_loss
+from common.storage import read_state
+from common.tokenizer import train_tokenizer
 from lowrank import LoRALinear, attach_lora
 from model import Config, Transformer
 from quant import quantize
-from recompute import MODES, head_loss, use_recompute
-from runtime import InputError
-from storage import read_state
-from tokenizer import train_tokenizer
+from recompute import MODES, use_recompute
+from tasks import score, sets
+from tasks.rows import Batch, Row, encode, made_up_headlines, pick, read_alpaca
 
 CONFIG = Config("llama", vocab_size=400, context=128, blocks=2, heads=4, kv_heads=2, width=32, ffn=48)
 QUIET = ["--dtype", "float32", "--log-interval", "1", "--eval-limit", "0", "--eval-rows", "8", "--batch-size", "4", "--data-dir", "/nowhere"]
@@ -195,7 +195,7 @@ def test_it_learns_scores_and_leaves_an_adapter(base, tmp_path, capsys):
         assert summary[key] > 0
     model, tokenizer = load_model(base, bits=8)  # what the summary says of the saved adapter can be had again from the folder
     load_adapter(model, out, base_id(base))
-    examples = tasks.draw(made_up_headlines(1200, 0)[:300], 60)
+    examples = sets.draw(made_up_headlines(1200, 0)[:300], 60)
     scores = score.label_scores(model.eval(), tokenizer, examples, finetune.find_device("float32"))
     f1 = f1_score([e.label for e in examples], [max(range(3), key=row.__getitem__) for row in scores], average="weighted")
     assert f1 == pytest.approx(summary["f1_after"], abs=0.02)

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import formats
+from common import formats
+from common.cli import InputError
+from common.tokenizer import render_chat, train_tokenizer
 from model import Config, Transformer, generate
-from runtime import InputError
-from tokenizer import render_chat, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("DATA_DIR", "data"))

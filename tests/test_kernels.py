@@ -221,7 +221,7 @@ def test_it_compiles_for_gpus(tmp_path):
 def on_gpu():
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    from products import load_kernels
+    from beyond.products import load_kernels
     kernels = load_kernels()
     assert kernels is not None, "there is a GPU, but kernels.cu could not be built: see the message above"
     return kernels

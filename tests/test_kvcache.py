@@ -5,9 +5,9 @@ import pytest
 import torch
 from test_model import GPT2, LLAMA, pair
 
-from kvcache import PagedCache, Pool, Sequence, bytes_per_token, usage
+from beyond.paged_cache import PagedCache, Pool, Sequence, bytes_per_token, usage
+from common.cli import InputError
 from model import Config, generate
-from runtime import InputError
 
 SMALL = Config("llama", blocks=1, heads=4, kv_heads=2, width=32, ffn=8, vocab_size=10)
 

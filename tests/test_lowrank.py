@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common.cli import InputError
 from lowrank import (
     STARTS,
     BlendedLinear,
@@ -26,7 +27,6 @@ from lowrank import (
     unmerge_lora,
 )
 from model import CONFIGS, Config, Transformer, config_for, count_parameters, flops_per_token, matmul_weights
-from runtime import InputError
 
 LLAMA = Config("llama", vocab_size=67, context=32, blocks=2, heads=4, kv_heads=2, width=32, ffn=48, tied=True)
 GPT2 = Config("gpt2", vocab_size=67, context=32, blocks=2, heads=4, kv_heads=4, width=32, ffn=128)

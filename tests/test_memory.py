@@ -6,11 +6,25 @@ import pytest
 import torch
 
 import bench
+from benches.account import (
+    NAMES,
+    Kept,
+    Watch,
+    account,
+    activations,
+    advice,
+    by_kind,
+    expected_memory,
+    memory_rows,
+    meta_model,
+    print_memory_tables,
+    statement,
+)
+from common.loss import head_loss
 from lowrank import attach_lora, replace_linears
-from memory import NAMES, Kept, Watch, account, activations, advice, by_kind, expected_memory, memory_rows, meta_model, print_memory_tables, statement
 from model import Config, Transformer, config_for, count_parameters
 from quant import quantize
-from recompute import MODES, head_loss, use_recompute
+from recompute import MODES, use_recompute
 
 
 def make_model(kind, layers="dense", dropout=0.0):

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from common.cli import InputError
 from model import CONFIGS, Config, KVCache, Transformer, config_for, count_parameters, flops_per_token, generate, matmul_weights, sample
-from runtime import InputError
 
 GPT2 = Config("gpt2", vocab_size=101, context=48, blocks=3, heads=4, kv_heads=4, width=32, ffn=128)
 LLAMA = Config("llama", vocab_size=101, context=48, blocks=3, heads=4, kv_heads=2, width=32, ffn=56, tied=False, norm_eps=1e-6, rope_base=500.0)

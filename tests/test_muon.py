@@ -2,10 +2,17 @@
 import pytest
 import torch
 
+from beyond.muon import Muon, batches_of_equals, orthogonalize
+from common.training import (
+    make_optimizers,
+    moment_bytes,
+    optimizer_tensors,
+    restore_optimizers,
+    set_rate,
+    step_all,
+)
 from lowrank import LowRankLinear
 from model import Transformer, config_for
-from muon import Muon, batches_of_equals, orthogonalize
-from training import make_optimizers, moment_bytes, optimizer_tensors, restore_optimizers, set_rate, step_all
 
 SHAPES = [(64, 256), (256, 64), (48, 48), (1, 300), (17, 5)]
 
@@ -61,7 +68,7 @@ def test_steps_are_those_of_torch():
 
 
 def test_a_batch_is_of_one_shape_and_not_too_large(monkeypatch):
-    monkeypatch.setattr("muon.MOST", 64)
+    monkeypatch.setattr("beyond.muon.MOST", 64)
     matrices = [torch.empty(4, 8) for _ in range(5)] + [torch.empty(8, 4), torch.empty(100, 100)]
     batches = [[tuple(P.shape) for P in batch] for batch in batches_of_equals(matrices)]
     assert batches == [[(4, 8)] * 2, [(4, 8)] * 2, [(4, 8)], [(8, 4)], [(100, 100)]]

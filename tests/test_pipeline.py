@@ -20,11 +20,11 @@ import torch.nn.functional as F
 import train
 from benches.plan import plan
 from checkpoint import load_model
+from common.cli import InputError
 from lowrank import replace_linears
 from model import Config, Transformer, config_for, rope_tables
 from pipeline import SCHEDULES, Grid, Pipeline, balance, clock_table, measure, schedule, simulate, stored, utilization
 from recompute import use_recompute
-from runtime import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH, ROWS, VOCABULARY = 7, 32, 40
@@ -287,7 +287,7 @@ def test_bad_input_is_refused(args, message, tmp_path, text_file):
 
 
 def test_the_batch_follows_the_microbatches_where_none_is_given():
-    from runtime import find_device
+    from common.device import find_device
     device = dataclasses.replace(find_device("float32"), torch_device=torch.device("cpu"))
     for microbatches, batch in ((None, 4), (2, 4), (3, 6), (8, 8)):
         argv = ["--model", "tiny"] + (["--microbatches", str(microbatches)] if microbatches else [])

@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import recompute
+from common.cli import InputError
+from common.loss import head_loss
 from lowrank import BlendedLinear, LoRALinear, LowRankLinear, attach_lora, replace_linears
 from model import Config, KVCache, Transformer, attend, config_for
 from quant import attach_fake_quantization, quantize
-from recompute import MODES, head_loss, materialized_attention, recomputed_attention, recomputed_block, use_recompute
-from runtime import InputError
+from recompute import MODES, materialized_attention, recomputed_attention, recomputed_block, use_recompute
 
 KINDS = ("gpt2", "llama", "shared")  # shared: two query heads read one key head
 LAYERS = ("dense", "lowrank", "lora", "lora on int8")

@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 
-import adapters
 import bench
 import checkpoint
 import decompose
@@ -15,9 +14,10 @@ import pipeline
 import sample
 import train
 from checkpoint import save_model
+from common import adapters
+from common.cli import InputError, command
+from common.tokenizer import train_tokenizer
 from model import Config, Transformer
-from runtime import InputError, command
-from tokenizer import train_tokenizer
 
 MAINS = dict(train=train.main, finetune=finetune.main, eval=evaluation.main, sample=sample.main, checkpoint=checkpoint.main, adapters=adapters.main,
              decompose=decompose.main, pipeline=pipeline.main, bench=bench.main)

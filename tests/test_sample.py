@@ -5,13 +5,13 @@ import pytest
 import torch
 
 import sample
-from adapters import base_id, load_adapter, save_adapter
 from checkpoint import load_model, save_model
+from common.adapters import base_id, load_adapter, save_adapter
+from common.cli import InputError
+from common.tokenizer import train_tokenizer
 from lowrank import attach_lora
 from model import Config, Transformer, generate
 from model import sample as draw_token
-from runtime import InputError
-from tokenizer import train_tokenizer
 
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
 

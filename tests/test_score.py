@@ -9,16 +9,16 @@ import torch
 from seqeval.metrics import f1_score as seqeval_f1
 from sklearn.metrics import accuracy_score, f1_score
 
-import score
-import tasks
 from bench import main as bench_main
 from benches.eval import harness, harness_model, harness_rows
 from checkpoint import load_model, save_model
+from common.cli import InputError
+from common.device import find_device
+from common.tokenizer import train_tokenizer
 from lowrank import attach_lora
 from model import Config, Transformer, generate
-from runtime import InputError, find_device
-from tasks import Example
-from tokenizer import train_tokenizer
+from tasks import score, sets
+from tasks.sets import Example
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def agree(model, tokenizer, device, examples):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("task", ["boolq", "piqa", "winogrande", "fpb", "tfns"])
 def test_likelihoods_of_every_task(task, kind, task_data, tokenizer, device):
-    agree(random_model(kind), tokenizer, device, tasks.load(task, task_data))
+    agree(random_model(kind), tokenizer, device, sets.load(task, task_data))
 
 
 @pytest.mark.parametrize("choices", [
@@ -98,7 +98,7 @@ def test_branches_that_do_not_fit_beside_each_other(tokenizer, device):
 
 
 def test_batches_do_not_change_the_result(task_data, tokenizer, device, monkeypatch):
-    model, examples = random_model(), tasks.load("piqa", task_data)
+    model, examples = random_model(), sets.load("piqa", task_data)
     together = score.label_scores(model, tokenizer, examples, device, progress=False)
     monkeypatch.setitem(score.BATCH_TOKENS, "cpu", 1)
     monkeypatch.setitem(score.HEAD_ROWS, "cpu", 3)
@@ -107,7 +107,7 @@ def test_batches_do_not_change_the_result(task_data, tokenizer, device, monkeypa
 
 
 def test_bfloat16_is_near(task_data, tokenizer, device):
-    model, examples = random_model(), tasks.load("fpb", task_data)
+    model, examples = random_model(), sets.load("fpb", task_data)
     near = score.label_scores(model, tokenizer, examples, find_device("bfloat16"), progress=False)
     exact = score.label_scores(model, tokenizer, examples, device, progress=False)
     assert 0 < np.abs(np.array(near) - np.array(exact)).max() < 0.3
@@ -117,7 +117,7 @@ def test_what_rows_share_is_read_once(task_data, tokenizer, device, monkeypatch)
     """The tokens that the model is given: the instruction once, then each row's own, and no ending but its predicting part."""
     model, given, hidden = random_model(), [], Transformer.hidden
     monkeypatch.setattr(Transformer, "hidden", lambda self, tokens, cache=None: given.append(tokens.shape) or hidden(self, tokens, cache))
-    examples = tasks.load("tfns", task_data)
+    examples = sets.load("tfns", task_data)
     score.label_scores(model, tokenizer, examples, device, progress=False)
     rows = [score.make_row(e, tokenizer, 256) for e in examples]
     shared = given[0][1]
@@ -151,7 +151,7 @@ def test_an_ending_without_tokens_is_refused(tokenizer, device):
 def test_the_harness_finds_the_same(task, task_data, tokenizer, device, tmp_path):
     """Its own prompts, its own scoring, the exported model in transformers; BoolQ's longer rows are cut."""
     model = random_model(context=64)
-    examples = tasks.load(task, task_data)
+    examples = sets.load(task, task_data)
     found = np.array(score.label_scores(model, tokenizer, examples, device, progress=False))
     metrics, theirs = harness(harness_model(model, tokenizer), task, harness_rows(task, task_data, range(len(examples))))
     assert found == pytest.approx(np.array(theirs), abs=1e-3)
@@ -181,7 +181,7 @@ def test_the_harness_finds_the_same_for_smollm2(task_data, device):
         pytest.skip(f"smollm2-135m can't be had here: {e}")
     lm = harness_model(model, tokenizer)
     for task in ("boolq", "piqa", "winogrande"):
-        examples = tasks.load(task, task_data)[:6]
+        examples = sets.load(task, task_data)[:6]
         _, theirs = harness(lm, task, harness_rows(task, task_data, range(6)))
         assert np.array(score.label_scores(model, tokenizer, examples, device)) == pytest.approx(np.array(theirs), abs=1e-3)
 
@@ -190,7 +190,7 @@ def test_the_harness_finds_the_same_for_smollm2(task_data, device):
 
 @pytest.mark.parametrize("context", [256, 64])
 def test_answers_are_the_greedy_continuations(context, task_data, tokenizer, device):
-    model, examples = random_model(context=context), tasks.load("fpb", task_data)
+    model, examples = random_model(context=context), sets.load("fpb", task_data)
     found = score.generate_answers(model, tokenizer, examples, device, new_tokens=8, progress=False)
     for example, text in zip(examples, found):
         prompt = tokenizer.encode(example.prompt.rstrip())[-(context - 8):]
@@ -203,7 +203,7 @@ def test_answers_are_the_greedy_continuations(context, task_data, tokenizer, dev
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("task", ["fpb", "fiqa"])
 def test_both_ways_from_one_reading(task, kind, task_data, tokenizer, device, monkeypatch):
-    model, examples = random_model(kind), tasks.load(task, task_data)
+    model, examples = random_model(kind), sets.load(task, task_data)
     texts = score.generate_answers(model, tokenizer, examples, device, 8, progress=False)
     scores = score.label_scores(model, tokenizer, examples, device, progress=False)
     given, hidden = [], Transformer.hidden
@@ -215,7 +215,7 @@ def test_both_ways_from_one_reading(task, kind, task_data, tokenizer, device, mo
 
 
 def test_cut_prompts_are_scored_after_what_is_left_of_them(task_data, tokenizer, device):
-    model, examples = random_model(context=64), tasks.load("fpb", task_data)
+    model, examples = random_model(context=64), sets.load("fpb", task_data)
     found = [scores for _, scores in score.answer_both_ways(model, tokenizer, examples, device, 8, progress=False)]
     for scores, example in zip(found, examples):
         for value, (given, ending) in zip(scores, (score.encode_pair(tokenizer, *pair) for pair in example.pairs())):
@@ -237,7 +237,7 @@ def test_an_answer_takes_at_most_half_of_the_context(tokenizer, device):
 def test_what_rows_begin_with_is_in_blocks_that_all_hold(task, task_data, tokenizer, device):
     """Before a batch is read all its rows have the same blocks; then each has a copy of the last, partly filled one, and goes on in its own."""
     model, pools = random_model(), set()
-    rows = [score.make_row(e, tokenizer, 256) for e in tasks.load(task, task_data)]
+    rows = [score.make_row(e, tokenizer, 256) for e in sets.load(task, task_data)]
     shared = score.shared_tokens(rows)
     for batch, cache in score.in_batches(model, rows, device, new_tokens=8):
         pool, tables = cache.pool, [s.table for s in cache.sequences]
@@ -256,7 +256,7 @@ def test_what_rows_begin_with_is_in_blocks_that_all_hold(task, task_data, tokeni
 @pytest.mark.parametrize("budget, context", [(2048, 256), (300, 256), (2048, 64)])
 def test_scores_and_texts_from_the_blocks(budget, context, kind, task_data, tokenizer, device, monkeypatch):
     """Scores as of a whole pass in float64 without any cache, texts as read anew for every token; every block comes back, and none is missing."""
-    model, examples, pools, make = random_model(kind, context), tasks.load("fpb", task_data) + tasks.load("fiqa", task_data), [], score.Pool
+    model, examples, pools, make = random_model(kind, context), sets.load("fpb", task_data) + sets.load("fiqa", task_data), [], score.Pool
     monkeypatch.setattr(score, "Pool", lambda *args, **more: pools.append(make(*args, **more)) or pools[-1])
     monkeypatch.setitem(score.BATCH_TOKENS, "cpu", budget)
     both = score.answer_both_ways(model, tokenizer, examples, device, 8, progress=False)
@@ -273,7 +273,7 @@ def test_scores_and_texts_from_the_blocks(budget, context, kind, task_data, toke
 @pytest.mark.parametrize("bits", [16, 8])
 def test_blocks_are_of_the_dtype_that_the_model_computes_in(bits, task_data, tokenizer, device, tmp_path):
     save_model(tmp_path / "model", random_model(), tokenizer)
-    examples = tasks.load("fpb", task_data)
+    examples = sets.load("fpb", task_data)
     exact = score.label_scores(load_model(tmp_path / "model", bits=bits)[0], tokenizer, examples, device, progress=False)
     model, _ = load_model(tmp_path / "model", dtype=torch.bfloat16, bits=bits)
     attach_lora(model, r=2, alpha=4)
@@ -299,7 +299,7 @@ def test_f1_and_accuracy_are_those_of_scikit_learn(seed, classes):
 def test_entity_f1_is_that_of_seqeval():
     right = [["B-PER", "I-PER", "O", "B-ORG"], ["O", "B-LOC", "I-LOC"], ["O", "O"]]
     given = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-LOC", "O"], ["B-O", "O"]]
-    counts = np.array([[len(set(tasks.entities(r)) & set(tasks.entities(g))), len(tasks.entities(r)), len(tasks.entities(g))] for r, g in zip(right, given)])
+    counts = np.array([[len(set(sets.entities(r)) & set(sets.entities(g))), len(sets.entities(r)), len(sets.entities(g))] for r, g in zip(right, given)])
     assert score.entity_f1(counts.sum(0)) == pytest.approx(seqeval_f1(right, given)) == pytest.approx(2 / 7)
     assert score.entity_f1(np.array([0, 0, 0])) == 0
 

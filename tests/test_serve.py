@@ -8,16 +8,16 @@ import torch
 from test_model import GPT2, LLAMA, pair
 
 import bench
-from adapters import base_id, load_adapter, save_adapter, take_off
 from benches.serve import generation_cost, paper_counts
+from beyond.batching import Adapters, Engine, Request, common_length
+from beyond.paged_cache import PagedCache, Pool, Sequence
 from checkpoint import load_model, save_model
-from kvcache import PagedCache, Pool, Sequence
+from common.adapters import base_id, load_adapter, save_adapter, take_off
+from common.cli import InputError
+from common.tokenizer import train_tokenizer
 from lowrank import attach_lora
 from model import Config, KVCache, Transformer, generate
 from quant import quantize
-from runtime import InputError
-from serve import Adapters, Engine, Request, common_length
-from tokenizer import train_tokenizer
 
 
 def alone(model, request, stop=()):

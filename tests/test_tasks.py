@@ -11,9 +11,9 @@ import datasets
 import pytest
 from seqeval.metrics.sequence_labeling import get_entities
 
-import tasks
-from runtime import InputError
-from tasks import load, read_entities, read_sentiment
+from common.cli import InputError
+from tasks import sets
+from tasks.sets import load, read_entities, read_sentiment
 
 INSTRUCTION = "Instruction: What is the sentiment of this news? Please choose an answer from {negative/neutral/positive}.\nInput: "
 
@@ -53,18 +53,18 @@ def test_prompts_and_labels_of_fingpt(task_data):
 
 @pytest.mark.parametrize("value, label", [(-0.1001, "negative"), (-0.1, "neutral"), (0.0999, "neutral"), (0.1, "positive"), (1, "positive")])
 def test_scores_of_fiqa(value, label):
-    assert tasks.sentiment_of_score(value) == label
+    assert sets.sentiment_of_score(value) == label
 
 
 @pytest.mark.parametrize("count, share", [(4846, 0.25), (1213, 0.226), (954, 0.226), (10, 0.25), (7, 0.25)])
 def test_splits_are_those_of_datasets(count, share):
     theirs = datasets.Dataset.from_dict(dict(i=list(range(count)))).train_test_split(share, seed=42)
-    test, train = tasks.split_rows(count, share)
+    test, train = sets.split_rows(count, share)
     assert test == theirs["test"]["i"][:] and train == theirs["train"]["i"][:]
 
 
 def test_splits_share_no_row_and_have_all(task_data):
-    for task in tasks.TEST_SHARE:
+    for task in sets.TEST_SHARE:
         train, test = ({e.index for e in load(task, task_data, split)} for split in ("train", "test"))
         assert not train & test and sorted(train | test) == list(range(len(train) + len(test)))
 
@@ -80,8 +80,8 @@ def test_a_test_file_of_its_own_is_used(data, capsys):
 
 def test_sample_is_seeded(task_data):
     rows = load("piqa", task_data)
-    some = tasks.draw(rows, 10)
-    assert len(some) == 10 and some == tasks.draw(rows, 10) and some != tasks.draw(rows, 10, seed=1) and tasks.draw(rows, 99) is rows
+    some = sets.draw(rows, 10)
+    assert len(some) == 10 and some == sets.draw(rows, 10) and some != sets.draw(rows, 10, seed=1) and sets.draw(rows, 99) is rows
     assert [e.index for e in some] == sorted(e.index for e in some)
 
 
@@ -94,13 +94,13 @@ def test_entities_of_the_file(task_data):
     assert row.answer == "Anna Koch1 is a person, Acme is an organization, Paris is a location."
     assert row.tags == ["O", "B-PER", "I-PER", "O", "B-ORG", "B-LOC", "O"]
     assert read_entities(row.words, row.answer) == (row.tags, True)
-    assert [(k, a, b - 1) for k, a, b in tasks.entities(row.tags)] == get_entities(row.tags)
+    assert [(k, a, b - 1) for k, a, b in sets.entities(row.tags)] == get_entities(row.tags)
 
 
 @pytest.mark.parametrize("tags", [["I-PER", "I-PER", "O"], ["O", "I-LOC"], ["I-ORG", "I-LOC", "I-LOC"], ["I-ORG", "B-ORG", "I-ORG"],
                                   ["B-PER", "I-PER", "I-ORG"]])
 def test_entities_are_those_of_seqeval(tags):
-    assert [(k, a, b - 1) for k, a, b in tasks.entities(tasks.begun(tags))] == get_entities(tags)
+    assert [(k, a, b - 1) for k, a, b in sets.entities(sets.begun(tags))] == get_entities(tags)
 
 
 @pytest.mark.parametrize("text, tags, named", [
@@ -169,7 +169,7 @@ def test_unknown_names(task_data):
 # ----------------------------------------------------------------------------- downloads
 
 def sources(monkeypatch, task, **files):
-    monkeypatch.setitem(tasks.SOURCES, task, {name: (address, hashlib.sha256(content).hexdigest()) for name, (address, content) in files.items()})
+    monkeypatch.setitem(sets.SOURCES, task, {name: (address, hashlib.sha256(content).hexdigest()) for name, (address, content) in files.items()})
 
 
 def test_missing_files_are_downloaded_and_checked(task_data, tmp_path, monkeypatch, capsys):
@@ -204,18 +204,18 @@ def test_through_the_datasets_library(task_data, tmp_path, monkeypatch):
         asked.append((args, more))
         return [json.loads(line) for line in content.decode().splitlines()]
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    sources(monkeypatch, "winogrande", **{"dev.jsonl": (tasks.SOURCES["winogrande"]["dev.jsonl"][0], content)})
+    sources(monkeypatch, "winogrande", **{"dev.jsonl": (sets.SOURCES["winogrande"]["dev.jsonl"][0], content)})
     assert load("winogrande", tmp_path) == load("winogrande", task_data)
     assert asked == [(("allenai/winogrande", "winogrande_xl"), dict(split="validation"))]
 
 
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", sets.TASKS)
 def test_without_a_network_one_line_says_what_to_put_where(task, tmp_path, monkeypatch):
     def offline(*args, **more):
         raise OSError("no route to host\nmore")
     monkeypatch.setattr("urllib.request.urlopen", offline)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=offline))
-    name = next(iter(tasks.SOURCES[task]))
+    name = next(iter(sets.SOURCES[task]))
     with pytest.raises(InputError) as error:
         load(task, tmp_path)
     assert str(tmp_path / task / name) in str(error.value) and "put the file there" in str(error.value) and "\n" not in str(error.value)

@@ -10,8 +10,8 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
-import tokenizer as ours
-from runtime import InputError
+from common import tokenizer as ours
+from common.cli import InputError
 
 DATA = Path(os.environ.get("DATA_DIR", "data"))
 HARD = ("😀👩‍👩‍👧 naïve 中文字符 日本語 ١٢٣ ½² x\n\n   def f(x):\n\t\treturn x  12  345\r\n\r\n  a   b\u00a0c\u3000d\u2003 'll I'LL don't  \n \n  1\n"

@@ -13,8 +13,8 @@ import torch
 
 import train
 from checkpoint import load_model, save_model, save_state
+from common.storage import read_state
 from lowrank import LowRankLinear
-from storage import read_state
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--model", "tiny", "--rank", 8, "--batch-size", 2, "--seq-len", 32, "--log-interval", 1, "--eval-tokens", 64, "--dtype", "float32")
@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     (("--embedding-rank", 8), "--embedding-rank 8 is for a model whose layers are low-rank, too: give --rank as well"),
     (("--init-from", "/nowhere"), "no such folder or file")])
 def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path, text_file, capsys):
-    from runtime import command
+    from common.cli import command
     argv = ["--model", "tiny", "--data", str(text_file), "--max-iters", "1", "--out-dir", str(tmp_path / "run"), *map(str, args)]
     with pytest.raises(SystemExit) as e:
         command(lambda: train.main(argv))

@@ -32,9 +32,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from common.cli import InputError, cache_dir
+from common.tokenizer import from_gguf, load_tokenizer, read_json
 from model import Config, Transformer
-from runtime import InputError, cache_dir
-from tokenizer import from_gguf, load_tokenizer, read_json
 
 NAMES = """
     ours            gpt2          llama                      gguf          meta

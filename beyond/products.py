@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from runtime import cache_dir, cpu_name, give_back_memory, matmul_rate, say
+from common.cli import cache_dir, say
+from common.device import cpu_name, give_back_memory, matmul_rate
 
 
 def product(x, matrix):
@@ -178,7 +179,7 @@ def load_kernels():
     say("kernels.cu: compiling, or loading what was compiled before (the first time takes about a minute) ...")
     start = time.perf_counter()
     try:
-        kernels = load("fingpt_kernels", [str(Path(__file__).with_name("kernels.cu"))], extra_cuda_cflags=["-O3"], extra_cflags=["-O3"])
+        kernels = load("fingpt_kernels", [str(Path(__file__).parent.parent / "kernels.cu")], extra_cuda_cflags=["-O3"], extra_cflags=["-O3"])
     except (RuntimeError, OSError, ImportError) as e:
         why = str(e).strip().splitlines()[0][:200]
         say(f"kernels.cu is not used: it could not be built ({why}); quantized products dequantize first, which is slower")

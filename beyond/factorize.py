@@ -23,7 +23,7 @@ import math
 
 import torch
 
-from runtime import InputError
+from common.cli import InputError
 
 RIDGE = 1e-4              # of the mean of H's diagonal: directions that the text never showed count a little, too
 FLOAT32_IS_ENOUGH = 1e-3  # see `eigen`

@@ -33,7 +33,7 @@ from urllib.request import getproxies
 import sentencepiece
 import tiktoken
 
-from runtime import InputError, write_atomic
+from common.cli import InputError, write_atomic
 
 STOPS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>")  # tokens that end a turn or a text wherever they exist
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime import InputError
-from score import encode_pair
-from tasks import instruction_prompt, sentiment_row
+from common.cli import InputError
+from tasks.score import encode_pair
+from tasks.sets import instruction_prompt, sentiment_row
 
 IGNORED = -100  # the target of a token that is not to be learned
 POOL = 16       # batches among which rows are sorted by length

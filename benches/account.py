@@ -25,9 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from common.loss import head_loss
 from lowrank import is_linear
 from model import Attention, Transformer, config_for
-from recompute import head_loss, use_recompute
+from recompute import use_recompute
 
 # ----------------------------------------------------------------------------- watching tensors come and go
 

@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adapters import read_adapter
-from kvcache import PagedCache, Sequence, usage
+from beyond.paged_cache import PagedCache, Sequence, usage
+from common.adapters import read_adapter
+from common.cli import InputError
 from lowrank import ManyLoRALinear
 from model import check_sampling, sample
-from runtime import InputError
 
 
 @dataclass(eq=False)

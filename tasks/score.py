@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from kvcache import SIZE, PagedCache, Pool, Sequence
+from beyond.paged_cache import SIZE, PagedCache, Pool, Sequence
+from common.cli import InputError
 from model import generate
-from runtime import InputError
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # more is no faster on a CPU and takes memory
 HEAD_ROWS = {"cpu": 128, "cuda": 4096}       # predicted tokens whose logits exist at the same time

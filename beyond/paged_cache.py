@@ -29,8 +29,8 @@ from collections import Counter
 
 import torch
 
+from common.cli import InputError
 from model import KVCache, attend
-from runtime import InputError
 
 SIZE = 16  # tokens of a block: 64 waste four times as much at a sequence's end, 4 make the table and the products long
 

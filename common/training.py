@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from beyond.muon import Muon
+from common.cli import InputError, move_aside, say
+from common.processes import rank, world_size
 from lowrank import LowRankLinear
-from muon import Muon
-from runtime import InputError, move_aside, rank, say, world_size
 
 
 def make_optimizers(model, lr, weight_decay, kind="adamw", b_rate=1.0, decay="factors", **place):

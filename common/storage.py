@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from runtime import InputError, write_atomic
+from common.cli import InputError, write_atomic
 
 SHARD_BYTES = 4 << 30  # of a file of a model, about
 

@@ -13,10 +13,10 @@ import functools
 
 import torch
 
+from beyond.products import FEW_ROWS_CPU, load_cpu_kernels
+from common.cli import say
 from model import Config, KVCache, Transformer, attend
-from products import FEW_ROWS_CPU, load_cpu_kernels
 from quant import QuantLinear, QuantLowRank, matrices, quantize
-from runtime import say
 
 POINTER, INT = ctypes.c_void_p, ctypes.c_int
 

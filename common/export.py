@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from formats import their_name
-from runtime import check_folder, write_atomic
-from storage import SHARD_BYTES, write_tensors
+from common.cli import check_folder, write_atomic
+from common.formats import their_name
+from common.storage import SHARD_BYTES, write_tensors
 
 
 def dense_tensors(model):

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from runtime import InputError, cache_dir, command, say, write_atomic
-from tokenizer import gpt2_tokenizer, load_tokenizer, train_tokenizer
+from common.cli import InputError, cache_dir, command, say, write_atomic
+from common.tokenizer import gpt2_tokenizer, load_tokenizer, train_tokenizer
 
 DOCUMENT = 8192  # characters: longer texts are cut into documents of about this size, so that a few books still have validation text
 

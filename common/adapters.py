@@ -25,11 +25,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from checkpoint import load_model, locate, read_config, replace_model
-from formats import ROWS, open_source, their_name
+from common.cli import InputError, check_folder, command, write_atomic
+from common.formats import ROWS, open_source, their_name
+from common.storage import read_tensors, sync_folder, write_tensors
 from lowrank import LoRALinear, drop_lora, is_linear, merge_lora, swap_layers
 from quant import matrices
-from runtime import InputError, check_folder, command, write_atomic
-from storage import read_tensors, sync_folder, write_tensors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Settings of PEFT under which y = W x + (alpha/r) B A x is not all there is, and the values that turn them off.

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime import InputError, say
+from common.cli import InputError, say
 
 SENTIMENTS = ["negative", "neutral", "positive"]
 ASK_SENTIMENT = "What is the sentiment of this {}? Please choose an answer from {{negative/neutral/positive}}."

@@ -1,0 +1,1 @@
+"""What every script needs, and the paper does not teach."""

@@ -1,0 +1,111 @@
+"""What every command needs: errors for people, lines from the first process, Ctrl-C as a flag, files that are never half written."""
+import errno
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+from common.processes import rank, world_size
+
+
+class InputError(ValueError):
+    """The user's input is wrong. The message says what, with the values, and what to do; `command` prints it alone."""
+
+
+def cache_dir():
+    """Where what was downloaded or tokenized once is kept: $FINGPT_CACHE, or ~/.cache/fingpt-hpc."""
+    return Path(os.environ.get("FINGPT_CACHE") or Path.home() / ".cache" / "fingpt-hpc")
+
+
+def say(*words):
+    """Print a line, from the first process only."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+UNUSABLE = [getattr(errno, name) for name in ("EACCES", "EROFS", "EPERM", "ENOTDIR", "EEXIST", "EISDIR", "ENOENT", "ENAMETOOLONG")]
+
+
+def command(main):
+    """Run main() as a command: bad input and a full disk are one line on stderr and exit code 2, not a traceback."""
+    try:
+        sys.exit(main())
+    except InputError as e:
+        line = str(e)
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as e:
+        full, place = e.errno in (errno.ENOSPC, errno.EDQUOT), e.filename and e.errno in UNUSABLE
+        if not full and not place:
+            raise
+        other = "set FINGPT_CACHE to another folder" if e.filename and str(cache_dir()) in str(e.filename) else "choose another --out-dir"
+        line = f"{e.strerror}: {e.filename or 'while writing'}: {'free some space or ' if full else ''}{other}"
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    print(f"error: {line}" if world_size() == 1 else f"error (process {rank()}): {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_folder(path, new=False):
+    """Refuse what can't become a folder to write to, before anything slow; new: or what is one already with something in it."""
+    whole = Path(path).absolute()
+    there = next(p for p in (whole, *whole.parents) if p.exists())
+    if not there.is_dir():
+        raise InputError(f"{path}: {there} is a file: choose another folder")
+    if new and whole == Path.cwd():
+        raise InputError(f"{path} is the current folder: choose a new one")
+    if new and there == whole and any(whole.iterdir()):
+        raise InputError(f"{path} is not empty: choose a new folder")
+
+
+def move_aside(folder):
+    """Rename a folder to the first FOLDER-N that is free, and return that."""
+    folder = Path(folder)
+    if folder.absolute() == Path.cwd():
+        raise InputError(f"{folder.absolute()} holds earlier results and is the current folder, which can't be moved aside: choose another --out-dir")
+    aside = next(p for n in range(1, 10 ** 6) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
+    os.replace(folder, aside)
+    return aside
+
+
+def check_positive(args, *names):
+    """Refuse what is not above 0 and finite."""
+    for name in names:
+        if not 0 < getattr(args, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name):g}")
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a flag that a loop reads between two steps; a second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.name = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._caught)
+
+    def _caught(self, number, frame):
+        if self.name:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+
+def write_atomic(path, text):
+    """A reader finds the old text or the new one, never a part: written beside, synced, renamed."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def markdown(header, rows, left=2):
+    """A table in Markdown that can be read as it stands, too; the first `left` columns begin at the left, numbers end at the right."""
+    cells = [header] + [[str(c) for c in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["| " + " | ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 1) + ("-" if i < left else ":") for i, w in enumerate(widths)) + "|"] + lines[1:])
