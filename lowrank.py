@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.cli import InputError
-from model import count_parameters
+from model import Layer, count_parameters, dense_weight, is_linear, multiplications
 
 
 def check_rank(rank, in_features, out_features):
@@ -85,7 +85,7 @@ def decay_products(model, rate):
 
 # ----------------------------------------------------------------------------- the layers
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(Layer):
     """y = B (A x) + bias, equation 5. A: (r, in), B: (out, r), bias: (out) or None."""
 
     def __init__(self, in_features, out_features, rank, bias=True):
@@ -123,7 +123,7 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
 
-class LowRankEmbedding(nn.Module):
+class LowRankEmbedding(Layer):
     """W^E of low rank: the row of a token in A (vocabulary, r), then B (n, r). tokens (...) -> (..., n)."""
 
     def __init__(self, num_embeddings, embedding_dim, rank):
@@ -156,7 +156,7 @@ class LowRankEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
 
 
-class BlendedLinear(nn.Module):
+class BlendedLinear(Layer):
     """Method 3, equation 6: y = a W x + (1 - a) B A x + bias. W is frozen; A, B and the bias learn; a falls from near 1 to 0."""
 
     def __init__(self, in_features, out_features, rank, bias=True):
@@ -206,7 +206,7 @@ def set_alpha(model, alpha):
     return len(layers)
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(Layer):
     """Equation 7: y = base(x) + (alpha/r) B A x. The base, any layer that maps x to y, is frozen; B starts at 0, so y starts as base(x)."""
 
     def __init__(self, base, r, alpha, dropout=0.0):
@@ -225,9 +225,10 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         if self.merged:
             return self.base(x)
-        fused = getattr(self.base, "with_lora", None)  # a quantized base on a GPU: one launch for a few rows
-        if fused is not None and not self.training and (y := fused(x, self.A, self.B, self.scale)) is not None:
-            return y
+        if isinstance(self.base, Layer) and not self.training:  # a quantized base on a GPU: one launch for a few rows
+            y = self.base.with_lora(x, self.A, self.B, self.scale)
+            if y is not None:
+                return y
         h = self.scale * F.linear(self.dropped(x).to(self.A.dtype), self.A)  # (..., r)
         return self.base(x) + F.linear(h, self.B)
 
@@ -241,7 +242,7 @@ class LoRALinear(nn.Module):
 
     @property
     def multiplications(self):
-        base = getattr(self.base, "multiplications", self.in_features * self.out_features)
+        base = multiplications(self.base)
         return base + (0 if self.merged else self.r * (self.in_features + self.out_features))
 
     def delta(self):
@@ -249,7 +250,7 @@ class LoRALinear(nn.Module):
         return self.scale * (self.B @ self.A)
 
     def dense_weight(self):
-        base = self.base.weight if isinstance(self.base, nn.Linear) else self.base.dense_weight()
+        base = dense_weight(self.base)
         return base if self.merged else base + self.delta().to(base.dtype)
 
     @property
@@ -273,7 +274,7 @@ class LoRALinear(nn.Module):
         return ((self.dense_weight().float() - sums).square().sum().item(), self.delta().square().sum().item()) if sign > 0 else None
 
 
-class ManyLoRALinear(nn.Module):
+class ManyLoRALinear(Layer):
     """Equation 7 with an adapter for each row of a batch: y_i = base(x_i) + (alpha/r) B_i A_i x_i. One product with the base serves all rows.
 
     Adapters come and go in `factors`, the base is never touched. `select` says which adapter each row of the following batches has; it
@@ -313,16 +314,17 @@ class ManyLoRALinear(nn.Module):
             return self.base(x)
         A, Bt = self.chosen
         if A.dim() == 2:
-            fused = getattr(self.base, "with_lora", None)  # a quantized base on a GPU: one launch for a few rows
-            if fused is not None and (y := fused(x, A, Bt.T, 1.0)) is not None:
-                return y
+            if isinstance(self.base, Layer):  # a quantized base on a GPU: one launch for a few rows
+                y = self.base.with_lora(x, A, Bt.T, 1.0)
+                if y is not None:
+                    return y
             return self.base(x) + x @ A.T @ Bt
         h = torch.bmm(x, A.transpose(1, 2))  # (B, T, in) (B, in, r) -> (B, T, r)
         return torch.baddbmm(self.base(x), h, Bt)  # + (B, T, r) (B, r, out) -> (B, T, out)
 
     @property
     def multiplications(self):
-        return getattr(self.base, "multiplications", self.in_features * self.out_features)
+        return multiplications(self.base)
 
     @property
     def bias(self):
@@ -330,10 +332,6 @@ class ManyLoRALinear(nn.Module):
 
 
 # ----------------------------------------------------------------------------- the walker
-
-def is_linear(module):
-    return isinstance(module, nn.Linear) or hasattr(module, "multiplications") and hasattr(module, "in_features")
-
 
 def swap_layers(model, make, wanted=is_linear):
     """The one walker that changes layers: each module that `wanted` accepts is replaced by make(name, module), or stays if that is None.

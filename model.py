@@ -95,6 +95,41 @@ def config_for(name, **changes):
     return replace(CONFIGS[name], **changes)
 
 
+# ----------------------------------------------------------------------------- what may take the place of a layer
+
+class Layer(nn.Module):
+    """The protocol of what other files put in the place of an nn.Linear, or (tokens for x, no in_features) of an nn.Embedding.
+
+        in_features, out_features, bias     as of nn.Linear
+        forward(x: (..., in))               -> (..., out)
+        multiplications                     of one token, an int
+        dense_weight()                      W (out, in) of the dense layer that computes the same
+    """
+    in_features = None
+
+    def init_weights(self, std):
+        """Random values, in place of a dense layer of deviation std."""
+        raise InputError(f"a {type(self).__name__} has no random start: its values come from a trained layer")
+
+    def with_lora(self, x, A, B, scale):
+        """forward(x) + scale B (A x) in one launch, or None where there is no kernel for that."""
+        return None
+
+
+def is_linear(module):
+    return isinstance(module, nn.Linear) or isinstance(module, Layer) and module.in_features is not None
+
+
+def multiplications(layer):
+    """Of one token: an nn.Linear's, or what a Layer says."""
+    return layer.multiplications if isinstance(layer, Layer) else layer.in_features * layer.out_features
+
+
+def dense_weight(layer):
+    """W (out, in) of any layer."""
+    return layer.dense_weight() if isinstance(layer, Layer) else layer.weight
+
+
 # ----------------------------------------------------------------------------- the network
 
 def rope_tables(positions, config):
@@ -145,7 +180,7 @@ class Attention(nn.Module):
         attend = self.attend
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, kv_heads, S, d)
-            attend = getattr(cache, "attend", attend)  # kvcache.py attends to blocks of its own
+            attend = cache.attend or attend
         y = attend(q, k, v, mask, self.config.dropout if self.training else 0.0)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -218,7 +253,7 @@ class Transformer(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
-            elif hasattr(module, "init_weights") and module is not self:  # a layer of lowrank.py knows its own
+            elif isinstance(module, Layer):
                 module.init_weights(std)
             else:
                 for child_name, child in module.named_children():
@@ -269,10 +304,8 @@ def count_parameters(model):
 def matmul_weights(model):
     """Weights that a token is multiplied with, one multiplication and one addition each: of all linear layers, the head included."""
     def visit(module):
-        if hasattr(module, "multiplications"):  # a layer of lowrank.py or quant.py says it itself
-            return module.multiplications
-        if isinstance(module, nn.Linear):
-            return module.in_features * module.out_features
+        if isinstance(module, (nn.Linear, Layer)):
+            return multiplications(module)
         return sum(visit(child) for child in module.children())
     return visit(model)
 
@@ -287,7 +320,19 @@ def flops_per_token(model, length, training=False):
 
 # ----------------------------------------------------------------------------- generation
 
-class KVCache:
+class Cache:
+    """The protocol of what remembers keys and values, so that only new tokens are read.
+
+        lengths, end                  tokens of each row that are in it; the longest
+        positions(T), mask(T)         of the next T tokens: (T,) or (B, T); (1 or B, 1, T, S), or None where all may be seen
+        update(layer, k, v)           store k, v of the next T tokens in a layer; returns all keys and values
+        advance(T)                    after the last layer: T more tokens are in it
+        attend                        in place of the model's own attention (None: that one)
+    """
+    attend = None
+
+
+class KVCache(Cache):
     """Keys and values of the tokens seen so far (section V.C), one contiguous block a layer: (B, kv_heads, length, d).
 
     Rows may have different lengths. A row's next token goes to its own next place, and a query at position p looks at

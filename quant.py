@@ -33,6 +33,7 @@ from torch.func import functional_call
 from beyond.products import as_rows, cpu_product, few_rows_cpu, huge_pages, load_kernels, one_launch, product
 from common.cli import InputError
 from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, swap_layers
+from model import Layer
 
 DEFAULT_GROUP = {8: 0, 4: 64}  # 0: the whole row is one vector
 SMALLEST_HALF = 2.0 ** -24     # a vector of equal numbers has no range; its scale must not be 0
@@ -183,7 +184,7 @@ def _add_bias(y, bias):
     return y + bias.to(y.dtype) if torch.is_grad_enabled() else y.add_(bias)  # y is nobody else's
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(Layer):
     """y = W x + bias with W: (out, in) as integers."""
 
     def __init__(self, W, bias=None):
@@ -210,7 +211,7 @@ class QuantLinear(nn.Module):
         return self.W.dense()
 
 
-class QuantLowRank(nn.Module):
+class QuantLowRank(Layer):
     """y = B (A x) + bias with A: (r, in) and B: (out, r) as integers; for a few rows one launch on a GPU, one call on a CPU."""
 
     def __init__(self, A, B, bias=None):
@@ -235,7 +236,7 @@ class QuantLowRank(nn.Module):
         return self.B.dense() @ self.A.dense()
 
 
-class _Lookup(nn.Module):
+class _Lookup(Layer):
     """An embedding answers in the dtype that the rest of the model computes in, which integers do not tell."""
 
     def __init__(self, table, dtype):

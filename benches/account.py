@@ -26,8 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from common.loss import head_loss
-from lowrank import is_linear
-from model import Attention, Transformer, config_for
+from model import Attention, Transformer, config_for, is_linear
 from recompute import use_recompute
 
 # ----------------------------------------------------------------------------- watching tensors come and go

@@ -12,8 +12,10 @@ On a CPU the same step runs without a graph, so that tests can compare it with t
 """
 import torch
 
+from model import Cache
 
-class StepCache:
+
+class StepCache(Cache):
     """A KVCache with its places in a tensor: what model.hidden needs for one token of each row."""
     end = 0  # the caller knows that the tokens fit
 

@@ -1,4 +1,5 @@
 """What every command needs: errors for people, lines from the first process, Ctrl-C as a flag, files that are never half written."""
+import argparse
 import errno
 import math
 import os
@@ -109,3 +110,35 @@ def markdown(header, rows, left=2):
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["| " + " | ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 1) + ("-" if i < left else ":") for i, w in enumerate(widths)) + "|"] + lines[1:])
+
+
+# ----------------------------------------------------------------------------- flags
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are InputErrors, so that `command` prints one line and exits with 2."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+def number(kind, holds, wanted):
+    """An argparse type: kind(text), refused with `wanted` unless holds(value)."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
+        return value
+    return convert
+
+
+at_least_0 = number(int, lambda n: n >= 0, "a whole number, at least 0")
+at_least_1 = number(int, lambda n: n >= 1, "a whole number, at least 1")
+positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+not_negative = number(float, lambda x: 0 <= x < math.inf, "a finite number, at least 0")
+share = number(float, lambda x: 0 < x < 1, "between 0 and 1")

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from common.cli import InputError
+from model import Cache
 from tasks.score import encode_pair
 from tasks.sets import instruction_prompt, sentiment_row
 
@@ -81,7 +82,7 @@ class Batch:
         return model.hidden(self.tokens, cache)
 
 
-class CommonBeginning:
+class CommonBeginning(Cache):
     """Keys and values of a common beginning, in place of model.KVCache: made by one row, seen by all, and gradients flow back into them."""
 
     def __init__(self, device):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from beyond.paged_cache import SIZE, PagedCache, Pool, Sequence
 from common.cli import InputError
-from model import generate
+from model import Cache, generate
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # more is no faster on a CPU and takes memory
 HEAD_ROWS = {"cpu": 128, "cuda": 4096}       # predicted tokens whose logits exist at the same time
@@ -94,7 +94,7 @@ def batches(items, length, budget, most=256):
 
 # ----------------------------------------------------------------------------- log-likelihoods
 
-class Beginnings:
+class Beginnings(Cache):
     """A batch's cache for scoring: of each row what the PagedCache holds of it, then its own tokens, at given positions. They are not kept:
     another batch, or generate, can go on from the same blocks."""
 

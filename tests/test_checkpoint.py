@@ -298,7 +298,8 @@ def test_loading_needs_little_more_than_the_model(tmp_path, run, monkeypatch):
     export(model, None, tmp_path / "hf")
     del model
     for folder, dtype in (("ours", "float32"), ("hf", "float32"), ("hf", "bfloat16")):
-        code = (f"import torch, checkpoint; from common import device as runtime; checkpoint.build(checkpoint.CONFIGS['tiny'], {{}}); before = runtime.peak_memory(torch.device('cpu')); "
+        code = (f"import torch, checkpoint; from common import device as runtime; checkpoint.build(checkpoint.CONFIGS['tiny'], {{}});"
+                f" before = runtime.peak_memory(torch.device('cpu')); "
                 f"m, _ = checkpoint.load_model({str(tmp_path / folder)!r}, dtype=torch.{dtype}); "
                 f"print(runtime.peak_memory(torch.device('cpu')) - before)")
         done = run("-c", code)

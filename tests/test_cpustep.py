@@ -95,7 +95,7 @@ def test_where_something_is_in_the_way_it_is_not_taken(monkeypatch):
     model = some_model("gpt2")
     paged = PagedCache([Sequence(Pool(model.config, 8))])
     assert len(list(generate(model, [[1, 2]], 3, cache=paged, make_step=cpu_step))) == 3
-    monkeypatch.setattr("beyond.Xload_cpu_kernels", lambda: None)
+    monkeypatch.setattr("beyond.load_cpu_kernels", lambda: None)
     assert step_of(some_model("gpt2")) is None
 
 
