@@ -29,8 +29,9 @@ from beyond.rounding import quantize_calibrated
 from common.cli import InputError, cache_dir, check_folder, command, write_atomic
 from common.data import calibration_batches
 from common.device import give_back_memory
+from common.download import fetch_smollm2, hub_snapshot
 from common.export import export
-from common.formats import Source, fetch_smollm2, hub_snapshot, open_source
+from common.formats import Source, open_source
 from common.storage import SHARD_BYTES, read_tensors, replace_state, sync_folder, write_tensors
 from common.tokenizer import load_tokenizer
 from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, replace_linears, swap_layers

