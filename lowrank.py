@@ -274,63 +274,6 @@ class LoRALinear(Layer):
         return ((self.dense_weight().float() - sums).square().sum().item(), self.delta().square().sum().item()) if sign > 0 else None
 
 
-class ManyLoRALinear(Layer):
-    """Equation 7 with an adapter for each row of a batch: y_i = base(x_i) + (alpha/r) B_i A_i x_i. One product with the base serves all rows.
-
-    Adapters come and go in `factors`, the base is never touched. `select` says which adapter each row of the following batches has; it
-    gathers the rows' A and B once, not at every step. Smaller ranks are padded with zeros; a row without an adapter has zeros alone.
-    """
-
-    def __init__(self, base):
-        super().__init__()
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.base = base.requires_grad_(False)
-        self.factors = {}  # name -> A (r, in) and (alpha/r) B^T (r, out)
-        self.chosen = None
-
-    def add(self, name, A, B, scale):
-        """B^T, as the product of a row reads it: its r rows lie in one piece."""
-        self.factors[name] = A.contiguous(), (scale * B).T.contiguous()
-
-    def select(self, names):
-        """names: of the adapter of each row, None for the bare base. One name serves a batch of any size."""
-        used = set(names) & set(self.factors)
-        if not used:
-            self.chosen = None
-        elif len(set(names)) == 1:
-            self.chosen = self.factors[names[0]]  # (r, in), (r, out)
-        else:
-            self.chosen = self.gathered(names, 0), self.gathered(names, 1)
-
-    def gathered(self, names, i):
-        """A (i = 0) or B^T (i = 1) of each row: (B, r, in) or (B, r, out)."""
-        r, like = max(len(f[i]) for f in self.factors.values()), next(iter(self.factors.values()))[i]
-        padded = {n: F.pad(self.factors[n][i], (0, 0, 0, r - len(self.factors[n][i]))) if n in self.factors else like.new_zeros(r, like.shape[1])
-                  for n in set(names)}
-        return torch.stack([padded[n] for n in names])
-
-    def forward(self, x):
-        if self.chosen is None:
-            return self.base(x)
-        A, Bt = self.chosen
-        if A.dim() == 2:
-            if isinstance(self.base, Layer):  # a quantized base on a GPU: one launch for a few rows
-                y = self.base.with_lora(x, A, Bt.T, 1.0)
-                if y is not None:
-                    return y
-            return self.base(x) + x @ A.T @ Bt
-        h = torch.bmm(x, A.transpose(1, 2))  # (B, T, in) (B, in, r) -> (B, T, r)
-        return torch.baddbmm(self.base(x), h, Bt)  # + (B, T, r) (B, r, out) -> (B, T, out)
-
-    @property
-    def multiplications(self):
-        return multiplications(self.base)
-
-    @property
-    def bias(self):
-        return self.base.bias
-
-
 # ----------------------------------------------------------------------------- the walker
 
 def swap_layers(model, make, wanted=is_linear):
