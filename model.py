@@ -115,6 +115,13 @@ class Layer(nn.Module):
         """forward(x) + scale B (A x) in one launch, or None where there is no kernel for that."""
         return None
 
+    def last_product(self, x, dtype):
+        """h (..., k) and W (out, k) such that forward(x) = h W^T + bias; None where y is no such product.
+
+        A loss in chunks multiplies with W itself (common/loss.py). dtype: of a W that is made for it, dequantized.
+        """
+        return None
+
 
 def is_linear(module):
     return isinstance(module, nn.Linear) or isinstance(module, Layer) and module.in_features is not None
@@ -128,6 +135,11 @@ def multiplications(layer):
 def dense_weight(layer):
     """W (out, in) of any layer."""
     return layer.dense_weight() if isinstance(layer, Layer) else layer.weight
+
+
+def last_product(layer, x, dtype):
+    """h and W of the product that ends any layer, or None: see Layer.last_product."""
+    return layer.last_product(x, dtype) if isinstance(layer, Layer) else (x, layer.weight)
 
 
 # ----------------------------------------------------------------------------- the network

@@ -203,6 +203,9 @@ class QuantLinear(Layer):
         y = load_kernels().lora(rows, *self.W.parts(), A.to(rows.dtype).contiguous(), B.to(rows.dtype).contiguous(), scale)
         return _add_bias(y.view(*x.shape[:-1], -1).to(x.dtype), self.bias)
 
+    def last_product(self, x, dtype):
+        return x, self.W.dense(dtype)
+
     @property
     def multiplications(self):
         return self.W.packed_weights

@@ -1,34 +1,38 @@
 """The loss, in chunks of tokens.
 
-logits = h W^T is the largest tensor of a training step: 4,096 tokens x 50,257 entries in float32 are 823 MB, and autograd keeps
-as much again for the softmax. But the gradient of the mean cross entropy needs nothing from later layers,
+logits = h W^T is the largest tensor of a training step: 4,096 tokens x 50,257 entries in float32 are
+823 MB, and autograd keeps as much again for the softmax. But the gradient of the mean cross entropy
+needs nothing from later layers,
 
     d loss / d logits = (softmax(logits) - onehot(target)) / N,
 
-so it is at hand as soon as the logits are. One chunk of tokens at a time, all three products are done in the forward pass:
+so it is at hand as soon as the logits are. One chunk of tokens at a time, all three products are done in
+the forward pass:
 
-    h --W--> logits --> p - onehot --W--> dh          kept for the backward pass: dh, as large as h, and dW, which is to
-                            |                         become W's gradient; the backward pass only scales them
-                            +------h----> dW += ...   logits: two buffers of one chunk, used again and again
+    h --W--> logits --> p - onehot --W--> dh          kept for the backward pass: dh, as large as h, and
+                            |                         dW, which becomes W's gradient; the backward pass
+                            +------h----> dW += ...   only scales them.  Two buffers of one chunk's logits
 
     loss = head_loss(model.head, model.hidden(tokens), targets)
 """
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
-from lowrank import LowRankLinear
+from model import last_product
 
 
 def compute_dtype(x):
     """What autocast would compute a matrix product with x in."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+    autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
 def scaled(gradient, factor):
-    """factor * gradient, without a pass over it in the usual case of factor 1 (on a GPU, looking would mean waiting)."""
-    return gradient if gradient is None or factor.device.type == "cpu" and factor == 1 else gradient * factor
+    """factor * gradient, without a pass over it if factor is 1 (on a GPU, to look would mean to wait)."""
+    if gradient is None or factor.device.type == "cpu" and factor == 1:
+        return gradient
+    return gradient * factor
 
 
 class MatrixLoss(torch.autograd.Function):
@@ -36,15 +40,17 @@ class MatrixLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, W, targets, chunk, differentiate):
-        want_h, want_W = (needed and differentiate for needed in ctx.needs_input_grad[:2])
-        N, V, dtype, W_dtype, h_dtype = len(h), len(W), compute_dtype(h), W.dtype, h.dtype
-        h, W = h.detach().to(dtype), W.detach().to(dtype)
+        want_h = differentiate and ctx.needs_input_grad[0]
+        want_W = differentiate and ctx.needs_input_grad[1]
+        N, V = len(h), len(W)
+        dtype, h_dtype, W_dtype = compute_dtype(h), h.dtype, W.dtype
         wide = torch.promote_types(dtype, torch.float32)
+        h, W = h.detach().to(dtype), W.detach().to(dtype)
         logits = torch.empty(min(chunk, N), V, dtype=dtype, device=h.device)
         probabilities = torch.empty(min(chunk, N), V, dtype=wide, device=h.device)
+        likelihood = torch.empty(N, dtype=wide, device=h.device)
         dh = torch.empty_like(h) if want_h else None
         dW = torch.zeros(W.shape, dtype=wide, device=W.device) if want_W else None
-        likelihood = torch.empty(N, dtype=wide, device=h.device)
         for i in range(0, N, chunk):
             hc, target = h[i:i + chunk], targets[i:i + chunk, None]
             z, p = logits[:len(hc)], probabilities[:len(hc)]
@@ -54,22 +60,23 @@ class MatrixLoss(torch.autograd.Function):
             if not (want_h or want_W):
                 continue
             p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
-            g = p if dtype == wide else z.copy_(p)  # N times the gradient of the logits, in the dtype of the products
+            g = p if dtype == wide else z.copy_(p)  # N times the gradient of the logits
             if want_h:
                 torch.mm(g, W, out=dh[i:i + chunk])  # (n, V) (V, C)
             if want_W and dtype == wide:
                 dW.addmm_(g.T, hc, alpha=1 / N)  # (V, n) (n, C)
             elif want_W:
-                dW.add_(g.T @ hc, alpha=1 / N)  # each chunk's product is rounded to 16 bit, their sum is not
-        ctx.save_for_backward(None if dh is None else (dh / N).to(h_dtype), None if dW is None else dW.to(W_dtype))
+                dW.add_(g.T @ hc, alpha=1 / N)  # a chunk's product is rounded to 16 bit, their sum is not
+        ctx.save_for_backward(dh if dh is None else (dh / N).to(h_dtype), dW if dW is None else dW.to(W_dtype))
         return MatrixLoss.losses(likelihood, h, W, targets).mean()
 
     @staticmethod
     def losses(likelihood, h, W, targets):
-        """-log p of each token, (N). Near the smallest float, p says little: such a token's loss is taken from its logits themselves."""
+        """-log p of each token, (N). Near the smallest float p says little: there the logits are used."""
         losses, precise = -likelihood.log(), likelihood > 1e-30
         if not precise.all():
-            losses[~precise] = F.cross_entropy((h[~precise] @ W.T).to(losses.dtype), targets[~precise], reduction="none")
+            logits = (h[~precise] @ W.T).to(losses.dtype)
+            losses[~precise] = F.cross_entropy(logits, targets[~precise], reduction="none")
         return losses
 
     @staticmethod
@@ -79,26 +86,29 @@ class MatrixLoss(torch.autograd.Function):
 
 
 class LayerLoss(torch.autograd.Function):
-    """The same for any layer: autograd differentiates the layer and the loss of one chunk before it comes to the next."""
+    """The same for any layer: autograd differentiates it one chunk at a time, within the forward pass."""
 
     @staticmethod
     def forward(ctx, head, h, targets, chunk, differentiate, *parameters):
-        wanted = [differentiate and needed for needed in (ctx.needs_input_grad[1], *ctx.needs_input_grad[5:])]
-        dh = torch.empty_like(h) if wanted[0] else None
-        sums = [torch.zeros_like(p) if w else None for p, w in zip(parameters, wanted[1:])]
+        want_h = differentiate and ctx.needs_input_grad[1]
+        ctx.wanted = [differentiate and needed for needed in ctx.needs_input_grad[5:]]
+        leaves = [p for p, wanted in zip(parameters, ctx.wanted) if wanted]
+        sums = [torch.zeros_like(p) for p in leaves]
+        dh = torch.empty_like(h) if want_h else None
         total = 0
         for i in range(0, len(h), chunk):
-            hc = h[i:i + chunk].detach().requires_grad_(wanted[0])
-            with torch.set_grad_enabled(any(wanted)):
+            hc = h[i:i + chunk].detach().requires_grad_(want_h)
+            inputs = [hc, *leaves] if want_h else leaves
+            with torch.set_grad_enabled(bool(inputs)):
                 logits = head(hc)  # (n, V)
-                loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets[i:i + chunk], reduction="sum") / len(h)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                loss = F.cross_entropy(logits, targets[i:i + chunk], reduction="sum") / len(h)
             total = total + loss.detach()
-            leaves = [t for t, w in zip((hc, *parameters), wanted) if w]
-            gradients = iter(torch.autograd.grad(loss, leaves, allow_unused=True) if leaves else ())
-            if wanted[0]:
-                dh[i:i + chunk] = next(gradients)
-            for s in sums:
-                if s is not None and (g := next(gradients)) is not None:
+            gradients = list(torch.autograd.grad(loss, inputs, allow_unused=True)) if inputs else []
+            if want_h:
+                dh[i:i + chunk] = gradients.pop(0)
+            for s, g in zip(sums, gradients):
+                if g is not None:
                     s += g
         ctx.save_for_backward(dh, *sums)
         return total
@@ -106,27 +116,30 @@ class LayerLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dh, *sums = ctx.saved_tensors
-        return None, scaled(dh, grad), None, None, None, *(scaled(s, grad) for s in sums)
+        sums = iter(sums)
+        gradients = [scaled(next(sums), grad) if wanted else None for wanted in ctx.wanted]
+        return None, scaled(dh, grad), None, None, None, *gradients
 
 
-def head_loss(head, x, targets, chunk=512, ignore_index=-100):
-    """Mean cross entropy of head(x) against targets, never holding more than `chunk` tokens' logits. x (B, T, C), targets (B, T).
+IGNORED = -100  # the target of a token that does not count, as in torch
 
-    Tokens whose target is `ignore_index` are left out before anything is computed. 0 where none is left.
+
+def head_loss(head, x, targets, chunk=512):
+    """Mean cross entropy of head(x) against targets, never holding more than `chunk` tokens' logits.
+
+    x (B, T, C), targets (B, T). Tokens whose target is IGNORED are left out before anything is
+    computed; the loss is 0 where none is left.
     """
     h, targets = x.flatten(0, -2), targets.flatten()  # (N, C), (N)
-    counts = targets != ignore_index
+    counts = targets != IGNORED
     if not counts.all():
         h, targets = h[counts], targets[counts]
     if not len(h):
         return (x * 0.0).sum().float()
-    own_forward = "forward" in head.__dict__  # fake quantization: the head must be asked itself
-    if isinstance(head, LowRankLinear) and head.bias is None and not own_forward:
-        h, W = F.linear(h, head.A), head.B  # the head's rank is small: A x, (N, r), may be kept
-    elif type(head) is nn.Linear and head.bias is None and not own_forward:
-        W = head.weight
-    elif hasattr(getattr(head, "W", None), "dense") and head.bias is None and not own_forward:
-        W = head.W.dense(compute_dtype(h))  # a quantized head is frozen: dequantized once for both of its products
-    else:
-        return LayerLoss.apply(head, h, targets, chunk, torch.is_grad_enabled(), *head.parameters())
-    return MatrixLoss.apply(h, W, targets, chunk, torch.is_grad_enabled())
+    product = None
+    if head.bias is None and "forward" not in head.__dict__:  # where it has one: fake quantization
+        product = last_product(head, h, compute_dtype(h))
+    differentiate = torch.is_grad_enabled()
+    if product is None:
+        return LayerLoss.apply(head, h, targets, chunk, differentiate, *head.parameters())
+    return MatrixLoss.apply(*product, targets, chunk, differentiate)
