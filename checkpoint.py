@@ -26,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from beyond.rounding import quantize_calibrated
-from common.cli import InputError, cache_dir, check_folder, command, write_atomic
+from common.cli import InputError, check_folder, command, write_atomic
 from common.data import calibration_batches
 from common.device import give_back_memory
-from common.download import fetch_smollm2, hub_snapshot
+from common.download import HUB, fetch_smollm2, hub_snapshot
 from common.export import export
 from common.formats import Source, open_source
 from common.storage import SHARD_BYTES, read_tensors, replace_state, sync_folder, write_tensors
@@ -267,16 +267,14 @@ def quantizer_of(model, bits, group):
 
 def locate(name):
     """The folder or file that --model means: a path, or a known name that is fetched."""
-    path = Path(name)
+    path, name = Path(name), str(name)
     if path.exists():
         return path
     if name == "smollm2-135m":
-        return Path(fetch_smollm2(cache_dir()))
-    hub = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium", "gpt2-large": "openai-community/gpt2-large",
-           "gpt2-xl": "openai-community/gpt2-xl", "llama2-7b": "meta-llama/Llama-2-7b-hf", "llama2-13b": "meta-llama/Llama-2-13b-hf",
-           "llama2-70b": "meta-llama/Llama-2-70b-hf"}
-    if name in hub or "/" in str(name) and not str(name).startswith((".", "/")) and str(name).count("/") == 1:
-        return Path(hub_snapshot(hub.get(name, name)))
+        return fetch_smollm2()
+    is_repository = name.count("/") == 1 and not name.startswith((".", "/"))
+    if name in HUB or is_repository:
+        return hub_snapshot(name)
     raise InputError(f"{name}: no such folder or file, nor a known model ({', '.join(CONFIGS)})")
 
 

@@ -18,11 +18,9 @@ NER are asked as FinGPT's benchmarks do ("Instruction: ...\\nInput: ...\\nAnswer
 A file that is not there is downloaded from its source and must have the checksum below; where that fails, one line says what to put where.
 """
 import csv
-import hashlib
 import io
 import json
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import InputError, say
-from common.download import download
+from common.download import fetch_file
 
 SENTIMENTS = ["negative", "neutral", "positive"]
 ASK_SENTIMENT = "What is the sentiment of this {}? Please choose an answer from {{negative/neutral/positive}}."
@@ -302,15 +300,7 @@ def find_files(task, data_dir):
     if not [name for name in missing if name != TEST_FILE.get(task)]:
         return folder
     for name in missing:
-        address, digest = SOURCES[task][name]
-        content = download(address, f"{task}: {folder / name} is not there", f"put the file there, from {address.removeprefix('datasets:')}, or give "
-                           f"--data-dir the folder that holds {task}/")
-        found = hashlib.sha256(content).hexdigest()
-        if found != digest:
-            raise InputError(f"{task}: what {address} hands out has the SHA-256 {found[:12]}, not {digest[:12]}: it is not the file it was")
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{name}.{os.getpid()}.partial"  # several processes may download at once
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
-        say(f"{folder / name}: downloaded from {address}")
+        address, sha256 = SOURCES[task][name]
+        fetch_file(address, sha256, folder / name, f"put the file there, from {address.removeprefix('datasets:')}, "
+                   f"or give --data-dir the folder that holds {task}/")
     return folder

@@ -1,11 +1,5 @@
 """tasks.py: formats, labels, splits (against the `datasets` library), prompts, and how odd answers are read."""
-import hashlib
-import io
-import json
 import shutil
-import sys
-import types
-import zipfile
 
 import datasets
 import pytest
@@ -164,58 +158,3 @@ def test_unknown_names(task_data):
         load("boolq", task_data, "train")
     with pytest.raises(InputError, match="the split must be train or test"):
         load("fpb", task_data, "dev")
-
-
-# ----------------------------------------------------------------------------- downloads
-
-def sources(monkeypatch, task, **files):
-    monkeypatch.setitem(sets.SOURCES, task, {name: (address, hashlib.sha256(content).hexdigest()) for name, (address, content) in files.items()})
-
-
-def test_missing_files_are_downloaded_and_checked(task_data, tmp_path, monkeypatch, capsys):
-    content = (task_data / "boolq" / "dev.jsonl").read_bytes()
-    url = (task_data / "boolq" / "dev.jsonl").as_uri()
-    sources(monkeypatch, "boolq", **{"dev.jsonl": (url, content)})
-    assert load("boolq", tmp_path) == load("boolq", task_data) and "downloaded from" in capsys.readouterr().out
-    load("boolq", tmp_path)
-    assert "downloaded" not in capsys.readouterr().out
-    sources(monkeypatch, "boolq", **{"dev.jsonl": (url, b"other")})
-    with pytest.raises(InputError, match="has the SHA-256 .* it is not the file it was"):
-        load("boolq", tmp_path / "elsewhere")
-    assert not (tmp_path / "elsewhere" / "boolq").exists()
-
-
-def test_a_member_of_a_zip_file(task_data, tmp_path, monkeypatch):
-    name = "FinancialPhraseBank-v1.0/Sentences_50Agree.txt"
-    content = (task_data / "fpb" / name).read_bytes()
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
-        archive.writestr(name, content)
-    (tmp_path / "a.zip").write_bytes(packed.getvalue())
-    sources(monkeypatch, "fpb", **{name: (f"{(tmp_path / 'a.zip').as_uri()}#{name}", content)})
-    assert load("fpb", tmp_path / "new") == load("fpb", task_data)
-
-
-def test_through_the_datasets_library(task_data, tmp_path, monkeypatch):
-    content = (task_data / "winogrande" / "dev.jsonl").read_bytes()
-    asked = []
-
-    def load_dataset(*args, **more):
-        asked.append((args, more))
-        return [json.loads(line) for line in content.decode().splitlines()]
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    sources(monkeypatch, "winogrande", **{"dev.jsonl": (sets.SOURCES["winogrande"]["dev.jsonl"][0], content)})
-    assert load("winogrande", tmp_path) == load("winogrande", task_data)
-    assert asked == [(("allenai/winogrande", "winogrande_xl"), dict(split="validation"))]
-
-
-@pytest.mark.parametrize("task", sets.TASKS)
-def test_without_a_network_one_line_says_what_to_put_where(task, tmp_path, monkeypatch):
-    def offline(*args, **more):
-        raise OSError("no route to host\nmore")
-    monkeypatch.setattr("urllib.request.urlopen", offline)
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=offline))
-    name = next(iter(sets.SOURCES[task]))
-    with pytest.raises(InputError) as error:
-        load(task, tmp_path)
-    assert str(tmp_path / task / name) in str(error.value) and "put the file there" in str(error.value) and "\n" not in str(error.value)
