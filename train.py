@@ -160,9 +160,8 @@ def check(args):
         raise InputError(f"--embedding-rank {args.embedding_rank} is for a model whose layers are low-rank, too: give --rank as well")
     if args.bits not in (4, 8, 16):
         raise InputError(f"--bits must be 4, 8 or 16, got {args.bits}")
-    if args.bits < 16 and (args.method == 3 or args.recompute == "lowrank"):
-        other = "--method 3" if args.method == 3 else "--recompute lowrank"
-        raise InputError(f"--bits {args.bits} and {other} both change how a low-rank layer computes: leave one of them out")
+    if args.bits < 16 and args.method == 3:
+        raise InputError(f"--bits {args.bits} and --method 3 both change how a low-rank layer computes: leave one of them out")
     if args.shard and (args.pipeline or args.method == 3 or world_size() == 1):
         why = ("a pipeline cuts the model already" if args.pipeline else "--method 3 changes its layers on the way" if args.method == 3
                else "there is one process: torchrun --nproc_per_node N train.py ... --shard")
