@@ -37,9 +37,10 @@ from common.cli import InputError, check_folder, command, markdown, move_aside, 
 from common.data import first_tokens
 from common.device import find_device, peak_memory
 from common.folder import read_metrics
+from common.generate import generate
 from common.loss import head_loss
 from common.processes import rank, world_size
-from model import count_parameters, generate
+from model import count_parameters
 from tasks import score, sets
 
 WINDOW = 1024

@@ -162,7 +162,7 @@ def adapted_model(args, device, resumed):
         raise InputError(WHOLE.format(args.base))
     if tokenizer is None:
         raise InputError(f"{args.base} has no tokenizer beside its weights: put a tokenizer.json or tokenizer.model there")
-    args.targets = args.targets or {"gpt2": "qkv", "llama": "q,k,v"}[model.config.kind]
+    args.targets = args.targets or ",".join(model.config.architecture.inputs)
     names = {name.rsplit(".", 1)[-1] for name in adaptable(model)}
     if unknown := [t for t in args.targets.split(",") if t not in names]:
         raise InputError(f"--targets {args.targets}: no layer is called {unknown[0]!r}, this model has {', '.join(sorted(names))}")

@@ -346,7 +346,7 @@ class Pipeline(nn.Module):
         if self.grid.first:
             self.seed(seed, 0)
             x, rope, _ = self.model.begin(tokens)
-        elif config.kind == "llama":
+        elif config.architecture.rope:
             rope = rope_tables(torch.arange(T, device=self.device), config)
         for i in range(config.blocks):
             if 1 + i in self.pieces:

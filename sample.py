@@ -25,8 +25,8 @@ from checkpoint import load_model
 from common.adapters import base_id
 from common.cli import InputError, check_positive, command
 from common.device import find_device
+from common.generate import check_sampling, generate
 from common.tokenizer import render_chat
-from model import check_sampling, generate
 
 
 def parse(argv):

@@ -27,7 +27,8 @@ from beyond.cuda_graph import Step
 from checkpoint import random_model
 from common.cli import InputError
 from common.device import find_device, peak_memory
-from model import CONFIGS, config_for, generate
+from common.generate import generate
+from model import CONFIGS, config_for
 from quant import stored_bytes
 
 RANKS = {"gpt2": 192, "gpt2-xl": 384}  # the paper's, of Table VIII

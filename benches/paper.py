@@ -20,9 +20,10 @@ from benches.train import gpt2_of_rank, peak_of_one, training_step
 from checkpoint import load_model, random_model, replace_model
 from common.device import find_device, matmul_rate, peak_memory
 from common.folder import read_metrics
+from common.generate import generate
 from common.loss import head_loss
 from lowrank import attach_lora, replace_linears
-from model import Transformer, count_parameters, flops_per_token, generate
+from model import Transformer, count_parameters, flops_per_token
 from quant import quantize, stored_bytes
 from recompute import use_recompute
 

@@ -22,8 +22,9 @@ from checkpoint import load_model
 from common.cli import InputError
 from common.device import find_device
 from common.export import export
+from common.generate import generate
 from lowrank import replace_linears
-from model import Transformer, config_for, count_parameters, generate
+from model import Transformer, config_for, count_parameters
 
 TARGETS, RANK = ("q", "k", "v", "qkv"), 8
 

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from beyond.paged_cache import PagedCache, Sequence, usage
 from common.adapters import read_adapter
 from common.cli import InputError
-from model import Layer, check_sampling, multiplications, sample
+from common.generate import check_sampling, sample
+from model import Layer, multiplications
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ import torch
 
 from beyond.products import FEW_ROWS_CPU, load_cpu_kernels
 from common.cli import say
-from model import Config, KVCache, Transformer, attend
+from model import ARCHITECTURES, Config, KVCache, Transformer, attend
 from quant import QuantLinear, QuantLowRank, matrices, quantize
 
 POINTER, INT = ctypes.c_void_p, ctypes.c_int
@@ -40,7 +40,7 @@ class Network(ctypes.Structure):
 
 
 def inputs(attention):
-    return [attention.qkv] if hasattr(attention, "qkv") else [attention.q, attention.k, attention.v]
+    return [getattr(attention, name) for name in attention.config.architecture.inputs]
 
 
 def classes(block):
@@ -56,7 +56,7 @@ def classes_walked(kind):
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        tiny = Transformer(Config(kind, vocab_size=64, context=8, blocks=1, heads=2, kv_heads=2 if kind == "gpt2" else 1, width=64, ffn=128)).eval()
+        tiny = Transformer(Config(kind, vocab_size=64, context=8, blocks=1, heads=2, kv_heads=1 if ARCHITECTURES[kind].rope else 2, width=64, ffn=128)).eval()
     for p in tiny.parameters():
         p.mul_(5)
     quantize(tiny, 8)

@@ -20,7 +20,7 @@ so that the pool is read where it lies and no sequence is padded to the longest.
 instruction of a task, say) is read once for all of them: it answers all queries in one product.
 
     pool = Pool(model.config, blocks=512)
-    cache = PagedCache([Sequence(pool) for _ in prompts])         # what model.hidden and model.generate take as a cache
+    cache = PagedCache([Sequence(pool) for _ in prompts])         # what model.hidden and generate take as a cache
     list(generate(model, prompts, 100, cache=cache))
 """
 import heapq

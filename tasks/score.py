@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from beyond.paged_cache import SIZE, PagedCache, Pool, Sequence
 from common.cli import InputError
-from model import Cache, generate
+from common.generate import generate
+from model import Cache
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # more is no faster on a CPU and takes memory
 HEAD_ROWS = {"cpu": 128, "cuda": 4096}       # predicted tokens whose logits exist at the same time

@@ -8,8 +8,9 @@ import model as model_file
 from beyond import products
 from beyond.cpu_step import Step, classes_walked, cpu_step
 from beyond.paged_cache import PagedCache, Pool, Sequence
+from common.generate import generate
 from lowrank import attach_lora, replace_linears
-from model import Config, KVCache, Transformer, generate
+from model import Config, KVCache, Transformer
 from quant import quantize
 
 

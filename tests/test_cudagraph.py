@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from beyond.cuda_graph import Step
-from model import Config, Transformer, generate
+from common.generate import generate
+from model import Config, Transformer
 from quant import quantize
 
 

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from common import formats
 from common.cli import InputError
 from common.download import fetch_smollm2
+from common.generate import generate
 from common.tokenizer import render_chat, train_tokenizer
-from model import Config, Transformer, generate
+from model import Config, Transformer
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("DATA_DIR", "data"))

@@ -7,7 +7,8 @@ from test_model import GPT2, LLAMA, pair
 
 from beyond.paged_cache import PagedCache, Pool, Sequence, bytes_per_token, usage
 from common.cli import InputError
-from model import Config, generate
+from common.generate import generate
+from model import Config
 
 SMALL = Config("llama", blocks=1, heads=4, kv_heads=2, width=32, ffn=8, vocab_size=10)
 

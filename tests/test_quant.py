@@ -13,8 +13,9 @@ from beyond import products
 from beyond.rounding import clip_rows, feedback_rows, quantize_calibrated
 from checkpoint import load_model, save_model
 from common.cli import InputError
+from common.generate import generate
 from lowrank import LoRALinear, LowRankEmbedding, LowRankLinear, attach_lora, replace_linears, second_moments
-from model import Config, Transformer, count_parameters, generate, matmul_weights
+from model import Config, Transformer, count_parameters, matmul_weights
 from quant import QuantMatrix, attach_fake_quantization, decode, detach_fake_quantization, pack, quantize, quantize_layer, quantize_rows, unpack
 
 

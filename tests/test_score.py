@@ -14,9 +14,10 @@ from benches.eval import harness, harness_model, harness_rows
 from checkpoint import load_model, save_model
 from common.cli import InputError
 from common.device import find_device
+from common.generate import generate
 from common.tokenizer import train_tokenizer
 from lowrank import attach_lora
-from model import Config, Transformer, generate
+from model import Config, Transformer
 from tasks import score, sets
 from tasks.sets import Example
 

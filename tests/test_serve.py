@@ -14,14 +14,15 @@ from beyond.paged_cache import PagedCache, Pool, Sequence
 from checkpoint import load_model, save_model
 from common.adapters import base_id, load_adapter, save_adapter, take_off
 from common.cli import InputError
+from common.generate import generate
 from common.tokenizer import train_tokenizer
 from lowrank import attach_lora
-from model import Config, KVCache, Transformer, generate
+from model import Config, KVCache, Transformer
 from quant import quantize
 
 
 def alone(model, request, stop=()):
-    """What model.generate, with a contiguous cache of its own, writes for a request."""
+    """What generate, with a contiguous cache of its own, writes for a request."""
     generator = torch.Generator().manual_seed(request.seed)
     return [s[0] for s in generate(model, [request.prompt], request.max_new_tokens, request.temperature, request.top_k, request.top_p, stop, generator)]
 
@@ -61,7 +62,7 @@ def test_a_full_pool_sends_the_last_request_back():
 
 
 def test_draws_are_a_requests_own():
-    """Whatever else is in the batch, a seed gives the tokens that model.generate draws with it."""
+    """Whatever else is in the batch, a seed gives the tokens that generate draws with it."""
     model, _ = pair(LLAMA)
     requests = mixed_requests(8, temperature=1.5, top_k=40, top_p=0.9)
     for seed, request in enumerate(requests):
