@@ -9,10 +9,10 @@ from checkpoint import load_model, save_model
 from common.adapters import base_id, load_adapter, save_adapter
 from common.cli import InputError
 from common.generate import generate
+from common.generate import sample as draw_token
 from common.tokenizer import train_tokenizer
 from lowrank import attach_lora
 from model import Config, Transformer
-from model import sample as draw_token
 
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
