@@ -39,6 +39,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from common.watchdog import Watchdog
 from tqdm import tqdm
 
 from beyond.factorize import (
@@ -59,7 +60,6 @@ from common.device import find_device, peak_memory
 from common.loss import head_loss
 from common.processes import rank, world_size
 from common.storage import read_tensors, write_tensors
-from common.watchdog import Watchdog
 from lowrank import LowRankLinear
 from model import Transformer, count_parameters
 

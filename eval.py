@@ -36,10 +36,10 @@ from common.adapters import base_id, load_adapter
 from common.cli import InputError, check_folder, command, markdown, move_aside, say, write_atomic
 from common.data import first_tokens
 from common.device import find_device, peak_memory
-from common.folder import read_metrics
 from common.generate import generate
 from common.loss import head_loss
 from common.processes import rank, world_size
+from common.run import read_metrics
 from model import count_parameters
 from tasks import score, sets
 

@@ -19,7 +19,7 @@ from checkpoint import load_model
 from common.cli import InputError
 from common.data import calibration_batches
 from common.device import find_device
-from common.folder import read_metrics
+from common.run import read_metrics
 from lowrank import halves, second_moments
 from model import config_for
 

@@ -24,7 +24,7 @@ from common.cli import InputError, say
 from common.device import find_device, peak_memory
 from common.export import export
 from common.loss import head_loss
-from common.training import make_optimizers
+from common.optimizers import make_optimizers
 from finetune import read_task
 from lowrank import attach_lora
 from recompute import use_recompute

@@ -19,9 +19,9 @@ from benches.common import interleaved, run_once, table
 from benches.train import gpt2_of_rank, peak_of_one, training_step
 from checkpoint import load_model, random_model, replace_model
 from common.device import find_device, matmul_rate, peak_memory
-from common.folder import read_metrics
 from common.generate import generate
 from common.loss import head_loss
+from common.run import read_metrics
 from lowrank import attach_lora, replace_linears
 from model import Transformer, count_parameters, flops_per_token
 from quant import quantize, stored_bytes

@@ -20,7 +20,7 @@ import torch
 from benches.common import interleaved, run_once, table
 from common.cli import write_atomic
 from common.device import find_device
-from common.folder import read_metrics
+from common.run import read_metrics
 
 ADAMW, MUON = ["--optimizer", "adamw"], ["--optimizer", "muon"]
 FULL = {"full rank, AdamW": ADAMW, "full rank, Muon": MUON}

@@ -13,7 +13,7 @@ import torch
 
 from benches.common import interleaved, table
 from common.device import Device, find_device, matmul_rate
-from common.training import make_optimizers
+from common.optimizers import make_optimizers
 from lowrank import replace_linears
 from model import Transformer, config_for, count_parameters, flops_per_token
 

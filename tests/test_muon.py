@@ -1,8 +1,6 @@
 """Muon against torch's own and against the SVD."""
 import pytest
 import torch
-
-from beyond.muon import Muon, batches_of_equals, orthogonalize
 from common.training import (
     make_optimizers,
     moment_bytes,
@@ -11,6 +9,8 @@ from common.training import (
     set_rate,
     step_all,
 )
+
+from beyond.muon import Muon, batches_of_equals, orthogonalize
 from lowrank import LowRankLinear
 from model import Transformer, config_for
 

@@ -1,0 +1,237 @@
+"""A training run: its arguments, the state it goes on from, and its folder.
+
+    OUT/metrics.jsonl    a line for each logged step: {"step": 10, "loss": 7.1, ...}
+    OUT/summary.json     one object at the end: parameters, losses, tokens/s, memory, seconds, device, ...
+    OUT/loss.png         the plot
+    OUT/state/           what --resume goes on from (storage.py)
+"""
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from common.cli import InputError, check_folder, move_aside, say, write_atomic
+from common.device import peak_memory
+from common.processes import all_reduce, any_process, barrier, rank, world_size
+
+# ----------------------------------------------------------------------------- arguments
+
+# They say how a run is continued, not what it is.
+NOT_RESTORED = ("resume", "stop_at", "out_dir", "shard")
+
+
+def parse(parser, argv, settings, changes):
+    """(arguments, names of those that were given). settings: a script's values that have no flag; changes:
+    other values."""
+    unknown = changes.keys() - settings.keys()
+    if unknown:
+        raise TypeError(f"no setting is called {', '.join(sorted(unknown))}: there are {', '.join(settings)}")
+    args = parser.parse_args(argv)
+    not_given = argparse.Namespace(**dict.fromkeys(vars(args)))  # a parser leaves what has a value already
+    given = {name for name, value in vars(parser.parse_args(argv, not_given)).items() if value is not None}
+    vars(args).update(settings | changes)
+    check_folder(args.out_dir)
+    return args, given | changes.keys()
+
+
+def must_resume(args):
+    """Whether the run goes on: by --resume, or as torchrun --max-restarts started it again and there is a
+    state.
+
+    On several machines only some may count the restart: if one does, all go on.
+    """
+    restarted = any_process(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    there = any((Path(args.out_dir) / name).exists() for name in ("state", "state.previous"))
+    return args.resume or restarted and there
+
+
+def restore_arguments(args, given, saved, fixed):
+    """Give args the saved run's values. What was given now replaces them, but not those named in `fixed`."""
+    for name in fixed:
+        if name in given and getattr(args, name) != saved.get(name):
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} differs from the "
+                             f"{saved.get(name)} of the "
+                             "run that --resume continues: leave it out, or start another run with another "
+                             "--out-dir")
+    for name, value in saved.items():
+        if name not in given and name not in NOT_RESTORED:
+            setattr(args, name, value)
+
+
+def check_rows(args, state, rows):
+    """A step of a resumed run must have as many rows as before, however they are divided among batches and
+    processes."""
+    if state and state["rows"] != rows:
+        raise InputError(f"a step of the run that --resume continues has {state['rows']} rows, and {rows} "
+                         "with --batch-size "
+                         f"{args.batch_size}, --grad-accum {args.grad_accum} and world size {world_size()}: "
+                         "change one of them")
+
+
+# ----------------------------------------------------------------------------- the folder
+
+class RunFolder:
+    """OUT: metrics.jsonl, summary.json and the plot, which only the first process writes; and the lines on
+    the terminal.
+
+    state: of the run that is resumed; None for a new one, and an earlier run in the folder is moved aside.
+    """
+
+    def __init__(self, args, state, last_step):
+        self.path, self.file = Path(args.out_dir), None
+        self.step = self.saved_at = state["step"] if state else 0
+        self.seconds_before, self.started = state["seconds"] if state else 0.0, time.perf_counter()
+        self.last_step = last_step
+        self.times = []  # seconds of each step
+        if rank() == 0:
+            if state is None:
+                self.set_aside()
+            self.path.mkdir(parents=True, exist_ok=True)
+            kept = [row for row in self.rows() if state is not None and row["step"] <= self.step]
+            write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+            self.file = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
+
+    def begin(self):
+        """Show the progress bar."""
+        self.bar = tqdm(total=self.last_step, initial=self.step, unit=" steps", disable=None if rank() == 0
+                        else True,
+                        dynamic_ncols=True)
+
+    def set_aside(self):
+        if any((self.path / name).exists() for name in ("state", "state.previous", "summary.json")):
+            aside = move_aside(self.path)
+            say(f"{self.path} held an earlier run: moved to {aside} (to go on with it: --resume --out-dir "
+                f"{aside})")
+
+    def rows(self):
+        return read_metrics(self.path / "metrics.jsonl")
+
+    def last(self, key):
+        """The last value that was logged under this name, by an earlier process of the run too; None if there
+        is none."""
+        for row in reversed(self.rows()):
+            if key in row:
+                return row[key]
+        return None
+
+    def is_done(self):
+        """Whether a resumed run has nothing left to do and its summary is there: it is left as it is."""
+        done = self.step >= self.last_step and (self.path / "summary.json").exists()
+        if done:
+            say(f"{self.path} has its {self.step} steps already (--max-iters or --stop-at beyond {self.step} "
+                "go on)")
+        return done
+
+    def advance(self, seconds):
+        self.step += 1
+        self.times.append(seconds)
+        self.bar.update()
+
+    def seconds(self):
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def step_seconds(self, last=None):
+        """The median time of a step, of the last ones if so many are given."""
+        if self.times:
+            return statistics.median(self.times[-last:] if last else self.times)
+        return self.seconds() / max(1, self.step)
+
+    def log(self, line, **row):
+        """A line of metrics.jsonl, and one on the terminal."""
+        if rank() == 0:
+            self.file.write(json.dumps(dict(step=self.step, **row)) + "\n")
+            self.file.flush()
+            left = time.strftime("%H:%M:%S", time.gmtime((self.last_step - self.step) * self.step_seconds()))
+            self.bar.write(f"step {self.step} loss {row['loss']:.4f} lr {row['lr']:.1e} {line} left {left}")
+            if row.get("val_loss") is not None:
+                self.bar.write(f"step {self.step} val_loss {row['val_loss']:.4f}")
+
+    def saved(self):
+        """Every process has reached this place, and the state of this step is on disk."""
+        barrier()
+        self.saved_at = self.step
+
+    def finish(self, device, **summary):
+        """summary.json: what is given, and what the run took, over all its processes."""
+        self.bar.close()
+        memory, seconds = peak_memory(device.torch_device), self.seconds()
+        cost = dict(
+            peak_memory_bytes=int(all_reduce(memory, dist.ReduceOp.MAX)),
+                    peak_memory_bytes_total=int(all_reduce(memory)),
+            seconds=seconds, devices=world_size(), device_hours=world_size() * seconds / 3600,
+                    device=device.name,
+            dtype=str(device.dtype)[6:])
+        if rank() == 0:
+            self.file.close()
+            text = json.dumps(summary | cost, indent=2, default=str) + "\n"
+            write_atomic(self.path / "summary.json", text)
+
+    def not_finite(self, what, args):
+        return InputError(f"{what} at step {self.step}: the run stops, {self.path}/state keeps step "
+                          f"{self.saved_at}. "
+                          f"A smaller --lr than {args.lr:g} usually helps")
+
+    def explain(self, error, args):
+        """What to raise for a RuntimeError of a step: advice if memory ran out."""
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            return error
+        return InputError(f"out of memory in a step of {args.batch_size} x {args.seq_len} tokens: try "
+                          "--recompute "
+                          "block, or half the --batch-size")
+
+    def check_finite(self, parameters, args):
+        """Refuse, in all processes, to replace a good state by one with parameters that are not finite."""
+        bad = False
+        for p in parameters:
+            own = p.to_local() if hasattr(p, "to_local") else p  # a sharded parameter
+            bad = bad or not own.isfinite().all()
+        if any_process(bad):
+            raise self.not_finite("some weights are not finite", args)
+
+    def say_stopped(self, script, signal_name):
+        """The last lines of a run that was stopped; returns its exit code."""
+        say(f"stopped by {signal_name} after step {self.step}, saved; go on with")
+        say(f"    python {script} --resume --out-dir {self.path}")
+        return 130 if signal_name == "SIGINT" else 143
+
+
+def read_metrics(path):
+    """Rows of a metrics.jsonl; a last line cut short by a kill is dropped."""
+    rows = []
+    path = Path(path)
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def plot_losses(folder, title):
+    """OUT/loss.png: training loss of every logged step and validation loss where it was taken."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = read_metrics(Path(folder) / "metrics.jsonl")
+    fig, ax = plt.subplots(figsize=(7, 4), dpi=120, layout="constrained")
+    styles = {"loss": dict(label="training", lw=1.2),
+              "val_loss": dict(label="validation", marker="o", ms=4, lw=1.5)}
+    for key, style in styles.items():
+        points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+        if points:
+            ax.plot(*zip(*points), **style)
+    ax.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+    ax.grid(alpha=0.3)
+    if ax.get_lines():
+        ax.legend()
+    partial = Path(folder) / "loss.partial.png"
+    fig.savefig(partial)
+    plt.close(fig)
+    os.replace(partial, Path(folder) / "loss.png")
