@@ -230,6 +230,13 @@ def measure(run, task, items):
     return dict(rows=len(rows), seconds=sum(r["seconds"] for r in rows), cut=sum(r["cut"] > 0 for r in rows)) | summarize(task, rows, items)
 
 
+def score_task(model, tokenizer, device, task, examples):
+    """The result of one task, without files."""
+    produce, summarize = KINDS[task if task == "ner" else "fpb"]
+    rows = [row for batch in produce(Run(model, tokenizer, device, None), examples) for row in batch]
+    return summarize(task, rows, examples)
+
+
 def claim(folder, settings):
     """Make the folder this model's; rows of another model are moved aside, not overwritten."""
     path = folder / "run.json"
