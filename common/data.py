@@ -166,7 +166,7 @@ def prepare(corpus, tokenizer=None, vocabulary=4096, own=False):
     """
     if tokenizer is None and not own:
         tokenizer = gpt2_tokenizer()
-    kind = f"sp{vocabulary}" if tokenizer is None else hashlib.sha256(repr(sorted(tokenizer.pieces.items())).encode()).hexdigest()[:8]
+    kind = f"sp{vocabulary}" if tokenizer is None else hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()[:8]
     folder = (corpus.home or cache_dir() / "tokens") / f"{corpus.name}-{corpus.key}-{kind}"
     if not (folder / "meta.json").exists():
         if tokenizer is None:

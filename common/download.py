@@ -42,7 +42,7 @@ def said(error):
 def hub_snapshot(name):
     """The folder of a model, by our name (gpt2-xl) or the hub's (owner/model): cached, or downloaded."""
     repository, revision = HUB.get(name, (name, None))
-    by_hand = f"download *.safetensors, *.json, tokenizer.model from huggingface.co/{repository}, give the folder"
+    by_hand = f"download its *.safetensors, *.json, *.model from huggingface.co/{repository}, give the folder"
     try:
         import huggingface_hub
     except ImportError:

@@ -1,26 +1,35 @@
-"""tokenizer.py against transformers and tokenizers: the same ids, on real text and on hard text, before and after saving."""
+"""tokenizer.py and vocabulary.py against transformers, tokenizers and sentencepiece: the same ids, on real text and on
+hard text, before and after saving."""
+import io
 import json
 import os
-import pickle
+import random
 import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import sentencepiece
+import tiktoken
 import tokenizers
+from tokenizers import pre_tokenizers, processors
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
 from common import tokenizer as ours
+from common import vocabulary
 from common.cli import InputError
 
 DATA = Path(os.environ.get("DATA_DIR", "data"))
-HARD = ("😀👩‍👩‍👧 naïve 中文字符 日本語 ١٢٣ ½² x\n\n   def f(x):\n\t\treturn x  12  345\r\n\r\n  a   b\u00a0c\u3000d\u2003 'll I'LL don't  \n \n  1\n"
-        "   \t x_y <|endoftext|> </s> \0\x85\u200b" + " " * 50 + "z" + " " * 3)
+HARD = ("😀👩‍👩‍👧 naïve 中文字符 日本語 ١٢٣ ½² x\n\n   def f(x):\n\t\treturn x  12  345\r\n\r\n  a   b\u00a0c\u3000d\u2003 "
+        "'ll I'LL don't  \n \n  1\n   \t x_y <|endoftext|> </s> \0\x85\u200b" + " " * 50 + "z" + " " * 3)
 EVERYTHING = "".join(f"{c} {c}a" for c in map(chr, range(0x20, 0x3000)) if c != "▁")
-MESSAGES = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4"}, {"role": "user", "content": "And 3+3?"}]
+MESSAGES = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4"},
+            {"role": "user", "content": "And 3+3?"}]
 CHATML = ("{% for m in messages %}\n  {% if not m['content'] %}{{ raise_exception('an empty turn') }}{% endif %}\n"
           "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+BYTES, BYTES_UNCUT = (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut) for cut in (True, False))
+ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 
 
 def needs(path):
@@ -58,30 +67,61 @@ def byte_level_json(path, text, pre, specials, **trainer):
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = pre
     made.decoder = tokenizers.decoders.ByteLevel()
-    made.train_from_iterator(text.splitlines(), tokenizers.trainers.BpeTrainer(special_tokens=specials, show_progress=False, **trainer))
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=specials, show_progress=False, **trainer)
+    made.train_from_iterator(text.splitlines(), trainer)
     path.mkdir(exist_ok=True)
     made.save(str(path / "tokenizer.json"))
     return made
 
 
-def same_ids(mine, theirs, text):
-    assert mine.encode(text) == theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
-
+# ----------------------------------------------------------------------------- the same ids
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama2", "trained"])
 def test_saved_tokenizer_is_transformers_tokenizer(kind, request, tmp_path, corpus):
     tokenizer = request.getfixturevalue(kind)
-    (LlamaConfig() if kind == "llama2" else GPT2Config()).save_pretrained(tmp_path)  # AutoTokenizer looks at the model's kind as well
+    config = LlamaConfig() if kind == "llama2" else GPT2Config()  # AutoTokenizer looks at the model's kind as well
+    config.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     again, theirs = ours.load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     for text in (corpus, HARD, EVERYTHING):
-        same_ids(tokenizer, theirs, text)
-        assert again.encode(text) == tokenizer.encode(text)
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+        ids = tokenizer.encode(text)
+        assert ids == theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        assert again.encode(text) == ids == tokenizer.encode_batch(["a", text])[1]
+        assert tokenizer.decode(ids) == text
     assert len(theirs) == tokenizer.vocab_size == again.vocab_size
-    assert theirs("hello").input_ids == [tokenizer.begin] * (tokenizer.begin is not None) + tokenizer.encode("hello")
-    assert (again.begin, again.end, again.stop_ids, again.roles) == (tokenizer.begin, tokenizer.end, tokenizer.stop_ids, tokenizer.roles)
-    assert theirs.eos_token_id in tokenizer.stop_ids
+    begin = [tokenizer.begin] * (tokenizer.begin is not None)
+    assert theirs("hello").input_ids == begin + tokenizer.encode("hello")
+    for a, b in ((again.begin, tokenizer.begin), (again.end, tokenizer.end), (again.stop_ids, tokenizer.stop_ids)):
+        assert a == b
+    assert again.roles == tokenizer.roles and theirs.eos_token_id in tokenizer.stop_ids
+
+
+def test_gpt2_is_tiktokens(gpt2, corpus, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(DATA / "tokenizers/tiktoken_cache"))
+    theirs = tiktoken.get_encoding("gpt2")
+    for text in (corpus, HARD, EVERYTHING):
+        assert gpt2.encode(text) == theirs.encode_ordinary(text)
+
+
+def test_llama2_is_sentencepieces(llama2, corpus):
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(needs("tokenizers/llama2/tokenizer.model")))
+    draw = random.Random(0)
+    odd = ["".join(draw.choice(letters) for _ in range(draw.randrange(40)))
+           for letters in (" a\n", " e", "ab ", "=- *", "0 1\n", "\t aeiou") for _ in range(500)]
+    for text in (corpus, HARD, EVERYTHING, "▁", *odd, *(c * n for c in " =-a\n" for n in range(1, 100))):
+        assert llama2.encode(text) == theirs.encode(text)
+
+
+def test_learned_vocabulary_is_sentencepieces(corpus):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus.split("\n")), model_writer=model, model_type="bpe", vocab_size=1000,
+        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+        user_defined_symbols=["\n", "<x>"], minloglevel=2)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    tokenizer = ours.Tokenizer("x", *vocabulary.read_sentencepiece("x", model.getvalue()))
+    for text in (corpus, HARD, EVERYTHING, "a<x>b\n<x>", " \n "):
+        assert tokenizer.encode(text) == theirs.encode(text) and tokenizer.decode(theirs.encode(text)) == text
 
 
 def test_special_ids(gpt2, llama2, trained):
@@ -94,93 +134,112 @@ def test_special_ids(gpt2, llama2, trained):
         gpt2.decode([50257])
 
 
-BYTES, BYTES_UNCUT = (tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut) for cut in (True, False))
-LLAMA3 = tokenizers.Regex(ours.LLAMA3["pretokenizers"][0]["pattern"]["Regex"])
-CUTS = {"gpt2": BYTES, "smollm": tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Digits(True), BYTES]),
-        "llama3": tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Split(LLAMA3, "isolated"), BYTES_UNCUT])}
-
-
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("alphabet", [tokenizers.pre_tokenizers.ByteLevel.alphabet(), []], ids=["all bytes", "those of the text"])
-def test_json_of_byte_level_bpe(cut, alphabet, tmp_path, corpus):
+@pytest.mark.parametrize("cut", ["gpt-2", "smollm", "llama3", "qwen2"])
+@pytest.mark.parametrize("alphabet", [ALPHABET, []], ids=["all bytes", "those of the text"])
+def test_byte_level_bpe(cut, alphabet, tmp_path, corpus):
+    """As a tokenizer.json, and as a GGUF has it."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    theirs = byte_level_json(tmp_path, corpus[:400_000], CUTS[cut], special, vocab_size=3000, initial_alphabet=alphabet)
+    cutter = vocabulary.GGUF_CUTS[cut]
+    theirs = byte_level_json(tmp_path, corpus[:400_000], cutter, special, vocab_size=3000, initial_alphabet=alphabet)
     tokenizer = ours.load_tokenizer(tmp_path)
-    for sample in (corpus[-300_000:], HARD.replace("<|endoftext|>", ""), EVERYTHING) if alphabet else (corpus[:300_000],):
-        assert tokenizer.encode(sample) == theirs.encode(sample).ids
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    fields = {"model": "gpt2", "pre": cut, "tokens": sorted(model["vocab"], key=model["vocab"].get), "eos_token_id": 0,
+              "merges": [" ".join(m) for m in model["merges"]], "token_type": [3] * 3 + [1] * (len(model["vocab"]) - 3)}
+    other = ours.from_gguf("x", {f"tokenizer.ggml.{key}": value for key, value in fields.items()})
+    hard = [HARD.replace("<|endoftext|>", ""), EVERYTHING]
+    for sample in (corpus[-300_000:], *hard) if alphabet else (corpus[:300_000],):
+        ids = tokenizer.encode(sample)
+        assert ids == theirs.encode(sample).ids
+        if cut != "qwen2" or sample is not EVERYTHING:  # the model of Qwen2 sees text in the normal form NFC
+            assert ids == other.encode(sample)
     if not alphabet:
         assert tokenizer.decode(tokenizer.encode("so\1 it\2 is")) == "so it is"
     marked = "<|im_start|>user\nhi<|im_end|>"
-    assert tokenizer.encode(marked, special=True) == theirs.encode(marked).ids
-    assert tokenizer.end == 0 and tokenizer.stop_ids == {0, 2}
+    for t in (tokenizer, other):
+        assert t.encode(marked, special=True) == theirs.encode(marked).ids and t.encode(marked) != t.encode(marked, True)
+        assert t.end == 0 and t.stop_ids == {0, 2}
 
 
-def test_merges_that_ranks_cannot_express(tmp_path, corpus):
-    byte_level_json(tmp_path, corpus[:100_000], BYTES, [], vocab_size=600, initial_alphabet=BYTES.alphabet())
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    merges, vocab = content["model"]["merges"], content["model"]["vocab"]
-    at = next(i for i, (a, b) in enumerate(merges) if len(a + b) == 3 and len(a) == 2 and a[1:] + b in vocab)
-    a, b = merges[at]
-    merges[at] = [a[0], a[1:] + b]  # its letters never come together this way
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="BPE does not reach"):
-        ours.load_tokenizer(tmp_path)
-    merges[at] = [a, b]
-    merges.append(merges.pop(at))  # the list's order and the ids' differ now, which is no problem
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    last = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert ours.load_tokenizer(tmp_path).encode(corpus[:50_000]) == last.encode(corpus[:50_000]).ids
-    merges[at] = ["q", "☃"]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="not in the vocabulary"):
-        ours.load_tokenizer(tmp_path)
+BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
+TEMPLATE = processors.TemplateProcessing([BEGIN, "$A"], [BEGIN, "$A", "$B:1"], [(BEGIN, 0)])
+LEVEL = processors.ByteLevel(trim_offsets=False)
 
 
-def test_unknown_kinds_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no tokenizer"):
-        ours.load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"model": ')
-    with pytest.raises(InputError, match="not JSON"):
-        ours.load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {}}}))
-    with pytest.raises(InputError, match="WordPiece"):
-        ours.load_tokenizer(tmp_path)
-    empty = {"type": "BPE", "vocab": {}, "merges": []}
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": empty, "pre_tokenizer": {"type": "Whitespace"}}))
-    with pytest.raises(InputError, match="Whitespace"):
-        ours.load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"nothing of the kind")
-    with pytest.raises(InputError, match="not a SentencePiece model"):
-        ours.load_tokenizer(tmp_path)
-    with pytest.raises(InputError, match="'somebpe'"):
-        ours.from_gguf("x", {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "somebpe", "tokenizer.ggml.tokens": []})
+@pytest.mark.parametrize("processor, config", [
+    (TEMPLATE, {}), (processors.Sequence([LEVEL, TEMPLATE]), {}), (LEVEL, {}), (None, {}), (None, {"add_bos_token": True}),
+    (TEMPLATE, {"add_bos_token": False}), (LEVEL, {"add_bos_token": True})])
+def test_begin_is_transformers(processor, config, tmp_path, corpus):
+    """A tokenizer.json's template counts, wherever it stands (Llama 3 has it in a sequence), and no other setting."""
+    made = byte_level_json(tmp_path, corpus[:20_000], BYTES, [BEGIN, END], vocab_size=400, initial_alphabet=ALPHABET)
+    if processor:
+        made.post_processor = processor
+    made.save(str(tmp_path / "tokenizer.json"))
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = ours.load_tokenizer(tmp_path)
+    tokenizer.save(tmp_path / "again")
+    begin = [tokenizer.begin] * (tokenizer.begin is not None)
+    for folder in (tmp_path, tmp_path / "again"):
+        assert AutoTokenizer.from_pretrained(folder)("Hello").input_ids == begin + tokenizer.encode("Hello")
+    assert tokenizer.end == 1
+
+
+def test_an_end_in_the_template_is_not_a_begin(tmp_path, corpus):
+    """transformers would end a prompt with it, and a model would then write another text."""
+    made = byte_level_json(tmp_path, corpus[:20_000], BYTES, [BEGIN, END], vocab_size=400, initial_alphabet=ALPHABET)
+    made.post_processor = processors.TemplateProcessing(["$A", END], ["$A", "$B:1", END], [(END, 1)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert ours.load_tokenizer(tmp_path).begin is None
+
+
+def test_sentencepiece_without_begin(llama2, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((DATA / "tokenizers/llama2/tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert ours.load_tokenizer(tmp_path).begin is None and llama2.begin == 1
 
 
 def test_sentencepiece_from_a_gguf(llama2):
-    pieces = ours.read_pieces(llama2.model)
-    fields = {"model": "llama", "tokens": [p for p, _, _ in pieces], "scores": [s for _, s, _ in pieces], "token_type": [k for _, _, k in pieces],
-              "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
-    rebuilt = ours.from_gguf("llama2", {f"tokenizer.ggml.{key}": value for key, value in fields.items()})
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(needs("tokenizers/llama2/tokenizer.model")))
+    ids = range(len(sp))
+    kinds = [2 if i == 0 else 3 if i < 3 else 6 if sp.is_byte(i) else 1 for i in ids]
+    fields = {"model": "llama", "tokens": list(map(sp.id_to_piece, ids)), "scores": list(map(sp.get_score, ids)),
+              "token_type": kinds, "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+
+    def tokenizer(**more):
+        return ours.from_gguf("llama2", {f"tokenizer.ggml.{key}": value for key, value in (fields | more).items()})
+    rebuilt = tokenizer()
     for text in (HARD, EVERYTHING, "", " ", "a"):
         assert rebuilt.encode(text) == llama2.encode(text) and rebuilt.decode(rebuilt.encode(text)) == text
-    assert (rebuilt.begin, rebuilt.end, rebuilt.prefix) == (1, 2, True)
-    no_prefix = ours.from_gguf("llama2", {f"tokenizer.ggml.{k}": v for k, v in (fields | {"add_space_prefix": False}).items()})
+    assert (rebuilt.begin, rebuilt.end) == (1, 2) and tokenizer(add_bos_token=False).begin is None
+    assert tokenizer(bos_token_id=2 ** 32 - 1).begin is None  # an id that stands for none
+    no_prefix = tokenizer(add_space_prefix=False)
     assert no_prefix.encode("a b") == [29874, 289] and llama2.encode("a b") == [263, 289]  # "a", "▁b"; "▁a", "▁b"
     assert no_prefix.decode([29874, 289]) == "a b" and no_prefix.decode([263]) == " a"
+    with pytest.raises(InputError, match="no tokenizer.ggml.scores"):
+        tokenizer(scores=None)
 
 
-def test_tokens_added_to_sentencepiece(llama2, tmp_path):
-    llama2.save(tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    config["added_tokens_decoder"] = {"32000": {"content": "<|im_end|>"}}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    more = ours.load_tokenizer(tmp_path)
-    assert more.vocab_size == 32001 and more.encode("<s>hi<|im_end|>", special=True) == [1, *llama2.encode("hi"), 32000]
-    assert more.stop_ids == {2, 32000}
-    more.save(tmp_path / "again")
-    again, theirs = ours.load_tokenizer(tmp_path / "again"), AutoTokenizer.from_pretrained(tmp_path / "again")
-    text = "hi<|im_end|>hello there</s>"
-    assert again.encode(text, special=True) == more.encode(text, special=True) == theirs(text, add_special_tokens=False).input_ids
+def test_added_tokens(llama2, tmp_path):
+    """In tokenizer_config.json alone, beside a tokenizer.model and beside a tokenizer.json."""
+    llama2.save(tmp_path / "json")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/tokenizer.model").write_bytes((DATA / "tokenizers/llama2/tokenizer.model").read_bytes())
+    config = json.loads((tmp_path / "json/tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {"32000": {"content": "<|im_end|>", "special": True}}
+    for folder in (tmp_path / "json", tmp_path / "model"):
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        more = ours.load_tokenizer(folder)
+        assert more.vocab_size == 32001 and more.stop_ids == {2, 32000}
+        more.save(tmp_path / "again")
+        again, theirs = ours.load_tokenizer(tmp_path / "again"), AutoTokenizer.from_pretrained(tmp_path / "again")
+        for text in ("<s>hi<|im_end|>", "hi<|im_end|>hello there</s>"):
+            ids = theirs(text, add_special_tokens=False).input_ids
+            assert more.encode(text, special=True) == again.encode(text, special=True) == ids
+        assert 32000 not in more.encode("hi<|im_end|>")
+    config["added_tokens_decoder"] = {"40000": {"content": "<|im_end|>"}}
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="is token 32000 in .* and 40000 in tokenizer_config.json"):
+        ours.load_tokenizer(tmp_path / "model")
 
 
 def test_stream_gives_whole_characters(gpt2, llama2, trained):
@@ -190,17 +249,57 @@ def test_stream_gives_whole_characters(gpt2, llama2, trained):
         assert "".join(parts).removeprefix(" ") == HARD and "" in parts and not any("\ufffd" in p for p in parts)
 
 
-def test_other_processes_can_use_it(gpt2, llama2, trained):
-    for tokenizer in (gpt2, llama2, trained):
-        assert pickle.loads(pickle.dumps(tokenizer)).encode(HARD) == tokenizer.encode(HARD)
+def test_lone_surrogates(gpt2):
+    assert gpt2.decode(gpt2.encode("a\ud800b")) == "a?b"
 
+
+# ----------------------------------------------------------------------------- what is refused
+
+def test_unknown_kinds_are_refused(tmp_path, corpus):
+    def refused(message, **content):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=message):
+            ours.load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="no tokenizer"):
+        ours.load_tokenizer(tmp_path)
+    refused("can't be read")
+    byte_level_json(tmp_path, corpus[:20_000], BYTES, [], vocab_size=300, initial_alphabet=ALPHABET)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    refused("neither byte-level BPE nor SentencePiece", **content | {"decoder": {"type": "WordPiece", "prefix": "##",
+                                                                                   "cleanup": True}})
+    refused("neither byte-level BPE nor SentencePiece", **content | {"decoder": None})
+    content["model"]["merges"].append(["q", "☃"])
+    refused("can't be read .*out of vocabulary", **content)
+    (tmp_path / "tokenizer_config.json").write_text('{"model": ')
+    with pytest.raises(InputError, match="not JSON"):
+        ours.load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="'somebpe'"):
+        ours.from_gguf("x", {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "somebpe"})
+    fields = {"model": "gpt2", "tokens": ["a"], "merges": ["a b"]}
+    with pytest.raises(InputError, match="its merges do not fit its vocabulary"):
+        ours.from_gguf("x", {f"tokenizer.ggml.{key}": value for key, value in fields.items()})
+
+
+@pytest.mark.parametrize("settings", [dict(model_type="unigram"), dict(normalization_rule_name="nmt_nfkc")])
+def test_sentencepiece_models_of_another_kind(settings, tmp_path, corpus):
+    with pytest.raises(InputError, match="is not a SentencePiece model"):
+        vocabulary.read_sentencepiece("x", b"nothing of the kind")
+    model, settings = io.BytesIO(), {"model_type": "bpe", "normalization_rule_name": "identity", **settings}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(corpus[:50_000].split("\n")), model_writer=model,
+                                             vocab_size=300, minloglevel=2, **settings)
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    with pytest.raises(InputError, match="tokenizer.model is no plain BPE"):
+        ours.load_tokenizer(tmp_path)
+
+
+# ----------------------------------------------------------------------------- training
 
 def test_training(corpus, trained):
     start = time.perf_counter()
     again = ours.train_tokenizer([corpus, corpus])  # 2.2 MB
     assert time.perf_counter() - start < 60  # half a second alone on a core
     assert trained.vocab_size == again.vocab_size == 4096
-    assert ours.train_tokenizer([corpus]).model == trained.model
+    assert ours.train_tokenizer([corpus]).backend.to_str() == trained.backend.to_str()
     assert len(trained.encode(corpus)) < len(corpus) / 2.5
     assert trained.decode(trained.encode(HARD)) == HARD
 
@@ -208,7 +307,8 @@ def test_training(corpus, trained):
 def test_training_on_little_and_on_odd_text():
     small = ours.train_tokenizer(["the cat sat on the mat"])
     assert 256 < small.vocab_size < 400 and small.decode(small.encode(HARD)) == HARD
-    signs = "".join(chr(0x4E00 + i) * (1 + 600_000 // (i + 1) ** 2) for i in range(6000))  # more signs than the vocabulary has room for
+    # more signs than the vocabulary has room for
+    signs = "".join(chr(0x4E00 + i) * (1 + 600_000 // (i + 1) ** 2) for i in range(6000))
     many = ours.train_tokenizer([signs[i:i + 50] for i in range(0, len(signs), 50)])
     assert many.vocab_size <= 4096 and many.decode(many.encode(signs)) == signs
     with pytest.raises(InputError, match="it is empty"):
@@ -218,8 +318,8 @@ def test_training_on_little_and_on_odd_text():
 
 
 def test_many_lines_are_sampled_evenly(monkeypatch):
-    monkeypatch.setattr(ours, "TRAINING_CHARACTERS", 4000)
-    lines = ours.sample_lines(f"{i:04}\n" * 1 for i in range(8000))
+    monkeypatch.setattr(vocabulary, "TRAINING_CHARACTERS", 4000)
+    lines = vocabulary.sample_lines(f"{i:04}\n" for i in range(8000))
     assert sum(map(len, lines)) <= 4000 and lines[0] == "0000" and int(lines[-1]) > 7000
     assert len({int(b) - int(a) for a, b in pairwise(lines)}) == 1
 
@@ -231,23 +331,38 @@ def test_gpt2_without_network_is_none_soon(variable, tmp_path, monkeypatch):
     monkeypatch.setenv(variable, str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing answers there
     start = time.perf_counter()
-    assert ours.gpt2_tokenizer() is None and time.perf_counter() - start < 30  # it must not wait for a network that is not there
+    assert ours.gpt2_tokenizer() is None and time.perf_counter() - start < 30  # it must not wait for a network
 
+
+# ----------------------------------------------------------------------------- chat
 
 def test_chat_is_rendered_as_transformers_does(tmp_path, corpus):
-    byte_level_json(tmp_path, corpus[:50_000], BYTES, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], vocab_size=400)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    byte_level_json(tmp_path, corpus[:50_000], BYTES, special, vocab_size=400)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": CHATML}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer, theirs = ours.load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     for prompt in (True, False):
-        assert ours.render_chat(tokenizer, MESSAGES, prompt) == theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=prompt)
+        wanted = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=prompt)
+        assert ours.render_chat(tokenizer, MESSAGES, prompt) == wanted
     with pytest.raises(InputError, match="an empty turn"):
         ours.render_chat(tokenizer, [{"role": "user", "content": ""}])
     tokenizer.save(tmp_path / "again")
-    assert AutoTokenizer.from_pretrained(tmp_path / "again").chat_template == CHATML == ours.load_tokenizer(tmp_path / "again").chat_template
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").chat_template == CHATML
+    assert ours.load_tokenizer(tmp_path / "again").chat_template == CHATML
     tokenizer.chat_template = "{{ messages.__class__.__mro__ }}"
     with pytest.raises(InputError, match="refuses"):  # the sandbox
         ours.render_chat(tokenizer, MESSAGES)
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
         ours.render_chat(tokenizer, MESSAGES)
+
+
+@pytest.mark.parametrize("template, file", [
+    ([{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}], None), ("x", CHATML)])
+def test_where_a_chat_template_is_found(template, file, tmp_path, corpus):
+    byte_level_json(tmp_path, corpus[:20_000], BYTES, [], vocab_size=300)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    if file:
+        (tmp_path / "chat_template.jinja").write_text(file)
+    assert ours.load_tokenizer(tmp_path).chat_template == CHATML
