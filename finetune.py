@@ -184,7 +184,7 @@ def finetune(args, given):
             raise folder.explain(error, args) from None
         loss = all_reduce(loss) / around.replicas
         if not abs(loss) < float("inf"):
-            raise folder.not_finite(f"the loss is {loss}", args)
+            raise folder.not_finite(f"the loss is {loss}", args, step + 1)
         if args.grad_clip:
             around.clip(args.grad_clip)
         step_all(optimizers)

@@ -209,7 +209,7 @@ def train(args, given):
         if step == 1 or step % args.log_interval == 0 or evaluates or stopped:
             loss = all_reduce(loss) / around.replicas
             if not abs(loss) < float("inf"):
-                raise folder.not_finite(f"the loss is {loss}", args)
+                raise folder.not_finite(f"the loss is {loss}", args, step)
             row = dict(loss=loss, lr=rate, tokens=step * rows * args.seq_len)
             if evaluates:
                 row["val_loss"] = evaluate(around, tokens.val, args)

@@ -172,8 +172,8 @@ class RunFolder:
             text = json.dumps(summary | cost, indent=2, default=str) + "\n"
             write_atomic(self.path / "summary.json", text)
 
-    def not_finite(self, what, args):
-        return InputError(f"{what} at step {self.step}: the run stops, {self.path}/state keeps step "
+    def not_finite(self, what, args, step):
+        return InputError(f"{what} at step {step}: the run stops, {self.path}/state keeps step "
                           f"{self.saved_at}. "
                           f"A smaller --lr than {args.lr:g} usually helps")
 
@@ -192,7 +192,7 @@ class RunFolder:
             own = p.to_local() if hasattr(p, "to_local") else p  # a sharded parameter
             bad = bad or not own.isfinite().all()
         if any_process(bad):
-            raise self.not_finite("some weights are not finite", args)
+            raise self.not_finite("some weights are not finite", args, self.step)
 
     def say_stopped(self, script, signal_name):
         """The last lines of a run that was stopped; returns its exit code."""

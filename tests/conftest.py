@@ -22,11 +22,19 @@ def private_caches(tmp_path_factory):
 
 @pytest.fixture
 def run():
-    """run("train.py", "--rank", 8, processes=2, env={...}) -> CompletedProcess with stdout, stderr and returncode."""
-    def call(*args, processes=1, env=None, timeout=300):
-        launcher = [sys.executable] if processes == 1 else \
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        return subprocess.run(launcher + [str(a) for a in args], cwd=ROOT, env=dict(os.environ, **(env or {})), timeout=timeout,
+    """run("train.py", "--rank", 8, processes=2, settings={"dropout": 0.1}) -> CompletedProcess with stdout, stderr, returncode.
+
+    settings: what has no flag, given to the script's main(argv, **settings).
+    """
+    def call(script, *args, processes=1, env=None, timeout=300, settings=None):
+        python = [sys.executable]
+        if processes > 1:
+            python = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        head = [script]
+        if settings:
+            code = f"import sys, {script[:-3]} as m; from common.cli import command; command(lambda: m.main(sys.argv[1:], **{settings!r}))"
+            head = ["-c", code] if processes == 1 else ["--no-python", sys.executable, "-c", code]
+        return subprocess.run([*python, *head, *map(str, args)], cwd=ROOT, env=dict(os.environ, **(env or {})), timeout=timeout,
                               capture_output=True, text=True, stdin=subprocess.DEVNULL)
     return call
 

@@ -30,7 +30,12 @@ from tasks import score, sets
 from tasks.rows import Batch, Row, encode, made_up_headlines, pick, read_alpaca
 
 CONFIG = Config("llama", vocab_size=400, context=128, blocks=2, heads=4, kv_heads=2, width=32, ffn=48)
-QUIET = ["--dtype", "float32", "--log-interval", "1", "--eval-limit", "0", "--eval-rows", "8", "--batch-size", "4", "--data-dir", "/nowhere"]
+QUIET = ["--eval-limit", "0", "--batch-size", "4", "--data-dir", "/nowhere"]
+SETTINGS = dict(dtype="float32", log_interval=1, eval_rows=8)
+
+
+def call(*args, **settings):
+    return finetune.main([str(a) for a in args], **SETTINGS | settings)
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +186,8 @@ def losses(folder):
 
 def test_it_learns_scores_and_leaves_an_adapter(base, tmp_path, capsys):
     out = tmp_path / "out"
-    assert finetune.main(["--base", str(base), "--max-iters", "100", "--targets", "q,k,v,o,gate,up,down", "--rank", "16", "--lr", "1e-2", "--dropout", "0",
-                          "--eval-limit", "60", "--out-dir", str(out), "--batch-size", "16", "--dtype", "float32", "--data-dir", "/nowhere"]) == 0
+    assert call("--base", base, "--max-iters", 100, "--targets", "q,k,v,o,gate,up,down", "--rank", 16, "--lr", "1e-2", "--eval-limit", 60,
+                "--out-dir", out, "--batch-size", 16, "--data-dir", "/nowhere", dropout=0.0) == 0
     text, summary = capsys.readouterr().out, json.loads((out / "summary.json").read_text())
     assert "made up from templates" in text and "before: made-up weighted F1" in text
     assert summary["f1_after"] > summary["f1_before"] + 0.2 and summary["scores_after"]["made-up"]["rows"] == 60
@@ -201,11 +206,11 @@ def test_it_learns_scores_and_leaves_an_adapter(base, tmp_path, capsys):
     assert f1 == pytest.approx(summary["f1_after"], abs=0.02)
 
 
-@pytest.mark.parametrize("bits, start", [(8, "lora"), (4, "loftq"), (16, "lora")])
-def test_n_and_n_steps_are_2n(base, tmp_path, bits, start):
-    common = ["--base", str(base), "--bits", str(bits), "--start", start, "--max-iters", "6", *QUIET]
-    assert finetune.main([*common, "--out-dir", str(tmp_path / "whole")]) == 0
-    assert finetune.main([*common, "--stop-at", "3", "--out-dir", str(tmp_path / "halves")]) == 0
+@pytest.mark.parametrize("bits", [8, 4, 16])
+def test_n_and_n_steps_are_2n(base, tmp_path, bits):
+    common = ["--base", str(base), "--bits", str(bits), "--max-iters", "6", *QUIET]
+    assert call(*common, "--out-dir", tmp_path / "whole") == 0
+    assert call(*common, "--out-dir", tmp_path / "halves", stop_at=3) == 0
     assert finetune.main(["--resume", "--out-dir", str(tmp_path / "halves"), "--data-dir", "/nowhere"]) == 0
     whole, halves = losses(tmp_path / "whole"), losses(tmp_path / "halves")
     assert whole == halves and sorted(whole) == [1, 2, 3, 4, 5, 6]
@@ -215,8 +220,8 @@ def test_n_and_n_steps_are_2n(base, tmp_path, bits, start):
 
 def test_two_processes_have_the_losses_of_one_with_twice_the_accumulation(base, tmp_path, run):
     common = ["--base", base, "--max-iters", "4", *QUIET]
-    assert finetune.main([*map(str, common), "--grad-accum", "2", "--out-dir", str(tmp_path / "one")]) == 0
-    done = run("finetune.py", *common, "--out-dir", tmp_path / "two", processes=2)
+    assert call(*common, "--out-dir", tmp_path / "one", grad_accum=2) == 0
+    done = run("finetune.py", *common, "--out-dir", tmp_path / "two", processes=2, settings=SETTINGS)
     assert done.returncode == 0, done.stderr
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys() and max(abs(one[s] - two[s]) for s in one) < 1e-5
@@ -226,11 +231,11 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_accumulation(base, 
 
 def test_two_shards_have_the_losses_of_two_replicas_stopped_and_resumed(base, tmp_path, run):
     """Scores before and after go through the sharded model too; the state is whole: replicas go on with what shards left."""
-    common = ["--base", base, "--bits", "16", "--max-iters", "6", *QUIET, "--eval-limit", "12", "--dropout", "0", "--targets", "q,v,down,head"]
+    common = ["--base", base, "--bits", "16", "--max-iters", "6", *QUIET, "--eval-limit", "12", "--targets", "q,v,down,head"]
     copies, parts = tmp_path / "copies", tmp_path / "parts"
-    for args in ([*common, "--out-dir", copies], [*common, "--shard", "--recompute", "block", "--stop-at", "2", "--out-dir", parts],
-                 ["--resume", "--shard", "--recompute", "sdpa", "--stop-at", "4", "--out-dir", parts], ["--resume", "--out-dir", parts]):
-        done = run("finetune.py", *args, processes=2)
+    for args, stop_at in (([*common, "--out-dir", copies], None), ([*common, "--shard", "--recompute", "block", "--out-dir", parts], 2),
+                          (["--resume", "--shard", "--recompute", "sdpa", "--out-dir", parts], 4), (["--resume", "--out-dir", parts], 6)):
+        done = run("finetune.py", *args, processes=2, settings=dict(SETTINGS, dropout=0.0, stop_at=stop_at))
         assert done.returncode == 0, done.stderr
     one, two = losses(copies), losses(parts)
     assert one.keys() == two.keys() and len(one) == 6 and max(abs(one[s] - two[s]) for s in one) < 1e-5
@@ -249,7 +254,8 @@ def test_a_quantized_folder_is_not_sharded(base, tmp_path, run):
 
 
 def start(base, out, *args):
-    return subprocess.Popen([sys.executable, "finetune.py", "--base", base, *QUIET, "--max-iters", "400", "--save-interval", "1", *args, "--out-dir", out],
+    code = f"import sys, finetune as m; from common.cli import command; command(lambda: m.main(sys.argv[1:], **{SETTINGS!r}))"
+    return subprocess.Popen([sys.executable, "-c", code, "--base", base, *QUIET, "--max-iters", "400", "--save-interval", "1", *args, "--out-dir", out],
                             cwd=os.path.dirname(finetune.__file__), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -269,7 +275,7 @@ def test_a_kill_leaves_a_whole_adapter_and_a_run_that_goes_on(base, tmp_path):
     read_adapter(out)
     step = read_state(out, files=lambda folder: ["adapter_model.safetensors"])[1]["step"]
     assert 1 <= step < 400
-    assert finetune.main(["--resume", "--out-dir", str(out), "--stop-at", str(step + 2), "--data-dir", "/nowhere", "--save-interval", "50"]) == 0
+    assert finetune.main(["--resume", "--out-dir", str(out), "--data-dir", "/nowhere", "--save-interval", "50"], stop_at=step + 2) == 0
     assert sorted(losses(out)) == list(range(1, step + 3))
 
 
@@ -291,7 +297,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(base, tmp_path, monkeypatch):
         return real(*args) * (float("nan") if len(calls) > 3 else 1)
     monkeypatch.setattr(finetune, "head_loss", loss)
     with pytest.raises(InputError, match="the loss is nan at step 3: the run stops, .*/state keeps step 2"):
-        finetune.main(["--base", str(base), "--max-iters", "9", "--save-interval", "1", "--out-dir", str(tmp_path / "nan"), *QUIET, "--eval-interval", "2"])
+        call("--base", base, "--max-iters", 9, "--save-interval", 1, "--out-dir", tmp_path / "nan", *QUIET, eval_interval=2)
     assert all(torch.isfinite(t).all() for pair in read_adapter(tmp_path / "nan").factors.values() for t in pair)
 
 
@@ -304,7 +310,7 @@ def test_alpaca_rows_of_a_file(base, tmp_path):
     lines = tmp_path / "rows.jsonl"
     lines.write_text("\n".join(json.dumps(r) for r in rows) + "\n")
     assert read_alpaca(lines) == pairs
-    assert finetune.main(["--base", str(base), "--task", str(file), "--max-iters", "2", "--out-dir", str(tmp_path / "out"), *QUIET]) == 0
+    assert call("--base", base, "--task", file, "--max-iters", 2, "--out-dir", tmp_path / "out", *QUIET) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["f1_after"] is None and summary["val_loss"] > 0
     assert len(json.loads((tmp_path / "out" / "heldout.json").read_text())[str(file)]) == 2
@@ -332,25 +338,19 @@ def test_malformed_rows_are_refused(text, message, tmp_path):
     (["--task", "piqa"], "piqa has no training rows here|piqa.* is not there"),
     (["--task", "alpaca"], "alpaca_data.json is not there"),
     (["--targets", "q,wq"], "--targets q,wq: no layer is called 'wq', this model has down, gate, head, k, o, q, up, v"),
-    (["--bits", "5"], "--bits must be 4, 8 or 16, got 5"),
-    (["--rank", "0"], "--rank must be at least 1, got 0"),
+    (["--bits", "5"], r"argument --bits: invalid choice: 5 \(choose from 4, 8, 16\)"),
+    (["--rank", "0"], "argument --rank: must be a whole number, at least 1, got 0"),
     (["--rank", "100000"], r"rank must be in 1..32 for a 32x32 layer, got 100000"),
-    (["--alpha", "0"], "--alpha must be above 0"),
-    (["--alpha", "nan"], "--alpha must be above 0"),
-    (["--dropout", "1"], "--dropout must be in 0..1"),
-    (["--lr", "-1"], "--lr must not be negative"),
-    (["--lr", "nan"], "--lr must be a finite number"),
-    (["--seq-len", "2"], "--seq-len must be at least 8"),
-    (["--batch-size", "0"], "--batch-size must be at least 1"),
-    (["--start", "loftq", "--bits", "16"], "--bits 16 loses nothing"),
-    (["--shard"], "the integers of a --bits 8 base are none: leave it out .each process copies the base, which is small then., or give a base in 16 bit"),
-    (["--shard", "--bits", "16"], "several processes, and there is one: torchrun --nproc_per_node N finetune.py"),
+    (["--lr", "-1"], "argument --lr: must be a finite number above 0, got -1"),
+    (["--lr", "nan"], "argument --lr: must be a finite number above 0, got nan"),
+    (["--batch-size", "0"], "argument --batch-size: must be a whole number, at least 1, got 0"),
+    (["--shard"], "the integers of a --bits 8 base are none: leave it out .each process copies the base, which is small then., or give --bits 16"),
+    (["--shard", "--bits", "16"], "needs several processes: torchrun --nproc_per_node N finetune.py"),
     (["--base", "nowhere"], "nowhere: no such folder or file, nor a known model"),
-    (["--dtype", "float8"], "--dtype must be auto, float32 or bfloat16"),
 ])
 def test_bad_arguments_are_refused(base, args, message, tmp_path):
     with pytest.raises(InputError, match=message):
-        finetune.main(["--base", str(base), "--max-iters", "2", "--out-dir", str(tmp_path / "out"), *QUIET, *args])
+        call("--base", base, "--max-iters", 2, "--out-dir", tmp_path / "out", *QUIET, *args)
     assert not (tmp_path / "out").exists()
 
 
@@ -358,14 +358,14 @@ def test_a_resumed_run_keeps_its_arguments(base, tmp_path, run):
     out = tmp_path / "out"
     with pytest.raises(InputError, match="holds no training state"):
         finetune.main(["--resume", "--out-dir", str(out)])
-    assert finetune.main(["--base", str(base), "--max-iters", "4", "--stop-at", "2", "--out-dir", str(out), *QUIET]) == 0
+    assert call("--base", base, "--max-iters", 4, "--out-dir", out, *QUIET, stop_at=2) == 0
     for args, message in ((["--rank", "4"], "--rank 4 differs from the 8 of the run"), (["--bits", "4"], "--bits 4 differs from the 8"),
                           (["--targets", "q"], "--targets q differs from the q,k,v")):
         with pytest.raises(InputError, match=message):
             finetune.main(["--resume", "--out-dir", str(out), *args])
     done = run("finetune.py", "--resume", "--out-dir", out, "--task", "alpaca")
     assert done.returncode == 2 and "--task alpaca differs from the sentiment" in done.stderr and "Traceback" not in done.stderr
-    assert finetune.main(["--base", str(base), "--max-iters", "1", "--out-dir", str(out), *QUIET]) == 0  # a new run moves the old one aside
+    assert call("--base", base, "--max-iters", 1, "--out-dir", out, *QUIET) == 0  # a new run moves the old one aside
     assert (tmp_path / "out-1" / "adapter_config.json").exists()
 
 
