@@ -18,7 +18,7 @@ from checkpoint import load_model
 from common.data import calibration_batches
 from common.device import find_device
 from common.loss import head_loss
-from eval import WINDOW, windows
+from eval import WINDOW, text_windows
 from quant import quantize, quantize_rows, stored_bytes
 
 MINMAX = "to the nearest, min-max"
@@ -53,7 +53,7 @@ def bench(args):
     device, rows = find_device(args.dtype), []
     ways = [(16, None, "", None), *((*way, None) for way in PLAIN), *((*way, text) for text in args.calibration or ["builtin"] for way in CALIBRATED)]
     model, tokenizer = load_model(args.model)
-    items = [w for w in windows(args.text, tokenizer, args.limit, min(WINDOW, model.config.context)) if len(w.ids) > 1]
+    items = [w for w in text_windows(args.text, tokenizer, args.limit, min(WINDOW, model.config.context)) if len(w.ids) > 1]
     for bits, group, how, text in tqdm(ways, desc="ways", disable=None, leave=False):
         start = time.perf_counter()
         model = rounded(args, device, bits, group, how, text)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from seqeval.metrics import f1_score as seqeval_f1
-from sklearn.metrics import confusion_matrix, f1_score
+from sklearn.metrics import f1_score
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
@@ -86,7 +86,6 @@ def test_every_task_has_what_the_tables_need(finished):
         assert r["interval"][0] <= r.get("f1", r.get("accuracy")) <= r["interval"][1] and 0 <= r["majority"] < 1 and r["seconds"] > 0
     assert summary["perplexity"]["tokens"] == 25
     assert summary["parameters"] > 0 and summary["size_bytes"] < 3 * summary["parameters"] and summary["peak_memory_bytes"] > 1e7
-    assert summary["seconds_100_tokens"] is None  # the context is 64
 
 
 def test_scores_are_those_of_the_predictions_written(finished, task_data):
@@ -105,7 +104,6 @@ def test_scores_are_those_of_the_predictions_written(finished, task_data):
         labels, read = [r["label"] for r in rows], [sets.read_sentiment(r["answer"]) for r in rows]
         given = [sets.SENTIMENTS.index(label) for label, _ in read]
         assert summary[task]["f1"] == pytest.approx(f1_score(labels, given, average="weighted", zero_division=0))
-        assert summary[task]["confusion"] == confusion_matrix(labels, given, labels=[0, 1, 2]).tolist()
         assert summary[task]["parsed"] == np.mean([parsed for _, parsed in read])
         assert summary[task]["likeliest"]["f1"] == pytest.approx(f1_score(labels, [np.argmax(r["scores"]) for r in rows], average="weighted", zero_division=0))
     rows = predictions(out, "ner")
@@ -116,9 +114,10 @@ def test_entity_f1_of_right_and_wrong_answers_is_that_of_seqeval(task_data, monk
     """The random model names nobody: answers are put in its place."""
     examples = sets.load("ner", task_data, "train")[:4]
     answers = [examples[0].answer, "Acme is a person", "", examples[3].answer.split(",")[0]]
-    monkeypatch.setattr(evaluation.score, "answer_in_batches", lambda *args: iter([[(e, (a, []), 0) for e, a in zip(examples, answers)]]))
-    (rows,) = evaluation.entity_rows(evaluation.Run(None, None, None, None), examples)
-    found = evaluation.entity_result("ner", rows, examples)
+    batch = [(e, [], text, 0) for e, text in zip(examples, answers)]
+    monkeypatch.setattr(evaluation.score, "score_in_batches", lambda *args: iter([batch]))
+    (rows,) = evaluation.task_rows(None, None, None, "ner", examples)
+    found = evaluation.score_task(None, None, None, "ner", examples)
     assert found["f1"] == pytest.approx(seqeval_f1([r["label"] for r in rows], [r["tags"] for r in rows])) and 0.3 < found["f1"] < 0.8
     assert found["parsed"] == 0.75
 
@@ -145,18 +144,6 @@ def close(a, b):
     if isinstance(a, list):
         return len(a) == len(b) and all(map(close, a, b))
     return a == b or a == pytest.approx(b, rel=1e-5)
-
-
-def test_rows_are_shared_out(finished, model_folder, task_data, tmp_path, run):
-    out, summary = finished
-    done = run("eval.py", "--model", model_folder[0] / "ours", "--tasks", "piqa,fpb", "--limit", 25, "--data-dir", task_data, "--out-dir", tmp_path / "two",
-               processes=2)
-    assert done.returncode == 0, done.stderr
-    shared = json.loads((tmp_path / "two" / "summary.json").read_text())
-    for task in ("piqa", "fpb"):
-        assert close(scores_only(shared)[task], scores_only(summary)[task])
-        assert [r["index"] for r in predictions(tmp_path / "two", task)] == sorted(r["index"] for r in predictions(out, task))
-    assert [p.name for p in sorted((tmp_path / "two" / "predictions").iterdir())] == ["fpb.jsonl", "piqa.jsonl"]
 
 
 def test_another_model_does_not_take_over_rows(finished, model_folder, task_data, tmp_path, capsys):
@@ -216,7 +203,7 @@ def test_compare_needs_two_runs(tmp_path):
     a, b = write_run(tmp_path / "a", piqa=[dict(label=1, prediction=1, by_character=1)]), write_run(tmp_path / "b", boolq=[dict(label=1, prediction=1)])
     with pytest.raises(InputError, match="have no row in common"):
         evaluation.main(["--compare", a, b])
-    with pytest.raises(InputError, match="there are no predictions in it"):
+    with pytest.raises(InputError, match="no predictions are there"):
         evaluation.main(["--compare", a, str(tmp_path)])
 
 
@@ -225,9 +212,9 @@ def test_compare_needs_two_runs(tmp_path):
 @pytest.mark.parametrize("args, message", [
     (["--tasks", "nonsense"], "no task is called 'nonsense': the tasks are boolq, piqa, .*perplexity"),
     (["--limit", "1"], "--limit must be at least 2 tokens, got 1"),
-    (["--limit", "0", "--tasks", "piqa"], "--limit must be at least 1 row, got 0"),
+    (["--limit", "0", "--tasks", "piqa"], "argument --limit: must be a whole number, at least 1, got 0"),
     (["--tasks", "piqa,"], "no task is called ''"),
-    (["--dtype", "int8"], "--dtype must be auto, float32 or bfloat16"),
+    (["--dtype", "int8"], "unrecognized arguments: --dtype int8"),
     (["--bits", "5"], "bits"),
     (["--adapter", "/nowhere"], "/nowhere"),
     (["--data", "/nowhere.txt"], "there is no such file or folder"),

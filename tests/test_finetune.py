@@ -167,7 +167,7 @@ def test_rows_are_the_tokens_that_are_scored(base):
     tokenizer = load_model(base)[1]
     example = made_up_headlines(1, 0)[0]
     row = encode(tokenizer, example.prompt, example.answer, 512)
-    scored = score.make_row(example, tokenizer, 512)
+    scored = score.make_tree(example, tokenizer, 512)
     given, ending = score.encode_pair(tokenizer, example.prompt, example.answer)
     assert row.ids == given + ending + [tokenizer.end] and row.start == len(given)
     assert row.ids[:row.start] == scored.tokens[:row.start]

@@ -1,6 +1,7 @@
 """score.py: log-likelihoods against a plain float64 pass over each text and against lm-evaluation-harness, metrics against scikit-learn and seqeval."""
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,14 @@ from tasks.sets import Example
 @pytest.fixture(scope="module")
 def tokenizer(text_file):
     return train_tokenizer([text_file.read_text(encoding="utf-8")], 600)
+
+
+def answers(model, tokenizer, examples, device, new_tokens):
+    """(text, log-likelihoods of the choices, tokens cut) of each example, in their order."""
+    found = {}
+    for batch in score.score_in_batches(model, tokenizer, examples, device, new_tokens):
+        found |= {id(e): (text, scores, cut) for e, scores, text, cut in batch}
+    return [found[id(e)] for e in examples]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +66,7 @@ def plainly(model, tokenizer, example):
 
 
 def agree(model, tokenizer, device, examples):
-    for found, example in zip(score.label_scores(model, tokenizer, examples, device, progress=False), examples):
+    for found, example in zip(score.label_scores(model, tokenizer, examples, device), examples):
         assert found == pytest.approx(plainly(model, tokenizer, example), abs=2e-4), example
 
 
@@ -85,7 +94,7 @@ def test_rows_longer_than_the_context_lose_their_beginning(kind, tokenizer, devi
     model = random_model(kind, context=40)
     examples = [Example("x", i, f"The answer {'again and again ' * n}is:", " yes", [" yes, of course", " no"]) for i, n in enumerate((0, 1, 4, 30))]
     agree(model, tokenizer, device, examples)
-    cut = {e.index: cut for batch in score.score_in_batches(model, tokenizer, examples, device) for e, _, cut in batch}
+    cut = {e.index: cut for batch in score.score_in_batches(model, tokenizer, examples, device) for e, _, _, cut in batch}
     whole = max(len(tokenizer.encode(c + x)) for c, x in examples[3].pairs())
     assert cut[0] == cut[1] == 0 and cut[3] == whole - 41
 
@@ -100,17 +109,17 @@ def test_branches_that_do_not_fit_beside_each_other(tokenizer, device):
 
 def test_batches_do_not_change_the_result(task_data, tokenizer, device, monkeypatch):
     model, examples = random_model(), sets.load("piqa", task_data)
-    together = score.label_scores(model, tokenizer, examples, device, progress=False)
+    together = score.label_scores(model, tokenizer, examples, device)
     monkeypatch.setitem(score.BATCH_TOKENS, "cpu", 1)
     monkeypatch.setitem(score.HEAD_ROWS, "cpu", 3)
-    alone = score.label_scores(model, tokenizer, examples, device, progress=False)
+    alone = score.label_scores(model, tokenizer, examples, device)
     assert np.array(together) == pytest.approx(np.array(alone), abs=1e-4)
 
 
 def test_bfloat16_is_near(task_data, tokenizer, device):
     model, examples = random_model(), sets.load("fpb", task_data)
-    near = score.label_scores(model, tokenizer, examples, find_device("bfloat16"), progress=False)
-    exact = score.label_scores(model, tokenizer, examples, device, progress=False)
+    near = score.label_scores(model, tokenizer, examples, find_device("bfloat16"))
+    exact = score.label_scores(model, tokenizer, examples, device)
     assert 0 < np.abs(np.array(near) - np.array(exact)).max() < 0.3
 
 
@@ -119,8 +128,8 @@ def test_what_rows_share_is_read_once(task_data, tokenizer, device, monkeypatch)
     model, given, hidden = random_model(), [], Transformer.hidden
     monkeypatch.setattr(Transformer, "hidden", lambda self, tokens, cache=None: given.append(tokens.shape) or hidden(self, tokens, cache))
     examples = sets.load("tfns", task_data)
-    score.label_scores(model, tokenizer, examples, device, progress=False)
-    rows = [score.make_row(e, tokenizer, 256) for e in examples]
+    score.label_scores(model, tokenizer, examples, device)
+    rows = [score.make_tree(e, tokenizer, 256) for e in examples]
     shared = given[0][1]
     assert given[0][0] == 1 and shared > 30 and all(r.tokens[:shared] == rows[0].tokens[:shared] for r in rows)
     assert sum(B * T for B, T in given[1:]) <= 1.1 * sum(len(r.tokens) - shared for r in rows)
@@ -135,8 +144,8 @@ def test_the_beginning_token_and_moved_spaces():
         def encode(self, text):
             return [ord(c) for c in text]
     assert score.encode_pair(Letters(), "ab: ", "c") == ([99, 97, 98, 58], [32, 99])
-    row = score.prompt_row(Example("x", 0, "ab: ", ""), Letters(), 3)
-    assert (row.tokens, row.cut) == ([97, 98, 58], 1)
+    row = score.make_tree(Example("x", 0, "ab: ", ""), Letters(), 8, room=3)
+    assert (row.tokens, row.prompt, row.cut) == ([97, 98, 58], [97, 98, 58], 1)
 
 
 def test_an_ending_longer_than_the_context_loses_its_beginning_too(tokenizer, device):
@@ -153,7 +162,7 @@ def test_the_harness_finds_the_same(task, task_data, tokenizer, device, tmp_path
     """Its own prompts, its own scoring, the exported model in transformers; BoolQ's longer rows are cut."""
     model = random_model(context=64)
     examples = sets.load(task, task_data)
-    found = np.array(score.label_scores(model, tokenizer, examples, device, progress=False))
+    found = np.array(score.label_scores(model, tokenizer, examples, device))
     metrics, theirs = harness(harness_model(model, tokenizer), task, harness_rows(task, task_data, range(len(examples))))
     assert found == pytest.approx(np.array(theirs), abs=1e-3)
     labels = [e.label for e in examples]
@@ -192,12 +201,12 @@ def test_the_harness_finds_the_same_for_smollm2(task_data, device):
 @pytest.mark.parametrize("context", [256, 64])
 def test_answers_are_the_greedy_continuations(context, task_data, tokenizer, device):
     model, examples = random_model(context=context), sets.load("fpb", task_data)
-    found = score.generate_answers(model, tokenizer, examples, device, new_tokens=8, progress=False)
-    for example, text in zip(examples, found):
+    found = answers(model, tokenizer, [replace(e, choices=[]) for e in examples], device, 8)
+    for example, (text, _, _) in zip(examples, found):
         prompt = tokenizer.encode(example.prompt.rstrip())[-(context - 8):]
         ids = [step[0] for step in generate(model, [prompt], 8, temperature=0, stop=tokenizer.stop_ids, use_cache=False, vocabulary=tokenizer.vocab_size)]
         assert text == tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids])
-    cut = [lost for batch in score.answer_in_batches(model, tokenizer, examples, device, 8) for _, _, lost in batch]
+    cut = [lost for _, _, lost in found]
     assert all(cut) if context == 64 else not any(cut)
 
 
@@ -205,19 +214,19 @@ def test_answers_are_the_greedy_continuations(context, task_data, tokenizer, dev
 @pytest.mark.parametrize("task", ["fpb", "fiqa"])
 def test_both_ways_from_one_reading(task, kind, task_data, tokenizer, device, monkeypatch):
     model, examples = random_model(kind), sets.load(task, task_data)
-    texts = score.generate_answers(model, tokenizer, examples, device, 8, progress=False)
-    scores = score.label_scores(model, tokenizer, examples, device, progress=False)
+    texts = [text for text, *_ in answers(model, tokenizer, [replace(e, choices=[]) for e in examples], device, 8)]
+    scores = score.label_scores(model, tokenizer, examples, device)
     given, hidden = [], Transformer.hidden
     monkeypatch.setattr(Transformer, "hidden", lambda self, tokens, cache=None: given.append(tokens.numel()) or hidden(self, tokens, cache))
-    both = score.answer_both_ways(model, tokenizer, examples, device, 8, progress=False)
-    assert [t for t, _ in both] == texts and np.array([s for _, s in both]) == pytest.approx(np.array(scores), abs=1e-4)
-    own = sum(len(r.tokens) for r in (score.make_row(e, tokenizer, 256) for e in examples))
+    both = answers(model, tokenizer, examples, device, 8)
+    assert [t for t, _, _ in both] == texts and np.array([s for _, s, _ in both]) == pytest.approx(np.array(scores), abs=1e-4)
+    own = sum(len(r.tokens) for r in (score.make_tree(e, tokenizer, 256) for e in examples))
     assert sum(given) < own + 12 * len(examples)
 
 
 def test_cut_prompts_are_scored_after_what_is_left_of_them(task_data, tokenizer, device):
     model, examples = random_model(context=64), sets.load("fpb", task_data)
-    found = [scores for _, scores in score.answer_both_ways(model, tokenizer, examples, device, 8, progress=False)]
+    found = [scores for _, scores, _ in answers(model, tokenizer, examples, device, 8)]
     for scores, example in zip(found, examples):
         for value, (given, ending) in zip(scores, (score.encode_pair(tokenizer, *pair) for pair in example.pairs())):
             assert len(given) > 56
@@ -228,58 +237,39 @@ def test_cut_prompts_are_scored_after_what_is_left_of_them(task_data, tokenizer,
 
 
 def test_an_answer_takes_at_most_half_of_the_context(tokenizer, device):
-    (text,) = score.generate_answers(random_model(context=32), tokenizer, [Example("x", 0, "a", "")], device, new_tokens=64, progress=False)
+    ((text, _, _),) = answers(random_model(context=32), tokenizer, [Example("x", 0, "a", "")], device, 64)
     assert 0 < len(tokenizer.encode(text)) <= 17
-
-
-# ----------------------------------------------------------------------------- blocks of the paged cache
-
-@pytest.mark.parametrize("task", ["fpb", "tfns", "piqa"])
-def test_what_rows_begin_with_is_in_blocks_that_all_hold(task, task_data, tokenizer, device):
-    """Before a batch is read all its rows have the same blocks; then each has a copy of the last, partly filled one, and goes on in its own."""
-    model, pools = random_model(), set()
-    rows = [score.make_row(e, tokenizer, 256) for e in sets.load(task, task_data)]
-    shared = score.shared_tokens(rows)
-    for batch, cache in score.in_batches(model, rows, device, new_tokens=8):
-        pool, tables = cache.pool, [s.table for s in cache.sequences]
-        assert cache.lengths == [shared] * len(batch) and all(t == tables[0] for t in tables) and len(tables[0]) == -(-shared // 16)
-        assert all(pool.users[block] == len(batch) + 1 for block in tables[0])  # the rows and the beginning itself
-        score.read(model, [r.tokens[:shared + 1] for r in batch], cache, device)
-        full = shared // 16
-        assert all(s.table[:full] == tables[0][:full] for s in cache.sequences)
-        assert len({s.table[full] for s in cache.sequences}) == len(batch) and all(pool.users[s.table[full]] == 1 for s in cache.sequences)
-        pools.add(pool)
-    assert len(pools) == 1 and (pool.users, len(pool.free)) == ([0] * len(pool.users), len(pool.users))
-    assert shared > 4
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("budget, context", [(2048, 256), (300, 256), (2048, 64)])
-def test_scores_and_texts_from_the_blocks(budget, context, kind, task_data, tokenizer, device, monkeypatch):
-    """Scores as of a whole pass in float64 without any cache, texts as read anew for every token; every block comes back, and none is missing."""
-    model, examples, pools, make = random_model(kind, context), sets.load("fpb", task_data) + sets.load("fiqa", task_data), [], score.Pool
-    monkeypatch.setattr(score, "Pool", lambda *args, **more: pools.append(make(*args, **more)) or pools[-1])
+def test_scores_and_texts_from_one_cache(budget, context, kind, task_data, tokenizer, device, monkeypatch):
+    """Scores as of a whole pass in float64 without any cache, texts as read anew for every token."""
+    model = random_model(kind, context)
+    examples = sets.load("fpb", task_data) + sets.load("fiqa", task_data)
     monkeypatch.setitem(score.BATCH_TOKENS, "cpu", budget)
-    both = score.answer_both_ways(model, tokenizer, examples, device, 8, progress=False)
-    labels = score.label_scores(model, tokenizer, examples, device, progress=False)
-    assert len(pools) >= 2 and all(sorted(p.free) == list(range(len(p.users))) for p in pools)
-    for example, (text, scores), label in zip(examples, both, labels):
+    both = answers(model, tokenizer, examples, device, 8)
+    labels = score.label_scores(model, tokenizer, examples, device)
+    for example, (text, scores, _), label in zip(examples, both, labels):
         prompt = tokenizer.encode(example.prompt.rstrip())[-(context - 8):]
-        ids = [step[0] for step in generate(model, [prompt], 8, temperature=0, stop=tokenizer.stop_ids, use_cache=False, vocabulary=tokenizer.vocab_size)]
+        steps = generate(model, [prompt], 8, temperature=0, stop=tokenizer.stop_ids, use_cache=False,
+                         vocabulary=tokenizer.vocab_size)
+        ids = [step[0] for step in steps]
         assert text == tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids]).split("Answer: ")[0]
         exact = plainly(model, tokenizer, example)
-        assert label == pytest.approx(exact, abs=2e-4) and (context == 64 or scores == pytest.approx(exact, abs=2e-4))
+        assert label == pytest.approx(exact, abs=2e-4)
+        assert context == 64 or scores == pytest.approx(exact, abs=2e-4)
 
 
 @pytest.mark.parametrize("bits", [16, 8])
-def test_blocks_are_of_the_dtype_that_the_model_computes_in(bits, task_data, tokenizer, device, tmp_path):
+def test_keys_are_of_the_dtype_that_the_model_computes_in(bits, task_data, tokenizer, device, tmp_path):
     save_model(tmp_path / "model", random_model(), tokenizer)
     examples = sets.load("fpb", task_data)
-    exact = score.label_scores(load_model(tmp_path / "model", bits=bits)[0], tokenizer, examples, device, progress=False)
+    exact = score.label_scores(load_model(tmp_path / "model", bits=bits)[0], tokenizer, examples, device)
     model, _ = load_model(tmp_path / "model", dtype=torch.bfloat16, bits=bits)
     attach_lora(model, r=2, alpha=4)
     for where in (find_device("bfloat16"), device):  # with autocast, and without
-        near = [scores for _, scores in score.answer_both_ways(model.to(where.dtype), tokenizer, examples, where, 4, progress=False)]
+        near = [scores for _, scores, _ in answers(model.to(where.dtype), tokenizer, examples, where, 4)]
         assert np.abs(np.array(near) - np.array(exact)).max() < 0.5
 
 
