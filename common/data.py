@@ -1,18 +1,16 @@
 """From text to batches: corpora, token files, and the order in which training sees them.
 
-    python data.py builtin                 tokenize the text that comes with Python
-    python data.py my_books/               ... or a file or a folder of .txt and .md files
-    python data.py openwebtext             ... or the paper's corpus [35], downloaded through `datasets`
+    files = prepare(open_corpus("builtin", "data"))       # or a path, or openwebtext, the paper's corpus [35]
+    x, y = train_batch(files.train, 256, rows=8, seed=1, step=0)
 
 A corpus is turned once into a folder of token files, which training reads through memory maps:
 
     train.bin, val.bin   token ids, little-endian uint16 (uint32 when the vocabulary needs it)
     meta.json            tokenizer, dtype, counts, sha256 of both files
-    tokenizer.json or tokenizer.model
+    tokenizer.json, tokenizer_config.json
 
-The texts pass through in documents, a few hundred at a time, so a corpus never has to fit in memory.
+Texts pass through in documents, some hundred at a time: a corpus never has to fit in memory.
 """
-import argparse
 import ast
 import hashlib
 import itertools
@@ -22,28 +20,35 @@ import re
 import shutil
 import sysconfig
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.cli import InputError, cache_dir, command, say, write_atomic
+from common.cli import InputError, cache_dir, say, write_atomic
+from common.download import said
 from common.tokenizer import gpt2_tokenizer, load_tokenizer, train_tokenizer
 
-DOCUMENT = 8192  # characters: longer texts are cut into documents of about this size, so that a few books still have validation text
+DOCUMENT = 8192  # characters: longer texts are cut about here, so that a few books have some for validation
+BATCH = 256      # documents that are encoded together
+CALIBRATION_TOKENS, CALIBRATION_WINDOW = 16384, 512  # more text changes the second moments little
+NOT_TEXT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "pydoc_data", "lib2to3",
+            "turtledemo"}
 
 
-# ----------------------------------------------------------------------------- corpora: a name, a key, documents
+# ----------------------------------------------------------------------------- corpora
 
+@dataclass
 class Corpus:
-    """Texts with a name. `key` changes when the text does; `documents()` yields strings; `val_every`: each so-many-th is for validation;
-    `home`: where the tokens are kept, if not in the cache."""
-    val_every, home = 20, None
-
-    def __init__(self, name, key, documents, total=None):
-        self.name, self.key, self.documents, self.total = name, key, documents, total
+    name: str
+    key: str                  # changes when the text does
+    documents: Callable       # documents() yields strings
+    total: int | None = None  # how many, if that is known
+    val_every: int = 20       # each so-many-th document is for validation
+    home: Path | None = None  # where the tokens are kept, if not in the cache
 
 
 def open_corpus(data, data_dir):
@@ -52,23 +57,23 @@ def open_corpus(data, data_dir):
         raise InputError("--data is empty: builtin, openwebtext, or a path")
     if data == "builtin":
         return Corpus("builtin", f"python{sysconfig.get_python_version()}", builtin_documents)
-    if data == "openwebtext":
-        return openwebtext(data_dir)
+    if data == "openwebtext":  # 18 GB of tokens are no cache
+        return Corpus("openwebtext", "v1", openwebtext_documents, 8_013_769, 2000, Path(data_dir))
     return text_corpus(Path(data))
 
 
 def builtin_documents():
-    """Text that every Python has: the language's documentation topics and the docstrings of the standard library, about 2 MB."""
+    """Text that every Python has: its documentation topics and the standard library's docstrings, 2 MB."""
     from pydoc_data.topics import topics
-    yield from (unwrap(topics[name]) for name in sorted(topics))
+    for name in sorted(topics):
+        yield unwrap(topics[name])
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "idlelib", "site-packages", "dist-packages", "pydoc_data", "lib2to3", "turtledemo", "__pycache__"}
     for path in sorted(root.rglob("*.py")):
-        if skipped.isdisjoint(path.relative_to(root).parts):
-            yield from _docstrings(path)
+        if NOT_TEXT.isdisjoint(path.relative_to(root).parts):
+            yield from docstrings(path)
 
 
-def _docstrings(path):
+def docstrings(path):
     """One document a module: its docstrings in order, each under the name it explains."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -76,31 +81,38 @@ def _docstrings(path):
         return  # templates and deliberately broken files
     found = []
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
-            found.append(f"{getattr(node, 'name', path.stem)}\n\n{text}\n")
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            name = path.stem if isinstance(node, ast.Module) else node.name
+            found.append(f"{name}\n\n{ast.get_docstring(node)}\n")
     if found:
         yield unwrap("\n".join(found))
 
 
 def unwrap(text):
-    """Join the lines of a paragraph: a line end before a letter at the margin is where an editor broke the line."""
+    """Join the lines of a paragraph: a line end before a letter at the margin is where an editor broke it."""
     return re.sub(r"(?<=\S)\n(?=[^\W_])", " ", text)
 
 
 def text_corpus(path):
     """A text file, or all .txt and .md files below a folder, in the order of their names."""
     if not path.exists():
-        raise InputError(f"--data {path}: there is no such file or folder (nor a corpus of that name: builtin, openwebtext)")
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file()) if path.is_dir() else [path]
+        raise InputError(f"--data {path}: there is no such file or folder (named corpora: builtin, openwebtext)")
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
     if not files:
         raise InputError(f"--data {path}: the folder has no .txt or .md file")
     if not any(f.stat().st_size for f in files):
         raise InputError(f"--data {path}: the text is empty")
-    stamp = hashlib.sha256(repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode()).hexdigest()[:12]
-    return Corpus(path.stem, stamp, lambda: itertools.chain.from_iterable(map(_read_documents, files)))
+    digest = hashlib.sha256()  # of the text itself: names, sizes and times may be those of another one
+    for file in files:
+        with open(file, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    key = digest.hexdigest()[:12]
+    return Corpus(path.stem, key, lambda: itertools.chain.from_iterable(map(read_documents, files)))
 
 
-def _read_documents(path):
+def read_documents(path):
     """The documents of one UTF-8 file: cut at line ends, read as it goes."""
     try:
         with open(path, encoding="utf-8-sig") as f:
@@ -108,149 +120,153 @@ def _read_documents(path):
                 text = "".join(lines)
                 if "\0" in text:
                     raise InputError(f"{path} is not text: it has zero bytes")
-                for start in range(0, len(text), 64 * DOCUMENT):  # a file without line ends is one enormous line
+                for start in range(0, len(text), 64 * DOCUMENT):  # a file without line ends is one line
                     yield text[start:start + 64 * DOCUMENT]
     except UnicodeDecodeError as e:
-        raise InputError(f"{path} is not UTF-8 text (byte {e.start} of a block is {e.object[e.start]:#x}): convert it, for example with "
-                         f"iconv -f latin1 -t utf-8") from None
+        raise InputError(f"{path} is not UTF-8 text (byte {e.start} of a block is {e.object[e.start]:#x}): "
+                         "convert it, for example with iconv -f latin1 -t utf-8") from None
 
 
-def openwebtext(data_dir):
-    """The paper's corpus, streamed through the `datasets` library: 8 million documents, 54 GB of text, 9 billion tokens."""
-    def documents():
-        try:
-            from datasets import load_dataset
-        except ImportError:
-            raise InputError("openwebtext is downloaded by the library `datasets`: pip install datasets, or give --data a text file") from None
-        try:
-            stream = load_dataset("Skylion007/openwebtext", split="train", streaming=True)
-            yield from (row["text"] for row in stream)
-        except (OSError, ConnectionError) as e:
-            raise InputError(f"openwebtext could not be downloaded ({type(e).__name__}): check the network, or give --data a text file") from None
-    corpus = Corpus("openwebtext", "v1", documents, total=8_013_769)
-    corpus.val_every, corpus.home = 2000, Path(data_dir)  # 18 GB of tokens are no cache
-    return corpus
+def openwebtext_documents():
+    """The paper's corpus, streamed through the `datasets` library: 54 GB of text, 9 billion tokens."""
+    try:
+        from datasets import load_dataset
+        for row in load_dataset("Skylion007/openwebtext", split="train", streaming=True):
+            yield row["text"]
+    except ImportError:
+        raise InputError("openwebtext needs the library `datasets`: pip install datasets, or give --data a "
+                         "text file") from None
+    except (OSError, RuntimeError, ValueError) as e:
+        raise InputError(f"openwebtext can't be downloaded ({said(e)}): give --data a text file") from None
 
 
 # ----------------------------------------------------------------------------- token files
 
 class TokenFiles:
-    """A folder of token files, memory-mapped: .train and .val are arrays of ids, .tokenizer reads them, .meta says what they are."""
+    """A folder of token files: .train, .val are memory-mapped ids, .tokenizer made them. meta: meta.json."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text())
-            self.train, self.val = (self._map(split) for split in ("train", "val"))
+            self.train, self.val = self.map("train"), self.map("val")
         except (OSError, KeyError, json.JSONDecodeError) as e:
-            raise InputError(f"{folder} has no readable token files ({e}): remove it and prepare the data again") from None
+            raise InputError(f"{folder} has no readable token files ({e}): remove it") from None
         self.tokenizer = load_tokenizer(self.folder)
 
-    def _map(self, split):
+    def map(self, split):
         path, dtype = self.folder / f"{split}.bin", np.dtype(self.meta["dtype"]).newbyteorder("<")
         size, wanted = path.stat().st_size, self.meta[split]["tokens"] * dtype.itemsize
         if size != wanted or size == 0:
-            raise InputError(f"{path} has {size:,} bytes, meta.json says {wanted:,}: remove {self.folder} and prepare the data again")
+            raise InputError(f"{path} has {size:,} bytes, meta.json says {wanted:,}: remove {self.folder}")
         return np.memmap(path, dtype=dtype, mode="r")
 
     def check_fits(self, vocab_size):
         if self.meta["largest"] >= vocab_size:
-            raise InputError(f"the data has token {self.meta['largest']}, outside the model's vocabulary 0..{vocab_size - 1}: "
-                             f"prepare it with the model's own tokenizer")
+            raise InputError(f"the data has token {self.meta['largest']}, outside the model's vocabulary "
+                             f"0..{vocab_size - 1}: prepare it with the model's own tokenizer")
 
 
 def prepare(corpus, tokenizer=None, vocabulary=4096, own=False):
     """Token files of a corpus, made now or found where they were made before; a folder for each tokenizer.
 
-    tokenizer None: GPT-2's, or where that can't be had, or with `own`, a SentencePiece model of `vocabulary` pieces trained on the corpus.
-    """
+    tokenizer None: GPT-2's; where that can't be had, or with `own`, `vocabulary` pieces learned here."""
     if tokenizer is None and not own:
         tokenizer = gpt2_tokenizer()
-    kind = f"sp{vocabulary}" if tokenizer is None else hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()[:8]
-    folder = (corpus.home or cache_dir() / "tokens") / f"{corpus.name}-{corpus.key}-{kind}"
+    kind = f"sp{vocabulary}"
+    if tokenizer is not None:
+        kind = hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()[:8]
+    home = corpus.home or cache_dir() / "tokens"
+    folder = home / f"{corpus.name}-{corpus.key}-{kind}"
     if not (folder / "meta.json").exists():
         if tokenizer is None:
-            say(f"training a SentencePiece model of {vocabulary:,} pieces on the corpus" if own else
-                "GPT-2's vocabulary is not on this machine and can't be downloaded: training a SentencePiece model on the corpus instead")
+            why = "" if own else "GPT-2's vocabulary is neither on this machine nor to be had: "
+            say(f"{why}training a SentencePiece model on the corpus, {vocabulary:,} pieces")
             tokenizer = train_tokenizer(corpus.documents(), vocabulary)
         write_tokens(corpus, tokenizer, folder)
     return TokenFiles(folder)
 
 
-def write_tokens(corpus, tokenizer, folder, batch=256):
-    """Stream the corpus into folder/train.bin and val.bin. The folder appears when it is complete, never before."""
+def write_tokens(corpus, tokenizer, folder):
+    """Write the token files of a corpus. The folder appears when it is complete, never before."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    end = [] if tokenizer.end is None else [tokenizer.end]
-    parts = {split: dict(tokens=0, sha256=hashlib.sha256()) for split in ("train", "val")}
-    largest = 0
     try:
-        with open(partial / "train.bin", "wb") as train, open(partial / "val.bin", "wb") as val, ThreadPoolExecutor(os.cpu_count()) as pool:
-            documents = tqdm(corpus.documents(), desc=f"tokenizing {corpus.name}", total=corpus.total, unit=" documents", disable=None, leave=False)
-            for n, ids in enumerate(_encode_in_order(documents, tokenizer, pool, batch)):
-                split, file = ("val", val) if n % corpus.val_every == corpus.val_every - 1 else ("train", train)
-                block = np.array(ids + end, dtype=dtype)
-                largest = max(largest, int(block.max(initial=0)))
-                file.write(block.tobytes())
-                parts[split]["tokens"] += block.size
-                parts[split]["sha256"].update(block.tobytes())
-        if parts["val"]["tokens"] == 0:  # a text of a few pages: its last tenth
-            _split_off_validation(partial, parts, dtype)
-        if parts["train"]["tokens"] < 2 or parts["val"]["tokens"] < 2:
-            raise InputError(f"the text of {corpus.name} has {parts['train']['tokens'] + parts['val']['tokens']} tokens, too few to train on and to validate "
-                             "with: give more text")
+        meta = {"corpus": corpus.name, "tokenizer": tokenizer.name}
+        meta |= encode_corpus(corpus, tokenizer, partial)
         tokenizer.save(partial)
-        meta = dict(corpus=corpus.name, tokenizer=tokenizer.name, dtype=dtype.name, largest=largest,
-                    **{s: dict(tokens=p["tokens"], sha256=p["sha256"].hexdigest()) for s, p in parts.items()})
         write_atomic(partial / "meta.json", json.dumps(meta, indent=2) + "\n")
-        if not (folder / "meta.json").exists():  # another process may have been faster
-            shutil.rmtree(folder, ignore_errors=True)
+        try:
             os.replace(partial, folder)
+        except OSError:
+            if not (folder / "meta.json").exists():  # else another process was faster
+                raise InputError(f"{folder} is there but has no meta.json: remove it") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _encode_in_order(documents, tokenizer, pool, batch):
-    """Ids of each document, encoded in parallel (both tokenizers let go of Python's lock), a few hundred documents in flight."""
-    documents = iter(documents)
-    while block := list(itertools.islice(documents, batch)):
-        yield from pool.map(tokenizer.encode, block)
+def encode_corpus(corpus, tokenizer, folder):
+    """Stream the corpus into train.bin and val.bin; what meta.json says of them."""
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    end = [] if tokenizer.end is None else [tokenizer.end]
+    paths, largest = {split: folder / f"{split}.bin" for split in ("train", "val")}, 0
+    with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
+        for n, ids in enumerate(encode_in_order(corpus, tokenizer)):
+            block = np.array(ids + end, dtype=dtype)
+            largest = max(largest, int(block.max(initial=0)))
+            file = val if n % corpus.val_every == corpus.val_every - 1 else train
+            file.write(block.tobytes())
+    if paths["val"].stat().st_size == 0:  # a text of a few pages: its last tenth
+        tokens = np.fromfile(paths["train"], dtype)
+        cut = len(tokens) - len(tokens) // 10
+        tokens[:cut].tofile(paths["train"])
+        tokens[cut:].tofile(paths["val"])
+    meta = {"dtype": dtype.name, "largest": largest}
+    for split, path in paths.items():
+        with open(path, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        meta[split] = {"tokens": path.stat().st_size // dtype.itemsize, "sha256": digest}
+    counts = meta["train"]["tokens"], meta["val"]["tokens"]
+    if min(counts) < 2:
+        raise InputError(f"the text of {corpus.name} has {sum(counts)} tokens, too few to train on and to "
+                         "validate with: give more text")
+    return meta
 
 
-def _split_off_validation(folder, parts, dtype):
-    tokens = np.fromfile(folder / "train.bin", dtype)
-    cut = len(tokens) - len(tokens) // 10
-    for split, block in (("train", tokens[:cut]), ("val", tokens[cut:])):
-        (folder / f"{split}.bin").write_bytes(block.tobytes())
-        parts[split] = dict(tokens=block.size, sha256=hashlib.sha256(block.tobytes()))
+def encode_in_order(corpus, tokenizer):
+    """Ids of each document; a batch of documents is encoded on all cores."""
+    documents = iter(tqdm(corpus.documents(), desc=f"tokenizing {corpus.name}", total=corpus.total,
+                          unit=" documents", disable=None, leave=False))
+    while batch := list(itertools.islice(documents, BATCH)):
+        yield from tokenizer.encode_batch(batch)
 
 
 # ----------------------------------------------------------------------------- batches
 
 def windows(tokens, starts, length):
-    """Rows of `length` tokens from each start, and the same rows one token later: two (rows, length) int64 tensors."""
+    """`length` tokens from each start, and the same one token later: two (rows, length) int64 tensors."""
     rows = torch.from_numpy(np.stack([tokens[s:s + length + 1] for s in starts]).astype(np.int64))
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 def check_length(tokens, length, what):
     if len(tokens) < length + 1:
-        raise InputError(f"the {what} text has {len(tokens)} tokens, a window of {length} needs {length + 1}: give more text or a smaller --seq-len")
+        raise InputError(f"the {what} text has {len(tokens)} tokens, a window of {length} needs "
+                         f"{length + 1}: give more text or a smaller --seq-len")
 
 
 def train_batch(tokens, length, rows, seed, step, first=0, count=None):
-    """Rows first..first+count of the whole batch of `rows` windows that belongs to this step.
+    """Rows first..first+count (or to the end) of the `rows` windows of this step.
 
-    The draw depends on the seed and the step alone: a resumed run sees what an undisturbed one sees, and processes that share a
-    batch see together what one process sees.
-    """
+    The draw depends on the seed and the step alone: a resumed run sees what an undisturbed one sees, and
+    processes that share a batch see together what one process sees."""
     starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - length, rows)
-    return windows(tokens, starts[first:first + (rows if count is None else count)], length)
+    end = rows if count is None else first + count
+    return windows(tokens, starts[first:end], length)
 
 
 def eval_batches(tokens, length, rows, limit):
-    """The same windows at every call: side by side from the start, at most `limit` tokens, in batches of `rows`."""
+    """The same windows at every call: side by side from the start, at most `limit` tokens, in batches."""
     length = min(length, len(tokens) - 1)
     starts = range(0, min(len(tokens) - length, max(limit, length)), length)
     for i in range(0, len(starts), rows):
@@ -258,16 +274,15 @@ def eval_batches(tokens, length, rows, limit):
 
 
 def first_tokens(name, tokenizer, count=None):
-    """Ids of the first `count` tokens of a text, or of all; only as much of it is read and encoded as that needs."""
-    room, documents = 16 * count if count else None, []  # characters; no vocabulary here has longer tokens on average
+    """Ids of the first `count` tokens of a text, or of all; no more of it is read than that needs."""
+    limit = 16 * count if count else None  # characters; no vocabulary here has longer tokens on average
+    documents, size = [], 0
     for document in open_corpus(name, "data").documents():
         documents.append(document)
-        if room and sum(map(len, documents)) >= room:
+        size += len(document)
+        if limit and size >= limit:
             break
-    return tokenizer.encode("".join(documents)[:room])[:count]
-
-
-CALIBRATION_TOKENS, CALIBRATION_WINDOW = 16384, 512  # more text changes little: the moments of 16,384 inputs have settled
+    return tokenizer.encode("".join(documents)[:limit])[:count]
 
 
 def calibration_batches(text, tokenizer, context, count=CALIBRATION_TOKENS):
@@ -279,16 +294,3 @@ def calibration_batches(text, tokenizer, context, count=CALIBRATION_TOKENS):
     if len(ids) < length:
         raise InputError(f"--calibration {text} has {len(ids)} tokens: at least {length} are needed")
     return [row[None] for row in torch.tensor(ids).split(length) if len(row) == length]
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="builtin, openwebtext, or a text file or folder")
-    parser.add_argument("--data-dir", default=os.environ.get("DATA_DIR", "data"), help="where named data sets are (default: $DATA_DIR, then data/)")
-    args = parser.parse_args(argv)
-    files = prepare(open_corpus(args.name, args.data_dir))
-    print(f"{files.folder}: {len(files.train):,} training and {len(files.val):,} validation tokens, {files.tokenizer.name}")
-
-
-if __name__ == "__main__":
-    command(main)

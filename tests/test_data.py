@@ -1,7 +1,11 @@
 """data.py: corpora, token files, the order of batches, and what it refuses."""
 import hashlib
 import json
+import os
+import sys
 import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -32,7 +36,8 @@ def test_token_files_hold_every_character_of_the_text(text_file, tokenizer):
     meta = json.loads((files.folder / "meta.json").read_text())
     for split, tokens in (("train", files.train), ("val", files.val)):
         assert len(tokens) == meta[split]["tokens"] > 1000
-        assert hashlib.sha256((files.folder / f"{split}.bin").read_bytes()).hexdigest() == meta[split]["sha256"]
+        content = (files.folder / f"{split}.bin").read_bytes()
+        assert hashlib.sha256(content).hexdigest() == meta[split]["sha256"]
     assert files.train.dtype == np.dtype("<u2") and isinstance(files.train, np.memmap)
     documents = list(open_corpus(str(text_file), "data").documents())
     assert "".join(documents) == text_file.read_text(encoding="utf-8")
@@ -48,7 +53,34 @@ def test_the_second_time_nothing_is_tokenized(text_file, tokenizer, monkeypatch)
     assert again.folder == first.folder and np.array_equal(again.train, first.train)
 
 
-def test_a_corpus_streams_through_without_being_held(tokenizer, tmp_path):
+def test_a_text_of_the_same_name_size_and_time_is_another_corpus(tokenizer, tmp_path):
+    for name, text in (("a", "The cat sat on the mat. "), ("b", "Net income rose by 12%. ")):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "corpus.txt"
+        file.write_text(text * 400)
+        os.utime(file, (1, 1))
+        files = prepare(open_corpus(str(file), "data"), tokenizer)
+        assert text.startswith(tokenizer.decode(files.train[:5].tolist()))
+
+
+def test_several_processes_prepare_the_same_corpus(text_file, tokenizer, tmp_path):
+    """A sweep that is started with & from a shell: all find the tokens."""
+    corpus = open_corpus(str(text_file), "data")
+    start = threading.Barrier(4)
+
+    def one():
+        start.wait()
+        write_tokens(corpus, tokenizer, tmp_path / "t")
+        return len(TokenFiles(tmp_path / "t").train)
+    with ThreadPoolExecutor(4) as pool:
+        counts = [future.result() for future in [pool.submit(one) for _ in range(4)]]
+    assert len(set(counts)) == 1 and [p.name for p in tmp_path.iterdir()] == ["t"]
+    (tmp_path / "t" / "meta.json").unlink()
+    with pytest.raises(InputError, match="is there but has no meta.json: remove it"):
+        write_tokens(corpus, tokenizer, tmp_path / "t")
+
+
+def test_a_corpus_streams_through_without_being_held(tokenizer, tmp_path, monkeypatch):
     """No more than one batch of documents is asked for before the last one was written."""
     asked, written = [], []
 
@@ -56,29 +88,32 @@ def test_a_corpus_streams_through_without_being_held(tokenizer, tmp_path):
         name, vocab_size, end = tokenizer.name, tokenizer.vocab_size, tokenizer.end
         save = staticmethod(tokenizer.save)
 
-        def encode(self, text):
-            written.append(threading.get_ident())
-            return tokenizer.encode(text)
+        def encode_batch(self, texts):
+            written.extend(texts)
+            return tokenizer.encode_batch(texts)
 
     def documents():
         for i in range(1000):
             assert len(asked) - len(written) <= 64
             asked.append(i)
             yield f"document {i} of many\n"
-    corpus = data.Corpus("many", "1", documents)
-    write_tokens(corpus, Spy(), tmp_path / "many", batch=64)
+    monkeypatch.setattr(data, "BATCH", 64)
+    write_tokens(data.Corpus("many", "1", documents), Spy(), tmp_path / "many")
     files = TokenFiles(tmp_path / "many")
     texts = tokenizer.decode(files.train.tolist())
-    assert len(asked) == 1000 and texts.index("document 3 ") < texts.index("document 500 ") < texts.index("document 998 ")
+    places = [texts.index(f"document {i} ") for i in (3, 500, 998)]
+    assert len(asked) == 1000 and places == sorted(places)
     assert not list(tmp_path.glob(".many-*")), "no partial folder is left"
 
 
-def test_an_interrupted_preparation_leaves_nothing_behind(tokenizer, tmp_path):
+def test_an_interrupted_preparation_leaves_nothing_behind(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BATCH", 1)
+
     def documents():
         yield "some text\n"
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        write_tokens(data.Corpus("cut", "1", documents), tokenizer, tmp_path / "cut", batch=1)
+        write_tokens(data.Corpus("cut", "1", documents), tokenizer, tmp_path / "cut")
     assert not list(tmp_path.iterdir())
 
 
@@ -113,10 +148,12 @@ def test_bad_text_is_refused(tmp_path, tokenizer):
     (tmp_path / "zero.txt").write_bytes(b"text with a \0 in it\n")
     (tmp_path / "latin.txt").write_bytes("caf\xe9 cr\xe8me\n".encode("latin-1"))
     (tmp_path / "nothing").mkdir()
-    for path, message in (("missing.txt", "there is no such file or folder"), ("empty.txt", "the text is empty"), ("nothing", "no .txt or .md file")):
+    for path, message in (("missing.txt", "there is no such file or folder"), ("empty.txt", "the text is empty"),
+                          ("nothing", "no .txt or .md file")):
         with pytest.raises(InputError, match=message):
             open_corpus(str(tmp_path / path), "data")
-    for path, message in (("zero.txt", "is not text: it has zero bytes"), ("latin.txt", "not UTF-8 text .byte 3 of a block is 0xe9")):
+    for path, message in (("zero.txt", "is not text: it has zero bytes"),
+                          ("latin.txt", "not UTF-8 text .byte 3 of a block is 0xe9")):
         with pytest.raises(InputError, match=message):
             prepare(open_corpus(str(tmp_path / path), "data"), tokenizer)
 
@@ -135,8 +172,16 @@ def test_bad_token_files_are_refused(text_file, tokenizer, tmp_path):
 
 
 def test_openwebtext_without_its_library_says_what_to_install(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="pip install datasets"):
+        prepare(open_corpus("openwebtext", tmp_path), tokenizer)
+
+
+def test_openwebtext_of_a_library_that_refuses_scripts(tmp_path, tokenizer, monkeypatch):
+    def load_dataset(*args, **more):
+        raise RuntimeError("Dataset scripts are no longer supported")
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(InputError, match="can't be downloaded .RuntimeError: Dataset scripts"):
         prepare(open_corpus("openwebtext", tmp_path), tokenizer)
 
 
@@ -146,13 +191,15 @@ def test_openwebtext_streams_through_datasets(tmp_path, tokenizer, monkeypatch):
         def load_dataset(name, split, streaming):
             assert (name, split, streaming) == ("Skylion007/openwebtext", "train", True)
             return ({"text": f"page {i} of the web\n"} for i in range(4001))
-    monkeypatch.setitem(__import__("sys").modules, "datasets", FakeLibrary)
+    monkeypatch.setitem(sys.modules, "datasets", FakeLibrary)
     files = prepare(open_corpus("openwebtext", tmp_path), tokenizer)
     assert files.folder.parent == tmp_path
     other = train_tokenizer([f"page {i} of the web\n" for i in range(300)], 280)
     again = prepare(open_corpus("openwebtext", tmp_path), other)
-    assert again.folder != files.folder and again.tokenizer.backend.to_str() == other.backend.to_str(), "a folder for each tokenizer"
-    assert "page 1999 of" in tokenizer.decode(files.val.tolist()) and "page 4000 of" in tokenizer.decode(files.train.tolist())
+    assert again.folder != files.folder, "a folder for each tokenizer"
+    assert again.tokenizer.backend.to_str() == other.backend.to_str()
+    assert "page 1999 of" in tokenizer.decode(files.val.tolist())
+    assert "page 4000 of" in tokenizer.decode(files.train.tolist())
 
 
 @pytest.mark.parametrize("size", [20, 100_000])
