@@ -179,7 +179,9 @@ def tokens(text):
 
 
 def arguments(p):
-    p.add_argument("--models", type=names, default=list(RANKS), help="separated by commas (default: gpt2,gpt2-xl)")
+    p.add_argument("--models", type=names, default=list(RANKS),
+                   help="separated by commas (default: gpt2,gpt2-xl)")
     p.add_argument("--new-tokens", type=tokens, default=100, help="with the cache (default: %(default)s)")
     p.add_argument("--uncached-tokens", type=tokens, default=3, help="without it (default: %(default)s)")
-    p.add_argument("--rounds", type=int, default=3, choices=range(1, 100), metavar="N", help="repetitions with the cache (default: %(default)s)")
+    p.add_argument("--rounds", type=int, default=3, choices=range(1, 100), metavar="N",
+                   help="repetitions with the cache (default: %(default)s)")

@@ -199,16 +199,21 @@ def report(rows):
 
 
 def arguments(p):
-    p.add_argument("--tokens", type=int, default=4096, help="whose inputs X X^T is gathered from (default: %(default)s)")
+    p.add_argument("--tokens", type=int, default=4096,
+                   help="whose inputs X X^T is gathered from (default: %(default)s)")
     p.add_argument("--quality", action="store_true", help="instead of the time, perplexity of smollm2-135m decomposed in several ways (an hour on two cores)")
     p.add_argument("--text", help="with --quality: the text perplexity is measured on")
     p.add_argument("--limit", type=int, default=16384, help="tokens of it (default: %(default)s)")
     p.add_argument("--calibration", help="with --quality: the text whose activations count, and on which a decomposed model recovers")
-    p.add_argument("--ratios", type=lambda text: [float(r) for r in text.split(",")], default=[0.8, 0.6, 0.4], help="shares to keep (default: 0.8,0.6,0.4)")
-    p.add_argument("--recover", type=float, default=0.6, help="the share from which recovery is measured (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=200, help="of recovery, 2 x 256 tokens each; 0: none (default: %(default)s)")
+    p.add_argument("--ratios", type=lambda text: [float(r) for r in text.split(",")], default=[0.8, 0.6, 0.4],
+                   help="shares to keep (default: 0.8,0.6,0.4)")
+    p.add_argument("--recover", type=float, default=0.6,
+                   help="the share from which recovery is measured (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=200,
+                   help="of recovery, 2 x 256 tokens each; 0: none (default: %(default)s)")
     p.add_argument("--lr", type=float, default=3e-4, help="learning rate of recovery (default: %(default)s)")
-    p.add_argument("--work", default="out/bench_decompose", help="where the models are made; a stopped run goes on there (default: %(default)s)")
+    p.add_argument("--work", default="out/bench_decompose",
+                   help="where the models are made; a stopped run goes on there (default: %(default)s)")
 
 
 def bench(args):

@@ -23,6 +23,7 @@ def report(rows):
 
 def arguments(p):
     p.add_argument("--stages", type=int, default=4, help="processes (default: %(default)s)")
-    p.add_argument("--microbatches", type=lambda s: [int(m) for m in s.split(",")], default=[1, 4, 8, 16], help="default: 1,4,8,16")
+    p.add_argument("--microbatches", type=lambda s: [int(m) for m in s.split(",")], default=[1, 4, 8, 16],
+                   help="default: 1,4,8,16")
     p.add_argument("--seconds", type=float, default=0.05, help="of a wait (default: %(default)s)")
     p.add_argument("--rounds", type=int, default=3, help="measured rounds (default: %(default)s)")

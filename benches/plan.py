@@ -62,9 +62,12 @@ def report(rows):
 def arguments(p):
     p.add_argument("--model", default="llama2-70b", help="a known name (default: %(default)s)")
     p.add_argument("--gpus", type=int, default=512, help="default: %(default)s")
-    p.add_argument("--seq-len", type=int, default=4096, help="tokens of a sequence, which is a microbatch (default: %(default)s)")
-    p.add_argument("--sequences", type=int, default=1024, help="of a step, over all replicas (default: %(default)s)")
+    p.add_argument("--seq-len", type=int, default=4096,
+                   help="tokens of a sequence, which is a microbatch (default: %(default)s)")
+    p.add_argument("--sequences", type=int, default=1024,
+                   help="of a step, over all replicas (default: %(default)s)")
     p.add_argument("--schedule", default="1f1b", choices=SCHEDULES, help="default: %(default)s")
     p.add_argument("--tflops", type=float, default=400, help="a GPU reaches in matrix products; 400 is 40%% of an H100's peak (default: %(default)s)")
     p.add_argument("--gigabytes", type=float, default=80, help="memory of a GPU (default: %(default)s)")
-    p.add_argument("--link", type=float, default=50, help="gigabytes a second from a GPU to another (default: %(default)s)")
+    p.add_argument("--link", type=float, default=50,
+                   help="gigabytes a second from a GPU to another (default: %(default)s)")
