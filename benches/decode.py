@@ -22,8 +22,7 @@ import torch
 from tqdm import tqdm
 
 from benches.common import table
-from beyond.cpu_step import cpu_step
-from beyond.cuda_graph import Step
+from beyond.decoding import decoding_step
 from checkpoint import random_model
 from common.cli import InputError
 from common.device import find_device, peak_memory
@@ -73,9 +72,8 @@ def runner(name, rank, bits, engine, device):
             return clock.times
         return run, sum(p.nbytes for p in model.parameters())
     model = random_model(name, rank, bits, device=device)
-    step = Step if device.type == "cuda" else cpu_step
     return lambda count, cache: [time.perf_counter() for _ in generate(model, [PROMPT], count, temperature=0, use_cache=cache,
-                                                                       make_step=step if cache else None)], stored_bytes(model)
+                                                                       make_step=decoding_step)], stored_bytes(model)
 
 
 @torch.inference_mode()

@@ -19,17 +19,18 @@ import math
 import torch
 
 from lowrank import LowRankLinear, change_layers
-from quant import KINDS, SMALLEST_HALF, QuantLowRank, QuantMatrix, decode, encode, frozen_bias, quantize, quantize_layer, scale_and_offset, stored_bytes
+from quant import KINDS, SMALLEST_HALF, QuantLowRank, QuantMatrix, decode, encode, nearest, quantize, quantize_layer, scale_and_offset, stored_bytes
 
 
-def choose_range(w, bits):
-    """s and o of vectors w (..., group), whose range is shrunk as far as that lowers the squared error."""
-    low, high = w.amin(-1), w.amax(-1)
+def choose_range(w, bits, group):
+    """s and o (..., in / group) of w (..., in), with ranges shrunk as far as that lowers the squared error of a vector."""
+    vectors = w.unflatten(-1, (-1, group))
+    low, high = vectors.amin(-1), vectors.amax(-1)
     best_error = torch.full_like(low, math.inf)
     best_scale, best_offset = scale_and_offset(low, high, bits)
     for shrink in torch.linspace(1, 0.5, 26).tolist():
         scale, offset = scale_and_offset(low * shrink, high * shrink, bits)
-        error = (decode(encode(w, scale, offset, bits), scale, offset) - w).square_().sum(-1)
+        error = (decode(encode(w, scale, offset, bits), scale, offset) - w).square_().unflatten(-1, (-1, group)).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale, best_offset = torch.where(better, scale, best_scale), torch.where(better, offset, best_offset)
@@ -38,9 +39,9 @@ def choose_range(w, bits):
 
 def clip_rows(weight, bits, group):
     """quantize_rows with clipped ranges."""
-    w = weight.detach().float().unflatten(-1, (-1, group))  # (out, groups, group)
-    scale, offset = choose_range(w, bits)
-    return encode(w, scale, offset, bits).flatten(1), scale, offset
+    w = weight.detach().float()
+    scale, offset = choose_range(w, bits, group)
+    return encode(w, scale, offset, bits), scale, offset
 
 
 def feedback_rows(weight, bits, group, moments, damping=0.03, sweeps=3):
@@ -48,7 +49,7 @@ def feedback_rows(weight, bits, group, moments, damping=0.03, sweeps=3):
     W = weight.detach().float()
     H = moments.float() / moments.diagonal().mean().clamp_min(1e-30)
     H = H + damping * torch.eye(len(H), device=H.device)  # inputs that the calibration text never showed count a little, too
-    scale, offset = choose_range(W.unflatten(-1, (-1, group)), bits)
+    scale, offset = choose_range(W, bits, group)
     q = round_with_feedback(W, scale, offset, bits, group, H)
     for _ in range(sweeps):
         sweep(W, q, scale, offset, bits, group, H)
@@ -65,7 +66,7 @@ def round_with_feedback(W, scale, offset, bits, group, H, block=128):
         end = min(start + block, W.shape[1])
         lost = torch.empty(len(W), end - start, device=W.device)
         for j in range(start, end):
-            integer = ((W[:, j] - o[:, j]) / s[:, j]).round_().clamp_(-2 ** (bits - 1), 2 ** (bits - 1) - 1)
+            integer = nearest(W[:, j], s[:, j], o[:, j], bits)
             lost[:, j - start] = (W[:, j] - (integer * s[:, j] + o[:, j])) / U[j, j]
             W[:, j + 1:end] -= lost[:, j - start, None] * U[j, j + 1:end]
             q[:, order[j]] = integer
@@ -75,7 +76,7 @@ def round_with_feedback(W, scale, offset, bits, group, H, block=128):
 
 def sweep(W, q, scale, offset, bits, group, H):
     """Lower sum(E H E^T), in place: for each group first s and o, by least squares, then its integers one column after the other."""
-    rounded = decode(q.unflatten(-1, (-1, group)), scale, offset).flatten(1)
+    rounded = decode(q, scale, offset)
     G = (W - rounded) @ H  # (out, in): half the downhill direction
     for i in range(scale.shape[1]):
         columns = slice(i * group, (i + 1) * group)
@@ -86,7 +87,7 @@ def sweep(W, q, scale, offset, bits, group, H):
         g = G[:, columns] - (now - before) @ h
         for j in range(group):
             best = now[:, j] + g[:, j] / h[j, j]
-            qg[:, j] = ((best - o) / s).round_().clamp_(-2 ** (bits - 1), 2 ** (bits - 1) - 1)
+            qg[:, j] = nearest(best, s, o, bits)
             change = qg[:, j] * s + o - now[:, j]
             now[:, j] += change
             g -= change[:, None] * h[j]
@@ -106,16 +107,16 @@ def fit_scale(q, target, h, scale, offset):
 
 # ----------------------------------------------------------------------------- a model
 
-def quantize_calibrated(model, bits, batches, group=None, names=None, embedding_bits=None, sweeps=3, progress=lambda blocks: blocks):
+def quantize_calibrated(model, bits, batches, group=None, sweeps=3, progress=lambda blocks: blocks):
     """quant.quantize with error feedback in the linear layers of blocks. The embedding, which has no input, and the head, which stays at
     8 bit where it is tied to it, are rounded to the nearest. Returns the line that says what was done."""
     before = stored_bytes(model)
 
     def change(name, layer, moments):
-        return round_layer(layer, bits, group, moments, sweeps) if names is None or name.rsplit(".", 1)[-1] in names else None
+        return round_layer(layer, bits, group, moments, sweeps)
 
     change_layers(model, batches, change, progress)
-    quantize(model, bits, group, names, embedding_bits)
+    quantize(model, bits, group)
     count = sum(isinstance(m, tuple(KINDS.values())) for m in model.modules())
     return f"quantized {count} layers to {bits} bit: {before / 1e6:,.1f} -> {stored_bytes(model) / 1e6:,.1f} MB"
 
@@ -128,4 +129,4 @@ def round_layer(layer, bits, group, moments, sweeps=3):
         return quantize_layer(layer, bits, group, rounding(moments))
     A = QuantMatrix.of(layer.A, bits, group, rounding(moments))
     dense = A.dense()
-    return QuantLowRank(A, QuantMatrix.of(layer.B, bits, group, rounding(dense @ moments @ dense.T)), frozen_bias(layer))
+    return QuantLowRank(A, QuantMatrix.of(layer.B, bits, group, rounding(dense @ moments @ dense.T)), layer.bias)

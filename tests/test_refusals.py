@@ -66,7 +66,6 @@ TRAIN = "train --model tiny --rank 8 --max-iters 1 --seq-len 32 --data book.txt 
     ("sample --model base --prompt a --chat", "--prompt goes neither with --prompts nor with --chat"),
     ("sample --model base --kv-memory nan", "--kv-memory must be above 0, got nan"),
     ("sample --model base --seed 9999999999999999999", "--seed must be below 2^62"),
-    ("sample --model base --cuda-graph --no-cache", "--cuda-graph is for --prompt, with the cache"),
     ("pipeline --out file/x.png", "file is a file: choose another folder"),
     ("pipeline --out x.xyz", "let it end in .png, .pdf or .svg"),
     ("pipeline --trace t.json --seconds nan", "--seconds must be above 0, got nan"),
