@@ -339,7 +339,7 @@ def set_up(model, args, device, moments):
     if args.pipeline:
         from pipeline import Pipeline
         around = Pipeline(model, args.pipeline, args.schedule, args.microbatches * args.grad_accum,
-                          args.seq_len, device.autocast)
+                          args.seq_len, device)
         say(around)
     else:
         around = surround(model, loss_of, device, args.shard)
