@@ -18,7 +18,7 @@ import torch
 from benches.common import table
 from checkpoint import load_model
 from common.device import find_device
-from common.export import export
+from common.formats import export
 from tasks import score, sets
 
 FILES = {"boolq": "super_glue/boolq/default.yaml", "piqa": "piqa/piqa.yaml", "winogrande": "winogrande/default.yaml"}  # of the harness

@@ -8,7 +8,6 @@ padding, for every engine. peft's batches are what its users have: rows in rando
 longest, logits of all tokens. Ours are tasks.rows.Batch.
 """
 import gc
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ from benches.common import run_once, table
 from checkpoint import load_model
 from common.cli import InputError, say
 from common.device import find_device, peak_memory
-from common.export import export
+from common.formats import export
 from common.loss import head_loss
 from common.optimizers import make_optimizers
 from finetune import read_task
@@ -65,23 +64,22 @@ def peft_steps(args, folder, rows, device):
     warnings.simplefilter("ignore", FutureWarning)
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=device.dtype).to(device.torch_device)
-    config = peft.LoraConfig(r=args.rank, lora_alpha=32, lora_dropout=0.1, task_type="CAUSAL_LM",
-                             target_modules=list(TARGETS.values()))
-    model = peft.get_peft_model(model, config).train()
+    model = peft.get_peft_model(model,
+                                peft.LoraConfig(r=args.rank, lora_alpha=32, lora_dropout=0.1,
+                                                target_modules=list(TARGETS.values()),
+                                                       task_type="CAUSAL_LM")).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist()
 
-    def step(n):
-        mine = [rows[k] for k in order[n * args.batch_size:(n + 1) * args.batch_size]]
-        shape = len(mine), max(len(r.ids) for r in mine)
-        ids, attention = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
-        labels = torch.full(shape, -100)
-        for i, r in enumerate(mine):
-            ids[i, :len(r.ids)] = torch.tensor(r.ids)
-            labels[i, r.start:len(r.ids)] = torch.tensor(r.ids[r.start:])
-            attention[i, :len(r.ids)] = 1
-        ids, attention, labels = (t.to(device.torch_device) for t in (ids, attention, labels))
-        model(input_ids=ids, attention_mask=attention, labels=labels).loss.backward()
+    def step(i):
+        mine = [rows[n] for n in order[i * args.batch_size:(i + 1) * args.batch_size]]
+        T = max(len(r.ids) for r in mine)
+        ids, labels, attention = ([first(r) + [fill] * (T - len(r.ids)) for r in mine] for first, fill in (
+            (lambda r: r.ids, 0), (lambda r: [-100] * r.start + r.ids[r.start:],
+                                   -100), (lambda r: [1] * len(r.ids), 0)))
+        tensors = {k: torch.tensor(v, device=device.torch_device)
+                   for k, v in dict(input_ids=ids, labels=labels, attention_mask=attention).items()}
+        model(**tensors).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return sum(len(r.ids) for r in mine)
@@ -112,10 +110,12 @@ def bench(args):
     device = find_device(args.dtype)
     args.dtype, args.threads = str(device.dtype)[6:], torch.get_num_threads()
     engines = [("ours", bits) for bits in args.bits]
-    if importlib.util.find_spec("peft"):
+    try:
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
         engines.append(("peft", 16))
-    else:
-        say("peft is not installed, its row is left out (pip install -r requirements-dev.txt)")
+    except ImportError as e:
+        say(f"peft's row is left out: {e} (pip install -r requirements-dev.txt)")
     print(f"{args.base}, r = {args.rank} on q, k, v, {args.batches} batches of {args.batch_size} rows, "
           f"{device.name}")
     with tempfile.TemporaryDirectory() as folder:

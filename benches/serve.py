@@ -21,7 +21,7 @@ from beyond.paged_cache import Pool, bytes_per_token
 from checkpoint import load_model
 from common.cli import InputError
 from common.device import find_device
-from common.export import export
+from common.formats import export
 from common.generate import generate
 from lowrank import replace_linears
 from model import Transformer, config_for, count_parameters

@@ -14,12 +14,11 @@ import pipeline
 import sample
 import train
 from checkpoint import save_model
-from common import adapters
 from common.cli import InputError, command
 from common.tokenizer import train_tokenizer
 from model import Config, Transformer
 
-MAINS = dict(train=train.main, finetune=finetune.main, eval=evaluation.main, sample=sample.main, checkpoint=checkpoint.main, adapters=adapters.main,
+MAINS = dict(train=train.main, finetune=finetune.main, eval=evaluation.main, sample=sample.main, checkpoint=checkpoint.main,
              decompose=decompose.main, pipeline=pipeline.main, bench=bench.main)
 
 
@@ -60,7 +59,7 @@ TRAIN = "train --model tiny --rank 8 --max-iters 1 --seq-len 32 --data book.txt 
     ("checkpoint export base base", "base is not empty: choose a new folder"),
     ("checkpoint info cut", "is truncated or not a safetensors file"),
     ("checkpoint info list", "list"),
-    ("adapters merge adapter file", "file is a file: choose another folder"),
+    ("checkpoint merge adapter file", "file is a file: choose another folder"),
     ("sample --model base --prompt a --chat", "--prompt goes neither with --prompts nor with --chat"),
     ("sample --model base --kv-memory nan", "--kv-memory must be above 0, got nan"),
     ("sample --model base --seed 9999999999999999999", "--seed must be below 2^62"),
