@@ -139,6 +139,11 @@ class Layer(nn.Module):
         with W itself (common/loss.py); None where y is no such product. dtype: of a W that is made for it."""
         return None
 
+    def with_weight(self, W):
+        """A layer of the same format whose weight is W (out, in), for merging an adapter."""
+        raise InputError(f"an adapter can't be merged into a {type(self).__name__}: merge into the 16-bit base, "
+                         "or keep it beside")
+
 
 def is_linear(module):
     return isinstance(module, nn.Linear) or isinstance(module, Layer) and module.in_features is not None

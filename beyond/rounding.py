@@ -1,13 +1,17 @@
 """Better rounding than to the nearest step, for few bits (the paper's [31], GPTQ; quant.py has the format).
 
-What counts is not the error of W but that of y = W x. Over the inputs X of some calibration text, an error E = W - (s q + o) changes y by
-E X, of size sum(E H E^T) with the second moments H = X X^T: one matrix for all rows of W, and all that rounding needs to know.
+What counts is not the error of W but that of y = W x. Over the inputs X of some text, an error
+E = W - (s q + o) changes y by E X, of size sum(E H E^T) with the second moments H = X X^T: one matrix for all
+rows of W, and all that rounding needs to know.
 
-    clipping        a smaller range has smaller steps: shrink it as long as the squared error of the vector falls
-    error feedback  (GPTQ) round one column of W after the other; what was lost is made good, as far as H allows, by the columns still to come
-    sweeps          then go over the columns again, each time to the integer that is best now that all others are known, and over s and o
+    clipping        a smaller range has smaller steps: shrink it as long as the squared error falls
+    error feedback  (GPTQ) round one column of W after the other; what was lost is made good, as far as H
+                    allows, by the columns still to come
+    sweeps          then go over the columns again, each time to the integer that is best now that all
+                    others are known, and over s and o
 
-H is gathered layer by layer (lowrank.change_layers): a layer is given what the layers before it, already rounded, make of the text.
+H is gathered along a text (activations.walk): a layer is given what the layers before it, already rounded,
+make of it. The cost is a forward pass over the text, and for each layer a Cholesky factor of H.
 
     quantize_calibrated(model, 4, batches)              # batches: tokens (B, T) of text like the use
     quantize(model, 4, rounding=clip_rows)              # without a text
@@ -18,38 +22,40 @@ import math
 
 import torch
 
-from lowrank import LowRankLinear, change_layers
-from quant import KINDS, SMALLEST_HALF, QuantLowRank, QuantMatrix, decode, encode, nearest, quantize, quantize_layer, scale_and_offset, stored_bytes
+import quant
+from beyond.activations import second_moments, walk
+from lowrank import LowRankLinear
+from quant import QuantMatrix, decode, encode, scale_and_offset
 
 
-def choose_range(w, bits, group):
-    """s and o (..., in / group) of w (..., in), with ranges shrunk as far as that lowers the squared error of a vector."""
-    vectors = w.unflatten(-1, (-1, group))
-    low, high = vectors.amin(-1), vectors.amax(-1)
+def choose_range(w, bits):
+    """s and o of vectors w (..., group), whose range is shrunk as far as that lowers the squared error."""
+    low, high = w.amin(-1), w.amax(-1)
     best_error = torch.full_like(low, math.inf)
     best_scale, best_offset = scale_and_offset(low, high, bits)
     for shrink in torch.linspace(1, 0.5, 26).tolist():
         scale, offset = scale_and_offset(low * shrink, high * shrink, bits)
-        error = (decode(encode(w, scale, offset, bits), scale, offset) - w).square_().unflatten(-1, (-1, group)).sum(-1)
+        error = (decode(encode(w, scale, offset, bits), scale, offset) - w).square_().sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best_scale, best_offset = torch.where(better, scale, best_scale), torch.where(better, offset, best_offset)
+        best_scale = torch.where(better, scale, best_scale)
+        best_offset = torch.where(better, offset, best_offset)
     return best_scale, best_offset
 
 
 def clip_rows(weight, bits, group):
     """quantize_rows with clipped ranges."""
-    w = weight.detach().float()
-    scale, offset = choose_range(w, bits, group)
-    return encode(w, scale, offset, bits), scale, offset
+    w = weight.detach().float().unflatten(-1, (-1, group))  # (out, groups, group)
+    scale, offset = choose_range(w, bits)
+    return encode(w, scale, offset, bits).flatten(1), scale, offset
 
 
 def feedback_rows(weight, bits, group, moments, damping=0.03, sweeps=3):
     """quantize_rows with error feedback and sweeps, for inputs of the second moments H (in, in)."""
     W = weight.detach().float()
     H = moments.float() / moments.diagonal().mean().clamp_min(1e-30)
-    H = H + damping * torch.eye(len(H), device=H.device)  # inputs that the calibration text never showed count a little, too
-    scale, offset = choose_range(W, bits, group)
+    H = H + damping * torch.eye(len(H), device=H.device)  # inputs that the text never showed count a little
+    scale, offset = choose_range(W.unflatten(-1, (-1, group)), bits)
     q = round_with_feedback(W, scale, offset, bits, group, H)
     for _ in range(sweeps):
         sweep(W, q, scale, offset, bits, group, H)
@@ -57,16 +63,18 @@ def feedback_rows(weight, bits, group, moments, damping=0.03, sweeps=3):
 
 
 def round_with_feedback(W, scale, offset, bits, group, H, block=128):
-    """Integers (out, in), as float, of W with given s and o. The columns whose inputs are largest come first, when most others can still help."""
+    """Integers (out, in), as float, of W with given s and o. The columns whose inputs are largest come first,
+    when most others can still help."""
     order = H.diagonal().argsort(descending=True)
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order].double())), upper=True).float()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order].double()))
+    U = torch.linalg.cholesky(inverse, upper=True).float()
     W, q = W[:, order].clone(), torch.empty_like(W)
     s, o = (t.float().repeat_interleave(group, 1)[:, order] for t in (scale, offset))  # (out, in)
-    for start in range(0, W.shape[1], block):  # columns of a block feed each other at once, those to the right when the block is done
+    for start in range(0, W.shape[1], block):  # a block's own columns are fed at once
         end = min(start + block, W.shape[1])
         lost = torch.empty(len(W), end - start, device=W.device)
         for j in range(start, end):
-            integer = nearest(W[:, j], s[:, j], o[:, j], bits)
+            integer = ((W[:, j] - o[:, j]) / s[:, j]).round_().clamp_(-2 ** (bits - 1), 2 ** (bits - 1) - 1)
             lost[:, j - start] = (W[:, j] - (integer * s[:, j] + o[:, j])) / U[j, j]
             W[:, j + 1:end] -= lost[:, j - start, None] * U[j, j + 1:end]
             q[:, order[j]] = integer
@@ -75,8 +83,8 @@ def round_with_feedback(W, scale, offset, bits, group, H, block=128):
 
 
 def sweep(W, q, scale, offset, bits, group, H):
-    """Lower sum(E H E^T), in place: for each group first s and o, by least squares, then its integers one column after the other."""
-    rounded = decode(q, scale, offset)
+    """Lower sum(E H E^T), in place: for each group s and o by least squares, then its integers."""
+    rounded = decode(q.unflatten(-1, (-1, group)), scale, offset).flatten(1)
     G = (W - rounded) @ H  # (out, in): half the downhill direction
     for i in range(scale.shape[1]):
         columns = slice(i * group, (i + 1) * group)
@@ -87,7 +95,7 @@ def sweep(W, q, scale, offset, bits, group, H):
         g = G[:, columns] - (now - before) @ h
         for j in range(group):
             best = now[:, j] + g[:, j] / h[j, j]
-            qg[:, j] = nearest(best, s, o, bits)
+            qg[:, j] = ((best - o) / s).round_().clamp_(-2 ** (bits - 1), 2 ** (bits - 1) - 1)
             change = qg[:, j] * s + o - now[:, j]
             now[:, j] += change
             g -= change[:, None] * h[j]
@@ -95,38 +103,45 @@ def sweep(W, q, scale, offset, bits, group, H):
 
 
 def fit_scale(q, target, h, scale, offset):
-    """s and o that minimize sum((t - s q - o) h (t - s q - o)^T) of each row, where target = t h; the old ones where q is constant."""
+    """s and o that minimize e h e^T, e = t - s q - o, for target = t h; the old ones where q is constant."""
     qh = q @ h
     a, b, c = (qh * q).sum(1), qh.sum(1), h.sum()  # q h q, q h 1, 1 h 1
     u, v = (target * q).sum(1), target.sum(1)
     determinant = a * c - b * b
     s, o = (u * c - v * b) / determinant, (a * v - b * u) / determinant
-    good = (determinant > 1e-6 * a * c) & (s >= SMALLEST_HALF) & (o.abs() < 6e4)
+    good = (determinant > 1e-6 * a * c) & (s >= quant.SMALLEST_HALF) & (o.abs() < 6e4)
     return torch.where(good, s, scale.float()).half(), torch.where(good, o, offset.float()).half()
 
 
 # ----------------------------------------------------------------------------- a model
 
-def quantize_calibrated(model, bits, batches, group=None, sweeps=3, progress=lambda blocks: blocks):
-    """quant.quantize with error feedback in the linear layers of blocks. The embedding, which has no input, and the head, which stays at
-    8 bit where it is tied to it, are rounded to the nearest. Returns the line that says what was done."""
-    before = stored_bytes(model)
+@torch.no_grad()
+def quantize_calibrated(model, bits, batches, group=None, embedding_bits=None, sweeps=3,
+                        progress=lambda blocks: blocks):
+    """quant.quantize with error feedback in the blocks. Embedding and head are rounded to the nearest.
+    Returns the line that says what was done."""
+    before = quant.stored_bytes(model)
 
-    def change(name, layer, moments):
-        return round_layer(layer, bits, group, moments, sweeps)
+    def change(layers, inputs):
+        width = next(iter(layers.values())).in_features
+        moments = second_moments(inputs, width, inputs[0].device).float()
+        return {name: round_layer(layer, bits, group, moments, sweeps) for name, layer in layers.items()}
 
-    change_layers(model, batches, change, progress)
-    quantize(model, bits, group)
-    count = sum(isinstance(m, tuple(KINDS.values())) for m in model.modules())
-    return f"quantized {count} layers to {bits} bit: {before / 1e6:,.1f} -> {stored_bytes(model) / 1e6:,.1f} MB"
+    walk(enumerate(progress(model.blocks)), [model.begin(tokens) for tokens in batches], change)
+    quant.quantize(model, bits, group, embedding_bits=embedding_bits)
+    count = sum(isinstance(m, tuple(quant.KINDS.values())) for m in model.modules())
+    after = quant.stored_bytes(model)
+    return f"quantized {count} layers to {bits} bit: {before / 1e6:,.1f} -> {after / 1e6:,.1f} MB"
 
 
 def round_layer(layer, bits, group, moments, sweeps=3):
-    """quantize_layer with error feedback. The inputs of B are h = A x, with A as it is after rounding: their moments are A H A^T."""
+    """quantize_layer with error feedback. The inputs of B are A x, A already rounded: of moments A H A^T."""
     def rounding(H):
         return functools.partial(feedback_rows, moments=H, sweeps=sweeps)
+
     if not isinstance(layer, LowRankLinear):
-        return quantize_layer(layer, bits, group, rounding(moments))
+        return quant.quantize_layer(layer, bits, group, rounding(moments))
     A = QuantMatrix.of(layer.A, bits, group, rounding(moments))
     dense = A.dense()
-    return QuantLowRank(A, QuantMatrix.of(layer.B, bits, group, rounding(dense @ moments @ dense.T)), layer.bias)
+    B = QuantMatrix.of(layer.B, bits, group, rounding(dense @ moments @ dense.T))
+    return quant.QuantLowRank(A, B, quant.frozen_bias(layer))

@@ -117,8 +117,8 @@ def markdown(header, rows, left=2):
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are InputErrors, so that `command` prints one line and exits with 2."""
 
-    def __init__(self, doc=None, **more):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         raise InputError(f"{message} (see --help)")

@@ -1,4 +1,4 @@
-"""decompose.py: factors against an SVD in float64 by another route, ranks against every other choice, and what kills and processes change."""
+"""decompose.py: ranks against every other choice, and what kills and processes change."""
 import itertools
 import json
 import math
@@ -7,38 +7,25 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 
 import pytest
 import torch
 from conftest import ROOT
 
+import decompose as decomposition
 import train
-from beyond.factorize import (
-    RIDGE,
-    balanced,
-    check_ratio,
-    choose_ranks,
-    dense_from,
-    eigenvalues,
-    factorize,
-    prepare,
-    same_ranks,
-    size,
-    uniform_ranks,
-)
-from checkpoint import load_model, open_dense, save_model
+from beyond.activations import Moments
+from checkpoint import decomposed_from, load_model, open_dense, save_model
 from common.cli import InputError
 from common.data import calibration_batches
 from common.storage import read_tensors
 from common.tokenizer import train_tokenizer
-from decompose import main, second_moments_of, sensitivities
-from lowrank import LowRankLinear, finish_blend, replace_linears, set_alpha
+from decompose import check_ratio, choose_ranks, dense_from, main, same_ranks, size
+from lowrank import LowRankLinear, blend_with, finish_blend, replace_linears, set_alpha
 from model import Config, Transformer
 
 GPT2 = Config("gpt2", vocab_size=400, context=64, blocks=3, heads=4, kv_heads=4, width=32, ffn=128)
 LLAMA = Config("llama", vocab_size=400, context=64, blocks=3, heads=4, kv_heads=2, width=32, ffn=48, tied=False)
-SHAPES = [(40, 40), (24, 64), (96, 40)]
 
 
 def dense_model(folder, config, text_file=None):
@@ -49,6 +36,14 @@ def dense_model(folder, config, text_file=None):
     tokenizer = train_tokenizer([text_file.read_text(encoding="utf-8")], 400) if text_file else None
     save_model(folder, model, tokenizer)
     return model
+
+
+@pytest.fixture
+def text(tmp_path, text_file):
+    """Some 1,500 tokens to calibrate with."""
+    path = tmp_path / "text.txt"
+    path.write_text(text_file.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    return path
 
 
 @pytest.fixture(params=[GPT2, LLAMA], ids=["gpt2", "llama"])
@@ -64,91 +59,6 @@ def tensors(folder):
 def same(a, b):
     a, b = tensors(a), tensors(b)
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-
-
-# ----------------------------------------------------------------------------- factors
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rank", [1, 7, 20])
-def test_plain_factors_are_as_good_as_the_svd(shape, rank):
-    torch.manual_seed(rank)
-    W = torch.randn(3, *shape)
-    factors, values = factorize(W, [rank] * 3)
-    for w, (B, A), v in zip(W.double(), factors, values):
-        U, S, Vt = torch.linalg.svd(w, full_matrices=False)
-        assert torch.dist(B.double() @ A.double(), (U[:, :rank] * S[:rank]) @ Vt[:rank]) < 1e-4 * S[0]
-        best = S[rank:].square().sum().sqrt()
-        assert torch.dist(w, B.double() @ A.double()) <= 1.0001 * best
-        torch.testing.assert_close(v, S.square(), rtol=1e-4, atol=1e-4 * S[0].item() ** 2)
-        torch.testing.assert_close(B.norm(dim=0), A.norm(dim=1), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("spread", [0, 2, 4], ids="inputs over {} decades".format)
-def test_factors_for_inputs_reach_the_optimum(shape, spread):
-    """The optimum by another route: S = Cholesky of X X^T, SVD of W S, in float64."""
-    torch.manual_seed(0)
-    X = torch.randn(shape[1], 500, dtype=torch.float64) * torch.logspace(0, -spread, shape[1], dtype=torch.float64)[:, None]
-    X = torch.linalg.qr(torch.randn(shape[1], shape[1], dtype=torch.float64))[0] @ X
-    W, H = torch.randn(shape), X @ X.T
-    S = torch.linalg.cholesky(H)
-    for rank in (3, 13):
-        best = torch.linalg.svdvals(W.double() @ S)[rank:].square().sum().sqrt()
-        [(B, A)], _ = factorize(W[None], [rank], prepare(H, shape))
-        with_ridge = torch.linalg.svdvals(W.double() @ prepare(H, (2, 1))[1])[rank:].square().sum().sqrt()
-        error = W.double() - B.double() @ A.double()
-        assert (error @ X).norm() <= with_ridge * 1.001
-        assert (error @ prepare(H, (2, 1))[1]).norm() <= with_ridge * 1.001
-        assert spread or (error @ X).norm() <= best * 1.001
-
-
-def test_squared_condition_numbers_are_met_in_float64():
-    """What is cut off is 1e-9 of the largest eigenvalue: nothing that float32 could see after squaring."""
-    torch.manual_seed(0)
-    U, V = (torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0] for _ in range(2))
-    S = torch.logspace(0, -5.5, 64, dtype=torch.float64)
-    for W in ((U * S) @ V.T, (V * S) @ U.T):
-        [(B, A)], _ = factorize(W[None].float(), [40])
-        assert torch.dist(W, B.double() @ A.double()) <= 1.01 * S[40:].square().sum().sqrt() + 2e-7
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_fewer_tokens_than_inputs(shape):
-    """X X^T has rank 5; the factors must fit these inputs exactly and still spend the other ranks on the rest of W."""
-    torch.manual_seed(0)
-    W, X = torch.randn(shape), torch.randn(shape[1], 5, dtype=torch.float64)
-    [(B, A)], _ = factorize(W[None], [15], prepare(X @ X.T, shape))
-    error = W.double() - B.double() @ A.double()
-    assert (error @ X).norm() < 0.01 * (W.double() @ X).norm()
-    left = W.double() - (W.double() @ X) @ torch.linalg.pinv(X)  # what W does outside the span of X
-    assert error.norm() < 1.05 * torch.linalg.svdvals(left)[10:].square().sum().sqrt()
-    assert 0 < RIDGE < 0.01
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_matrix_of_low_rank_is_kept_exactly(shape):
-    torch.manual_seed(0)
-    W = torch.randn(shape[0], 4) @ torch.randn(4, shape[1])
-    for moments in (None, prepare(torch.eye(shape[1]), shape)):
-        for w, r in ((W, 4), (W, 10), (0 * W, 3)):
-            [(B, A)], _ = factorize(w[None], [r], moments)
-            assert B.isfinite().all() and A.isfinite().all()
-            assert torch.dist(B @ A, w) <= 1e-4 * w.norm()
-
-
-def test_ranks_of_a_batch_may_differ():
-    W = torch.randn(3, 20, 30)
-    for (B, A), r in zip(factorize(W, [2, 9, 15])[0], (2, 9, 15)):
-        assert B.shape == (20, r) and A.shape == (r, 30)
-
-
-def test_moments_do_not_depend_on_the_order():
-    torch.manual_seed(0)
-    inputs = [torch.randn(1, 50, 12) * 10 ** (i % 5) for i in range(20)]
-    H = second_moments_of(inputs, 12, "cpu")
-    assert torch.equal(H, second_moments_of(inputs[::-1], 12, "cpu"))
-    X = torch.cat([x[0] for x in inputs]).double()
-    torch.testing.assert_close(H, X.T @ X, rtol=1e-5, atol=1e-6 * H.max().item())
 
 
 # ----------------------------------------------------------------------------- ranks
@@ -179,7 +89,7 @@ def test_no_factorization_is_larger_than_its_matrix():
     assert same_ranks(shapes, 200) == {"square": 200, "k": 0, "gate": 200}
     for ratio in (0.3, 0.6, 0.95):
         spectra = {n: torch.rand(min(s)).sort(descending=True).values for n, s in shapes.items()}
-        for ranks in (uniform_ranks(shapes, ratio), choose_ranks(spectra, shapes, ratio)):
+        for ranks in [choose_ranks(spectra, shapes, ratio)]:
             assert all(size(shapes[n], r) <= s[0] * s[1] for (n, s), r in zip(shapes.items(), ranks.values()))
             spent = sum(size(shapes[n], r) for n, r in ranks.items())
             total = sum(a * b for a, b in shapes.values())
@@ -191,56 +101,23 @@ def test_an_impossible_ratio():
         check_ratio({"a": (8, 8)}, 0.01)
 
 
-def test_sensitivities_are_those_of_a_whole_backward_pass(dense):
-    model, folder = dense
-    windows, gradients = list(torch.randint(400, (3, 1, 20))), {}
-    for tokens in windows:
-        outputs = {}
-        hooks = [m.register_forward_hook(lambda m, x, y, name=name, outputs=outputs: outputs.update({name: y}))
-                 for name, m in model.blocks.named_modules(prefix="blocks") if isinstance(m, torch.nn.Linear)]
-        logits = model(tokens)
-        loss = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="sum")
-        for name, g in zip(outputs, torch.autograd.grad(loss, list(outputs.values()))):
-            gradients.setdefault(name, []).append(g.square().mean().item())
-        for hook in hooks:
-            hook.remove()
-    with open_dense(folder) as source, torch.no_grad():
-        found = sensitivities(source, windows, "cpu")
-    assert found.keys() == gradients.keys()
-    for name, g in gradients.items():
-        assert found[name] == pytest.approx(g, rel=1e-4)
-
-
-def test_balanced_factors_have_the_same_product():
-    B, A = torch.randn(6, 3) * 100, torch.randn(3, 5)
-    b, a = balanced(B, A)
-    torch.testing.assert_close(b @ a, B @ A)
-    torch.testing.assert_close(b.norm(dim=0), a.norm(dim=1))
-
-
-def test_eigenvalues_are_those_of_the_outputs():
-    W, X = torch.randn(2, 9, 14), torch.randn(14, 100).double()
-    values = eigenvalues(W, *prepare(X @ X.T))
-    torch.testing.assert_close(values.sum(1), (W.double() @ X).square().sum((1, 2)), rtol=1e-3, atol=0)
-
-
 # ----------------------------------------------------------------------------- the command
 
-PLAIN, TEXT = ("--ratio", 0.6), ("--ratio", 0.6, "--calibration-tokens", 1024, "--calibration")
+PLAIN = ("--ratio", 0.6)
 
 
-def arguments(kind, text_file):
-    return PLAIN if kind == "plain" else (*TEXT, text_file)
+def arguments(kind, text):
+    return PLAIN if kind == "plain" else (*PLAIN, "--calibration", text)
 
 
 def decompose(*arguments):
     return main([str(a) for a in arguments])
 
 
-def test_one_process_and_two_give_the_same_factors(dense, text_file, tmp_path, run):
+def test_one_process_and_two_give_the_same_factors(dense, text, tmp_path, run):
     kind = "plain" if dense[0].config.kind == "gpt2" else "activations"
-    assert decompose("--model", dense[1], *arguments(kind, text_file), "--out-dir", tmp_path / "1") == 0
-    result = run("decompose.py", "--model", dense[1], *arguments(kind, text_file), "--out-dir", tmp_path / "2", processes=2)
+    assert decompose("--model", dense[1], *arguments(kind, text), "--out-dir", tmp_path / "1") == 0
+    result = run("decompose.py", "--model", dense[1], *arguments(kind, text), "--out-dir", tmp_path / "2", processes=2)
     assert result.returncode == 0, result.stderr
     assert same(tmp_path / "1", tmp_path / "2")
     one, two = (json.loads((tmp_path / n / "summary.json").read_text()) for n in "12")
@@ -249,19 +126,19 @@ def test_one_process_and_two_give_the_same_factors(dense, text_file, tmp_path, r
         ["config.json", "spectra.png", "summary.json"]
 
 
-def test_decomposed_layers_are_fed_to_the_next(dense, text_file, tmp_path):
+def test_decomposed_layers_are_fed_to_the_next(dense, text, tmp_path):
     """The last layer's factors are the best for the inputs that the decomposed model gives it, not for those of the dense one."""
     model, folder = dense
-    decompose("--model", folder, "--rank", 6, "--calibration", text_file, "--calibration-tokens", 1024, "--out-dir", tmp_path / "o")
+    decompose("--model", folder, "--rank", 6, "--calibration", text, "--out-dir", tmp_path / "o")
     low, tokenizer = load_model(tmp_path / "o")
     name, inputs = "blocks.2.mlp.down", []
     assert isinstance(low.get_submodule(name), LowRankLinear) and low.get_submodule(name).rank == 6
     low.get_submodule(name).register_forward_pre_hook(lambda m, x: inputs.append(x[0].flatten(0, 1).double()))
     with torch.no_grad():
-        for tokens in calibration_batches(str(text_file), tokenizer, 64, 1024):
+        for tokens in calibration_batches(str(text), tokenizer, 64):
             low(tokens)
     X, W = torch.cat(inputs).T, model.get_submodule(name).weight.detach().double()
-    best = torch.linalg.svdvals(W @ prepare(X @ X.T, (2, 1))[1])[6:].square().sum().sqrt()
+    best = torch.linalg.svdvals(W @ Moments(X @ X.T).C)[6:].square().sum().sqrt()
     assert ((W - low.get_submodule(name).dense_weight().detach().double()) @ X).norm() <= 1.001 * best
 
 
@@ -284,38 +161,49 @@ def test_what_is_not_decomposed_stays(dense, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["plain", "activations"])
-def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, text_file, capsys, kind):
-    dense_model(tmp_path / "dense", LLAMA, text_file)
-    command = ["--model", tmp_path / "dense", *arguments(kind, text_file), "--out-dir"]
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path, text, capsys, kind):
+    dense_model(tmp_path / "dense", LLAMA, text)
+    command = ["--model", tmp_path / "dense", *arguments(kind, text), "--out-dir"]
     decompose(*command, tmp_path / "whole")
-    killed = 0
-    for stage in ("spectra-*.json", "model-*.safetensors"):  # kill it when the first file of each stage appears
-        process = subprocess.Popen([sys.executable, "decompose.py", *map(str, command), str(tmp_path / "cut")], cwd=ROOT, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
-        while process.poll() is None and not list((tmp_path / "cut").glob("**/" + stage)):
+    cut, killed = tmp_path / "cut", 0
+    for stage in ("spectrum-*.json", "blocks.*.safetensors"):  # kill it when the first file of each stage appears
+        process = subprocess.Popen([sys.executable, "decompose.py", *map(str, command), str(cut)], cwd=ROOT,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(cut.glob("work/" + stage)):
             time.sleep(0.002)
         killed += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert killed
-    done = {p: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "work").glob("*.json")}
-    shards = {p: p.stat().st_mtime_ns for p in (tmp_path / "cut").glob("model-*.safetensors") if (tmp_path / "cut" / "work" / f"{p.stem[6:]}.json") in done}
+    done = {p: p.stat().st_mtime_ns for p in cut.glob("work/spectrum-*.json")}
+    seen, rmtree = {}, decomposition.shutil.rmtree
     capsys.readouterr()
-    decompose(*command, tmp_path / "cut")
+    decomposition.shutil.rmtree = lambda folder: (seen.update({p: p.stat().st_mtime_ns for p in done}), rmtree(folder))
+    try:
+        decompose(*command, cut)
+    finally:
+        decomposition.shutil.rmtree = rmtree
     assert "going on with it" in capsys.readouterr().out
-    assert done and all(p.stat().st_mtime_ns == when for p, when in shards.items())
-    assert same(tmp_path / "whole", tmp_path / "cut")
-    assert not (tmp_path / "cut" / "work").exists()
-    decompose(*command, tmp_path / "cut")
-    assert "already decomposed" in capsys.readouterr().out
+    assert done == seen, "spectra are not computed again"
+    assert same(tmp_path / "whole", cut) and not (cut / "work").exists()
+    with pytest.raises(InputError, match="is not empty: choose a new folder"):
+        decompose(*command, cut)
 
 
-def test_a_run_with_other_arguments_is_not_continued(tmp_path, text_file):
+@pytest.mark.parametrize("change, message", [({}, None), (dict(rank="5"), "unfinished run with rank 5, not 4"),
+                                             ({"the model's files": "x"}, "unfinished run with the model's files x")])
+def test_a_run_with_other_arguments_or_weights_is_not_continued(tmp_path, text_file, change, message):
     dense_model(tmp_path / "dense", LLAMA, text_file)
+    plan = dict(model=str(tmp_path / "dense"), rank="4", ratio="None", calibration="None")
+    plan |= {"the model's files": decomposition.stamp(tmp_path / "dense")} | change
     (tmp_path / "o" / "work").mkdir(parents=True)
-    (tmp_path / "o" / "work" / "plan").write_text(json.dumps(dict(model=str(tmp_path / "dense"), rank="5")))
-    with pytest.raises(InputError, match="unfinished run with rank 5, not 4"):
-        decompose("--model", tmp_path / "dense", "--rank", 4, "--out-dir", tmp_path / "o")
+    (tmp_path / "o" / "work" / "plan.json").write_text(json.dumps(plan))
+    command = "--model", tmp_path / "dense", "--rank", 4, "--out-dir", tmp_path / "o"
+    if message is None:
+        assert decompose(*command) == 0
+    else:
+        with pytest.raises(InputError, match=message):
+            decompose(*command)
 
 
 def test_the_command(tmp_path, text_file, run):
@@ -329,12 +217,12 @@ def test_the_command(tmp_path, text_file, run):
 @pytest.mark.parametrize("arguments, message", [
     (("--rank", 4, "--ratio", 0.5), "give either --rank R or --ratio S"),
     ((), "give either --rank R or --ratio S"),
-    (("--rank", 0), "--rank must be at least 1, got 0"),
+    (("--rank", 0), "--rank: must be a whole number, at least 1, got 0"),
     (("--rank", 20), "--rank 20 would make no matrix smaller: the largest rank that does is 19"),
-    (("--ratio", 1.5), "--ratio must lie between 0 and 1, got 1.5"),
+    (("--ratio", 1.5), "--ratio: must be between 0 and 1, got 1.5"),
     (("--ratio", 0.001), "less than rank 1 everywhere"),
     (("--ratio", 0.5, "--calibration", "nowhere"), "there is no such file or folder"),
-    (("--ratio", 0.5, "--calibration", "{text}", "--calibration-tokens", 3), "at least 64 are needed"),
+    (("--ratio", 0.5, "--calibration", "{text}"), "at least 64 are needed"),
     (("--ratio", 0.5, "--out-dir", "{dense}"), "is not empty: choose a new folder"),
     (("--ratio", 0.5, "--model", "{low}"), "is not dense: blocks.0.attention.q is lowrank"),
     (("--ratio", 0.5, "--model", "nothing"), "no such folder or file"),
@@ -344,7 +232,8 @@ def test_bad_input_is_one_line(tmp_path, text_file, arguments, message):
     low = Transformer(LLAMA)
     replace_linears(low, 4)
     save_model(tmp_path / "low", low)
-    places = dict(text=text_file, dense=tmp_path / "dense", low=tmp_path / "low")
+    (tmp_path / "short.txt").write_text("Too short.")
+    places = dict(text=tmp_path / "short.txt", dense=tmp_path / "dense", low=tmp_path / "low")
     with pytest.raises(InputError, match=re.escape(message)):
         decompose("--model", tmp_path / "dense", "--out-dir", tmp_path / "o", *(str(a).format(**places) for a in arguments))
     assert not (tmp_path / "o").exists()
@@ -364,11 +253,10 @@ def test_numbers_that_are_not_finite(tmp_path, text_file):
 def test_method_3_blends_from_the_dense_model_to_the_decomposed_one(dense, tmp_path):
     model, folder = dense
     decompose("--model", folder, *PLAIN, "--out-dir", tmp_path / "o")
-    low, _ = load_model(tmp_path / "o")
-    args = Namespace(init_from=str(tmp_path / "o"), method=3, rank=0, embedding_rank=0, dropout=0.0)
-    blend, _, full_rank = train.new_model(args, "cpu")
+    low, blend = (load_model(tmp_path / "o")[0] for _ in range(2))
+    with open_dense(decomposed_from(tmp_path / "o")) as source:
+        assert blend_with(blend, lambda name: source.get(f"{name}.weight")).startswith("blended ")
     tokens = torch.arange(60).reshape(2, 30)
-    assert full_rank == sum(p.numel() for p in model.parameters())
     blend.eval()
     for alpha, target in ((1.0, model), (0.0, low)):
         assert set_alpha(blend, alpha) == sum(isinstance(m, LowRankLinear) for m in low.modules())
