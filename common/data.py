@@ -96,7 +96,7 @@ def unwrap(text):
 def text_corpus(path):
     """A text file, or all .txt and .md files below a folder, in the order of their names."""
     if not path.exists():
-        raise InputError(f"--data {path}: there is no such file or folder (named corpora: builtin, openwebtext)")
+        raise InputError(f"--data {path}: there is no such file or folder (nor builtin, openwebtext)")
     files = [path]
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())

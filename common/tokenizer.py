@@ -37,7 +37,7 @@ BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + n): b for n, b in enumerat
 class Tokenizer:
     """A named vocabulary. backend: a tokenizers.Tokenizer; roles: the text of bos_token, eos_token and so on.
 
-    begin: the id that starts every text, or None. end: the one that ends it. stop_ids: each ends an answer."""
+    begin: the id that starts every text, or None. end: the one that ends it. stop_ids: all that end one."""
 
     def __init__(self, name, backend, roles, chat_template=None):
         self.backend, self.chat_template = backend, chat_template

@@ -148,7 +148,7 @@ def test_bad_text_is_refused(tmp_path, tokenizer):
     (tmp_path / "zero.txt").write_bytes(b"text with a \0 in it\n")
     (tmp_path / "latin.txt").write_bytes("caf\xe9 cr\xe8me\n".encode("latin-1"))
     (tmp_path / "nothing").mkdir()
-    for path, message in (("missing.txt", "there is no such file or folder"), ("empty.txt", "the text is empty"),
+    for path, message in (("missing.txt", "there is no such file"), ("empty.txt", "the text is empty"),
                           ("nothing", "no .txt or .md file")):
         with pytest.raises(InputError, match=message):
             open_corpus(str(tmp_path / path), "data")

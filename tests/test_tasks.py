@@ -1,4 +1,4 @@
-"""tasks.py: formats, labels, splits (against the `datasets` library), prompts, and how odd answers are read."""
+"""tasks/sets.py: formats, labels, splits (against the `datasets` library), prompts, odd answers."""
 import shutil
 
 import datasets
@@ -8,8 +8,10 @@ from seqeval.metrics.sequence_labeling import get_entities
 from common.cli import InputError
 from tasks import sets
 from tasks.sets import load, read_entities, read_sentiment
+from tasks.sources import PHRASES
 
-INSTRUCTION = "Instruction: What is the sentiment of this news? Please choose an answer from {negative/neutral/positive}.\nInput: "
+INSTRUCTION = ("Instruction: What is the sentiment of this news? Please choose an answer from "
+               "{negative/neutral/positive}.\nInput: ")
 
 
 @pytest.fixture
@@ -20,11 +22,14 @@ def data(task_data, tmp_path):
 
 def test_prompts_of_the_harness(task_data):
     row = load("boolq", task_data)[4]
-    assert row.prompt == "This pan -- This pan -- This pan -- This pan -- This pan -- \nQuestion: is the pan number 4?\nAnswer:"
-    assert row.pairs() == [(row.prompt, " no"), (row.prompt, " yes")] and row.label == 1 and row.answer == " yes"
+    assert row.prompt == "This pan -- " * 5 + "\nQuestion: is the pan number 4?\nAnswer:"
+    assert row.pairs() == [(row.prompt, " no"), (row.prompt, " yes")]
+    assert (row.label, row.answer) == (1, " yes")
     row = load("piqa", task_data)[1]
-    assert row.pairs() == [("Question: How do I clean a green lamp?\nAnswer:", " Use the door slowly."),
-                           ("Question: How do I clean a green lamp?\nAnswer:", " Use the very old book, slowly at night.")] and row.label == 1
+    prompt = "Question: How do I clean a green lamp?\nAnswer:"
+    endings = [" Use the door slowly.", " Use the very old book, slowly at night."]
+    assert row.pairs() == [(prompt, ending) for ending in endings]
+    assert row.label == 1
     row = load("winogrande", task_data)[0]
     assert row.pairs() == [("The cup hid the very old book because the cup", " was big."),
                            ("The cup hid the very old book because the very old book", " was big.")]
@@ -37,15 +42,16 @@ def test_prompts_and_labels_of_fingpt(task_data):
     assert [rows[i].answer for i in range(4)] == ["positive", "neutral", "negative", "neutral"]
     assert all(e.choices[e.label] == e.answer for e in rows.values())
     rows = {e.index: e for split in ("train", "test") for e in load("tfns", task_data, split)}
-    assert [rows[i].answer for i in range(3)] == ["negative", "positive", "neutral"]  # 0 bearish, 1 bullish, 2 neutral
+    assert [rows[i].answer for i in range(3)] == ["negative", "positive", "neutral"]
     assert '"cup"\nfalls' in rows[0].prompt and "this tweet?" in rows[0].prompt
     rows = {e.index: e for split in ("train", "test") for e in load("fiqa", task_data, split)}
     assert len(rows) == 2 * (36 + 18)
-    assert [rows[i].answer for i in range(3)] == ["negative", "neutral", "neutral"]  # entry 0; entry 1 is about two companies
+    assert [rows[i].answer for i in range(3)] == ["negative", "neutral", "neutral"]  # 1 and 2 are of one text
     assert "this news?" in rows[0].prompt and "this tweet?" in rows[54].prompt
 
 
-@pytest.mark.parametrize("value, label", [(-0.1001, "negative"), (-0.1, "neutral"), (0.0999, "neutral"), (0.1, "positive"), (1, "positive")])
+@pytest.mark.parametrize("value, label", [(-0.1001, "negative"), (-0.1, "neutral"), (0.0999, "neutral"),
+                                          (0.1, "positive"), (1, "positive")])
 def test_scores_of_fiqa(value, label):
     assert sets.sentiment_of_score(value) == label
 
@@ -69,13 +75,15 @@ def test_a_test_file_of_its_own_is_used(data, capsys):
     load("ner", data)
     assert "FIN3.txt is not in" in capsys.readouterr().out
     (data / "ner" / "FIN3.txt").write_text("Rome NNP - I-LOC\n")
-    assert [e.answer for e in load("ner", data)] == ["Rome is a location."] and len(load("ner", data, "train")) == 36
+    assert [e.answer for e in load("ner", data)] == ["Rome is a location."]
+    assert len(load("ner", data, "train")) == 36
 
 
 def test_sample_is_seeded(task_data):
     rows = load("piqa", task_data)
     some = sets.draw(rows, 10)
-    assert len(some) == 10 and some == sets.draw(rows, 10) and some != sets.draw(rows, 10, seed=1) and sets.draw(rows, 99) is rows
+    assert len(some) == 10 and some == sets.draw(rows, 10) and some != sets.draw(rows, 10, seed=1)
+    assert sets.draw(rows, 99) is rows
     assert [e.index for e in some] == sorted(e.index for e in some)
 
 
@@ -83,16 +91,17 @@ def test_sample_is_seeded(task_data):
 
 def test_entities_of_the_file(task_data):
     row = next(e for e in load("ner", task_data, "train") if e.words[2] == "Koch1")
-    assert row.prompt == ("Instruction: Please extract entities and their types from the input sentence, entity types should be chosen from "
-                          "{person/organization/location}.\nInput: Ms Anna Koch1 of Acme Paris .\nAnswer: ")
+    assert row.prompt == ("Instruction: Please extract entities and their types from the input sentence, "
+                          "entity types should be chosen from {person/organization/location}.\n"
+                          "Input: Ms Anna Koch1 of Acme Paris .\nAnswer: ")
     assert row.answer == "Anna Koch1 is a person, Acme is an organization, Paris is a location."
     assert row.tags == ["O", "B-PER", "I-PER", "O", "B-ORG", "B-LOC", "O"]
     assert read_entities(row.words, row.answer) == (row.tags, True)
     assert [(k, a, b - 1) for k, a, b in sets.entities(row.tags)] == get_entities(row.tags)
 
 
-@pytest.mark.parametrize("tags", [["I-PER", "I-PER", "O"], ["O", "I-LOC"], ["I-ORG", "I-LOC", "I-LOC"], ["I-ORG", "B-ORG", "I-ORG"],
-                                  ["B-PER", "I-PER", "I-ORG"]])
+@pytest.mark.parametrize("tags", [["I-PER", "I-PER", "O"], ["O", "I-LOC"], ["I-ORG", "I-LOC", "I-LOC"],
+                                  ["I-ORG", "B-ORG", "I-ORG"], ["B-PER", "I-PER", "I-ORG"]])
 def test_entities_are_those_of_seqeval(tags):
     assert [(k, a, b - 1) for k, a, b in sets.entities(sets.begun(tags))] == get_entities(tags)
 
@@ -112,9 +121,11 @@ def test_odd_entity_answers(text, tags, named):
 
 
 @pytest.mark.parametrize("text, label, parsed", [
-    ("positive", "positive", True), (" Negative.", "negative", True), ("neutral", "neutral", True), ("", "neutral", False),
-    ("negative or positive", "positive", True), ("neutral, rather negative", "negative", True), ("POSITIVE", "neutral", False),
-    ("nEGATIVE", "neutral", False), ("positiv", "neutral", False), ("积极", "neutral", False), ("The sentiment is Positive", "positive", True),
+    ("positive", "positive", True), (" Negative.", "negative", True), ("neutral", "neutral", True),
+    ("", "neutral", False), ("negative or positive", "positive", True),
+    ("neutral, rather negative", "negative", True), ("POSITIVE", "neutral", False),
+    ("nEGATIVE", "neutral", False), ("positiv", "neutral", False),
+    ("积极", "neutral", False), ("The sentiment is Positive", "positive", True),
     ("not positive", "positive", True), ("\n\n", "neutral", False), ("Neutral", "neutral", True)])
 def test_odd_sentiments(text, label, parsed):
     assert read_sentiment(text) == (label, parsed)
@@ -123,19 +134,26 @@ def test_odd_sentiments(text, label, parsed):
 # ----------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("task, name, content, message", [
-    ("boolq", "dev.jsonl", '{"question": "a", "passage": "b", "answer": true}\n{"question": "a"', "dev.jsonl, line 2: it is not JSON"),
-    ("boolq", "dev.jsonl", '{"question": "a", "passage": "b", "answer": "yes"}', "dev.jsonl, line 1: it needs 'answer', a bool"),
+    ("boolq", "dev.jsonl", '{"question": "a", "passage": "b", "answer": true}\n{"question": "a"',
+     "dev.jsonl, line 2: it is not JSON"),
+    ("boolq", "dev.jsonl", '{"question": "a", "passage": "b", "answer": "yes"}',
+     "dev.jsonl, line 1: it needs 'answer', a bool"),
     ("boolq", "dev.jsonl", "\n", "boolq: there is no row in"),
     ("piqa", "valid-labels.lst", "0\n2\n", "valid-labels.lst, line 2: the label must be 0 or 1, got '2'"),
     ("piqa", "valid-labels.lst", "0\n1\n", "has 36 rows and .*valid-labels.lst 2 labels"),
     ("piqa", "valid.jsonl", "[]\n", "valid.jsonl, line 1: it needs 'goal', a str"),
-    ("winogrande", "dev.jsonl", '{"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}', "line 1: the sentence needs a _"),
-    ("fpb", "FinancialPhraseBank-v1.0/Sentences_50Agree.txt", "fine .@good\n", "Sentences_50Agree.txt, line 1: it must end with @"),
-    ("fpb", "FinancialPhraseBank-v1.0/Sentences_50Agree.txt", "", "fpb: there is no row"),
-    ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": "x", "info": [{"sentiment_score": "up"}]}}', "post_ABSA_train.json, entry '7'"),
-    ("fiqa", "task1_headline_ABSA_train.json", '{"7": {\n"sentence": }}', "headline_ABSA_train.json, line 2: it is not JSON"),
+    ("winogrande", "dev.jsonl", '{"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}',
+     "line 1: it needs a _"),
+    ("fpb", PHRASES, "fine .@good\n", "Sentences_50Agree.txt, line 1: it must end with @"),
+    ("fpb", PHRASES, "", "fpb: there is no row"),
+    ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": "x", "info": [{"sentiment_score": "up"}]}}',
+     "post_ABSA_train.json, entry '7'"),
+    ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": "x", "info": [{"sentiment_score": NaN}]}}',
+     "entry '7': sentiment_score must be in -1..1, got nan"),
+    ("fiqa", "task1_headline_ABSA_train.json", '{"7": {\n"sentence": }}', "json, line 2: it is not JSON"),
     ("fiqa", "task1_headline_ABSA_train.json", "[]", "headline_ABSA_train.json: it must be an object"),
-    ("tfns", "sent_train.csv", "text,label\na,0\nb,3\n", "sent_train.csv, line 3: it must be a text and a label"),
+    ("tfns", "sent_train.csv", "text,label\na,0\nb,3\n", "line 3: it must be a text and a label"),
+    ("tfns", "sent_train.csv", 'text,label\n"open,1\n' + "tweet,1\n" * 20_000, "not CSV .field larger than"),
     ("tfns", "sent_train.csv", "a,0\n", "sent_train.csv, line 1: the first line must be text,label"),
     ("ner", "FIN5.txt", "Anna NNP - I-PER\nKoch I-PER\n", "FIN5.txt, line 2: it must be a word"),
     ("ner", "FIN5.txt", "Anna NNP - I-FOO\n", "FIN5.txt, line 1: it must be a word")])
@@ -145,9 +163,17 @@ def test_malformed_rows_are_named(task, name, content, message, data):
         load(task, data)
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("text", ["Pöyry 's sales rose .", "Ålandsbanken 's profit fell .", "two\x85parts"])
+def test_phrasebank_in_either_encoding(encoding, text, data):
+    (data / "fpb" / PHRASES).write_bytes((f"{text}@positive\r\n" * 8).encode(encoding))
+    rows = load("fpb", data, "train") + load("fpb", data)
+    assert [row.prompt for row in rows] == [INSTRUCTION + text + "\nAnswer: "] * 8
+
+
 def test_text_of_another_encoding_is_named(data):
     (data / "boolq" / "dev.jsonl").write_bytes(b'{}\n{"question": "\xe9"}\n')
-    with pytest.raises(InputError, match="dev.jsonl, line 2: it is not utf-8"):
+    with pytest.raises(InputError, match="dev.jsonl, line 2: it is not UTF-8"):
         load("boolq", data)
 
 
