@@ -2,17 +2,18 @@
 
 A model is a folder that can be rebuilt from itself alone:
 
-    config.json            the architecture, and for each layer that was swapped its kind and rank
-    model.safetensors      the weights, with a checksum inside (model-0000i-of-0000n.safetensors when large; config.json lists them)
+    config.json            the architecture, and for each swapped layer its kind, rank, bits and groups
+    model.safetensors      the weights, with a checksum inside (in shards when large: config.json lists them)
     tokenizer.json or tokenizer.model
 
-The folder of a training run is one too (storage.py says how its state is kept). What others wrote is read by formats.py.
+The folder of a training run is one too (common/storage.py keeps its state). What others wrote is read by
+common/formats.py, a tensor at a time as well.
 
-    python checkpoint.py info out/train              layers, ranks, bytes
+    python checkpoint.py info out/train                            layers, ranks, bytes
     python checkpoint.py quantize out/train out/int8 --bits 8
-    python checkpoint.py export out/train out/hf     a dense Hugging Face folder, which transformers, peft and llama.cpp's converter read
+    python checkpoint.py merge out/finetune out/merged             the base with an adapter multiplied into it
+    python checkpoint.py export out/train out/hf                   a dense Hugging Face folder
 """
-import argparse
 import functools
 import itertools
 import json
@@ -22,38 +23,41 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from common.cli import InputError, check_folder, command, write_atomic
+from common.cli import InputError, Parser, at_least_0, check_folder, command, write_atomic
 from common.data import calibration_batches
 from common.device import give_back_memory
 from common.download import HUB, fetch_smollm2, hub_snapshot
-from common.export import export
-from common.formats import Source, open_source
-from common.storage import SHARD_BYTES, read_tensors, replace_state, sync_folder, write_tensors
-from common.tokenizer import load_tokenizer
-from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, replace_linears, swap_layers
-from model import CONFIGS, Config, Transformer, config_for, count_parameters
-from quant import KINDS as QUANT_KINDS
-from quant import QuantEmbedding, QuantLinear, bits_and_group, describe, from_description, quantize_layer, takes
-from quant import tie as tie_quantized
+from common.formats import Source, check_tensors, export, open_source, read_headers
+from common.storage import read_tensors, replace_state, sharded, sync_folder, write_tensors
+from lowrank import (
+    BlendedLinear,
+    LowRankEmbedding,
+    LowRankLinear,
+    drop_lora,
+    merge_lora,
+    replace_linears,
+    swap_layers,
+)
+from model import CONFIGS, Config, Layer, Transformer, config_for, count_parameters
 
 FORMAT = "fingpt-hpc"
-
-
-# ----------------------------------------------------------------------------- the model folder
-
 KINDS = {"lowrank": LowRankLinear, "blended": BlendedLinear, "lowrank embedding": LowRankEmbedding}
 
 
+# ---------------------------------------------------------------------------------------- the model folder
+
 def describe_layers(model):
-    """What config.json says of the layers that are not nn.Linear: name -> kind and rank; the shapes follow from the architecture."""
+    """What config.json says of layers that are not dense: name -> kind, rank, ..."""
     kinds, layers = {cls: kind for kind, cls in KINDS.items()}, {}
     for name, m in model.named_modules():
-        if type(m) in kinds and not name.endswith(".lowrank"):  # a blended layer's own part is not a layer of the model
+        if not isinstance(m, Layer) or name.endswith(".lowrank"):  # a blended layer's own part
+            continue
+        if type(m) in kinds:
             layers[name] = dict(kind=kinds[type(m)], rank=m.rank)
-        elif type(m) in QUANT_KINDS.values():
+        else:
+            from quant import describe
             layers[name] = describe(m)
     return layers
 
@@ -61,22 +65,29 @@ def describe_layers(model):
 def build(config, layers):
     """The model of a config.json, on the meta device: shapes without memory."""
     def make(name, old):
-        d = layers.pop(name, None)
-        if d is None:
+        form = layers.get(name)
+        if form is None:
             return None
-        if d["kind"] in QUANT_KINDS:
-            return from_description(d, old)
+        if form["kind"].startswith("quant"):
+            from quant import from_description
+            return from_description(form, old)
         if isinstance(old, nn.Embedding):
-            return KINDS[d["kind"]](old.num_embeddings, old.embedding_dim, d["rank"])
-        return KINDS[d["kind"]](old.in_features, old.out_features, d["rank"], old.bias is not None)
-    layers = dict(layers)
+            return KINDS[form["kind"]](old.num_embeddings, old.embedding_dim, form["rank"])
+        return KINDS[form["kind"]](old.in_features, old.out_features, form["rank"], old.bias is not None)
     with torch.device("meta"):
         model = Transformer(config)
-        swap_layers(model, make, wanted=lambda m: isinstance(m, (nn.Linear, nn.Embedding)))
-        tie_quantized(model)
-    if layers:
-        raise InputError(f"config.json describes layers that a {config.kind} of {config.blocks} blocks does not have: {', '.join(layers)[:200]}")
+        swapped = swap_layers(model, make, wanted=lambda m: isinstance(m, (nn.Linear, nn.Embedding)))
+        tie_quantized(model, layers)
+    if unknown := ", ".join(layers.keys() - set(swapped)):
+        raise InputError(f"config.json describes layers that a {config.kind} of {config.blocks} blocks "
+                         f"does not have: {unknown[:200]}")
     return model
+
+
+def tie_quantized(model, layers):
+    if any(form["kind"].startswith("quant") for form in layers.values()):
+        from quant import tie
+        tie(model)
 
 
 def own_tensors(model):
@@ -85,22 +96,19 @@ def own_tensors(model):
 
 
 def save_model(folder, model, tokenizer=None, tensors=None):
-    """Write a model folder, of the model's own tensors or of those given. `folder` should be new or about to be renamed: use save_state for a run's folder."""
+    """Write a model folder, of the model's own tensors or of those given.
+
+    `folder` should be new or about to be renamed: a run's folder is written by save_state.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = own_tensors(model) if tensors is None else tensors
-    shards, size = [[]], 0
-    for name in sorted(tensors):
-        size += tensors[name].nbytes
-        if size > SHARD_BYTES and shards[-1]:
-            shards, size = shards + [[]], tensors[name].nbytes
-        shards[-1].append(name)
-    files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, names in zip(files, shards):
-        write_tensors(folder / file, {n: tensors[n] for n in names})
+    files = sharded({name: tensors[name].nbytes for name in sorted(tensors)})
+    for file, names in files.items():
+        write_tensors(folder / file, {name: tensors[name] for name in names})
     if tokenizer is not None:
         tokenizer.save(folder)
-    write_config(folder, model.config, describe_layers(model), files)
+    write_config(folder, model.config, describe_layers(model), list(files))
 
 
 def replace_model(folder, model, tokenizer):
@@ -113,155 +121,67 @@ def replace_model(folder, model, tokenizer):
 
 
 def save_state(out_dir, model, tokenizer, optimizer_tensors, state, tensors=None):
-    """Replace the training state of a run by that of now. tensors: of a model that is spread over processes, gathered."""
-    replace_state(out_dir, lambda folder: save_model(folder, model, tokenizer, tensors), optimizer_tensors, state)
+    """Replace the training state of a run. tensors: of a model that is spread over processes, gathered."""
+    def write(folder):
+        save_model(folder, model, tokenizer, tensors)
+    replace_state(out_dir, write, optimizer_tensors, state)
 
 
-def write_config(folder, architecture, layers, files, **more):
+def write_config(folder, config, layers, files, **more):
     """config.json, which makes a folder a model; written last."""
-    config = dict(format=FORMAT, version=1, architecture=architecture.as_dict(), layers=layers, files=files, **more)
-    write_atomic(Path(folder) / "config.json", json.dumps(config, indent=1) + "\n")
+    content = dict(format=FORMAT, version=1, architecture=config.as_dict(), layers=layers, files=files) | more
+    write_atomic(Path(folder) / "config.json", json.dumps(content, indent=1) + "\n")
     sync_folder(folder)
 
 
 def read_config(folder):
-    """config.json of a model folder of this project, or None if it is somebody else's."""
+    """config.json of a model folder of this project; None of any other path."""
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise InputError(f"{path} is damaged ({e})") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         return None
     if config.get("version") != 1:
-        raise InputError(f"{path} is of version {config.get('version')}, this program reads version 1: use the program that wrote it")
+        raise InputError(f"{path} is of version {config.get('version')}, this program reads version 1: "
+                         "use the program that wrote it")
     return config
 
 
 def decomposed_from(folder):
     """The dense model that decompose.py made a folder from; None of any other model."""
-    return (read_config(folder) or {}).get("decomposed_from") if Path(folder).is_dir() else None
+    return (read_config(folder) or {}).get("decomposed_from")
 
 
-GIVE_BACK = 1 << 28  # bytes of layers that were quantized, after which free memory goes back to the system
-
-
-def fill(model, tensors, device, dtype, where, quantizer=None):
-    """Give a meta model its memory, a tensor (name, tensor) at a time; every name must fit, none may be left.
-
-    quantizer(layer) -> its quantized form: called as soon as a layer is complete, so that the model never stands there whole in 16 or 32 bit.
-    """
-    own, freed = {name: p.shape for name, p in own_tensors(model).items()}, 0
-    for name, tensor in tensors:
-        if name not in own:
-            raise InputError(f"{where}: unexpected tensor {name} {tuple(tensor.shape)}")
-        if own[name] != tensor.shape:
-            raise InputError(f"{where}: {name} is {tuple(tensor.shape)}, the architecture needs {tuple(own[name])}")
-        own.pop(name)
-        place(model, name, tensor, device, dtype)
-        del tensor
-        layer_name = name.rsplit(".", 1)[0]
-        if quantizer and takes(model, layer := model.get_submodule(layer_name)) and not any(p.is_meta for p in layer.parameters()):
-            freed += sum(p.nbytes for p in layer.parameters())
-            model.set_submodule(layer_name, quantizer(layer))
-            del layer
-            if freed > GIVE_BACK:  # else the heap fills with holes that are too small for the next layer
-                give_back_memory()
-                freed = 0
-    if own:
-        raise InputError(f"{where}: {len(own)} tensors are missing, first {min(own)}: a shard may be missing")
-    if model.config.tied and isinstance(model.embed, QuantEmbedding) and isinstance(model.head, nn.Linear):
-        model.head = QuantLinear(model.embed.W)
-    model.tie()
-    tie_quantized(model)
-    return model
-
-
-def place(model, name, tensor, device, dtype):
-    """Put a copy of a tensor where the meta model has one of that name; floating-point parameters in `dtype`, buffers as they are."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if leaf in module._parameters:
-        old = module._parameters[leaf]
-        copy = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-        module._parameters[leaf] = nn.Parameter(copy, requires_grad=old.requires_grad)
-    else:
-        module._buffers[leaf] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)
-
-
-def load_model(name, device="cpu", dtype=torch.float32, bits=16, group=None):
-    """(model, tokenizer) of a known name, a folder or a file, in eval mode; tokenizer None if there is none beside the weights.
-
-    bits 8 or 4: quantized while loading, a layer at a time; a folder that is quantized already must have these bits.
-    """
-    if bits not in (4, 8, 16):
-        raise InputError(f"--bits must be 4, 8 or 16, got {bits}")
-    path = locate(name)
-    config = read_config(path) if path.is_dir() else None
-    if config is None:
-        with open_source(path) as source:
-            with torch.device("meta"):
-                model = Transformer(source.config)
-            model = fill(model, ((n, source.get(n)) for n in source.names), device, dtype, path, quantizer_of(model, bits, group))
-            return model.eval(), source.tokenizer()
-    try:
-        model = build(Config(**config["architecture"]), config["layers"])
-    except (TypeError, KeyError) as e:
-        raise InputError(f"{path}/config.json is damaged or of another version ({e})") from None
-    stored = min((layer["bits"] for layer in config["layers"].values() if "bits" in layer), default=bits)
-    if bits < 16 and stored != bits:
-        raise InputError(f"{path} has {stored}-bit weights already: leave --bits {bits} out, or give the model that it was made from")
-    tensors = itertools.chain.from_iterable(read_tensors(path / file) for file in config["files"])
-    model = fill(model, tensors, device, dtype, path, quantizer_of(model, bits, group))
-    has_tokenizer = any((path / f).exists() for f in ("tokenizer.json", "tokenizer.model"))
-    return model.eval(), load_tokenizer(path) if has_tokenizer else None
-
+# ------------------------------------------------------------------------------------------------- reading
 
 class FolderSource(Source):
-    """A dense model folder of ours, read as formats.py reads those of others: a tensor at a time."""
+    """A model folder of this project, read as common/formats.py reads those of others."""
 
     def __init__(self, path, config):
-        self.path, self.config, self.files = Path(path), Config(**config["architecture"]), {}
+        self.path, self.layers = path, config["layers"]
         try:
-            for file in config["files"]:
-                with safe_open(self.path / file, framework="pt") as f:
-                    self.files |= dict.fromkeys(f.keys(), self.path / file)
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{self.path / file} is missing, truncated or not a safetensors file ({e})") from None
-        with torch.device("meta"):
-            self.shapes = {name: tuple(p.shape) for name, p in Transformer(self.config).named_parameters()}
-        self.names = list(self.shapes)
-        if missing := self.shapes.keys() - self.files.keys():
-            raise InputError(f"{path}: {len(missing)} tensors are missing, first {min(missing)}: a shard may be missing")
+            self.config = Config(**config["architecture"])
+            model = build(self.config, self.layers)
+        except (TypeError, KeyError) as e:
+            raise InputError(f"{path}/config.json is damaged or of another version ({e})") from None
+        self.files = [path / file for file in config["files"]]
+        self.stored = read_headers(self.files)
+        wanted = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
+        check_tensors(path, wanted, self.stored, self.config.kind)
+        self.names, self.bytes = list(self.stored), sum(file.stat().st_size for file in self.files)
+        self.bits = {name: stored.bits for name, stored in self.stored.items()}
 
-    def get(self, name):
-        with safe_open(self.files[name], framework="pt") as f:
-            return f.get_tensor(name)
+    def get(self, name, rows=None):
+        tensor = self.stored[name].read()
+        return tensor if tensor.dim() < 2 else tensor[:rows]
 
-    def tokenizer(self):
-        return load_tokenizer(self.path) if any((self.path / f).exists() for f in ("tokenizer.json", "tokenizer.model")) else None
-
-
-def open_dense(name):
-    """The dense model of a known name, a folder or a file, to be read a tensor at a time."""
-    path = locate(name)
-    config = read_config(path) if path.is_dir() else None
-    if config is None:
-        return open_source(path)
-    if config["layers"]:
-        first, layer = next(iter(config["layers"].items()))
-        raise InputError(f"{name} is not dense: {first} is {layer['kind']}. Give the model that it was made from")
-    return FolderSource(path, config)
-
-
-def quantizer_of(model, bits, group):
-    """What turns a complete layer of the model into integers; None for 16 bit."""
-    if bits == 16:
-        return None
-    forms = {id(m): bits_and_group(model, m, bits, group) for m in model.modules() if takes(model, m)}
-    return lambda layer: quantize_layer(layer, *forms[id(layer)])
+    def tensors(self):
+        """All, and their checksums are compared."""
+        return itertools.chain.from_iterable(map(read_tensors, self.files))
 
 
 def locate(name):
@@ -277,10 +197,88 @@ def locate(name):
     raise InputError(f"{name}: no such folder or file, nor a known model ({', '.join(CONFIGS)})")
 
 
-# ----------------------------------------------------------------------------- random and quantized models
+def open_model(name):
+    """The Source of a known name, a folder or a file."""
+    path = locate(name)
+    config = read_config(path)
+    return open_source(path) if config is None else FolderSource(path, config)
+
+
+def open_dense(name):
+    """The Source of a model that has none but dense layers."""
+    source = open_model(name)
+    for layer, form in source.layers.items():
+        raise InputError(f"{name} is not dense: {layer} is {form['kind']}. Give what it was made from")
+    return source
+
+
+def load_model(name, device="cpu", dtype=torch.float32, bits=16, group=None):
+    """(model, tokenizer) of a known name, a folder or a file, in eval mode; the tokenizer may be None.
+
+    bits 8 or 4: quantized while loading, a layer at a time; a folder that is quantized must have these bits.
+    """
+    if bits not in (4, 8, 16):
+        raise InputError(f"--bits must be 4, 8 or 16, got {bits}")
+    source = open_model(name)
+    stored = min((form["bits"] for form in source.layers.values() if "bits" in form), default=bits)
+    if bits < 16 and stored != bits:
+        raise InputError(f"{source.path} has {stored}-bit weights already: leave --bits {bits} out, "
+                         "or give the model that it was made from")
+    model = fill(build(source.config, source.layers), source.tensors(), device, dtype, bits, group)
+    tie_quantized(model, source.layers)
+    return model, source.tokenizer()
+
+
+GIVE_BACK = 1 << 28  # bytes of layers that were quantized, after which free memory goes back to the system
+
+
+def fill(model, tensors, device, dtype, bits=16, group=None):
+    """Give a meta model its memory, a tensor (name, tensor) at a time.
+
+    bits 8 or 4: a layer is quantized when it is complete, so that the model never is whole in 16 bit.
+    """
+    forms, freed = {}, 0
+    if bits < 16:
+        import quant
+        forms = {name: quant.bits_and_group(model, m, bits, group)
+                 for name, m in model.named_modules() if quant.takes(model, m)}
+    for name, tensor in tensors:
+        place(model, name, tensor, device, dtype)
+        del tensor
+        owner = name.rpartition(".")[0]
+        layer = model.get_submodule(owner)
+        if owner in forms and not any(p.is_meta for p in layer.parameters()):
+            freed += sum(p.nbytes for p in layer.parameters())
+            model.set_submodule(owner, quant.quantize_layer(layer, *forms[owner]))
+            del layer
+            if freed > GIVE_BACK:  # else the heap fills with holes too small for the next layer
+                give_back_memory()
+                freed = 0
+    if bits < 16:
+        tied = model.config.tied and isinstance(model.embed, quant.QuantEmbedding)
+        if tied and isinstance(model.head, nn.Linear):
+            model.head = quant.QuantLinear(model.embed.W)
+        quant.tie(model)
+    model.tie()
+    return model.eval()
+
+
+def place(model, name, tensor, device, dtype):
+    """Copy a tensor into a meta model; a floating-point parameter in `dtype`, a buffer as it is."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        copy = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+        trains = module._parameters[leaf].requires_grad
+        module._parameters[leaf] = nn.Parameter(copy, requires_grad=trains)
+    else:
+        module._buffers[leaf] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)
+
+
+# ------------------------------------------------------------------------------------ python checkpoint.py
 
 def random_model(name, rank=0, bits=16, group=None, device="cpu", dtype=torch.bfloat16):
-    """A model of a known name with random weights, made and quantized a layer at a time: to measure sizes and speeds where weights can't be had."""
+    """A known name with random weights, made and quantized a layer at a time: to measure sizes and speeds."""
     with torch.device("meta"):
         model = Transformer(config_for(name))
         if rank:
@@ -289,115 +287,117 @@ def random_model(name, rank=0, bits=16, group=None, device="cpu", dtype=torch.bf
     def values():
         for key, p in own_tensors(model).items():
             value = torch.empty(p.shape, device=device)
-            yield key, value.normal_(std=0.02) if p.dim() > 1 else value.fill_(float(key.endswith("weight")))
-    return fill(model, values(), device, dtype, name, quantizer_of(model, bits, group)).eval()
+            if p.dim() > 1:
+                yield key, value.normal_(std=0.02)
+            else:
+                yield key, value.fill_(float(key.endswith("weight")))
+    return fill(model, values(), device, dtype, bits, group)
 
 
-def quantized(args):
-    """(model, tokenizer) for `checkpoint.py quantize`."""
-    if args.random_init and args.calibration:
-        raise InputError("--calibration rounds trained weights, and --random-init has none: leave one of them out")
-    if args.random_init:
-        return random_model(args.model, args.rank, args.bits, args.group), None
-    if args.rank:
-        raise InputError("--rank goes with --random-init; a model's own ranks stay as they are")
-    if not args.calibration:
-        return load_model(args.model, bits=args.bits, group=args.group)
-    model, tokenizer = load_model(args.model)
-    batches = calibration_batches(args.calibration, tokenizer, model.config.context)
-    bar = functools.partial(tqdm, desc="rounding", unit=" blocks", disable=None, leave=False)
-    from beyond.rounding import quantize_calibrated
-    quantize_calibrated(model, args.bits, batches, args.group, progress=bar)
-    return model, tokenizer
-
-
-def save_quantized(folder, model, tokenizer):
+def quantize(args):
     """Integers, scales in float16, and what is not quantized in bfloat16."""
-    check_folder(folder, new=True)
-    replace_model(folder, model.bfloat16(), tokenizer)
-
-
-# ----------------------------------------------------------------------------- python checkpoint.py
-
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I8": 8, "U8": 8}  # of a number, by its name in a safetensors file
-
-
-def stored_bits(files):
-    """name -> bits of a number, of everything in these safetensors files."""
-    bits = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as f:
-                bits |= {name: BITS.get(f.get_slice(name).get_dtype(), 0) for name in f.keys()}  # noqa: SIM118 (a file, no dict)
-        except SafetensorError as e:
-            raise InputError(f"{file} is truncated or not a safetensors file ({e}): copy or save it again") from None
-    return bits
-
-
-def info(path):
-    """The table of a model's layers; the same layer of all blocks is one line."""
-    path = locate(path)
-    config = read_config(path) if path.is_dir() else None
-    if config is None:
-        with open_source(path) as source:
-            a, layers, size, bits = source.config, {}, source.bytes, {}
-        with torch.device("meta"):
-            model = Transformer(a)
+    if args.random_init and args.calibration:
+        raise InputError("--calibration rounds trained weights, and --random-init has none: leave one out")
+    if args.rank and not args.random_init:
+        raise InputError("--rank goes with --random-init; a model's own ranks stay as they are")
+    if args.random_init:
+        model, tokenizer = random_model(args.model, args.rank, args.bits, args.group), None
+    elif args.calibration:
+        from beyond.rounding import quantize_calibrated
+        model, tokenizer = load_model(args.model)
+        batches = calibration_batches(args.calibration, tokenizer, model.config.context)
+        bar = functools.partial(tqdm, desc="rounding", unit=" blocks", disable=None, leave=False)
+        quantize_calibrated(model, args.bits, batches, args.group, progress=bar)
     else:
-        a, layers, files = Config(**config["architecture"]), config["layers"], [path / f for f in config["files"]]
-        if lost := [f.name for f in files if not f.exists()]:
-            raise InputError(f"{path} lacks {', '.join(lost)}: copy or save the model again")
-        model, size, bits = build(a, layers), sum(f.stat().st_size for f in files), stored_bits(files)
-    rows = {}
+        model, tokenizer = load_model(args.model, bits=args.bits, group=args.group)
+    replace_model(args.out, model.bfloat16(), tokenizer)
+    size = sum(file.stat().st_size for file in Path(args.out).iterdir())
+    millions = count_parameters(model) / 1e6
+    print(f"{args.out}: {millions:,.1f}M parameters at {args.bits} bit, {size / 1e6:,.1f} MB")
+
+
+def merge(args):
+    """The base of an adapter with the adapter multiplied into it, as a model folder."""
+    from common.adapters import base_id, load_adapter, read_adapter
+    base = read_adapter(args.adapter).base_name
+    model, tokenizer = load_model(base, bits=args.bits)
+    print(load_adapter(model, args.adapter, base_id(base)))
+    error = merge_lora(model)
+    drop_lora(model)
+    replace_model(args.out, model.bfloat16() if args.bits < 16 else model, tokenizer)
+    lost = f"; rounding the sums to {args.bits} bits changed them by {error:.1%} of what the adapter adds"
+    print(f"{args.out}: {base} with the adapter merged{lost if args.bits < 16 else ''}")
+
+
+def export_command(args):
+    model, tokenizer = load_model(args.model)
+    export(model, tokenizer, args.out)
+    print(f"{args.out}: {args.model} as a dense {model.config.kind} for transformers: "
+          f"AutoModelForCausalLM.from_pretrained({args.out!r})")
+
+
+def info(args):
+    """The table of a model's layers; the same layer of all blocks is one line."""
+    source = open_model(args.model)
+    config, layers, model, rows = source.config, source.layers, build(source.config, source.layers), {}
     for name, p in own_tensors(model).items():
-        owner = name.rsplit(".", 1)[0]
-        layer = next((layers[o] for o in (owner, owner.rsplit(".", 1)[0]) if o in layers), {})
+        owners = name.rsplit(".", 1)[0], name.rsplit(".", 2)[0]  # a quantized factor is a module of a layer
+        layer = next((layers[owner] for owner in owners if owner in layers), {})
+        bits = layer["bits"] if name.endswith(".q") else source.bits[name]
         key = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        row = rows.setdefault(key, dict(shape="x".join(map(str, p.shape)), kind=layer.get("kind", "dense"), rank=layer.get("rank", ""), count=0, bytes=0,
-                                        bits=layer["bits"] if name.endswith(".q") else bits.get(name, "")))
+        row = rows.setdefault(key, dict(count=0, shape="x".join(map(str, p.shape)), bytes=0, bits=bits,
+                                        kind=layer.get("kind", "dense"), rank=layer.get("rank", "")))
         row["count"] += 1
-        row["bytes"] += p.numel() * bits.get(name, 0) // 8
-    print(f"{a.kind}: {a.blocks} blocks, width {a.width}, {a.heads} heads ({a.kv_heads} key/value), context {a.context}, vocabulary {a.vocab_size}"
-          + (", head tied to the embedding" if a.tied and "head" not in layers else ""))
+        row["bytes"] += p.numel() * source.bits[name] / 8
+    tied = ", head tied to the embedding" if config.tied and "head" not in layers else ""
+    print(f"{config.kind}: {config.blocks} blocks, width {config.width}, {config.heads} heads "
+          f"({config.kv_heads} key/value), context {config.context}, vocabulary {config.vocab_size}{tied}")
     print(f"{'tensor':34}{'count':>6}{'shape':>13}{'kind':>16}{'rank':>5}{'bits':>5}{'MB':>9}")
     for key, r in rows.items():
-        mb = f"{r['bytes'] / 1e6:,.2f}" if r["bytes"] else ""
-        print(f"{key:34}{r['count']:6}{r['shape']:>13}{r['kind']:>16}{r['rank']:>5}{r['bits']:>5}{mb:>9}")
+        print(f"{key:34}{r['count']:6}{r['shape']:>13}{r['kind']:>16}{r['rank']:>5}{r['bits']:>5g}"
+              f"{r['bytes'] / 1e6:9,.2f}")
     total = count_parameters(model)
-    print(f"{total / 1e6:,.1f}M parameters, {size / 1e6:,.1f} MB on disk, {8 * size / total:.1f} bits a parameter")
+    print(f"{total / 1e6:,.1f}M parameters, {source.bytes / 1e6:,.1f} MB on disk, "
+          f"{8 * source.bytes / total:.1f} bits a parameter")
+
+
+COMMANDS = {"info": (info, "a table of layers, ranks and bytes"),
+            "export": (export_command, "write a dense Hugging Face folder"),
+            "merge": (merge, "write an adapter's base with the adapter multiplied into it"),
+            "quantize": (quantize, "write a folder of int8 or int4 weights")}
+
+
+def parse(argv):
+    parser = Parser(__doc__)
+    sub = parser.add_subparsers(dest="command", required=True)
+    parsers = {name: sub.add_parser(name, help=what) for name, (_, what) in COMMANDS.items()}
+    for name, p in parsers.items():
+        if name == "merge":
+            p.add_argument("adapter", help="a folder in PEFT's format")
+        else:
+            p.add_argument("model", help="a folder, a file, or a known name")
+        if name != "info":
+            p.add_argument("out", help="the new folder")
+    parsers["merge"].add_argument("--bits", type=int, default=16, choices=[4, 8, 16],
+                                  help="of a weight of the result (default: %(default)s)")
+    p = parsers["quantize"]
+    p.add_argument("--bits", type=int, default=8, choices=[4, 8], help="of a weight (default: %(default)s)")
+    p.add_argument("--group", type=at_least_0, metavar="N",
+                   help="numbers of a row that share a scale; 0: whole rows (default: 0 at 8 bit, 64 at 4)")
+    p.add_argument("--calibration", metavar="TEXT",
+                   help="round so that the outputs for this text change least; a file, a folder or builtin")
+    p.add_argument("--random-init", action="store_true",
+                   help="random weights of a known name's shapes, to measure sizes and speeds")
+    p.add_argument("--rank", type=at_least_0, default=0, metavar="R",
+                   help="with --random-init: of every linear layer; 0 is full rank (default: %(default)s)")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sub = parser.add_subparsers(dest="command", required=True)
-    p = sub.add_parser("info", help="a table of layers, ranks and bytes")
-    p.add_argument("model", help="a folder, a file, or a known name")
-    p = sub.add_parser("export", help="write a dense Hugging Face folder")
-    p.add_argument("model", help="a folder, a file, or a known name")
-    p.add_argument("out", help="the new folder")
-    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the written weights (default: %(default)s)")
-    p = sub.add_parser("quantize", help="write a folder of int8 or int4 weights")
-    p.add_argument("model", help="a folder, a file, or a known name")
-    p.add_argument("out", help="the new folder")
-    p.add_argument("--bits", type=int, default=8, choices=[4, 8], help="of a weight (default: %(default)s)")
-    p.add_argument("--group", type=int, help="numbers of a row that share a scale; 0: the whole row (default: 0 for 8 bit, 64 for 4 bit)")
-    p.add_argument("--calibration", metavar="TEXT", help="round so that the outputs for this text change least (GPTQ); a file, a folder or builtin")
-    p.add_argument("--random-init", action="store_true", help="random weights of a known name's shapes, to measure sizes and speeds")
-    p.add_argument("--rank", type=int, default=0, help="with --random-init: the rank of every linear layer; 0 is full rank (default: 0)")
-    args = parser.parse_args(argv)
-    if args.command == "info":
-        info(args.model)
-        return 0
-    check_folder(args.out, new=True)  # before anything slow
-    if args.command == "quantize":
-        model, tokenizer = quantized(args)
-        save_quantized(args.out, model, tokenizer)
-        size = sum(f.stat().st_size for f in Path(args.out).iterdir())
-        print(f"{args.out}: {count_parameters(model) / 1e6:,.1f}M parameters at {args.bits} bit, {size / 1e6:,.1f} MB")
-    else:
-        model, tokenizer = load_model(args.model)
-        export(model, tokenizer, args.out, getattr(torch, args.dtype))
-        print(f"{args.out}: {args.model} as a dense {model.config.kind} for transformers: AutoModelForCausalLM.from_pretrained({args.out!r})")
+    args = parse(argv)
+    if args.command != "info":
+        check_folder(args.out, new=True)  # before anything slow
+    COMMANDS[args.command][0](args)
     return 0
 
 

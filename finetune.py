@@ -96,14 +96,14 @@ def make_parser():
                         "alpaca, or a JSON file in Alpaca's format (default: %(default)s)")
     g.add_argument("--data-dir", default=os.environ.get("DATA_DIR", "data"),
                    help="where the sets are (default: $DATA_DIR, then data/)")
-    g.add_argument("--batch-size", type=at_least_1, default=16, help="rows a step in each process (default: "
-                                                                     "%(default)s)")
+    g.add_argument("--batch-size", type=at_least_1, default=16,
+                   help="rows a step in each process (default: %(default)s)")
     g = p.add_argument_group("optimization")
-    g.add_argument("--max-iters", type=at_least_1, default=150, help="steps of the schedule (default: "
-                                                                     "%(default)s)")
+    g.add_argument("--max-iters", type=at_least_1, default=150,
+                   help="steps of the schedule (default: %(default)s)")
     g.add_argument("--lr", type=positive, default=1e-3, help="highest learning rate (default: %(default)s)")
-    g.add_argument("--seed", type=at_least_0, default=1, help="of A, the batches and dropout (default: "
-                                                              "%(default)s)")
+    g.add_argument("--seed", type=at_least_0, default=1,
+                   help="of A, the batches and dropout (default: %(default)s)")
     g = p.add_argument_group("machine")
     g.add_argument("--recompute", choices=MODES, default="sdpa",
                    help="what the backward pass computes again instead of keeping it (default: %(default)s)")

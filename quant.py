@@ -1,28 +1,28 @@
-"""int8 and int4 weights (section V.B): each vector of W is stored as small integers q with a scale s and an offset o.
+"""int8 and int4 weights (section V.B): a vector of W is stored as integers q with a scale s and an offset o.
 
-    s = (max - min) / (2^bits - 1)         of each vector: a whole row of W, or a group of its numbers along the input
+    s = (max - min) / (2^bits - 1)         of each vector: a whole row of W, or a group of its numbers
     o = min + 2^(bits - 1) s               so that q is centred: -128..127, or -8..7
     q = round((w - o) / s),   w ~ s q + o
 
-s and o are float16, so with a group of 64 a weight takes 4.5 or 8.5 bits. The product never needs W itself:
+s and o are float16: with a group of 64 a weight takes 4.5 or 8.5 bits. The product never needs W itself:
 
     y = W x = s * (q x) + o * sum(x)       over each group, and added up over the groups of a row
 
-    layer                          kept as
-    nn.Linear, LowRankLinear  ->   QuantLinear (W), QuantLowRank (A and B)
-    nn.Embedding, LowRankEmbedding -> QuantEmbedding (W), QuantLowRankEmbedding (A and B); a head tied to it shares W
+In decoding a token meets every weight once, and the time is that of reading them. With many rows of x
+arithmetic counts, and dequantizing is little beside it:
 
-The layers are frozen, and gradients flow through them to x, so LoRA trains on top; the backward pass dequantizes a matrix for as
-long as it multiplies with it. How x meets the integers on a CPU and on a GPU is products.py.
+    rows of x          on a CPU                                     on a GPU
+    few                beyond/cpu_kernels.py: W stays in integers   kernels.cu, likewise
+    many               W is dequantized, then torch's product       the same
+    with a gradient    W is dequantized                             kernels.cu for few
 
-    quantize(model, 8)                                  # whole rows, embedding and head too, in place
-    quantize(model, 4)                                  # groups of 64; rounding.py does it better, with some text
-    attach_fake_quantization(model, 8)                  # section IV: train as if the weights were 8 bit
+    python checkpoint.py quantize out/train out/int8 --bits 8
+    python train.py --rank 192 --bits 4    # section IV: train with rounded weights
 """
 import copy
 import functools
 import math
-import struct
+from pathlib import Path
 from types import MethodType
 
 import torch
@@ -30,28 +30,29 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from beyond.products import as_rows, cpu_product, few_rows_cpu, huge_pages, load_kernels, one_launch, product
-from common.cli import InputError
-from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, swap_layers
+from common.cli import InputError, say
+from lowrank import BlendedLinear, LowRankLinear, swap_layers
 from model import Layer
 
 DEFAULT_GROUP = {8: 0, 4: 64}  # 0: the whole row is one vector
 SMALLEST_HALF = 2.0 ** -24     # a vector of equal numbers has no range; its scale must not be 0
+MATVEC_ROWS = 16               # kernels.cu reads a matrix once for up to 16 rows of x
+MANY_ROWS = 128                # with more, a GPU is faster with a dequantized W
 
 
 def check_format(bits, group, width):
-    """The length of a vector: `group`, or the whole row where that is 0 or None and the default for these bits says so."""
+    """The length of a vector. group: numbers, 0 for a whole row, or None for the default of these bits."""
     if bits not in DEFAULT_GROUP:
         raise InputError(f"bits must be 4 or 8, got {bits}")
-    if group is None:  # the default adapts: the largest power of two up to 64 that divides the row, if that is worth a scale
+    if group is None:  # the largest power of two up to 64 that divides the row, if that is worth a scale
         group = math.gcd(DEFAULT_GROUP[bits], width)
         group = group if group >= 16 else 0
     if group < 0 or width % (group or width):
-        raise InputError(f"groups of {group} do not divide a row of {width}: choose a divisor of {width}, or 0 for whole rows")
+        raise InputError(f"groups of {group} do not divide a row of {width}: choose a divisor, or 0 (a row)")
     return group or width
 
 
-# ----------------------------------------------------------------------------- numbers to integers and back
+# ------------------------------------------------------------------------- numbers to integers and back
 
 def scale_and_offset(low, high, bits):
     """float16 s and o of vectors whose numbers lie in low..high."""
@@ -59,37 +60,44 @@ def scale_and_offset(low, high, bits):
     return scale, (low + 2 ** (bits - 1) * scale.float()).half()
 
 
+def nearest(w, scale, offset, bits):
+    """The integers nearest to (w - o) / s, still as floats. s and o in float32, broadcast to w's shape."""
+    return ((w - offset) / scale).round_().clamp_(-2 ** (bits - 1), 2 ** (bits - 1) - 1)
+
+
 def encode(w, scale, offset, bits):
-    """The nearest integers: w (..., group), s and o (...) -> int8 (..., group)."""
-    q = ((w - offset.float()[..., None]) / scale.float()[..., None]).round_()
-    return q.clamp_(-2 ** (bits - 1), 2 ** (bits - 1) - 1).to(torch.int8)
+    """The nearest integers: w (..., in), s and o (..., in / group) -> int8 (..., in)."""
+    w = w.unflatten(-1, (scale.shape[-1], -1))
+    return nearest(w, scale.float()[..., None], offset.float()[..., None], bits).to(torch.int8).flatten(-2)
 
 
 def decode(q, scale, offset):
-    """s q + o in float32: q (..., group), s and o (...)."""
-    return q.to(torch.float32, copy=True).mul_(scale.float()[..., None]).add_(offset.float()[..., None])
+    """s q + o in float32: q (..., in), s and o (..., in / group) -> (..., in)."""
+    w = q.unflatten(-1, (scale.shape[-1], -1)).to(torch.float32, copy=True)
+    return w.mul_(scale.float()[..., None]).add_(offset.float()[..., None]).flatten(-2)
 
 
 def quantize_rows(weight, bits, group):
     """Plain min-max: weight (out, in) -> q int8 (out, in), s and o float16 (out, in / group)."""
-    w = weight.detach().float().unflatten(-1, (-1, group))  # (out, groups, group)
-    scale, offset = scale_and_offset(w.amin(-1), w.amax(-1), bits)
-    return encode(w, scale, offset, bits).flatten(1), scale, offset
+    w = weight.detach().float()
+    vectors = w.unflatten(-1, (-1, group))  # (out, groups, group)
+    scale, offset = scale_and_offset(vectors.amin(-1), vectors.amax(-1), bits)
+    return encode(w, scale, offset, bits), scale, offset
 
 
 def pack(q, bits):
-    """q int8 (out, in) -> rows of bytes, each padded to a multiple of 16 so that a GPU can load 16 at a time.
+    """q int8 (out, in) -> rows of bytes, padded to a multiple of 16 so that a GPU can load 16 at a time.
 
-    Two int4 share a byte, as q + 8, eight in a 32-bit word, in the order in which kernels.cu takes them out:
+    Eight int4, as q + 8, share a 32-bit word, in the order in which kernels.cu takes them out:
 
         bits    31..28  27..24  23..20  19..16  15..12  11..8   7..4    3..0
         weight    7       5       3       1       6       4       2       0
 
-    (word & 0x000f000f) is then weights 0 and 1, four bits further are 2 and 3: pairs, as the tensor cores want them.
+    (word & 0x000f000f) is weights 0 and 1, four bits further 2 and 3: pairs, as the tensor cores want them.
     """
     if bits == 8:
         return F.pad(q, (0, -q.shape[1] % 16))
-    pairs = F.pad(q, (0, -q.shape[1] % 32)).short().add_(8).view(torch.int32)  # (out, in / 2): weights 2i and 2i + 1, 16 bits apart
+    pairs = F.pad(q, (0, -q.shape[1] % 32)).short().add_(8).view(torch.int32)  # (out, in / 2)
     first, second, third, fourth = pairs.unflatten(1, (-1, 4)).unbind(-1)  # (out, words)
     return (first | second << 4 | third << 8 | fourth << 12).view(torch.uint8)
 
@@ -103,85 +111,135 @@ def unpack(packed, bits, width):
     return pairs.flatten(1).view(torch.int16)[:, :width].to(torch.int8).sub_(8)
 
 
-# ----------------------------------------------------------------------------- a matrix of integers
+# ------------------------------------------------------------------------- a matrix of integers
 
 class QuantMatrix(nn.Module):
-    """W (out, in) as integers. Not a layer: `times(x)` is x W^T, `rows(i)` some rows, `dense()` all of them."""
+    """W (out, in) as integers. Not a layer: `times(x)` is x W^T, `rows(i)` some rows, `dense()` all of W."""
 
-    def __init__(self, out_features, in_features, bits, group=None):
+    def __init__(self, out, width, bits, group=None):
         super().__init__()
-        self.out_features, self.in_features, self.bits = out_features, in_features, bits
-        self.group = check_format(bits, group, in_features)
-        bytes_in_row = -(-in_features * bits // 128) * 16
-        self.register_buffer("q", torch.zeros(out_features, bytes_in_row, dtype=torch.int8 if bits == 8 else torch.uint8))
-        self.register_buffer("scale", torch.zeros(out_features, in_features // self.group, dtype=torch.float16))
-        self.register_buffer("offset", torch.zeros(out_features, in_features // self.group, dtype=torch.float16))
-        self.whole_chunks = self.group == in_features or self.group % 64 == 0  # what kernels_cpu.cpp takes
-        self.made_form = None, b""
+        self.out_features, self.in_features, self.bits = out, width, bits
+        self.packed_weights = out * width  # for model.count_parameters
+        self.group = check_format(bits, group, width)
+        row_bytes, dtype = -(-width * bits // 128) * 16, torch.int8 if bits == 8 else torch.uint8
+        self.register_buffer("q", torch.zeros(out, row_bytes, dtype=dtype))
+        self.register_buffer("scale", torch.zeros(out, width // self.group, dtype=torch.float16))
+        self.register_buffer("offset", torch.zeros(out, width // self.group, dtype=torch.float16))
 
     @classmethod
     def of(cls, weight, bits, group=None, rounding=quantize_rows):
-        """Quantize weight (out, in). rounding(weight, bits, group) chooses the integers; on the meta device only shapes are made."""
+        """Quantize weight (out, in); rounding(weight, bits, group) gives q, s, o. On meta: only shapes."""
         with torch.device(weight.device):
             matrix = cls(*weight.shape, bits, group)
-        if not weight.is_meta:
-            if not torch.isfinite(weight).all():
-                raise InputError(f"a weight of {weight.shape[0]}x{weight.shape[1]} has numbers that are not finite: it can't be quantized")
-            q, scale, offset = rounding(weight, bits, matrix.group)
-            matrix.q, matrix.scale, matrix.offset = pack(q.contiguous(), bits), scale.contiguous(), offset.contiguous()
+        if weight.is_meta:
+            return matrix
+        if not torch.isfinite(weight).all():
+            raise InputError(f"a weight of {tuple(weight.shape)} is not finite: it can't be quantized")
+        q, scale, offset = rounding(weight, bits, matrix.group)
+        matrix.q = pack(q.contiguous(), bits)
+        matrix.scale, matrix.offset = scale.contiguous(), offset.contiguous()
         return matrix
-
-    @property
-    def packed_weights(self):
-        return self.out_features * self.in_features
-
-    def rows(self, index):
-        """Rows of W in float32: index (...) -> (..., in)."""
-        q = unpack(self.q[index.flatten()], self.bits, self.in_features).unflatten(-1, (-1, self.group))
-        return decode(q, self.scale[index.flatten()], self.offset[index.flatten()]).view(*index.shape, self.in_features)
-
-    def dense(self, dtype=torch.float32):
-        """W (out, in)."""
-        if self.q.is_cuda and (kernels := load_kernels()):
-            return kernels.dequantize(*self.parts(), self.in_features, dtype)
-        q = unpack(self.q, self.bits, self.in_features).unflatten(-1, (-1, self.group))
-        return decode(q, self.scale, self.offset).flatten(1).to(dtype)
-
-    def times(self, x):
-        """x (..., in) -> x W^T (..., out), in x's dtype, or autocast's; the gradient goes to x."""
-        return product(x, self)
 
     def parts(self):
         return self.q, self.scale, self.offset
 
-    def form(self):
-        """The struct Matrix of kernels_cpu.cpp, as bytes. It holds addresses, so it is made anew when a tensor was replaced."""
-        own = self._buffers  # self.q would look through three dictionaries
-        key = own["q"].data_ptr(), own["scale"].data_ptr(), own["offset"].data_ptr()
-        if self.made_form[0] != key:
-            own.update({name: huge_pages.copy(own[name]) for name in ("q", "scale", "offset")})
-            key = own["q"].data_ptr(), own["scale"].data_ptr(), own["offset"].data_ptr()
-            self.made_form = key, struct.pack("@PPPiiii", *key, self.out_features, self.in_features, self.group, self.q.shape[1])
-        return self.made_form[1]
+    def rows(self, index):
+        """Rows of W in float32: index (...) -> (..., in)."""
+        q, scale, offset = (part[index.flatten()] for part in self.parts())
+        w = decode(unpack(q, self.bits, self.in_features), scale, offset)
+        return w.view(*index.shape, self.in_features)
+
+    def dense(self, dtype=torch.float32):
+        """W (out, in)."""
+        if self.q.is_cuda and load_kernels():
+            return load_kernels().dequantize(*self.parts(), self.in_features, dtype)
+        return decode(unpack(self.q, self.bits, self.in_features), self.scale, self.offset).to(dtype)
+
+    def times(self, x):
+        """x (..., in) -> x W^T (..., out), in x's dtype, or autocast's; the gradient goes to x."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Product.apply(x, self)
+        y = on_cpu(x, self)
+        return product(x, self) if y is None else y
 
     def _apply(self, fn, *args):
-        before = {"scale": self.scale, "offset": self.offset}
+        exact = self.scale, self.offset
         super()._apply(fn, *args)
-        for name, exact in before.items():  # model.bfloat16() converts every buffer of floats: not these
-            if getattr(self, name).dtype != torch.float16:
-                setattr(self, name, exact.to(self.q.device))
+        if self.scale.dtype != torch.float16:  # model.bfloat16() converts every buffer of floats: not these
+            self.scale, self.offset = (t.to(self.q.device) for t in exact)
         return self
 
-    def extra_repr(self):
-        return f"{self.out_features}x{self.in_features}, bits={self.bits}, group={self.group}"
+
+class _Product(torch.autograd.Function):
+    """x W^T and its gradient g W. Nothing but the integers is kept between the two."""
+
+    @staticmethod
+    def forward(ctx, x, W):
+        ctx.W = W
+        return product(x, W)
+
+    @staticmethod
+    def backward(ctx, g):  # (..., out) -> (..., in)
+        W = ctx.W
+        if g.is_cuda and g.numel() <= MANY_ROWS * W.out_features and load_kernels():
+            return on_gpu(load_kernels().matmul_back, g, *W.parts(), W.in_features), None
+        return g @ W.dense(g.dtype), None
 
 
-# ----------------------------------------------------------------------------- layers
+def product(x, W):
+    """x W^T: by kernels.cu for few rows on a GPU, else with W dequantized for the moment."""
+    few = MANY_ROWS if W.group in (W.in_features, 64, 128, 256) else MATVEC_ROWS
+    if x.is_cuda and x.numel() <= few * W.in_features and load_kernels():
+        return on_gpu(load_kernels().product, x, *W.parts())
+    return F.linear(x, W.dense(x.dtype))
 
-def _add_bias(y, bias):
-    if bias is None:
-        return y
-    return y + bias.to(y.dtype) if torch.is_grad_enabled() else y.add_(bias)  # y is nobody else's
+
+def on_cpu(x, A, B=None, bias=None):
+    """x A^T, or x A^T B^T + bias, from integers. None for many rows, in training and without a compiler."""
+    if x.is_cuda or torch.is_grad_enabled():
+        return None
+    try:
+        from beyond import cpu_kernels
+    except ImportError:
+        return None
+    return cpu_kernels.product(x, A, B, bias)
+
+
+def on_gpu(kernel, x, *args):
+    """kernel(rows of x in 16 bit, *args) for x (..., n)."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = rows if x.dtype in (torch.float16, torch.bfloat16) else rows.bfloat16()
+    return kernel(rows, *args).view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def one_launch(x, *matrices):
+    """Whether the fused kernels take x: few rows, no backward pass, and groups of at least 16 bytes."""
+    if not x.is_cuda or x.numel() > MATVEC_ROWS * x.shape[-1] or torch.is_grad_enabled():
+        return False
+    groups_fit = all(m.group == m.in_features or m.group % (128 // m.bits) == 0 for m in matrices)
+    return groups_fit and load_kernels() is not None
+
+
+@functools.cache
+def load_kernels():
+    """kernels.cu as a module, compiled at the first use; None, said once, where that can't be."""
+    from torch.utils.cpp_extension import load
+    say("kernels.cu: compiling, or loading what was compiled before (a minute the first time) ...")
+    source = str(Path(__file__).with_name("kernels.cu"))
+    try:
+        return load("fingpt_kernels", [source], extra_cuda_cflags=["-O3"], extra_cflags=["-O3"])
+    except (RuntimeError, OSError, ImportError) as e:
+        why = str(e).strip().splitlines()[0][:200]
+        say(f"kernels.cu is not used, which is slower: it needs nvcc and ninja ({why})")
+        return None
+
+
+# ------------------------------------------------------------------------- layers
+
+def add_bias(y, bias):
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 class QuantLinear(Layer):
@@ -189,19 +247,20 @@ class QuantLinear(Layer):
 
     def __init__(self, W, bias=None):
         super().__init__()
-        self.in_features, self.out_features, self.W = W.in_features, W.out_features, W
-        self.bias = bias
+        self.in_features, self.out_features = W.in_features, W.out_features
+        self.multiplications = W.packed_weights
+        self.W, self.bias = W, bias
+        self.requires_grad_(False)
 
     def forward(self, x):
-        return _add_bias(self.W.times(x), self.bias)  # (..., out)
+        return add_bias(self.W.times(x), self.bias)  # (..., out)
 
     def with_lora(self, x, A, B, scale):
-        """W x + scale B (A x) in one launch on a GPU, for up to 16 rows; None where there is no such kernel."""
         if not one_launch(x, self.W):
             return None
-        rows = as_rows(x)
-        y = load_kernels().lora(rows, *self.W.parts(), A.to(rows.dtype).contiguous(), B.to(rows.dtype).contiguous(), scale)
-        return _add_bias(y.view(*x.shape[:-1], -1).to(x.dtype), self.bias)
+        dtype = x.dtype if x.dtype is torch.float16 else torch.bfloat16
+        A, B = A.to(dtype).contiguous(), B.to(dtype).contiguous()
+        return add_bias(on_gpu(load_kernels().lora, x, *self.W.parts(), A, B, scale), self.bias)
 
     def last_product(self, x, dtype):
         return x, self.W.dense(dtype)
@@ -209,86 +268,52 @@ class QuantLinear(Layer):
     def with_weight(self, W):
         return QuantLinear(QuantMatrix.of(W, self.W.bits, self.W.group), self.bias)
 
-    @property
-    def multiplications(self):
-        return self.W.packed_weights
-
     def dense_weight(self):
         return self.W.dense()
 
 
 class QuantLowRank(Layer):
-    """y = B (A x) + bias with A: (r, in) and B: (out, r) as integers; for a few rows one launch on a GPU, one call on a CPU."""
+    """y = B (A x) + bias, A (r, in) and B (out, r) as integers: few rows take one launch, or one call."""
 
     def __init__(self, A, B, bias=None):
         super().__init__()
-        self.in_features, self.out_features, self.rank, self.A, self.B = A.in_features, B.out_features, A.out_features, A, B
-        self.bias = bias
+        self.in_features, self.out_features, self.rank = A.in_features, B.out_features, A.out_features
+        self.multiplications = A.packed_weights + B.packed_weights
+        self.A, self.B, self.bias = A, B, bias
+        self.requires_grad_(False)
 
     def forward(self, x):
-        A, B, bias = self.A, self.B, self.bias
-        if few_rows_cpu(x, A, B) and not torch.is_autocast_enabled("cpu"):
-            return cpu_product(x, A, B, bias)
-        if one_launch(x, A, B):
-            y = load_kernels().lowrank(as_rows(x), *A.parts(), *B.parts())
-            return _add_bias(y.view(*x.shape[:-1], -1).to(x.dtype), bias)
-        return _add_bias(B.times(A.times(x)), bias)  # (..., in) -> (..., r) -> (..., out)
-
-    @property
-    def multiplications(self):
-        return self.A.packed_weights + self.B.packed_weights
+        if one_launch(x, self.A, self.B):
+            y = on_gpu(load_kernels().lowrank, x, *self.A.parts(), *self.B.parts())
+            return add_bias(y, self.bias)
+        y = None if torch.is_autocast_enabled(x.device.type) else on_cpu(x, self.A, self.B, self.bias)
+        return add_bias(self.B.times(self.A.times(x)), self.bias) if y is None else y  # (..., out)
 
     def dense_weight(self):
         return self.B.dense() @ self.A.dense()
 
 
-class _Lookup(Layer):
-    """An embedding answers in the dtype that the rest of the model computes in, which integers do not tell."""
+class QuantEmbedding(Layer):
+    """tokens (...) -> rows of W: (vocabulary, n), in the dtype of the rest of the model: see tie()."""
+    multiplications = 0  # looking up a row multiplies nothing
+    dtype = torch.float32
 
-    def __init__(self, table, dtype):
+    def __init__(self, W):
         super().__init__()
-        self.num_embeddings, self.dtype = table.out_features, dtype
-
-    def _apply(self, fn, *args):
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # what model.bfloat16() does to other embeddings
-        return super()._apply(fn, *args)
-
-
-class QuantEmbedding(_Lookup):
-    """tokens (...) -> rows of W: (vocabulary, n)."""
-
-    def __init__(self, W, dtype=torch.float32):
-        super().__init__(W, dtype)
-        self.embedding_dim, self.W = W.in_features, W
+        self.W = W
 
     def forward(self, tokens):
         return self.W.rows(tokens).to(self.dtype)
 
-    multiplications = 0  # looking up a row multiplies nothing
-
     def dense_weight(self):
         return self.W.dense()
 
-
-class QuantLowRankEmbedding(_Lookup):
-    """tokens (...) -> the token's row of A: (vocabulary, r), then B: (n, r)."""
-
-    def __init__(self, A, B, dtype=torch.float32):
-        super().__init__(A, dtype)
-        self.embedding_dim, self.rank, self.A, self.B = B.out_features, A.in_features, A, B
-
-    def forward(self, tokens):
-        return self.B.times(self.A.rows(tokens).to(self.dtype))  # (..., r) -> (..., n)
-
-    @property
-    def multiplications(self):
-        return self.B.packed_weights
-
-    def dense_weight(self):
-        return self.A.dense() @ self.B.dense().T
+    def _apply(self, fn, *args):
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # as model.bfloat16() does to others
+        return super()._apply(fn, *args)
 
 
-KINDS = {"quant": QuantLinear, "quant lowrank": QuantLowRank, "quant embedding": QuantEmbedding, "quant lowrank embedding": QuantLowRankEmbedding}
+KINDS = {"quant": QuantLinear, "quant lowrank": QuantLowRank, "quant embedding": QuantEmbedding}
 
 
 def matrices(layer):
@@ -296,137 +321,106 @@ def matrices(layer):
 
 
 def describe(layer):
-    """What config.json says of a quantized layer: enough for from_description, with the dense layer it stands for, to rebuild its shapes."""
+    """What config.json says of a quantized layer."""
     kind = next(kind for kind, cls in KINDS.items() if type(layer) is cls)
     form = dict(kind=kind, bits=matrices(layer)[0].bits, group=[m.group for m in matrices(layer)])
-    return form | (dict(rank=layer.rank) if hasattr(layer, "rank") else {})
+    return form | dict(rank=layer.rank) if kind == "quant lowrank" else form
 
 
 def from_description(form, dense):
     """An empty layer of the form that describe() gave, in the place of `dense`: nn.Linear or nn.Embedding."""
     out, width = dense.weight.shape
-    shapes = [(out, width)]
-    if "rank" in form:
-        shapes = [(form["rank"], width), (out, form["rank"])] if isinstance(dense, nn.Linear) else [(out, form["rank"]), (width, form["rank"])]
-    parts = [QuantMatrix(*shape, form["bits"], group) for shape, group in zip(shapes, form["group"], strict=True)]
-    if getattr(dense, "bias", None) is not None:
-        parts.append(nn.Parameter(torch.empty(out), requires_grad=False))
+    shapes = [(form["rank"], width), (out, form["rank"])] if "rank" in form else [(out, width)]
+    groups = zip(shapes, form["group"], strict=True)
+    parts = [QuantMatrix(*shape, form["bits"], group) for shape, group in groups]
+    if isinstance(dense, nn.Linear) and dense.bias is not None:
+        parts.append(nn.Parameter(torch.empty(out)))
     return KINDS[form["kind"]](*parts)
 
 
-# ----------------------------------------------------------------------------- one layer
-
-def frozen_bias(layer):
-    return None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
-
-
 def quantize_layer(layer, bits, group=None, rounding=quantize_rows):
-    """The quantized layer that takes the place of a dense or low-rank one; on the meta device only its shapes."""
-    def of(weight, **more):
-        return QuantMatrix.of(weight, bits, group, **more)
-
+    """The quantized layer that takes the place of a dense or low-rank one."""
+    of = functools.partial(QuantMatrix.of, bits=bits, group=group)
     if isinstance(layer, nn.Linear):
-        return QuantLinear(of(layer.weight, rounding=rounding), frozen_bias(layer))
-    if isinstance(layer, nn.Embedding):
-        return QuantEmbedding(of(layer.weight), layer.weight.dtype)
-    if isinstance(layer, LowRankEmbedding):
-        return QuantLowRankEmbedding(of(layer.A), of(layer.B), layer.A.dtype)
+        return QuantLinear(of(layer.weight, rounding=rounding), layer.bias)
     if isinstance(layer, LowRankLinear):
-        return QuantLowRank(of(layer.A, rounding=rounding), of(layer.B, rounding=rounding), frozen_bias(layer))
+        return QuantLowRank(of(layer.A, rounding=rounding), of(layer.B, rounding=rounding), layer.bias)
+    if isinstance(layer, nn.Embedding):
+        return QuantEmbedding(of(layer.weight))
     if isinstance(layer, BlendedLinear):
-        raise InputError("a blend of W and B A can't be quantized: let alpha fall to 0 first, which leaves the low-rank layer")
-    again = " again" if isinstance(layer, tuple(KINDS.values())) else ""
-    raise InputError(f"a {type(layer).__name__} can't be quantized{again}")
+        raise InputError("a blend of W and B A can't be quantized: let alpha fall to 0 first")
+    raise InputError(f"a {type(layer).__name__} can't be quantized: take a model of 16 or 32 bit")
 
 
 def tie(model):
-    """One matrix for a quantized head and embedding that are tied, as Transformer.tie does for the dense ones. And an embedding that was
-    read from a file learns what dtype the rest of the model was read in."""
-    if isinstance(model.embed, _Lookup):
+    """One matrix for an embedding and a head that are tied; and the embedding learns the model's dtype."""
+    if isinstance(model.embed, QuantEmbedding):
         model.embed.dtype = model.norm.weight.dtype
-    if model.config.tied and isinstance(model.head, QuantLinear) and isinstance(model.embed, QuantEmbedding):
-        model.head.W = model.embed.W
+        if model.config.tied and isinstance(model.head, QuantLinear):
+            model.head.W = model.embed.W
 
-
-# ----------------------------------------------------------------------------- quantizing a model
 
 def takes(model, module):
-    """What quantize() quantizes: linear layers and W^E, dense or low-rank. The position table and the norms stay in 16 bit."""
-    return isinstance(module, (nn.Linear, LowRankLinear, LowRankEmbedding, BlendedLinear)) or module is model.embed
+    """What quantize() quantizes: linear layers and a dense W^E. Position table and norms stay in 16 bit."""
+    linear = isinstance(module, (nn.Linear, LowRankLinear, BlendedLinear))
+    return linear or isinstance(module, nn.Embedding) and module is model.embed
 
 
-def bits_and_group(model, layer, bits, group, embedding_bits=None):
-    """Of one layer. Where W^E and W^H are one matrix, which every token meets twice, it stays at 8 bits unless embedding_bits says otherwise."""
-    if layer not in (model.embed, model.head):
-        return bits, group
-    tied = isinstance(model.head, nn.Linear) and model.head.weight is getattr(model.embed, "weight", None)
-    own = embedding_bits or (8 if tied else bits)
-    return own, group if own == bits else None
+def bits_and_group(model, layer, bits, group):
+    """Of one layer. Where W^E and W^H are one matrix, which every token meets twice, it stays at 8 bits."""
+    head, embed = model.head, model.embed
+    tied = isinstance(head, nn.Linear) and isinstance(embed, nn.Embedding) and head.weight is embed.weight
+    return (8, None) if tied and bits == 4 and layer in (head, embed) else (bits, group)
 
 
-def quantize(model, bits, group=None, names=None, embedding_bits=None, rounding=quantize_rows):
-    """Quantize the layers that takes() accepts, in place, freeing each original as its integers are made. Returns the line that says what was done.
-
-    names: only layers whose last name is among these. embedding_bits: see bits_and_group. rounding(W, bits, group) chooses the integers
-    of linear layers: quantize_rows, or one of rounding.py.
-    """
+def quantize(model, bits, group=None, rounding=quantize_rows):
+    """Quantize the layers that takes() accepts, in place. rounding(W, bits, group) chooses the integers of
+    linear layers: quantize_rows, or one of beyond/rounding.py. Returns a line that says what was done."""
     before = stored_bytes(model)
-    forms = {name: bits_and_group(model, m, bits, group, embedding_bits) for name, m in model.named_modules() if takes(model, m)}
+    forms = {n: bits_and_group(model, m, bits, group) for n, m in model.named_modules() if takes(model, m)}
 
     def make(name, layer):
-        if names is None or name.rsplit(".", 1)[-1] in names:
-            return quantize_layer(layer, *forms[name], rounding)
+        return quantize_layer(layer, *forms[name], rounding)
 
     count = len(swap_layers(model, make, wanted=functools.partial(takes, model)))
     tie(model)
-    return f"quantized {count} layers to {bits} bit: {before / 1e6:,.1f} -> {stored_bytes(model) / 1e6:,.1f} MB"
+    after = stored_bytes(model)
+    return f"quantized {count} layers to {bits} bit: {before / 1e6:,.1f} -> {after / 1e6:,.1f} MB"
 
 
 def stored_bytes(model):
     """Bytes of all parameters and buffers, a shared one once."""
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+    return sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
 
 
-# ----------------------------------------------------------------------------- training with rounded weights (section IV)
+# ------------------------------------------------------------------------- training with rounded weights
 
-class _FakeQuantize(torch.autograd.Function):
-    """Forward: w as it will be after quantization. Backward: as if nothing had been done (straight-through)."""
+class FakeQuantize(torch.autograd.Function):
+    """Section IV. Forward: w as it will be after quantization. Backward: straight through."""
 
     @staticmethod
     def forward(ctx, w, bits, group):
-        q, scale, offset = quantize_rows(w, bits, check_format(bits, group, w.shape[-1]))
-        return decode(q.unflatten(-1, (scale.shape[-1], -1)), scale, offset).flatten(1).to(w.dtype)
+        return decode(*quantize_rows(w, bits, check_format(bits, group, w.shape[-1]))).to(w.dtype)
 
     @staticmethod
     def backward(ctx, g):
         return g, None, None
 
 
-def fake_quantize(w, bits, group=None):
-    return _FakeQuantize.apply(w, bits, group)
-
-
 def rounded_forward(layer, x):
     """layer(x) as if its matrices were quantized to layer.rounded_to."""
     plain = copy.copy(layer)  # shares the parameters, and has the forward of its class
     del plain.forward
-    return functional_call(plain, {name: fake_quantize(p, *layer.rounded_to) for name, p in layer.named_parameters() if p.dim() == 2}, (x,))
+    matrices = {name: p for name, p in layer.named_parameters() if p.dim() == 2}
+    rounded = {name: FakeQuantize.apply(p, *layer.rounded_to) for name, p in matrices.items()}
+    return functional_call(plain, rounded, (x,))
 
 
 def attach_fake_quantization(model, bits, group=None):
-    """Every layer that quantize() would take computes with rounded matrices from now on; parameters and their names stay. Returns how many.
-
-    quantize(model, bits, group) then gives a model of exactly the loss that the training saw.
-    """
+    """Every layer that quantize() would take computes with rounded matrices; the parameters stay. Training
+    sees the loss of the model that quantize(model, bits, group) will make. Returns how many layers."""
     def attach(name, layer):
         layer.rounded_to = bits_and_group(model, layer, bits, group)
         layer.forward = MethodType(rounded_forward, layer)
         return layer
     return len(swap_layers(model, attach, wanted=functools.partial(takes, model)))
-
-
-def detach_fake_quantization(model):
-    """Undo attach_fake_quantization. What recompute.py put in the place of a module's forward stays."""
-    for module in model.modules():
-        if module.__dict__.pop("rounded_to", None):
-            del module.forward

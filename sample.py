@@ -18,8 +18,7 @@ import torch
 from tqdm import tqdm
 
 from beyond.batching import Adapters, Engine, Request, common_length
-from beyond.cpu_step import cpu_step
-from beyond.cuda_graph import Step
+from beyond.decoding import decoding_step
 from beyond.paged_cache import SIZE, PagedCache, Pool, Sequence, bytes_per_token
 from checkpoint import load_model
 from common.adapters import base_id
@@ -50,7 +49,6 @@ def parse(argv):
     g.add_argument("--seed", type=int, default=1, help="of the draws; line n of --prompts has seed + n - 1 (default: %(default)s)")
     g = p.add_argument_group("memory")
     g.add_argument("--no-cache", action="store_true", help="read the whole text again for every token, as in section III.C.2 (slow)")
-    g.add_argument("--cuda-graph", action="store_true", help="record a step as a CUDA graph and replay it for each token of --prompt (GPU only)")
     g.add_argument("--batch-size", type=int, default=32, help="prompts that advance together at most (default: %(default)s)")
     g.add_argument("--kv-memory", type=float, default=1024, metavar="MB", help="for keys and values, at most, of --prompts and --chat (default: %(default)s)")
     g.add_argument("--adapter-memory", type=float, metavar="MB", help="adapters in memory, at most; the least recently used leave (default: no limit)")
@@ -64,7 +62,7 @@ def write(model, tokenizer, ids, args, generator, cache=None):
     stream, text, tokens = tokenizer.stream(), "", []
     for step in generate(model, [ids], args.max_new_tokens, args.temperature, args.top_k, args.top_p, tokenizer.stop_ids, generator,
                          use_cache=not args.no_cache, vocabulary=tokenizer.vocab_size, cache=cache,
-                         make_step=None if cache is not None else Step if args.cuda_graph else cpu_step):
+                         make_step=decoding_step):
         tokens.append(step[0])
         if step[0] not in tokenizer.stop_ids:
             piece = stream.feed(step[0])
@@ -230,8 +228,6 @@ def check(args):
         raise InputError("--prompt goes neither with --prompts nor with --chat: leave one out")
     if args.prompts and (args.chat or args.no_cache):
         raise InputError("--prompts goes neither with --chat nor with --no-cache: leave one out")
-    if args.cuda_graph and (args.prompts or args.chat or args.no_cache):
-        raise InputError("--cuda-graph is for --prompt, with the cache: leave --prompts, --chat or --no-cache out")
     if len(args.adapter) > 1 and not args.prompts:
         raise InputError(f"{len(args.adapter)} adapters, and nothing says which one to use: give one, or --prompts with a name in each line")
     check_positive(args, "batch_size", "kv_memory", *(["adapter_memory"] if args.adapter_memory is not None else []))
@@ -245,8 +241,6 @@ def main(argv=None):
     args = parse(argv)
     check(args)
     device = find_device("float32")
-    if args.cuda_graph and device.torch_device.type != "cuda":
-        raise InputError(f"--cuda-graph needs a GPU, and this is {device.name}: leave it out")
     model, tokenizer = load_model(args.model, device.torch_device, getattr(torch, args.dtype), args.bits)
     if tokenizer is None:
         raise InputError(f"{args.model} has no tokenizer beside its weights: put a tokenizer.json or tokenizer.model there")

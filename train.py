@@ -97,8 +97,7 @@ def make_parser():
                    help="cut the model into this many stages; 0: no pipeline (default: %(default)s)")
     g.add_argument("--microbatches", type=at_least_1,
                    help="parts of a batch that follow each other in a pipeline (default: up to 4 a stage)")
-    g.add_argument("--schedule", choices=("gpipe", "1f1b"), default="1f1b",
-                   help="of the pipeline (default: %(default)s)")
+    g.add_argument("--schedule", default="1f1b", help="of the pipeline: gpipe or 1f1b (default: %(default)s)")
     g.add_argument("--shard", action="store_true",
                    help="spread parameters, gradients and moments over all processes")
     g = p.add_argument_group("output")
@@ -340,7 +339,7 @@ def set_up(model, args, device, moments):
     if args.pipeline:
         from pipeline import Pipeline
         around = Pipeline(model, args.pipeline, args.schedule, args.microbatches * args.grad_accum,
-                          args.seq_len, device.autocast)
+                          args.seq_len, device)
         say(around)
     else:
         around = surround(model, loss_of, device, args.shard)

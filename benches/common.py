@@ -13,7 +13,7 @@ from common.cli import InputError, markdown
 
 
 def interleaved(steps, rounds):
-    """Median seconds of each named step, all of them run in turn `rounds` times after a warm-up. steps: name -> function."""
+    """Median seconds of each named step, all of them run in turn `rounds` times after a warm-up."""
     times = {name: [] for name in steps}
     for i in tqdm(range(rounds + 1), desc="rounds", disable=None, leave=False):
         for name, step in steps.items():
@@ -33,18 +33,25 @@ def finished(folder):
     return None if summary.get("stopped_by") else summary
 
 
-def call(script, *flags, env=None, quiet=False):
-    """Run a script of the project."""
-    done = subprocess.run([sys.executable, script, *map(str, flags)], env=env, capture_output=quiet, text=True, check=False)
+def call(script, *flags, settings=None, env=None, quiet=False):
+    """Run a script of the project. settings: what has no flag, for its main(argv, **settings)."""
+    head = [script]
+    if settings:
+        code = (f"import sys, {script[:-3]} as m; from common.cli import command; "
+                f"command(lambda: m.main(sys.argv[1:], **{settings!r}))")
+        head = ["-c", code]
+    done = subprocess.run([sys.executable, *head, *map(str, flags)], env=env, capture_output=quiet, text=True)
     if done.returncode:
         why = (done.stderr.strip() or "killed").splitlines()[-1] if quiet else "its own lines above say why"
         raise InputError(f"{script} ended with {done.returncode}: {why}")
 
 
 def run_once(script, folder, *flags, **how):
-    """`python SCRIPT FLAGS --out-dir FOLDER`, gone on with where it was stopped, unless it is done already. Returns its summary."""
+    """`python SCRIPT FLAGS --out-dir FOLDER`, resumed where it was stopped, unless it is done. Returns its
+    summary."""
     if finished(folder) is None:
-        call(script, *(["--resume"] if (Path(folder) / "state").exists() else flags), "--out-dir", folder, **how)
+        resume = (Path(folder) / "state").exists()
+        call(script, *(["--resume"] if resume else flags), "--out-dir", folder, **how)
     return finished(folder)
 
 

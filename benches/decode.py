@@ -22,8 +22,7 @@ import torch
 from tqdm import tqdm
 
 from benches.common import table
-from beyond.cpu_step import cpu_step
-from beyond.cuda_graph import Step
+from beyond.decoding import decoding_step
 from checkpoint import random_model
 from common.cli import InputError
 from common.device import find_device, peak_memory
@@ -73,9 +72,8 @@ def runner(name, rank, bits, engine, device):
             return clock.times
         return run, sum(p.nbytes for p in model.parameters())
     model = random_model(name, rank, bits, device=device)
-    step = Step if device.type == "cuda" else cpu_step
     return lambda count, cache: [time.perf_counter() for _ in generate(model, [PROMPT], count, temperature=0, use_cache=cache,
-                                                                       make_step=step if cache else None)], stored_bytes(model)
+                                                                       make_step=decoding_step)], stored_bytes(model)
 
 
 @torch.inference_mode()
@@ -179,7 +177,9 @@ def tokens(text):
 
 
 def arguments(p):
-    p.add_argument("--models", type=names, default=list(RANKS), help="separated by commas (default: gpt2,gpt2-xl)")
+    p.add_argument("--models", type=names, default=list(RANKS),
+                   help="separated by commas (default: gpt2,gpt2-xl)")
     p.add_argument("--new-tokens", type=tokens, default=100, help="with the cache (default: %(default)s)")
     p.add_argument("--uncached-tokens", type=tokens, default=3, help="without it (default: %(default)s)")
-    p.add_argument("--rounds", type=int, default=3, choices=range(1, 100), metavar="N", help="repetitions with the cache (default: %(default)s)")
+    p.add_argument("--rounds", type=int, default=3, choices=range(1, 100), metavar="N",
+                   help="repetitions with the cache (default: %(default)s)")

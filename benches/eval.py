@@ -18,7 +18,7 @@ import torch
 from benches.common import table
 from checkpoint import load_model
 from common.device import find_device
-from common.export import export
+from common.formats import export
 from tasks import score, sets
 
 FILES = {"boolq": "super_glue/boolq/default.yaml", "piqa": "piqa/piqa.yaml", "winogrande": "winogrande/default.yaml"}  # of the harness
@@ -103,10 +103,15 @@ def report(rows):
 
 
 def arguments(p):
-    p.add_argument("--model", default="smollm2-135m", help="a model folder, a file, or a known name (default: %(default)s)")
-    p.add_argument("--tasks", default="piqa", help="of boolq, piqa and winogrande, separated by commas (default: %(default)s)")
+    p.add_argument("--model", default="smollm2-135m",
+                   help="a model folder, a file, or a known name (default: %(default)s)")
+    p.add_argument("--tasks", default="piqa",
+                   help="of boolq, piqa and winogrande, separated by commas (default: %(default)s)")
     p.add_argument("--limit", type=int, help="a seeded sample of so many rows (default: all)")
-    p.add_argument("--data-dir", default=os.environ.get("DATA_DIR", "data"), help="where the tasks' files are (default: $DATA_DIR, then data/)")
-    p.add_argument("--dtype", default="auto", help="of ours: float32, bfloat16, or auto, the faster one here (default: %(default)s)")
-    p.add_argument("--peer-dtypes", default="bfloat16", help="of the harness, separated by commas (default: %(default)s)")
+    p.add_argument("--data-dir", default=os.environ.get("DATA_DIR", "data"),
+                   help="where the tasks' files are (default: $DATA_DIR, then data/)")
+    p.add_argument("--dtype", default="auto",
+                   help="of ours: float32, bfloat16, or auto, the faster one here (default: %(default)s)")
+    p.add_argument("--peer-dtypes", default="bfloat16",
+                   help="of the harness, separated by commas (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=16, help="of the harness (default: %(default)s)")

@@ -13,10 +13,9 @@ from functools import partial
 import torch
 
 from benches.common import table
-from beyond.products import load_kernels
 from common.cli import InputError
 from common.device import find_device
-from quant import QuantMatrix
+from quant import QuantMatrix, load_kernels
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (512, 4096), (4096, 512)]  # (out, in)
 RANK, ROWS = 512, (1, 4, 8, 16, 32, 64)

@@ -53,10 +53,17 @@ def arguments(p):
     p.add_argument("--model", default="llama2-7b", help="a known name (default: %(default)s)")
     p.add_argument("--batch", type=int, default=1, help="sequences (default: %(default)s)")
     p.add_argument("--seq", type=int, default=4096, help="tokens of each (default: %(default)s)")
-    p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of parameters and gradients (default: %(default)s)")
-    p.add_argument("--rank", type=int, default=0, help="of every linear layer; 0 is full rank (default: %(default)s)")
-    p.add_argument("--bits", type=int, default=16, choices=[4, 8, 16], help="of the weights; quantized ones do not learn (default: %(default)s)")
-    p.add_argument("--lora", type=int, default=0, metavar="R", help="freeze the model and put adapters of this rank beside it; 0: none (default: 0)")
-    p.add_argument("--targets", default="q,v", help="the layers that get adapters (default: %(default)s, the paper's for Llama2-7B)")
-    p.add_argument("--recompute", default="sdpa", choices=[*MODES, "all"], help="as in train.py, or all to compare (default: %(default)s)")
-    p.add_argument("--limit-gb", type=float, default=24, help="does it fit in this much? (default: %(default)s)")
+    p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"],
+                   help="of parameters and gradients (default: %(default)s)")
+    p.add_argument("--rank", type=int, default=0,
+                   help="of every linear layer; 0 is full rank (default: %(default)s)")
+    p.add_argument("--bits", type=int, default=16, choices=[4, 8, 16],
+                   help="of the weights; quantized ones do not learn (default: %(default)s)")
+    p.add_argument("--lora", type=int, default=0, metavar="R",
+                   help="freeze the model and put adapters of this rank beside it; 0: none (default: 0)")
+    p.add_argument("--targets", default="q,v",
+                   help="the layers that get adapters (default: %(default)s, the paper's for Llama2-7B)")
+    p.add_argument("--recompute", default="sdpa", choices=[*MODES, "all"],
+                   help="as in train.py, or all to compare (default: %(default)s)")
+    p.add_argument("--limit-gb", type=float, default=24,
+                   help="does it fit in this much? (default: %(default)s)")

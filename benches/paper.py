@@ -1,42 +1,41 @@
-"""The paper's Tables V, VI, VII and IX and Figs. 6 and 7, this project's figures beside them, on the device at hand.
+"""The paper's Tables V, VI, VII and IX, this project's figures beside them, on the device at hand.
 
-    python bench.py paper               sizes, speeds, memory (Table VIII: bench.py finetune --quality; III and IV: bench.py memory)
-    python bench.py paper --curves      training losses: method 2 against method 1, and finetuning at several ranks and bits
+    python bench.py paper               sizes, speeds, memory (III, IV: bench.py memory; VIII: finetune)
 
-What can't run here is counted, and a star says so. A GPU measures all of it, with random weights: times and memory of GPT-2 at every rank,
-finetuning and generation of Llama2-7B and 13B at 4, 8 and 16 bit. A CPU measures products and GPT-2 127M.
+What can't run here is counted, and a star says so. A GPU measures all of it, with random weights: times and
+memory of GPT-2 at every rank, finetuning and generation of Llama2-7B and 13B at 4, 8 and 16 bit. A CPU
+measures products and GPT-2 127M.
 """
-import json
-import os
 import time
-from pathlib import Path
 
 import torch
 
-from benches import finetune
 from benches.account import account, by_kind, meta_model
-from benches.common import interleaved, run_once, table
+from benches.common import interleaved, table
 from benches.train import gpt2_of_rank, peak_of_one, training_step
-from checkpoint import load_model, random_model, replace_model
+from checkpoint import random_model
 from common.device import find_device, matmul_rate, peak_memory
 from common.generate import generate
 from common.loss import head_loss
-from common.run import read_metrics
 from lowrank import attach_lora, replace_linears
-from model import Transformer, count_parameters, flops_per_token
+from model import count_parameters, flops_per_token
 from quant import quantize, stored_bytes
 from recompute import use_recompute
 
 PAPER_V = {"float32": 19.5, "float16": 312, "int8": 624, "int4": 1248}  # data sheet of an A100, TFLOPS
 PAPER_VI = {  # parameters (as many bytes at 8 bit), GPU hours of methods 1 and 2, seconds of an answer
-    ("gpt2", 0): (127.4e6, 138.7, 138.7, 0.06), ("gpt2", 192): (77.5e6, 121.0, 120.1, 0.05), ("gpt2", 96): (58.5e6, 117.2, 116.9, 0.05),
-    ("gpt2", 48): (49.0e6, 116.4, 115.9, 0.05), ("gpt2-xl", 0): (1.56e9, 546.4, 546.4, 0.43), ("gpt2-xl", 384): (0.59e9, 416.3, 414.2, 0.23),
+    ("gpt2", 0): (127.4e6, 138.7, 138.7, 0.06), ("gpt2", 192): (77.5e6, 121.0, 120.1, 0.05),
+    ("gpt2", 96): (58.5e6, 117.2, 116.9, 0.05),
+    ("gpt2", 48): (49.0e6, 116.4, 115.9, 0.05), ("gpt2-xl", 0): (1.56e9, 546.4, 546.4, 0.43),
+    ("gpt2-xl", 384): (0.59e9, 416.3, 414.2, 0.23),
     ("gpt2-xl", 192): (0.34e9, 395.6, 401.9, 0.23), ("gpt2-xl", 96): (0.21e9, 399.6, 398.4, 0.23)}
 TARGETS = {"llama2-7b": ("q", "v"), "llama2-13b": ("q", "k", "v")}
 PAPER_IX = {  # (model, r, bits): trainable parameters, finetuning GB, model GB, seconds of generation
-    ("llama2-7b", 8, 4): (4.2e6, 11.8, 5.1, 0.23), ("llama2-7b", 8, 8): (4.2e6, 14.2, 7.9, 0.13), ("llama2-7b", 8, 16): (4.2e6, 20.3, 13.4, 0.21),
+    ("llama2-7b", 8, 4): (4.2e6, 11.8, 5.1, 0.23), ("llama2-7b", 8, 8): (4.2e6, 14.2, 7.9, 0.13),
+    ("llama2-7b", 8, 16): (4.2e6, 20.3, 13.4, 0.21),
     ("llama2-7b", 4, 16): (2.1e6, 20.3, 13.4, 0.21), ("llama2-7b", 16, 16): (8.4e6, 24.3, 13.4, 0.21),
-    ("llama2-13b", 8, 4): (9.8e6, 17.7, 9.8, 0.78), ("llama2-13b", 8, 8): (9.8e6, 30.4, 15.5, 0.23), ("llama2-13b", 8, 16): (9.8e6, 32.7, 26.2, 0.39),
+    ("llama2-13b", 8, 4): (9.8e6, 17.7, 9.8, 0.78), ("llama2-13b", 8, 8): (9.8e6, 30.4, 15.5, 0.23),
+    ("llama2-13b", 8, 16): (9.8e6, 32.7, 26.2, 0.39),
     ("llama2-13b", 4, 16): (4.9e6, 32.7, 26.2, 0.39), ("llama2-13b", 16, 16): (19.6e6, 33.0, 26.2, 0.39)}
 
 
@@ -59,9 +58,11 @@ def int8_rate(device, n=2048):
 
 def table_v(device):
     """TFLOPS of a square product at each precision."""
-    rates = {"float32": matmul_rate(device, torch.float32), "bfloat16": matmul_rate(device, torch.bfloat16), "float16": matmul_rate(device, torch.float16),
+    rates = {"float32": matmul_rate(device, torch.float32), "bfloat16": matmul_rate(device, torch.bfloat16),
+             "float16": matmul_rate(device, torch.float16),
              "int8": int8_rate(device)}
-    return [row("V", name, "TFLOPS", rate / 1e12, PAPER_V.get(name), "measured") for name, rate in rates.items()]
+    return [row("V", name, "TFLOPS", rate / 1e12, PAPER_V.get(name), "measured")
+            for name, rate in rates.items()]
 
 
 def low_rank(name, rank):
@@ -72,7 +73,8 @@ def low_rank(name, rank):
 
 
 def table_vi(device, batch, length, rounds):
-    """Tables VI and VII: sizes, and the times of a training step and of an answer over those at full rank, measured where the model can be trained here."""
+    """Tables VI and VII: sizes, and the times of a training step and of an answer over those at full rank,
+    measured where the model can be trained here."""
     rows, gpu = [], device.torch_device.type == "cuda"
     for name, ranks in (("gpt2", (0, 192, 96, 48)), ("gpt2-xl", (0, 384, 192, 96))):
         measured = gpu or name == "gpt2"
@@ -81,26 +83,33 @@ def table_vi(device, batch, length, rounds):
         if measured:
             models = {rank: gpt2_of_rank(name, rank, device) for rank in ranks}
             steps = {rank: training_step(model, device, batch, length) for rank, model in models.items()}
-            training = interleaved({rank: lambda step=step: step(device.dtype) for rank, step in steps.items()}, rounds)
+            training = interleaved({rank: lambda step=step: step(device.dtype)
+                                    for rank, step in steps.items()}, rounds)
             del steps
-            answers = interleaved({rank: lambda model=model: answer(model, device) for rank, model in models.items()}, rounds)
+            answers = interleaved({rank: lambda model=model: answer(model, device)
+                                   for rank, model in models.items()}, rounds)
             del models
         how = "measured" if measured else "counted"
         for rank in ranks:
-            what, (numbers, *hours, seconds) = f"{name} {f'r{rank}' if rank else 'full'}", PAPER_VI[name, rank]
+            what = f"{name} r{rank}" if rank else f"{name} full"
+            numbers, *hours, seconds = PAPER_VI[name, rank]
             full = PAPER_VI[name, 0]
             model = low_rank(name, rank)
-            rows.append(row("VI", what, "parameters, M", count_parameters(model) / 1e6, numbers / 1e6, "exact"))
+            rows.append(row("VI", what, "parameters, M", count_parameters(model) / 1e6, numbers / 1e6,
+                            "exact"))
             quantize(model, 8)
             rows.append(row("VI", what, "MB at 8 bit", stored_bytes(model) / 1e6, numbers / 1e6, "exact"))
-            rows.append(row("VI", what, "training speed", training[0] / training[rank], [full[1] / h for h in hours], how))
-            rows.append(row("VI", what, "inference speed", answers[0] / answers[rank], full[3] / seconds, how))
+            rows.append(row("VI", what, "training speed", training[0] / training[rank],
+                            [full[1] / h for h in hours], how))
+            rows.append(row("VI", what, "inference speed", answers[0] / answers[rank], full[3] / seconds,
+                            how))
             if measured:
                 memory = peak_of_one(name, rank, str(device.dtype)[6:], batch, length)
                 rows.append(row("VI", what, f"GB of a step of {batch} x {length}", memory / 1e9, None, how))
     model = meta_model("llama2-7b")
     replace_linears(model, 512, embedding_rank=512)
-    return rows + [row("VI", "llama2-7b r512, W^E too", "parameters, M", count_parameters(model) / 1e6, 1320, "exact")]
+    return rows + [row("VI", "llama2-7b r512, W^E too", "parameters, M", count_parameters(model) / 1e6, 1320,
+                       "exact")]
 
 
 def finetuning_step(name, bits, r, device, length):
@@ -148,77 +157,21 @@ def table_ix(device, length):
         if device.torch_device.type == "cuda":
             peak, model = finetuning_step(name, bits, r, device.torch_device, length)
             rows.append(row("IX", what, f"finetuning GB, 1 x {length}", peak / 1e9, memory, "measured"))
-            rows.append(row("IX", what, "seconds of 100 + 100 tokens", seconds_of_answer(model, device), seconds, "measured"))
+            rows.append(row("IX", what, "seconds of 100 + 100 tokens", seconds_of_answer(model, device),
+                            seconds, "measured"))
             del model
         else:
             kinds = by_kind(account(model, 1, length, torch.bfloat16, recompute="block"))
-            rows.append(row("IX", what, f"finetuning GB, 1 x {length}", sum(kinds.values()) / 1e9, memory, "counted"))
+            rows.append(row("IX", what, f"finetuning GB, 1 x {length}", sum(kinds.values()) / 1e9, memory,
+                            "counted"))
     return rows
-
-
-# ----------------------------------------------------------------------------- Figs. 6 and 7
-
-LORA = [(8, 16), (8, 8), (8, 4), (4, 16), (16, 16)]  # r and bits
-
-
-def pretrained(method, args):
-    """Folder of a run of train.py: factors of the SVD of --base (method 2), or random ones of the same shapes, with the same tokenizer (method 1)."""
-    out, start = Path(args.work) / f"method-{method}", ["--init-from", args.base, "--rank", str(args.rank)]
-    if method == 1:
-        model, tokenizer = load_model(args.base)
-        with torch.device("meta"):
-            model = Transformer(model.config)
-            replace_linears(model, args.rank)
-        torch.manual_seed(0)
-        model.materialize(torch.device("cpu")).init_weights()
-        replace_model(Path(args.work) / "random", model, tokenizer)
-        start = ["--init-from", Path(args.work) / "random"]
-    run_once("train.py", out, *start, "--data", args.data, "--max-iters", args.steps, "--batch-size", 2, "--seq-len", 256, "--lr", args.lr,
-             "--dtype", args.dtype, "--eval-tokens", 2048)
-    return out
-
-
-def curves(args):
-    """Rows with a curve each: training loss over steps."""
-    runs = {("6", f"method {method}, r{args.rank}"): pretrained(method, args) for method in (1, 2)}
-    args.task, args.max_iters, args.eval_limit, args.out_dir = "fpb", args.steps, 100, Path(args.work)
-    runs |= {("7", f"r{r}, {bits} bit"): finetune.tuned("fpb", bits, r, "lora", args) for r, bits in LORA}
-    rows = []
-    for (figure, what), folder in runs.items():
-        s = json.loads((folder / "summary.json").read_text())
-        curve = [(m["step"], m["loss"]) for m in read_metrics(folder / "metrics.jsonl") if m.get("loss") is not None]
-        tail = [loss for step, loss in curve if step > 0.8 * curve[-1][0]]
-        rows.append(dict(figure=figure, what=what, steps=s["steps"], first=curve[0][1], last=sum(tail) / len(tail), curve=curve))
-    plot(rows, Path(args.work) / "curves.png", args)
-    print(f"{args.work}/curves.png")
-    return rows
-
-
-def plot(rows, file, args):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4), dpi=120, layout="constrained")
-    for ax, figure, title in ((axes[0], "6", f"Fig. 6: pretraining, {args.base}"), (axes[1], "7", f"Fig. 7: finetuning, {args.base}, FPB")):
-        for r in (r for r in rows if r["figure"] == figure):
-            ax.plot(*zip(*r["curve"]), label=r["what"])
-        ax.set(title=title, xlabel="step", ylabel="training loss")
-        ax.grid(alpha=0.3)
-        ax.legend()
-    axes[1].set_yscale("log")
-    fig.savefig(file)
-    plt.close(fig)
-
-
-# ----------------------------------------------------------------------------- python bench.py paper
 
 
 def bench(args):
     device = find_device(args.dtype)
-    if args.curves:
-        return device, curves(args)
     torch.manual_seed(0)
-    rows = table_v(device.torch_device) + table_vi(device, args.batch_size, args.seq_len, args.rounds) + table_ix(device, args.length)
+    rows = table_v(device.torch_device) + table_vi(device, args.batch_size, args.seq_len,
+                                                   args.rounds) + table_ix(device, args.length)
     print(f"the paper's tables on {device.name}; its machine: 8 A100")
     return device, rows
 
@@ -226,35 +179,32 @@ def bench(args):
 def cell(r):
     if r is None:
         return ""
-    paper = "" if r["paper"] is None else " / ".join(f"{p:.4g}" for p in (r["paper"] if isinstance(r["paper"], list) else [r["paper"]]))
-    return f"{r['value']:.4g}{'*' * (r['how'] == 'counted')}" + (f" ({paper})" if paper else "")
+    star = "*" if r["how"] == "counted" else ""
+    if r["paper"] is None:
+        return f"{r['value']:.4g}{star}"
+    paper = r["paper"] if isinstance(r["paper"], list) else [r["paper"]]
+    return f"{r['value']:.4g}{star} ({' / '.join(f'{p:.4g}' for p in paper)})"
 
 
 def report(rows):
     """A table for each of the paper's, its numbers in brackets."""
-    if "figure" in rows[0]:
-        return table(rows, {"figure": lambda r: r["figure"], "run": lambda r: r["what"], "steps": lambda r: r["steps"],
-                            "first loss": lambda r: f"{r['first']:.3f}", "last fifth": lambda r: f"{r['last']:.3f}"})
     tables = []
     for name in dict.fromkeys(r["table"] for r in rows):
         own = {(r["what"], r["quantity"]): r for r in rows if r["table"] == name}
         columns = {f"Table {name}": lambda what: what}
-        columns |= {q: lambda what, q=q, own=own: cell(own.get((what, q))) for q in dict.fromkeys(q for _, q in own)}
+        for quantity in dict.fromkeys(quantity for _, quantity in own):
+            columns[quantity] = lambda what, q=quantity, own=own: cell(own.get((what, q)))
         tables.append(table(list(dict.fromkeys(what for what, _ in own)), columns))
-    return "\n\n".join(tables) + "\n\nIn brackets the paper's. Speeds are over full rank. * counted from operations or bytes, not run here."
+    note = "In brackets the paper's. Speeds are over full rank. * counted from operations or bytes, not run."
+    return "\n\n".join([*tables, note])
 
 
 def arguments(p):
-    p.add_argument("--dtype", default="auto", help="of training GPT-2: float32, bfloat16 or auto (default: %(default)s)")
-    p.add_argument("--batch-size", type=int, default=4, help="sequences of a training step (default: %(default)s)")
+    p.add_argument("--dtype", default="auto",
+                   help="of training GPT-2: float32, bfloat16 or auto (default: %(default)s)")
+    p.add_argument("--batch-size", type=int, default=4,
+                   help="sequences of a training step (default: %(default)s)")
     p.add_argument("--seq-len", type=int, default=256, help="tokens of each (default: %(default)s)")
-    p.add_argument("--length", type=int, default=512, help="tokens of a finetuning step of Llama 2 (default: %(default)s)")
+    p.add_argument("--length", type=int, default=512,
+                   help="tokens of a finetuning step of Llama 2 (default: %(default)s)")
     p.add_argument("--rounds", type=int, default=3, help="timed rounds (default: %(default)s)")
-    p.add_argument("--curves", action="store_true", help="Figs. 6 and 7 instead of the tables (half an hour on two cores)")
-    p.add_argument("--base", default="smollm2-135m", help="with --curves: the pretrained model (default: %(default)s)")
-    p.add_argument("--rank", type=int, default=192, help="with --curves: of methods 1 and 2 (default: %(default)s)")
-    p.add_argument("--data", default="builtin", help="with --curves: the text of methods 1 and 2 (default: %(default)s)")
-    p.add_argument("--data-dir", default=os.environ.get("DATA_DIR", "data"), help="with --curves: where FPB is (default: $DATA_DIR, then data/)")
-    p.add_argument("--steps", type=int, default=150, help="with --curves: of each run (default: %(default)s)")
-    p.add_argument("--lr", type=float, default=1e-3, help="with --curves: learning rate of methods 1 and 2 (default: %(default)s)")
-    p.add_argument("--work", default="out/bench_paper", help="with --curves: folder of the runs; one that is finished is not repeated (default: %(default)s)")

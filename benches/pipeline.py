@@ -1,28 +1,135 @@
-"""Utilization of GPipe and 1F1B (Fig. 3), beside M / (N + M - 1) and torch.distributed.pipelining's schedule of the same name.
+"""Utilization of GPipe and 1F1B (Fig. 3), beside M / (N + M - 1) and torch.distributed.pipelining.
+
+A stage is a process whose work is a timed wait, so that stages wait for each other and not for a processor.
 
     python bench.py pipeline
 """
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
 from benches.common import table
+from common.cli import at_least_1
 from common.device import find_device
-from pipeline import measure
+from pipeline import SCHEDULES, Grid, Wires, execute, schedule, utilization
+
+
+class Pause(torch.autograd.Function):
+    """Takes `seconds` in each direction without the processor; record(kind, start, end) is told when."""
+
+    @staticmethod
+    def forward(ctx, x, seconds, record):
+        ctx.seconds, ctx.record = seconds, record
+        return Pause.work(x, "F", seconds, record)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return Pause.work(dy, "B", ctx.seconds, ctx.record), None, None
+
+    @staticmethod
+    def work(x, kind, seconds, record):
+        start = time.time()
+        time.sleep(seconds)
+        record(kind, start, time.time())
+        return x.clone()
+
+
+class TimedStage(nn.Module):
+    def __init__(self, stage, seconds):
+        super().__init__()
+        self.stage, self.seconds, self.rows = stage, seconds, []
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def record(self, kind, start, end):
+        self.rows.append((self.stage, kind, sum(row[1] == kind for row in self.rows), start, end))
+
+    def forward(self, x):
+        return Pause.apply(x * self.weight, self.seconds, self.record)
+
+
+def engines(grid, module, kind, microbatches):
+    """name -> function that runs one step over the timed stages: ours, and torch's where it can."""
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+    device = torch.device("cpu")
+    steps, wires = schedule(kind, grid.stages, microbatches)[grid.stage], Wires(grid, device)
+    batch = torch.ones(microbatches, 64, 64)
+    inputs = batch.split(1)
+
+    def loss_of(y, target):
+        return (y - target).square().mean()
+
+    def forward(m, x):
+        y = module(inputs[m] if x is None else x)
+        return loss_of(y, inputs[m]) if grid.last else y
+
+    def ours():
+        wires.begin(steps, inputs[0].shape, inputs[0].dtype)
+        execute(steps, forward, wires)
+
+    if kind == "1f1b" and microbatches < grid.stages:  # torch's 1F1B refuses these
+        return {"ours": ours}
+    stage = PipelineStage(module, grid.stage, grid.stages, device, group=grid.pipe)
+    torchs = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[kind](stage, microbatches, loss_fn=loss_of)
+    arguments, target = [batch] if grid.first else [], dict(target=batch) if grid.last else {}
+    return {"ours": ours, "torch": lambda: torchs.step(*arguments, **target)}
+
+
+def member(rank, folder, stages, cases, seconds, rounds):
+    """One process: every engine in turn, a warm-up and `rounds` rounds. Its rows are left in the folder."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=stages)
+    grid, results = Grid(stages), []
+    for kind, microbatches in cases:
+        module, times = TimedStage(grid.stage, seconds), {}
+        steps = engines(grid, module, kind, microbatches)
+        for _ in range(rounds + 1):
+            for name, step in steps.items():
+                dist.barrier()
+                module.rows = []
+                step()
+                times.setdefault(name, []).append(module.rows)
+        results.append({name: rows[1:] for name, rows in times.items()})
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(stages=4, counts=(1, 4, 8, 16), seconds=0.05, rounds=3):
+    """A row for each schedule and number of microbatches: the median utilization over the rounds."""
+    cases, rows = [(kind, M) for kind in SCHEDULES for M in counts], []
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(member, (folder, stages, cases, seconds, rounds), nprocs=stages)
+        results = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(stages)]
+    for (kind, M), parts in zip(cases, zip(*results)):  # parts: of one case, what each process measured
+        median = {}
+        for name in parts[0]:
+            whole = [sum(stages_rows, []) for stages_rows in zip(*(part[name] for part in parts))]
+            median[name] = statistics.median(map(utilization, whole))
+        rows.append(dict(schedule=kind, stages=stages, microbatches=M, utilization=median["ours"],
+                         theory=M / (stages + M - 1), torch_utilization=median.get("torch")))
+    return rows
 
 
 def bench(args):
-    """Measured utilization of each schedule, with timed waits as work, beside the formula and torch's schedule of the same name."""
-    rows = measure(args.stages, args.microbatches, args.seconds, args.rounds)
-    print(f"{args.stages} processes on this machine, a stage's work is a wait of {args.seconds * 1e3:.0f} ms")
-    return find_device("float32"), rows
+    print(f"{args.stages} processes on this machine, a stage's work is a wait of 50 ms")
+    return find_device("float32"), measure(args.stages)
 
 
 def report(rows):
     return table(rows, {
-        "schedule": lambda r: r["schedule"], "stages": lambda r: r["stages"], "microbatches": lambda r: r["microbatches"],
-        "utilization": lambda r: f"{r['utilization']:.3f}", "M/(N+M-1)": lambda r: f"{r['theory']:.3f}",
+        "schedule": lambda r: r["schedule"],
+        "stages": lambda r: r["stages"],
+        "microbatches": lambda r: r["microbatches"],
+        "utilization": lambda r: f"{r['utilization']:.3f}",
+        "M/(N+M-1)": lambda r: f"{r['theory']:.3f}",
         "torch": lambda r: f"{r['torch_utilization']:.3f}" if r["torch_utilization"] else "refuses"})
 
 
 def arguments(p):
-    p.add_argument("--stages", type=int, default=4, help="processes (default: %(default)s)")
-    p.add_argument("--microbatches", type=lambda s: [int(m) for m in s.split(",")], default=[1, 4, 8, 16], help="default: 1,4,8,16")
-    p.add_argument("--seconds", type=float, default=0.05, help="of a wait (default: %(default)s)")
-    p.add_argument("--rounds", type=int, default=3, help="measured rounds (default: %(default)s)")
+    p.add_argument("--stages", type=at_least_1, default=4, help="processes (default: %(default)s)")

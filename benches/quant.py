@@ -75,8 +75,11 @@ def report(rows):
 
 def arguments(p):
     p.add_argument("--model", default="smollm2-135m", help="a pretrained model (default: %(default)s)")
-    p.add_argument("--text", default="builtin", help="what perplexity is measured on: a file, a folder or builtin (default: %(default)s)")
+    p.add_argument("--text", default="builtin",
+                   help="what perplexity is measured on: a file, a folder or builtin (default: %(default)s)")
     p.add_argument("--limit", type=int, default=16384, help="tokens of it (default: %(default)s)")
-    p.add_argument("--calibration", action="append", metavar="TEXT", help="text for error feedback; may be given several times (default: builtin)")
-    p.add_argument("--calibration-tokens", type=int, default=16384, help="tokens of that text (default: %(default)s)")
+    p.add_argument("--calibration", action="append", metavar="TEXT",
+                   help="text for error feedback; may be given several times (default: builtin)")
+    p.add_argument("--calibration-tokens", type=int, default=16384,
+                   help="tokens of that text (default: %(default)s)")
     p.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto (default: %(default)s)")

@@ -60,6 +60,7 @@ def report(rows):
 def arguments(p):
     p.add_argument("--blocks", type=int, default=2, help="blocks of GPT-2 (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=1, help="sequences (default: %(default)s)")
-    p.add_argument("--seq-len", type=int, default=1024, help="tokens of each; below 512 attention costs up to 8%% (default: %(default)s)")
+    p.add_argument("--seq-len", type=int, default=1024,
+                   help="tokens of each; below 512 attention costs up to 8%% (default: %(default)s)")
     p.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto (default: %(default)s)")
     p.add_argument("--rounds", type=int, default=9, help="timed rounds (default: %(default)s)")

@@ -21,7 +21,7 @@ from beyond.paged_cache import Pool, bytes_per_token
 from checkpoint import load_model
 from common.cli import InputError
 from common.device import find_device
-from common.export import export
+from common.formats import export
 from common.generate import generate
 from lowrank import replace_linears
 from model import Transformer, config_for, count_parameters
@@ -219,8 +219,10 @@ def report(rows):
 
 
 def arguments(p):
-    p.add_argument("--model", default="smollm2-135m", help="a folder, a file, or a known name (default: %(default)s)")
+    p.add_argument("--model", default="smollm2-135m",
+                   help="a folder, a file, or a known name (default: %(default)s)")
     p.add_argument("--sequences", type=int, default=32, help="prompts (default: %(default)s)")
-    p.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default=[16, 200], help="shortest and longest prompt (default: 16,200)")
+    p.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default=[16, 200],
+                   help="shortest and longest prompt (default: 16,200)")
     p.add_argument("--new-tokens", type=int, default=24, help="for each prompt (default: %(default)s)")
     p.add_argument("--rounds", type=int, default=2, help="timed rounds (default: %(default)s)")

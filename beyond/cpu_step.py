@@ -1,102 +1,103 @@
-"""Decoding on a CPU: one token of each row through all blocks of a quantized model in one call of kernels_cpu.cpp (sections IV.C and V.B).
+"""A whole step of decoding on a CPU in one call: a token of each row through all blocks of a quantized model.
 
-At batch 1 a block of gpt2-xl with r = 384 reads 10 MB of weights, which takes 0.35 ms on two cores. Calling its twelve layers from Python takes
-almost as long again. What cudagraph.py does for a GPU by recording, a struct does here: the addresses of all weights and of the cache are written down once,
-and kernels_cpu.cpp walks through them for each token. What it computes is model.Block, in float32.
+At batch 1 a block of gpt2-xl with r = 384 reads 10 MB of weights, which takes 0.35 ms on two cores, and
+calling its layers from Python takes almost as long. So the addresses of all weights and of the cache are
+written down once, and kernels_cpu.cpp walks through them for each token. It computes model.Block, in float32.
 
-    generate(model, prompts, 100, make_step=cpu_step)
-    step = cpu_step(model, cache)      # cache: a KVCache that has read the prompts; None where not all layers are plain quantized ones on a CPU with g++
-    logits = step(tokens, lengths)     # (B,) -> (B, vocabulary); lengths: how many places of each row are taken
+    step = cpu_step(model, cache)      # beyond/decoding.py has the protocol
+    logits = step(tokens, lengths)
 """
 import ctypes
-import functools
+import weakref
 
 import torch
+import torch.nn as nn
 
-from beyond.products import FEW_ROWS_CPU, load_cpu_kernels
+from beyond.cpu_kernels import FEW_ROWS, Matrix, load, struct_of, takes
 from common.cli import say
-from model import ARCHITECTURES, Config, KVCache, Transformer, attend
-from quant import QuantLinear, QuantLowRank, matrices, quantize
+from model import Attention, Block, FeedForward, attend
+from quant import QuantLinear, QuantLowRank, matrices
 
-POINTER, INT = ctypes.c_void_p, ctypes.c_int
+POINTER, MATRIX, INT = ctypes.c_void_p, ctypes.POINTER(Matrix), ctypes.c_int
+TOLERANCE = 0.05  # a step in bfloat16 is some 0.01 off; with another kind of block, several times 0.05
+walked = weakref.WeakKeyDictionary()  # model -> whether its blocks are what kernels_cpu.cpp computes
 
 
-class Norm(ctypes.Structure):
+class NormStruct(ctypes.Structure):
     _fields_ = [("weight", POINTER), ("bias", POINTER)]
 
 
-class Layer(ctypes.Structure):
-    _fields_ = [("A", POINTER), ("B", POINTER), ("bias", POINTER), ("bits", INT)]
+class LayerStruct(ctypes.Structure):
+    _fields_ = [("A", MATRIX), ("B", MATRIX), ("bias", POINTER), ("bits", INT)]
 
 
-class Block(ctypes.Structure):
-    _fields_ = [("norm1", Norm), ("norm2", Norm), ("inputs", Layer * 3), ("o", Layer), ("gate", Layer), ("up", Layer), ("down", Layer),
-                ("K", POINTER), ("V", POINTER)]
+class BlockStruct(ctypes.Structure):
+    _fields_ = [("norm1", NormStruct), ("norm2", NormStruct), ("inputs", LayerStruct * 3), ("o", LayerStruct),
+                *((name, LayerStruct) for name in ("gate", "up", "down")), ("K", POINTER), ("V", POINTER)]
 
 
-class Network(ctypes.Structure):
+class NetworkStruct(ctypes.Structure):
+    sizes = ("count", "rows", "width", "heads", "kv_heads", "d", "ffn", "capacity", "float_cache")
     _fields_ = [("blocks", POINTER), ("lengths", POINTER), ("cos", POINTER), ("sin", POINTER),
-                *((name, INT) for name in ("count", "rows", "width", "heads", "kv_heads", "d", "ffn", "capacity", "float_cache")), ("eps", ctypes.c_float)]
-
-
-def inputs(attention):
-    return [getattr(attention, name) for name in attention.config.architecture.inputs]
-
-
-def classes(block):
-    return type(block), *(type(getattr(block, name, None)) for name in ("norm1", "attention", "norm2", "mlp"))
-
-
-@functools.cache
-@torch.inference_mode()
-def classes_walked(kind):
-    """The classes of a block that kernels_cpu.cpp walks through rightly: those of model.py, if a tiny model goes through both alike; else none.
-
-    Who changes model.py, or puts another class in the place of one of its own, gets what they wrote.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tiny = Transformer(Config(kind, vocab_size=64, context=8, blocks=1, heads=2, kv_heads=1 if ARCHITECTURES[kind].rope else 2, width=64, ffn=128)).eval()
-    for p in tiny.parameters():
-        p.mul_(5)
-    quantize(tiny, 8)
-    cache, exact = KVCache(tiny.config, 1, 4), tiny(torch.tensor([[1, 2, 3, 4]]))[:, -1]
-    tiny.hidden(torch.tensor([[1, 2, 3]]), cache)
-    try:
-        if (Step(tiny, cache)(torch.tensor([4]), [3]) - exact).norm() < 0.01 * exact.norm():
-            return classes(tiny.blocks[0])
-    except AttributeError:  # a block with other parts
-        pass
-    say("kernels_cpu.cpp walks through another kind of block than this model's: steps are made layer by layer, which is slower")
-    return None
-
-
-def can_be_walked(block):
-    """Whether the block is what kernels_cpu.cpp takes it for."""
-    layers = [*inputs(block.attention), block.attention.o, block.mlp.up, block.mlp.down, *filter(None, [block.mlp.gate])]
-    plain = all(type(m) in (QuantLinear, QuantLowRank) and all(w.whole_chunks and not w.q.is_cuda for w in matrices(m)) for m in layers)
-    touched = any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in block.modules())
-    return plain and not touched and block.attention.attend is attend
+                *((name, INT) for name in sizes), ("eps", ctypes.c_float)]
 
 
 def cpu_step(model, cache):
-    """A Step, or None where something is in the way: another kind of cache or layer, something attached to a layer, no compiler."""
-    stored = type(cache) is KVCache and cache.k[0] is not None and cache.k[0].dtype in (torch.float32, torch.bfloat16)
-    if stored and len(cache.lengths) <= FEW_ROWS_CPU and load_cpu_kernels() is not None:
-        known = classes_walked(model.config.kind)
-        if all(classes(block) == known and can_be_walked(block) for block in model.blocks):
-            return Step(model, cache)
+    """A CPUStep for a KVCache that has read the prompts. None where something is in the way: layers that are
+    not plain quantized ones, something attached to one, another kind of block, no compiler."""
+    stored = cache.k[0].dtype in (torch.float32, torch.bfloat16) and len(cache.lengths) <= FEW_ROWS
+    if not stored or load() is None or not all(map(is_plain, model.blocks)):
+        return None
+    step = CPUStep(model, cache)
+    if model not in walked:
+        walked[model] = step.is_right()
+        if not walked[model]:
+            say("kernels_cpu.cpp computes another kind of block than this model's: steps go layer by layer")
+    return step if walked[model] else None
 
 
-class Step:
+def inputs(attention):
+    """The layers that read x: W^QKV, or W^Q, W^K and W^V."""
+    return [attention.get_submodule(name) for name in attention.config.architecture.inputs]
+
+
+def is_plain(block):
+    """Whether the block is model.py's, with quantized layers on a CPU, and nothing is attached to it."""
+    if [type(m) for m in (block, block.attention, block.mlp)] != [Block, Attention, FeedForward]:
+        return False
+    gate = [] if block.mlp.gate is None else [block.mlp.gate]
+    layers = [*inputs(block.attention), block.attention.o, *gate, block.mlp.up, block.mlp.down]
+    quantized = all(type(layer) in (QuantLinear, QuantLowRank) for layer in layers)
+    readable = all(takes(W) and not W.q.is_cuda for W in matrices(block))
+    own = any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in block.modules())
+    return quantized and readable and not own and block.attention.attend is attend
+
+
+class CPUStep:
     """model.head(model.hidden(tokens)) for one token of each row."""
 
     def __init__(self, model, cache):
         c, self.model, self.cache, self.kept = model.config, model, cache, []
-        self.blocks = (Block * c.blocks)(*map(self.block, model.blocks, cache.k, cache.v))
-        eps = model.norm.eps
-        self.network = Network(ctypes.addressof(self.blocks), None, None, None, c.blocks, len(cache.lengths), c.width, c.heads, c.kv_heads, c.head_size, c.ffn,
-                               cache.capacity, cache.k[0].dtype is torch.float32, eps)
+        self.blocks = (BlockStruct * c.blocks)(*map(self.block, model.blocks, cache.k, cache.v))
+        self.network = NetworkStruct(
+            ctypes.addressof(self.blocks), None, None, None, c.blocks, len(cache.lengths), c.width, c.heads,
+            c.kv_heads, c.head_size, c.ffn, cache.capacity, cache.k[0].dtype is torch.float32, c.norm_eps)
+
+    def block(self, block, k, v):
+        a, m = block.attention, block.mlp
+        gate = LayerStruct() if m.gate is None else self.layer(m.gate)
+        reading = (LayerStruct * 3)(*map(self.layer, inputs(a)))
+        return BlockStruct(self.norm(block.norm1), self.norm(block.norm2), reading, self.layer(a.o), gate,
+                           self.layer(m.up), self.layer(m.down), k.data_ptr(), v.data_ptr())
+
+    def norm(self, norm):
+        bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+        return NormStruct(self.address(norm.weight), self.address(bias))
+
+    def layer(self, layer):
+        Ws = matrices(layer)  # W, or A and B
+        pointers = [ctypes.pointer(struct_of(W)) for W in Ws] + [None] * (2 - len(Ws))
+        return LayerStruct(*pointers, self.address(layer.bias), Ws[0].bits)
 
     def address(self, tensor):
         """Of the tensor in float32, which is kept as long as the step is."""
@@ -105,26 +106,25 @@ class Step:
         self.kept.append(tensor.detach().float().contiguous())
         return self.kept[-1].data_ptr()
 
-    def block(self, block, k, v):
-        a, m = block.attention, block.mlp
-        return Block(self.norm(block.norm1), self.norm(block.norm2), (Layer * 3)(*map(self.layer, inputs(a))), self.layer(a.o),
-                     self.layer(m.gate) if m.gate is not None else Layer(), self.layer(m.up), self.layer(m.down), k.data_ptr(), v.data_ptr())
-
-    def norm(self, norm):
-        return Norm(self.address(norm.weight), self.address(getattr(norm, "bias", None)))
-
-    def layer(self, layer):
-        forms = [ctypes.create_string_buffer(m.form()) for m in ((layer.A, layer.B) if hasattr(layer, "rank") else (layer.W,))]
-        self.kept += forms
-        addresses = [ctypes.addressof(form) for form in forms]
-        return Layer(*addresses, *[None] * (2 - len(forms)), self.address(layer.bias), matrices(layer)[0].bits)
-
-    def __call__(self, tokens, lengths):
+    def hidden(self, tokens, lengths):
+        """tokens (B,) -> what the head reads, (B, C)."""
         x, rope, _ = self.model.begin(tokens[:, None], self.cache)  # (B, 1, C)
-        dtype, x, places = x.dtype, x.float().contiguous(), (INT * len(lengths))(*lengths)
-        self.network.lengths = ctypes.addressof(places)
+        dtype, x, slots = x.dtype, x.float().contiguous(), (INT * len(lengths))(*lengths)
+        self.network.lengths = ctypes.addressof(slots)
         if rope is not None:
             cos, sin = (t.expand(len(lengths), 1, -1).contiguous() for t in rope)  # (B, 1, d / 2)
             self.network.cos, self.network.sin = cos.data_ptr(), sin.data_ptr()
-        load_cpu_kernels().step(ctypes.addressof(self.network), x.data_ptr())
-        return self.model.head(self.model.norm(x.to(dtype))[:, -1])
+        load().step(ctypes.addressof(self.network), x.data_ptr())
+        return self.model.norm(x.to(dtype))[:, -1]
+
+    def __call__(self, tokens, lengths):
+        return self.model.head(self.hidden(tokens, lengths))
+
+    def is_right(self):
+        """Whether a step is what the layers make of it: model.py may have been changed. It is tried at the
+        next slot of each row, which is written again afterwards."""
+        lengths = self.cache.lengths
+        tokens = torch.zeros(len(lengths), dtype=torch.long)
+        exact = self.model.hidden(tokens[:, None], self.cache)[:, -1].float()
+        self.cache.lengths = lengths
+        return ((self.hidden(tokens, lengths).float() - exact).norm() < TOLERANCE * exact.norm()).item()

@@ -25,17 +25,18 @@ import torch
 import quant
 from beyond.activations import second_moments, walk
 from lowrank import LowRankLinear
-from quant import QuantMatrix, decode, encode, scale_and_offset
+from quant import QuantMatrix, decode, encode, nearest, scale_and_offset
 
 
-def choose_range(w, bits):
-    """s and o of vectors w (..., group), whose range is shrunk as far as that lowers the squared error."""
-    low, high = w.amin(-1), w.amax(-1)
+def choose_range(w, bits, group):
+    """s and o (..., in / group) of w (..., in), with ranges shrunk as far as that lowers the squared error of a vector."""
+    vectors = w.unflatten(-1, (-1, group))
+    low, high = vectors.amin(-1), vectors.amax(-1)
     best_error = torch.full_like(low, math.inf)
     best_scale, best_offset = scale_and_offset(low, high, bits)
     for shrink in torch.linspace(1, 0.5, 26).tolist():
         scale, offset = scale_and_offset(low * shrink, high * shrink, bits)
-        error = (decode(encode(w, scale, offset, bits), scale, offset) - w).square_().sum(-1)
+        error = (decode(encode(w, scale, offset, bits), scale, offset) - w).square_().unflatten(-1, (-1, group)).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
@@ -45,9 +46,9 @@ def choose_range(w, bits):
 
 def clip_rows(weight, bits, group):
     """quantize_rows with clipped ranges."""
-    w = weight.detach().float().unflatten(-1, (-1, group))  # (out, groups, group)
-    scale, offset = choose_range(w, bits)
-    return encode(w, scale, offset, bits).flatten(1), scale, offset
+    w = weight.detach().float()
+    scale, offset = choose_range(w, bits, group)
+    return encode(w, scale, offset, bits), scale, offset
 
 
 def feedback_rows(weight, bits, group, moments, damping=0.03, sweeps=3):
@@ -55,7 +56,7 @@ def feedback_rows(weight, bits, group, moments, damping=0.03, sweeps=3):
     W = weight.detach().float()
     H = moments.float() / moments.diagonal().mean().clamp_min(1e-30)
     H = H + damping * torch.eye(len(H), device=H.device)  # inputs that the text never showed count a little
-    scale, offset = choose_range(W.unflatten(-1, (-1, group)), bits)
+    scale, offset = choose_range(W, bits, group)
     q = round_with_feedback(W, scale, offset, bits, group, H)
     for _ in range(sweeps):
         sweep(W, q, scale, offset, bits, group, H)
@@ -74,7 +75,7 @@ def round_with_feedback(W, scale, offset, bits, group, H, block=128):
         end = min(start + block, W.shape[1])
         lost = torch.empty(len(W), end - start, device=W.device)
         for j in range(start, end):
-            integer = ((W[:, j] - o[:, j]) / s[:, j]).round_().clamp_(-2 ** (bits - 1), 2 ** (bits - 1) - 1)
+            integer = nearest(W[:, j], s[:, j], o[:, j], bits)
             lost[:, j - start] = (W[:, j] - (integer * s[:, j] + o[:, j])) / U[j, j]
             W[:, j + 1:end] -= lost[:, j - start, None] * U[j, j + 1:end]
             q[:, order[j]] = integer
@@ -84,7 +85,7 @@ def round_with_feedback(W, scale, offset, bits, group, H, block=128):
 
 def sweep(W, q, scale, offset, bits, group, H):
     """Lower sum(E H E^T), in place: for each group s and o by least squares, then its integers."""
-    rounded = decode(q.unflatten(-1, (-1, group)), scale, offset).flatten(1)
+    rounded = decode(q, scale, offset)
     G = (W - rounded) @ H  # (out, in): half the downhill direction
     for i in range(scale.shape[1]):
         columns = slice(i * group, (i + 1) * group)
@@ -95,7 +96,7 @@ def sweep(W, q, scale, offset, bits, group, H):
         g = G[:, columns] - (now - before) @ h
         for j in range(group):
             best = now[:, j] + g[:, j] / h[j, j]
-            qg[:, j] = ((best - o) / s).round_().clamp_(-2 ** (bits - 1), 2 ** (bits - 1) - 1)
+            qg[:, j] = nearest(best, s, o, bits)
             change = qg[:, j] * s + o - now[:, j]
             now[:, j] += change
             g -= change[:, None] * h[j]
@@ -116,8 +117,7 @@ def fit_scale(q, target, h, scale, offset):
 # ----------------------------------------------------------------------------- a model
 
 @torch.no_grad()
-def quantize_calibrated(model, bits, batches, group=None, embedding_bits=None, sweeps=3,
-                        progress=lambda blocks: blocks):
+def quantize_calibrated(model, bits, batches, group=None, sweeps=3, progress=lambda blocks: blocks):
     """quant.quantize with error feedback in the blocks. Embedding and head are rounded to the nearest.
     Returns the line that says what was done."""
     before = quant.stored_bytes(model)
@@ -128,7 +128,7 @@ def quantize_calibrated(model, bits, batches, group=None, embedding_bits=None, s
         return {name: round_layer(layer, bits, group, moments, sweeps) for name, layer in layers.items()}
 
     walk(enumerate(progress(model.blocks)), [model.begin(tokens) for tokens in batches], change)
-    quant.quantize(model, bits, group, embedding_bits=embedding_bits)
+    quant.quantize(model, bits, group)
     count = sum(isinstance(m, tuple(quant.KINDS.values())) for m in model.modules())
     after = quant.stored_bytes(model)
     return f"quantized {count} layers to {bits} bit: {before / 1e6:,.1f} -> {after / 1e6:,.1f} MB"
@@ -144,4 +144,4 @@ def round_layer(layer, bits, group, moments, sweeps=3):
     A = QuantMatrix.of(layer.A, bits, group, rounding(moments))
     dense = A.dense()
     B = QuantMatrix.of(layer.B, bits, group, rounding(dense @ moments @ dense.T))
-    return quant.QuantLowRank(A, B, quant.frozen_bias(layer))
+    return quant.QuantLowRank(A, B, layer.bias)

@@ -1,4 +1,4 @@
-"""What every command needs: errors for people, lines from the first process, Ctrl-C as a flag, files that are never half written."""
+"""What every command needs: errors in one line, flags, Ctrl-C as a flag, files that are never half written."""
 import argparse
 import errno
 import math
@@ -11,7 +11,7 @@ from common.processes import rank, world_size
 
 
 class InputError(ValueError):
-    """The user's input is wrong. The message says what, with the values, and what to do; `command` prints it alone."""
+    """The user's input is wrong. The message says what, with the values, and what to do."""
 
 
 def cache_dir():
@@ -25,11 +25,12 @@ def say(*words):
         print(*words, flush=True)
 
 
-UNUSABLE = [getattr(errno, name) for name in ("EACCES", "EROFS", "EPERM", "ENOTDIR", "EEXIST", "EISDIR", "ENOENT", "ENAMETOOLONG")]
+UNUSABLE = [getattr(errno, name)
+            for name in ("EACCES", "EROFS", "EPERM", "ENOTDIR", "EEXIST", "EISDIR", "ENOENT", "ENAMETOOLONG")]
 
 
 def command(main):
-    """Run main() as a command: bad input and a full disk are one line on stderr and exit code 2, not a traceback."""
+    """Run main() as a command: bad input and a full disk are one line on stderr and exit code 2."""
     try:
         sys.exit(main())
     except InputError as e:
@@ -41,7 +42,8 @@ def command(main):
         full, place = e.errno in (errno.ENOSPC, errno.EDQUOT), e.filename and e.errno in UNUSABLE
         if not full and not place:
             raise
-        other = "set FINGPT_CACHE to another folder" if e.filename and str(cache_dir()) in str(e.filename) else "choose another --out-dir"
+        in_cache = e.filename and str(cache_dir()) in str(e.filename)
+        other = "set FINGPT_CACHE to another folder" if in_cache else "choose another --out-dir"
         line = f"{e.strerror}: {e.filename or 'while writing'}: {'free some space or ' if full else ''}{other}"
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -51,7 +53,7 @@ def command(main):
 
 
 def check_folder(path, new=False):
-    """Refuse what can't become a folder to write to, before anything slow; new: or what is one already with something in it."""
+    """Refuse what can't become a folder to write to; new: also what is one with something in it."""
     whole = Path(path).absolute()
     there = next(p for p in (whole, *whole.parents) if p.exists())
     if not there.is_dir():
@@ -66,7 +68,8 @@ def move_aside(folder):
     """Rename a folder to the first FOLDER-N that is free, and return that."""
     folder = Path(folder)
     if folder.absolute() == Path.cwd():
-        raise InputError(f"{folder.absolute()} holds earlier results and is the current folder, which can't be moved aside: choose another --out-dir")
+        raise InputError(f"{folder.absolute()} holds earlier results and is the current folder, which can't "
+                         "be moved aside: choose another --out-dir")
     aside = next(p for n in range(1, 10 ** 6) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
     os.replace(folder, aside)
     return aside
@@ -80,7 +83,7 @@ def check_positive(args, *names):
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a flag that a loop reads between two steps; a second Ctrl-C ends at once."""
+    """Turns Ctrl-C and SIGTERM into a flag that a loop reads after a step; a second Ctrl-C ends at once."""
 
     def __init__(self):
         self.name = None
@@ -105,11 +108,15 @@ def write_atomic(path, text):
 
 
 def markdown(header, rows, left=2):
-    """A table in Markdown that can be read as it stands, too; the first `left` columns begin at the left, numbers end at the right."""
+    """A Markdown table with aligned columns: the first `left` begin at the left, the others end at the right."""
     cells = [header] + [[str(c) for c in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["| " + " | ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 1) + ("-" if i < left else ":") for i, w in enumerate(widths)) + "|"] + lines[1:])
+    lines = []
+    for row in cells:
+        padded = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        lines.append("| " + " | ".join(padded) + " |")
+    rule = ["-" * (w + 1) + ("-" if i < left else ":") for i, w in enumerate(widths)]
+    return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
 
 
 # ----------------------------------------------------------------------------- flags
@@ -117,8 +124,8 @@ def markdown(header, rows, left=2):
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are InputErrors, so that `command` prints one line and exits with 2."""
 
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, doc=None, **more):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def error(self, message):
         raise InputError(f"{message} (see --help)")

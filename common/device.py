@@ -21,7 +21,8 @@ class Device:
 
     def autocast(self):
         import torch
-        return torch.autocast(self.torch_device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        return torch.autocast(self.torch_device.type, dtype=torch.bfloat16,
+                              enabled=self.dtype == torch.bfloat16)
 
 
 def matmul_rate(device, dtype, n=None):
@@ -40,7 +41,8 @@ def matmul_rate(device, dtype, n=None):
 
 
 def find_device(dtype="auto"):
-    """The device this process computes on. dtype: auto, float32 or bfloat16; auto takes the one whose products are faster here."""
+    """The device this process computes on. dtype: auto, float32 or bfloat16; auto takes the one whose
+    products are faster here."""
     import torch
     if dtype not in ("auto", "float32", "bfloat16"):
         raise InputError(f"--dtype must be auto, float32 or bfloat16, got {dtype}")
@@ -49,7 +51,8 @@ def find_device(dtype="auto"):
         device = torch.device("cuda", local_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        name, candidates = torch.cuda.get_device_name(device), ["bfloat16"] if torch.cuda.is_bf16_supported() else ["float32"]
+        name, candidates = torch.cuda.get_device_name(device), ["bfloat16"] if torch.cuda.is_bf16_supported(
+            ) else ["float32"]
     else:
         device = torch.device("cpu")
         name = f"{cpu_name()}, {torch.get_num_threads()} threads"
@@ -64,15 +67,18 @@ def find_device(dtype="auto"):
 
 def cpu_name():
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in (info.read_text().splitlines() if info.exists() else ()) if line.startswith("model name")]
+    names = [line.split(":")[1].strip()
+             for line in (info.read_text().splitlines() if info.exists() else ())
+             if line.startswith("model name")]
     return names[0] if names else f"{platform.processor() or platform.machine()} CPU"
 
 
 def keep_freed_memory():
     """Tell glibc to keep the memory that tensors free instead of giving it back after every step.
 
-    A training step allocates and frees hundreds of megabytes. By default each large block is a fresh mapping, and the
-    kernel zeroes its pages again every step: on a virtual machine that took a third of the time of a GPT-2 step.
+    A training step allocates and frees hundreds of megabytes. By default each large block is a fresh mapping,
+    and the kernel zeroes its pages again every step: on a virtual machine that took a third of the time of a
+    GPT-2 step.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -94,5 +100,6 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():  # a child process inherits its parent's ru_maxrss, but not its VmHWM
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return next(int(line.split()[1]) * 1024
+                    for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,59 +1,110 @@
-"""Models in other people's files: Hugging Face folders, GGUF files, Meta's checkpoints; one tensor at a time, under our names.
+"""Models in other people's files: Hugging Face folders, read and written, and GGUF files, read.
 
-The formats differ in three things:
+They differ from ours in four things, which the tables below say:
 
-    names     the table below, a column for each format
-    layout    y = W x everywhere but in GPT-2's Hugging Face files, whose Conv1D stores W transposed
-    RoPE      turns pairs of coordinates of a head. Which two make a pair does not matter as long as the rows of W^Q and W^K stand in
-              that order: Meta and llama.cpp pair neighbours (0,1) (2,3) ..., Hugging Face and model.py the two halves
-              (0, d/2) (1, d/2 + 1) .... So rows are reordered.
+    settings   what a configuration calls the width, the heads, ...
+    names      of the tensors
+    layout     y = W x everywhere but in GPT-2's Hugging Face files, whose Conv1D stores W transposed
+    RoPE       turns pairs of a head's coordinates: here and at Hugging Face (0, d/2) (1, d/2 + 1) ..., in a
+               Llama's GGUF neighbours (0, 1) (2, 3) ...: there the rows of W^Q and W^K have another order
 
-    with open_source("Llama-2-7b-hf") as source:  # or a .gguf file, or Meta's folder
-        for name in source.names:                 # "embed.weight", "blocks.0.attention.q.weight", ...
-            tensor = source.get(name)             # as stored: float32, float16 or bfloat16; what a GGUF packs comes as float32
+    source = open_source("Llama-2-7b-hf")           # or a .gguf file
+    for name, tensor in source.tensors(): ...       # "blocks.0.attention.q.weight", in the dtype of the file
+    export(model, tokenizer, "out/hf")              # dense, for transformers, peft and llama.cpp's converter
 
-Files are mapped into memory anew for each tensor, and the mapping goes when the tensor does: reading needs no more than the
-largest tensor above what the reader keeps. Nothing is unpickled but tensors.
+A file is mapped into memory anew for each tensor, and the mapping goes when the tensor does: reading needs no
+more than the largest tensor above what the reader keeps. Nothing is unpickled.
 """
-import math
-import pickle
-import struct
+import json
+import os
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 
-from common.cli import InputError
+from common.cli import InputError, check_folder, write_atomic
+from common.gguf_file import read_gguf, read_rows
+from common.storage import sharded, write_tensors
 from common.tokenizer import from_gguf, load_tokenizer, read_json
-from model import Config, Transformer
+from model import Config, Transformer, dense_weight
 
-NAMES = """
-    ours            gpt2          llama                      gguf          meta
-    embed           wte           embed_tokens               token_embd    tok_embeddings
-    positions       wpe           -                          -             -
-    blocks          h             layers                     blk           layers
-    norm1           ln_1          input_layernorm            attn_norm     attention_norm
-    attention.qkv   attn.c_attn   -                          -             -
-    attention.q     -             self_attn.q_proj           attn_q        attention.wq
-    attention.k     -             self_attn.k_proj           attn_k        attention.wk
-    attention.v     -             self_attn.v_proj           attn_v        attention.wv
-    attention.o     attn.c_proj   self_attn.o_proj           attn_output   attention.wo
-    norm2           ln_2          post_attention_layernorm   ffn_norm      ffn_norm
-    mlp.gate        -             mlp.gate_proj              ffn_gate      feed_forward.w1
-    mlp.up          mlp.c_fc      mlp.up_proj                ffn_up        feed_forward.w3
-    mlp.down        mlp.c_proj    mlp.down_proj              ffn_down      feed_forward.w2
-    norm            ln_f          norm                       output_norm   norm
-    head            lm_head       lm_head                    output        output
+# ------------------------------------------------------------------------------------------------ the tables
+
+SETTINGS = """
+    ours            gpt2                  llama                      gguf
+    vocab_size      vocab_size            vocab_size                 -
+    context         n_positions           max_position_embeddings    context_length
+    blocks          n_layer               num_hidden_layers          block_count
+    heads           n_head                num_attention_heads        attention.head_count
+    kv_heads        -                     num_key_value_heads        attention.head_count_kv
+    width           n_embd                hidden_size                embedding_length
+    ffn             n_inner               intermediate_size          feed_forward_length
+    tied            tie_word_embeddings   tie_word_embeddings        -
+    norm_eps        layer_norm_epsilon    rms_norm_eps               attention.layer_norm_rms_epsilon
+    rope_base       -                     rope_theta                 rope.freq_base
 """
-ROWS = [line.split() for line in NAMES.split("\n") if line]
-CONV1D = ("attention.qkv", "attention.o", "mlp.up", "mlp.down")  # GPT-2's layers whose weight is stored transposed
-NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "rope.freqs")  # constants that old files carry along
+NAMES = """
+    ours            gpt2                  llama                      gguf
+    embed           wte                   embed_tokens               token_embd
+    positions       wpe                   -                          -
+    blocks          h                     layers                     blk
+    norm1           ln_1                  input_layernorm            attn_norm
+    attention.qkv   attn.c_attn           -                          -
+    attention.q     -                     self_attn.q_proj           attn_q
+    attention.k     -                     self_attn.k_proj           attn_k
+    attention.v     -                     self_attn.v_proj           attn_v
+    attention.o     attn.c_proj           self_attn.o_proj           attn_output
+    norm2           ln_2                  post_attention_layernorm   ffn_norm
+    mlp.gate        -                     mlp.gate_proj              ffn_gate
+    mlp.up          mlp.c_fc              mlp.up_proj                ffn_up
+    mlp.down        mlp.c_proj            mlp.down_proj              ffn_down
+    norm            ln_f                  norm                       output_norm
+    head            lm_head               lm_head                    output
+"""
 
 
-def their_name(name, column):
-    """Our name of a parameter in another format: "blocks.3.attention.q.weight" -> "layers.3.self_attn.q_proj.weight"."""
-    theirs = {row[0]: row[ROWS[0].index(column)] for row in ROWS}
+def column(table, name):
+    """A column of a table: ours -> theirs."""
+    header, *rows = [line.split() for line in table.strip().splitlines()]
+    at = header.index(name)
+    return {row[0]: row[at] for row in rows if row[at] != "-"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How others write down an architecture of model.py."""
+    column: str       # of the tables
+    prefix: str       # of their tensors, the head's aside
+    network: str      # transformers' class
+    defaults: dict    # our settings where their configuration leaves them out
+    only: dict        # other settings: the values for which model.py computes the same, the default first
+    conv1d: bool = False           # the matrices of blocks are stored transposed
+    gguf_neighbours: bool = None   # RoPE's pairs in a GGUF are neighbours; None: such a GGUF is not read
+
+
+LIKE_LLAMA = dict(tied=False, norm_eps=1e-6, rope_base=10000.0)
+FAMILIES = {
+    "gpt2": Family(
+        "gpt2", "transformer.", "GPT2LMHeadModel",
+        dict(vocab_size=50257, context=1024, blocks=12, heads=12, width=768, tied=True, norm_eps=1e-5),
+        dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
+             scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,)), conv1d=True),
+    "llama": Family(
+        "llama", "model.", "LlamaForCausalLM", LIKE_LLAMA | dict(context=2048),
+        dict(hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,)), gguf_neighbours=True),
+    "qwen2": Family(
+        "llama", "model.", "Qwen2ForCausalLM", LIKE_LLAMA | dict(context=32768),
+        dict(hidden_act=("silu",), use_sliding_window=(False,)), gguf_neighbours=False),
+}
+NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # constants in old files
+
+
+def their_name(name, column_name):
+    """A parameter's name elsewhere: blocks.3.attention.q.weight -> layers.3.self_attn.q_proj.weight."""
+    theirs = column(NAMES, column_name)
     module, parameter = name.rsplit(".", 1)
     if not module.startswith("blocks."):
         return f"{theirs[module]}.{parameter}"
@@ -61,152 +112,169 @@ def their_name(name, column):
     return f"{theirs['blocks']}.{number}.{theirs[module]}.{parameter}"
 
 
-def open_source(path):
-    """The model at a path, whichever format it has."""
-    path = Path(path)
-    if path.is_dir():
-        found = sorted(path.glob("*.gguf"))
-        if (path / "params.json").is_file() or list(path.glob("consolidated.*.pth")):
-            return MetaSource(path)
-        if (path / "config.json").is_file():
-            return HuggingFaceSource(path)
-        if len(found) == 1:
-            return GGUFSource(found[0])
-        raise InputError(f"{path} is no model that can be read: it has neither config.json and *.safetensors, nor params.json and "
-                         f"consolidated.*.pth, nor one .gguf file (it has {len(found)})")
-    if path.suffix == ".gguf" and path.is_file():
-        return GGUFSource(path)
-    raise InputError(f"{path} is neither a folder nor a .gguf file: give a model's folder")
+def is_transposed(name, family):
+    return family.conv1d and name.startswith("blocks.") and name.endswith(".weight") and ".norm" not in name
 
+
+# ------------------------------------------------------------------------------------------------- a source
 
 class Source:
-    """What the formats share. A format tells its `column` of the table, where tensors are and their shapes, and how to `read` one."""
+    """The protocol of a model in files. Nothing stays open between two calls.
 
-    def __init__(self, path, config, stored):
-        """stored: their name -> shape, of everything in the files."""
-        self.path, self.config = Path(path), config
-        with torch.device("meta"):
-            self.shapes = {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}
-        self.names = list(self.shapes)
-        self.check(stored)
+        path, bytes           where it is; the size of its files
+        config, layers        the Config; what config.json says of layers that were swapped (in our folders)
+        names, bits           our names of its tensors; name -> bits of a stored number
+        get(name, rows=None)  a tensor, (out, in) for a matrix, in the stored dtype; only its first rows
+    """
+    layers = {}
 
-    def check(self, stored):
-        theirs = {their_name(name, self.column): name for name in self.names}
-        missing = [t for t in theirs if t not in stored]
-        if missing:
-            raise InputError(f"{self.path} lacks {len(missing)} of {len(theirs)} tensors, {missing[0]} among them: get the files again")
-        unexpected = [t for t in stored if t not in theirs and not t.endswith(NOT_WEIGHTS)]
-        if self.config.tied:  # some files write the shared matrix twice
-            unexpected = [t for t in unexpected if t != their_name("head.weight", self.column)]
-        if unexpected:
-            raise InputError(f"{self.path} has {len(unexpected)} tensors that a {self.config.kind} model doesn't have, {unexpected[0]} among them: "
-                             "is it another architecture, or quantized?")
-        for t, name in theirs.items():
-            if tuple(stored[t]) != self.stored_shape(name):
-                raise InputError(f"{self.path}: {t} has the shape {tuple(stored[t])}, its configuration asks for {self.stored_shape(name)}: "
-                                 "weights and configuration are not of the same model")
+    def tensors(self):
+        """(name, tensor) of all."""
+        for name in self.names:
+            yield name, self.get(name)
 
-    def stored_shape(self, name):
-        return self.shapes[name]
+    def tokenizer(self):
+        """The one beside the weights, or None."""
+        files = [self.path / name for name in ("tokenizer.json", "tokenizer.model")]
+        return load_tokenizer(self.path) if any(file.is_file() for file in files) else None
 
-    def get(self, name):
-        """The tensor, (out, in) for a matrix, in the dtype in which it is stored."""
-        tensor = self.read(name, their_name(name, self.column))
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise InputError(f"{self.path}: {name} is stored as {tensor.dtype}: get the model in float32, float16 or bfloat16")
-        return tensor
 
-    def first_rows(self, name, count):
-        """The first rows of a matrix, or a whole vector, without reading more than is cheap."""
-        tensor = self.get(name)
-        return tensor[:count] if tensor.dim() > 1 else tensor
+def open_source(path):
+    """The Source of a Hugging Face folder, a GGUF file, or a folder with one in it."""
+    path = Path(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return GGUFSource(path)
+    if not path.is_dir():
+        raise InputError(f"{path} is neither a folder nor a .gguf file: give a model's folder")
+    if (path / "config.json").is_file():
+        return HuggingFaceSource(path)
+    found = sorted(path.glob("*.gguf"))
+    if len(found) == 1:
+        return GGUFSource(found[0])
+    raise InputError(f"{path} is no model that can be read: it has neither config.json and *.safetensors, "
+                     f"nor one .gguf file (it has {len(found)})")
 
-    def close(self):
-        """Nothing stays open between two calls of get, but for a GGUF's mapping."""
 
-    def __enter__(self):
-        return self
+def check_tensors(where, wanted, stored, kind, optional=()):
+    """Refuse files of another model. wanted: name -> shape; stored: name -> Stored or Packed."""
+    missing = [name for name in wanted if name not in stored]
+    if missing:
+        raise InputError(f"{where} lacks {len(missing)} of {len(wanted)} tensors, {missing[0]} among them: "
+                         "get the files again")
+    unexpected = [name for name in stored if name not in wanted and not name.endswith(optional)]
+    if unexpected:
+        raise InputError(f"{where} has {len(unexpected)} tensors that a {kind} model doesn't have, "
+                         f"{unexpected[0]} among them: is it another architecture, or quantized?")
+    for name, shape in wanted.items():
+        if stored[name].shape != shape:
+            raise InputError(f"{where}: {name} has the shape {stored[name].shape}, its configuration asks "
+                             f"for {shape}: weights and configuration are not of the same model")
 
-    def __exit__(self, *error):
-        self.close()
+
+def shapes_of(config):
+    """name -> shape of every parameter of the dense network."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}
 
 
 def require(file, settings, allowed):
-    """Settings of a configuration that model.py has no counterpart for must have the value that changes nothing."""
     for key, values in allowed.items():
         if settings.get(key, values[0]) not in values:
-            raise InputError(f"{file}: {key} is {settings[key]!r}; only {' or '.join(map(repr, values))} is supported")
+            raise InputError(f"{file}: {key} is {settings[key]!r}; "
+                             f"only {' or '.join(map(repr, values))} is supported")
 
 
-def config_of(file, make):
-    """Run make() and say which key of the file is missing, if one is."""
+def make_config(file, kind, keys, theirs, **known):
+    """The Config of other people's settings. keys: ours -> theirs; known: ours, where theirs is left out."""
+    values = known | {ours: theirs[key] for ours, key in keys.items() if theirs.get(key) is not None}
     try:
-        return make()
+        values.setdefault("kv_heads", values["heads"])
+        values.setdefault("ffn", 4 * values["width"])
+        values |= {name: float(values[name]) for name in ("norm_eps", "rope_base") if name in values}
+        return Config(kind, **{ours: values[ours] for ours in {*keys, *known, "kv_heads"}})
     except (KeyError, TypeError) as e:
-        raise InputError(f"{file} does not describe a model completely (missing or unusable: {e}): get the file again") from None
+        raise InputError(f"{file} does not describe a model completely (missing or unusable: {e}): "
+                         "get the file again") from None
 
 
-# ----------------------------------------------------------------------------- Hugging Face
+# ------------------------------------------------------------------------------------ Hugging Face: reading
 
 def huggingface_config(file):
     """config.json -> Config. Values left out have transformers' defaults."""
-    c = read_json(file)
-    require(file, c, {"quantization_config": (None,)})
-    if c.get("model_type") == "gpt2":
-        require(file, c, {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
-                          "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)})
-        heads, width = c.get("n_head", 12), c.get("n_embd", 768)
-        return Config("gpt2", vocab_size=c.get("vocab_size", 50257), context=c.get("n_positions", 1024), blocks=c.get("n_layer", 12), heads=heads,
-                      kv_heads=heads, width=width, ffn=c.get("n_inner") or 4 * width, tied=c.get("tie_word_embeddings", True),
-                      norm_eps=c.get("layer_norm_epsilon", 1e-5))
-    if c.get("model_type") == "llama":
-        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-        heads, width = c["num_attention_heads"], c["hidden_size"]
-        require(file, {"rope_scaling": rope.get("rope_type", rope.get("type", "default"))}, {"rope_scaling": ("default",)})
-        require(file, c, {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "head_dim": (width // heads, None)})
-        return Config("llama", vocab_size=c["vocab_size"], context=c.get("max_position_embeddings", 2048), blocks=c["num_hidden_layers"],
-                      heads=heads, kv_heads=c.get("num_key_value_heads") or heads, width=width, ffn=c["intermediate_size"],
-                      tied=c.get("tie_word_embeddings", False), norm_eps=c.get("rms_norm_eps", 1e-6),
-                      rope_base=float(rope.get("rope_theta", c.get("rope_theta", 10000.0))))
-    raise InputError(f"{file}: model_type is {c.get('model_type')!r}; only gpt2 and llama can be read")
+    theirs = read_json(file)
+    kind = theirs.get("model_type")
+    if kind not in FAMILIES:
+        raise InputError(f"{file}: model_type is {kind!r}; only {', '.join(FAMILIES)} can be read")
+    family = FAMILIES[kind]
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    theirs["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta"))
+    theirs["rope_scaling"] = rope.get("rope_type", rope.get("type", "default"))
+    theirs["layer_types"] = set(theirs.get("layer_types") or ["full_attention"])
+    config = make_config(file, kind, column(SETTINGS, family.column), theirs, **family.defaults)
+    only = dict(quantization_config=(None,), rope_scaling=("default",), layer_types=({"full_attention"},),
+                head_dim=(config.head_size, None))
+    require(file, theirs, family.only | only)
+    return config
 
 
-class HuggingFaceSource(Source):
-    kind = "huggingface"
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file."""
+    file: Path
+    key: str
+    shape: tuple
+    bits: int   # of a number
 
-    def __init__(self, folder):
-        config = config_of(folder / "config.json", lambda: huggingface_config(folder / "config.json"))
-        self.column = config.kind
-        self.places, stored = {}, {}  # our format's name -> (file, name in it)
-        for file in safetensors_files(folder):
-            with opened(file) as f:
-                for key in f.keys():  # noqa: SIM118 (a file, no dict)
-                    plain = key.removeprefix("transformer.").removeprefix("model.")
-                    self.places[plain], stored[plain] = (file, key), f.get_slice(key).get_shape()
-        self.bytes = sum(file.stat().st_size for file in {file for file, _ in self.places.values()})
-        super().__init__(folder, config, stored)
-
-    def stored_shape(self, name):
-        return self.shapes[name][::-1] if self.transposed(name) else self.shapes[name]
-
-    def transposed(self, name):
-        return self.column == "gpt2" and name.endswith(tuple(f".{module}.weight" for module in CONV1D))
-
-    def read(self, name, theirs):
-        file, key = self.places[theirs]
-        with opened(file) as f:
-            tensor = f.get_tensor(key)
-        return tensor.t() if self.transposed(name) else tensor
-
-    def tokenizer(self):
-        return load_tokenizer(self.path) if any((self.path / f).is_file() for f in ("tokenizer.json", "tokenizer.model")) else None
+    def read(self):
+        with opened(self.file) as f:
+            return f.get_tensor(self.key)
 
 
 def opened(file):
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as e:
-        raise InputError(f"{file} is damaged ({e}; it has {file.stat().st_size:,} bytes): get the file again") from None
+        raise InputError(f"{file} is missing, truncated or not a safetensors file ({e}): "
+                         "copy or save it again") from None
+
+
+def read_headers(files):
+    """name in the file -> Stored, of all tensors of safetensors files."""
+    found = {}
+    for file in files:
+        with opened(file) as f:
+            for key in f.keys():  # noqa: SIM118 (a file, no dict)
+                part = f.get_slice(key)
+                bits = dict(F64=64, F32=32, F16=16, BF16=16).get(part.get_dtype(), 8)
+                found[key] = Stored(file, key, tuple(part.get_shape()), bits)
+    return found
+
+
+class HuggingFaceSource(Source):
+    def __init__(self, folder):
+        self.path, self.config = folder, huggingface_config(folder / "config.json")
+        self.family = FAMILIES[self.config.kind]
+        shapes, files = shapes_of(self.config), safetensors_files(folder)
+        wanted = {self.theirs(name): shape[::-1] if is_transposed(name, self.family) else shape
+                  for name, shape in shapes.items()}
+        self.stored = {key.removeprefix("transformer.").removeprefix("model."): stored
+                       for key, stored in read_headers(files).items()}
+        head = ("lm_head.weight",) if self.config.tied else ()  # some files write the shared matrix twice
+        check_tensors(folder, wanted, self.stored, self.config.kind, NOT_WEIGHTS + head)
+        self.names, self.bytes = list(shapes), sum(file.stat().st_size for file in files)
+        self.bits = {name: self.stored[self.theirs(name)].bits for name in self.names}
+
+    def theirs(self, name):
+        return their_name(name, self.family.column)
+
+    def get(self, name, rows=None):
+        stored = self.stored[self.theirs(name)]
+        tensor = stored.read()
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(f"{stored.file}: {stored.key} is stored as {tensor.dtype}: "
+                             "get the model in float32, float16 or bfloat16")
+        tensor = tensor.t() if is_transposed(name, self.family) else tensor
+        return tensor if tensor.dim() == 1 else tensor[:rows]
 
 
 def safetensors_files(folder):
@@ -214,199 +282,118 @@ def safetensors_files(folder):
     index = folder / "model.safetensors.index.json"
     files = sorted(folder.glob("*.safetensors"))
     if index.is_file() and not (folder / "model.safetensors").is_file():
-        files = [folder / name for name in sorted(set(config_of(index, lambda: read_json(index)["weight_map"].values())))]
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise InputError(f"{index} has no weight_map, which says where the weights are: get it again")
+        files = [folder / name for name in sorted(set(names.values()))]
         lost = [file.name for file in files if not file.is_file()]
         if lost:
-            raise InputError(f"{folder} lacks {len(lost)} of the {len(files)} shards in {index.name}, {lost[0]} among them: copy or download it")
+            raise InputError(f"{folder} lacks {len(lost)} of the {len(files)} shards in {index.name}, "
+                             f"{lost[0]} among them: copy or download it")
     if not files and list(folder.glob("*.bin")):
-        raise InputError(f"{folder} has pickled weights (*.bin): opening a pickle can run code, so it is not opened. If you trust it, convert it "
-                         f"with transformers: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(OUT)")
+        raise InputError(f"{folder} has pickled weights (*.bin), and opening a pickle can run code. If you trust "
+                         "it, convert it with transformers: "
+                         f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(OUT)")
     if not files:
         raise InputError(f"{folder} has a config.json but no *.safetensors: copy the weights there")
     return files
 
 
-# ----------------------------------------------------------------------------- RoPE's two orders
+# ------------------------------------------------------------------------------------ Hugging Face: writing
 
-def half_rotation_rows(heads, head_size):
-    """Where the rows of a W^Q or W^K that pairs neighbours have to be taken from for one that pairs halves: 0 2 4 ... 1 3 5 ... in each head."""
-    return torch.arange(heads * head_size).view(heads, head_size // 2, 2).transpose(1, 2).reshape(-1)  # (heads, 2, d/2) -> rows
+def export(model, tokenizer, out, dtype=torch.float32):
+    """Write a dense Hugging Face folder; it appears when it is complete.
 
-
-class InterleavedSource(Source):
-    """GGUF and Meta: q and k in neighbours' order."""
-
-    def row_order(self, name):
-        heads = {"q": self.config.heads, "k": self.config.kv_heads}.get(name.split(".")[-2])
-        return None if heads is None else half_rotation_rows(heads, self.config.head_size)
-
-
-# ----------------------------------------------------------------------------- GGUF
-
-SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # kinds of values, in struct's letters
-STRING, ARRAY = 8, 9
-
-
-def gguf_header(file):
-    """(fields, {tensor: (shape, packing, offset)}) of a GGUF: a count of each, the fields, the tensors, and then the data, aligned.
-
-    The gguf package has a reader too; it takes seconds for the 100,000 strings of a vocabulary."""
-    with open(file, "rb") as f:
-        def number(letter):
-            return struct.unpack("<" + letter, f.read(struct.calcsize(letter)))[0]
-
-        def text():
-            return f.read(min(number("Q"), 1 << 30)).decode("utf-8", "replace")
-
-        def value(kind):
-            if kind == ARRAY:
-                inner = number("I")
-                return [value(inner) for _ in range(number("Q"))]
-            return text() if kind == STRING else number(SCALARS[kind])
-
-        if f.read(4) != b"GGUF" or number("I") not in (2, 3):
-            raise ValueError("it does not begin as GGUF version 2 or 3 does")
-        tensors, fields = number("Q"), number("Q")
-        fields = {text(): value(number("I")) for _ in range(fields)}
-        tensors = {text(): ([number("Q") for _ in range(number("I"))][::-1], number("I"), number("Q")) for _ in range(tensors)}
-        start = -(-f.tell() // (alignment := fields.get("general.alignment", 32))) * alignment
-    return fields, {name: (tuple(shape), packing, start + offset) for name, (shape, packing, offset) in tensors.items()}
+    Every layer is multiplied out: B A of a low-rank one, W + s B A of an adapted one, s q + o of a quantized
+    one; a file of them at a time, so that memory never holds the dense model.
+    """
+    out = Path(out)
+    check_folder(out, new=True)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tied = model.config.tied and isinstance(model.head, nn.Linear) and isinstance(model.embed, nn.Embedding)
+    config = replace(model.config, tied=tied)
+    family, shapes = FAMILIES[config.kind], shapes_of(config)
+    files = sharded({name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()})
+    weight_map = {}
+    for file, names in files.items():
+        tensors = {}
+        for name in names:
+            key = ("" if name.startswith("head.") else family.prefix) + their_name(name, family.column)
+            tensor = dense_tensor(model, name)
+            tensors[key] = (tensor.T if is_transposed(name, family) else tensor).to(dtype).contiguous()
+        write_tensors(partial / file, tensors)
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(files) > 1:
+        index = dict(metadata={}, weight_map=weight_map)
+        write_atomic(partial / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+    write_atomic(partial / "config.json", json.dumps(their_config(config, dtype, tokenizer), indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(partial)
+    if out.exists():
+        out.rmdir()
+    os.replace(partial, out)
 
 
-def read_gguf(file):
-    """The header, with every tensor inside the file: {tensor: (shape, bytes of each row, packing, offset)}."""
-    try:
-        import gguf
-    except ImportError:
-        raise InputError(f"{file} is a GGUF file: unpacking it needs the gguf package (pip install gguf)") from None
-    places, size = {}, file.stat().st_size
-    try:
-        fields, tensors = gguf_header(file)
-        for name, (shape, packing, offset) in tensors.items():
-            packing = gguf.GGMLQuantizationType(packing)
-            block, packed = gguf.GGML_QUANT_SIZES[packing]  # numbers in a block, bytes they take
-            row = shape[-1] // block * packed
-            if offset + math.prod(shape[:-1]) * row > size:
-                raise ValueError(f"{name} would end at byte {offset + math.prod(shape[:-1]) * row:,}")
-            places[name] = (shape, row, packing, offset)
-    except (ValueError, KeyError, IndexError, struct.error, ZeroDivisionError) as e:
-        raise InputError(f"{file} is no GGUF file, or a damaged one ({e}; it has {size:,} bytes): get the file again") from None
-    return fields, places
+@torch.no_grad()
+def dense_tensor(model, name):
+    """A parameter of the dense model that computes the same, by its name there."""
+    module, parameter = name.rsplit(".", 1)
+    module = model.get_submodule(module)
+    return dense_weight(module) if parameter == "weight" else module.bias
 
 
-def gguf_config(file, c, shapes):
-    """The metadata of a GGUF, a dict -> Config."""
-    require(file, c, {"general.architecture": ("llama",), "llama.rope.scaling.type": ("none",), "llama.expert_count": (0,)})
-    width, heads = c["llama.embedding_length"], c["llama.attention.head_count"]
-    require(file, c, {f"llama.{key}": (width // heads,) for key in ("rope.dimension_count", "attention.key_length", "attention.value_length")})
-    return Config("llama", vocab_size=shapes["token_embd.weight"][0], context=c["llama.context_length"], blocks=c["llama.block_count"], heads=heads,
-                  kv_heads=c.get("llama.attention.head_count_kv", heads), width=width, ffn=c["llama.feed_forward_length"],
-                  tied="output.weight" not in shapes, norm_eps=float(f"{c['llama.attention.layer_norm_rms_epsilon']:.7g}"),  # a float32's digits
-                  rope_base=float(c.get("llama.rope.freq_base", 10000.0)))
+def their_config(config, dtype, tokenizer):
+    """transformers' config.json."""
+    family, values = FAMILIES[config.kind], config.as_dict()
+    settings = {key: values[ours] for ours, key in column(SETTINGS, family.column).items()}
+    plain = {key: allowed[0] for key, allowed in family.only.items()}
+    ends = tokenizer and dict(bos_token_id=tokenizer.begin, eos_token_id=sorted(tokenizer.stop_ids))
+    return dict(model_type=config.kind, architectures=[family.network], torch_dtype=str(dtype)[6:],
+                **settings, **plain, **(ends or dict(bos_token_id=None, eos_token_id=None)))
 
 
-class GGUFSource(InterleavedSource):
-    kind, column = "gguf", "gguf"
+# ------------------------------------------------------------------------------------------------------ GGUF
 
+def neighbour_rows(heads, head_size):
+    """The rows of a W^Q or W^K for neighbours that one for halves takes: 0 2 4 ... 1 3 5 ... of each head."""
+    rows = torch.arange(heads * head_size).view(heads, head_size // 2, 2)
+    return rows.transpose(1, 2).reshape(-1)  # (heads, d/2, 2) -> (heads, 2, d/2) -> rows
+
+
+def gguf_config(file, fields, packed):
+    known = [kind for kind, family in FAMILIES.items() if family.gguf_neighbours is not None]
+    require(file, fields, {"general.architecture": known})
+    kind = fields.get("general.architecture", known[0])
+    theirs = {key.removeprefix(f"{kind}."): value for key, value in fields.items()}
+    embed = packed.get("token_embd.weight")
+    config = make_config(file, kind, column(SETTINGS, "gguf"), theirs, vocab_size=embed and embed.shape[0],
+                         tied="output.weight" not in packed, rope_base=10000.0)
+    sizes = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+    require(file, theirs, {"rope.scaling.type": ("none",), "expert_count": (0,)}
+            | dict.fromkeys(sizes, (config.head_size,)))
+    return replace(config, norm_eps=float(f"{config.norm_eps:.7g}"))  # the digits that a float32 has
+
+
+class GGUFSource(Source):
     def __init__(self, file):
-        self.bytes = file.stat().st_size
-        self.fields, self.places = read_gguf(file)
-        shapes = {name: shape for name, (shape, *_) in self.places.items()}
-        super().__init__(file, config_of(file, lambda: gguf_config(file, self.fields, shapes)), shapes)
+        self.path, self.bytes = file, file.stat().st_size
+        self.fields, self.packed = read_gguf(file)
+        self.config = gguf_config(file, self.fields, self.packed)
+        shapes = shapes_of(self.config)
+        wanted = {their_name(name, "gguf"): shape for name, shape in shapes.items()}
+        check_tensors(file, wanted, self.packed, self.config.kind)
+        self.names = list(shapes)
+        self.bits = {name: self.packed[their_name(name, "gguf")].bits for name in self.names}
 
-    def read(self, name, theirs, count=None):
-        """Rows (all, or the first `count`) are taken in the order in which they are wanted, and unpacked some at a time."""
-        shape, row, packing, offset = self.places[theirs]
-        packed = np.memmap(self.path, np.uint8, "r", offset, (math.prod(shape[:-1]), row))  # a vector is one row
-        order = self.row_order(name)
-        order = (torch.arange(len(packed)) if order is None else order)[:count]
-        tensor = torch.empty(len(order), shape[-1], dtype={"F16": torch.float16, "BF16": torch.bfloat16}.get(packing.name, torch.float32))
-        for rows, out in zip(order.split(1024), tensor.split(1024)):
-            out.copy_(self.unpack(packed[rows.numpy()], packing, theirs).view(out.shape))
-        return tensor.view(-1, *shape[1:])
-
-    def first_rows(self, name, count):
-        theirs = their_name(name, self.column)
-        return self.read(name, theirs, count if len(self.places[theirs][0]) > 1 else None)
-
-    def unpack(self, data, packing, theirs):
-        import gguf
-        plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(packing.name)
-        if plain:
-            return torch.from_numpy(data).view(plain)
-        try:
-            return torch.from_numpy(gguf.dequantize(data.reshape(1, -1), packing))  # blocks don't know of rows, and one long row is faster
-        except NotImplementedError:
-            raise InputError(f"{self.path}: {theirs} is packed as {packing.name}, which gguf can't unpack: get another quantization") from None
+    def get(self, name, rows=None):
+        packed = self.packed[their_name(name, "gguf")]
+        heads = {"q": self.config.heads, "k": self.config.kv_heads}.get(name.split(".")[-2])
+        order = torch.arange(packed.rows)
+        if heads and FAMILIES[self.config.kind].gguf_neighbours:
+            order = neighbour_rows(heads, self.config.head_size)
+        return read_rows(self.path, packed, order[:rows])
 
     def tokenizer(self):
         return from_gguf(self.path.stem, self.fields) if "tokenizer.ggml.model" in self.fields else None
-
-
-# ----------------------------------------------------------------------------- Meta
-
-class MetaSource(InterleavedSource):
-    """params.json and consolidated.00.pth, .01 and so on: one file for each GPU it was made for, with its part of every matrix."""
-    kind, column = "meta", "meta"
-
-    def __init__(self, folder):
-        self.files = sorted(folder.glob("consolidated.*.pth"))
-        for number, file in enumerate(self.files or [None]):
-            if file is None or file.name != f"consolidated.{number:02}.pth":
-                raise InputError(f"{folder} lacks consolidated.{number:02}.pth: copy or download it")
-        self.bytes = sum(file.stat().st_size for file in self.files)
-        parts = {name: tuple(tensor.shape) for name, tensor in load_tensors(self.files[0]).items()}
-        params = config_of(folder / "params.json", lambda: read_json(folder / "params.json"))
-        config = config_of(folder / "params.json", lambda: self.config_from(folder / "params.json", params, parts))
-        self.config = config
-        super().__init__(folder, config, {name: self.whole_shape(name, shape) for name, shape in parts.items()})
-
-    def config_from(self, file, p, parts):
-        """The width of the feed-forward and the vocabulary are not written down (or only as factors): the tensors tell. So is the context."""
-        require(file, p, {"use_scaled_rope": (False,)})
-        many, eps, base = len(self.files), p.get("norm_eps", 1e-5), float(p.get("rope_theta", 10000.0))
-        context = 8192 if base > 10000 else 2048 if eps < 1e-5 else 4096  # Llama 3, 1, 2
-        return Config("llama", vocab_size=parts["output.weight"][0] * many, context=context, blocks=p["n_layers"], heads=p["n_heads"],
-                      kv_heads=p.get("n_kv_heads") or p["n_heads"], width=p["dim"], ffn=parts["layers.0.feed_forward.w1.weight"][0] * many,
-                      tied=False, norm_eps=eps, rope_base=base)
-
-    def split_dimension(self, theirs, shape):
-        """A matrix is split by what it puts out or, where it sums up (W^O, W^D; the embedding of Llama 1 and 2), by what it takes in."""
-        if len(shape) == 1:
-            return None
-        return int(theirs.endswith(("wo.weight", "w2.weight")) or theirs == "tok_embeddings.weight" and shape[1] < self.config.width)
-
-    def whole_shape(self, theirs, shape):
-        split = self.split_dimension(theirs, shape)
-        return tuple(n * len(self.files) if i == split else n for i, n in enumerate(shape))
-
-    def read(self, name, theirs):
-        whole = None
-        for number, file in enumerate(self.files):
-            part = load_tensors(file).get(theirs)
-            split = None if part is None else self.split_dimension(theirs, part.shape)
-            if part is None or self.whole_shape(theirs, part.shape) != self.shapes[name]:
-                raise InputError(f"{file}: {theirs} is missing or not of the shape that it has in {self.files[0].name}: get the file again")
-            if split is None or len(self.files) == 1:
-                whole = part
-                break
-            whole = torch.empty(self.shapes[name], dtype=part.dtype) if whole is None else whole
-            whole.narrow(split, number * part.shape[split], part.shape[split]).copy_(part)
-        order = self.row_order(name)
-        return whole if order is None else whole[order]
-
-    def tokenizer(self):
-        """It lies in the model's folder, or, as Meta hands it out, in the one above."""
-        found = [folder for folder in (self.path, self.path.resolve().parent) if (folder / "tokenizer.model").is_file()]
-        return load_tokenizer(found[0]) if found else None
-
-
-def load_tensors(file):
-    """The tensors of a .pth, mapped and not read. A pickle is a program: weights_only runs none but that which builds tensors."""
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError):  # OSError is how torch says that a zip file ends too early
-        raise InputError(f"{file} can't be read as tensors alone: it is damaged, or holds code (which was not run); get the file again") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise InputError(f"{file} is not a table of tensors: it is no checkpoint of Meta's")
-    return tensors

@@ -3,14 +3,14 @@
     write_tensors("w.safetensors", {"W": W})                         with a checksum inside
     for name, tensor in read_tensors("w.safetensors"): ...           a tensor at a time
 
-Training state is a folder that has the optimizer beside the model, so that the two can never be of different steps:
+The state of a run is a folder that has the optimizer beside the model, so that the two are of the same step:
 
-    OUT/state/             a model folder (checkpoint.py) or an adapter (adapters.py), optimizer.safetensors, state.json
+    OUT/state/             a model or an adapter, optimizer.safetensors, state.json
     OUT/state.previous/    the one before
     OUT/model.safetensors  ... the same files as in state/, by hard link: OUT is itself a model or an adapter
 
-Everything is written beside, synced, then renamed: a process killed at any moment leaves a state that can be read.
-Nothing here is ever unpickled.
+Everything is written beside, synced, then renamed: a process killed at any moment leaves a state that can be
+read. Nothing here is ever unpickled.
 """
 import hashlib
 import json
@@ -29,40 +29,36 @@ from common.cli import InputError, write_atomic
 SHARD_BYTES = 4 << 30  # of a file of a model, about
 
 
-# ----------------------------------------------------------------------------- tensors
-
-def _bytes(tensor):
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def _add(digest, name, tensor):
+    digest.update(name.encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def write_tensors(path, tensors):
-    """Write a safetensors file whose header holds the sha256 of names and contents; synced and renamed into place."""
-    path = Path(path)
-    digest = hashlib.sha256()
+    """Write a safetensors file whose header holds the sha256 of names and contents."""
+    path, digest = Path(path), hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(_bytes(tensors[name]))
+        _add(digest, name, tensors[name])
     partial = path.with_name(path.name + ".partial")
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt", "sha256": digest.hexdigest()})
+        save_file(contiguous, partial, metadata={"format": "pt", "sha256": digest.hexdigest()})
     except SafetensorError as e:
         partial.unlink(missing_ok=True)
         code = re.search(r"os error (\d+)", str(e))
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(partial, 0o666 & ~mask)  # safetensors makes its files readable for their owner alone
+    os.chmod(partial, 0o644)  # safetensors makes its files readable for their owner alone
     with open(partial, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(partial, path)
 
 
 def read_tensors(path):
-    """Yield (name, tensor) of a file of write_tensors, one at a time in the order of names; at the end the checksum must agree.
+    """Yield (name, tensor) of a file in the order of names; at the end its checksum, if any, must agree.
 
-    The file is mapped anew for each tensor: pages of a mapping that stays open would pile up to the size of the file."""
+    The file is mapped anew for each tensor: pages of one long mapping would pile up to the file's size."""
     digest = hashlib.sha256()
     try:
         with safe_open(path, framework="pt") as f:
@@ -70,14 +66,29 @@ def read_tensors(path):
         for name in names:
             with safe_open(path, framework="pt") as f:
                 tensor = f.get_tensor(name)
-            digest.update(name.encode())
-            digest.update(_bytes(tensor))
+            _add(digest, name, tensor)
             yield name, tensor
             del tensor  # before the next one comes
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path} is missing, truncated or not a safetensors file ({e})") from None
-    if wanted and wanted != digest.hexdigest():
-        raise InputError(f"{path} was altered after it was written: its checksum is {digest.hexdigest()[:12]}, it should be {wanted[:12]}")
+    found = digest.hexdigest()
+    if wanted and wanted != found:
+        raise InputError(f"{path} was altered after it was written: its checksum is {found[:12]}, "
+                         f"it should be {wanted[:12]}")
+
+
+def sharded(sizes):
+    """The files of a model: name -> bytes of its tensors, in order => file -> names."""
+    shards, size = [[]], 0
+    for name, count in sizes.items():
+        size += count
+        if size > SHARD_BYTES and shards[-1]:
+            shards.append([])
+            size = count
+        shards[-1].append(name)
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
 def sync_folder(path):
@@ -89,10 +100,12 @@ def sync_folder(path):
         os.close(handle)
 
 
-# ----------------------------------------------------------------------------- training state
+# ----------------------------------------------------------------------------------- the state of a run
 
 def replace_state(out_dir, write, optimizer_tensors, state):
-    """Replace OUT/state by the state of now, keeping the one before; write(folder) writes the model, or an adapter alone. Then link its files into OUT."""
+    """Replace OUT/state, keep the one before, and link its files into OUT.
+
+    write(folder) writes the model, or an adapter. state: what state.json says, with "step" and "args"."""
     out = Path(out_dir)
     new, current, previous = out / "state.partial", out / "state", out / "state.previous"
     shutil.rmtree(new, ignore_errors=True)
@@ -112,7 +125,7 @@ def replace_state(out_dir, write, optimizer_tensors, state):
 
 
 def publish(state, out):
-    """Link the model's files of a state folder into the run's folder, each replaced in one step."""
+    """Link the model's files of a state into the run's folder, each replaced in one step."""
     for file in state.iterdir():
         if file.name not in ("optimizer.safetensors", "state.json"):
             partial = out / (file.name + ".partial")
@@ -124,25 +137,30 @@ def publish(state, out):
             os.replace(partial, out / file.name)
 
 
-def read_state(out_dir, files=lambda folder: json.loads((folder / "config.json").read_text())["files"]):
-    """(folder, state.json, optimizer tensors) of the last whole state of a run; a damaged one is reported and the one before is taken.
+def model_files(folder):
+    return json.loads((folder / "config.json").read_text())["files"]
 
-    files(folder): the safetensors files that must be whole, besides the optimizer's.
-    """
+
+def read_state(out_dir, files=model_files):
+    """(folder, state.json, optimizer tensors) of the last whole state; of a damaged one stderr has a line.
+
+    files(folder): the safetensors files that must be whole besides the optimizer's."""
     problems = []
     for folder in (Path(out_dir) / "state", Path(out_dir) / "state.previous"):
         if not folder.exists():
             continue
         try:
             state = json.loads((folder / "state.json").read_text())
+            step, _ = state["step"], state["args"]
             for file in files(folder):
                 for _ in read_tensors(folder / file):
                     pass
-            optimizer, _ = dict(read_tensors(folder / "optimizer.safetensors")), (state["step"], state["args"])
+            optimizer = dict(read_tensors(folder / "optimizer.safetensors"))
         except (InputError, OSError, json.JSONDecodeError, TypeError, KeyError) as e:
             problems.append(f"{folder}: {e}")
             continue
         for problem in problems:
-            print(f"warning: {problem}; going on from {folder} at step {state['step']}", file=sys.stderr)
+            print(f"warning: {problem}; going on from {folder} at step {step}", file=sys.stderr)
         return folder, state, optimizer
-    raise InputError("; ".join(problems) or f"{out_dir} holds no training state: start the run without --resume")
+    nothing = f"{out_dir} holds no training state: start the run without --resume"
+    raise InputError("; ".join(problems) or nothing)

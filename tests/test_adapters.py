@@ -9,23 +9,26 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import checkpoint
 from checkpoint import load_model, save_model
 from common import adapters
 from common.adapters import base_id, load_adapter, read_adapter, save_adapter, take_off
 from common.cli import InputError
-from common.export import export
+from common.formats import export
 from lowrank import LoRALinear, attach_lora, drop_lora, merge_lora, unmerge_lora
 from model import Config, Transformer
 from quant import quantize
 
-CONFIGS = {"llama": Config("llama", vocab_size=120, context=32, blocks=2, heads=4, kv_heads=2, width=32, ffn=48, tied=False),
-           "gpt2": Config("gpt2", vocab_size=120, context=32, blocks=2, heads=4, kv_heads=4, width=32, ffn=128)}
-TARGETS = {"llama": ["q", "v", "down"], "gpt2": ["qkv", "o"]}
-THEIRS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "attn.c_proj"]}
+CONFIGS = {"llama": Config("llama", 120, 32, 2, 4, 2, 32, 48, tied=False),
+           "qwen2": Config("qwen2", 120, 32, 2, 4, 2, 32, 48, tied=False),
+           "gpt2": Config("gpt2", 120, 32, 2, 4, 4, 32, 128)}
+TARGETS = {"llama": ["q", "v", "down"], "qwen2": ["q", "k"], "gpt2": ["qkv", "o"]}
+THEIRS = {"llama": ["q_proj", "v_proj", "down_proj"], "qwen2": ["q_proj", "k_proj"],
+          "gpt2": ["c_attn", "attn.c_proj"]}
 TOKENS = torch.arange(60).reshape(3, 20)
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
 def base(request, tmp_path_factory):
     """A random model as our folder and as a Hugging Face folder: (kind, path with ours/ and hf/)."""
     path = tmp_path_factory.mktemp(request.param)
@@ -119,6 +122,7 @@ def test_loading_twice_switches_and_saving_again_changes_nothing(saved, tmp_path
     merge_lora(model)
     adapter = load_adapter(model, folder)
     assert torch.allclose(model(TOKENS), logits, atol=1e-5)
+    assert re.search(r"r = 4 on .*, \d+ layers, [\d,]+ parameters$", str(adapter))
     save_adapter(tmp_path / "again", model, adapter.base_name, adapter.base_id)
     for name in ("adapter_config.json", "BASE_ID"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
@@ -214,22 +218,23 @@ def test_merging_into_a_quantized_base_states_its_error(saved, bits, most):
     assert torch.equal(model(TOKENS), merged) and not any(isinstance(m, LoRALinear) for m in model.modules())
 
 
-# ----------------------------------------------------------------------------- the command
+# ----------------------------------------------------------------------------- checkpoint.py merge
 
-def test_merge_and_info_commands(saved, tmp_path, run):
-    kind, path, folder, logits = saved
-    done = run("adapters.py", "info", folder)
-    assert done.returncode == 0 and re.search(r"r = 4 on .*alpha = 8; base some-base, BASE_ID \w{32}", done.stdout), done.stderr
-    adapters.main(["merge", str(folder), str(tmp_path / "merged"), "--base", str(path / "ours")])
+def test_merge_writes_a_model_of_its_own(saved, tmp_path):
+    kind, path, _, logits = saved
+    model, folder = ours(path), tmp_path / "mine"
+    load_adapter(model, saved[2])
+    save_adapter(folder, model, path / "ours", base_id(path / "ours"))
+    checkpoint.main(["merge", str(folder), str(tmp_path / "merged")])
     assert torch.allclose(load_model(tmp_path / "merged")[0](TOKENS), logits, atol=1e-5)
-    adapters.main(["merge", str(folder), str(tmp_path / "merged8"), "--base", str(path / "ours"), "--bits", "8"])
+    checkpoint.main(["merge", str(folder), str(tmp_path / "merged8"), "--bits", "8"])
     assert (load_model(tmp_path / "merged8")[0](TOKENS) - logits).abs().max() < 0.1
-    for args, message in ((["merge", folder, tmp_path / "merged", "--base", path / "ours"], "is not empty"),
-                          (["merge", folder, tmp_path / "x", "--base", tmp_path / "nowhere"], "no such folder"),
-                          (["merge", folder, tmp_path / "x", "--base", path / "ours", "--bits", "5"], "--bits must be 4, 8 or 16, got 5"),
-                          (["info", tmp_path], "is not an adapter")):
+    for args, message in (([folder, tmp_path / "merged"], "is not empty"),
+                          ([saved[2], tmp_path / "x"], "some-base: no such folder"),
+                          ([folder, tmp_path / "x", "--bits", "5"], "--bits: invalid choice: 5"),
+                          ([tmp_path, tmp_path / "x"], "is not an adapter")):
         with pytest.raises(InputError, match=message):
-            adapters.main([str(a) for a in args])
+            checkpoint.main(["merge", *map(str, args)])
     assert not (tmp_path / "x").exists()
 
 

@@ -11,7 +11,7 @@ class Kernels:
 
     def dequantize(self, q, scale, offset, width, dtype):
         bits = 8 if q.dtype == torch.int8 else 4
-        return decode(unpack(q, bits, width).unflatten(-1, (scale.shape[1], -1)), scale, offset).flatten(1).to(dtype)
+        return decode(unpack(q, bits, width), scale, offset).to(dtype)
 
     def product(self, x, q, scale, offset, step=2):
         return x @ self.dequantize(q, scale, offset, x.shape[1], x.dtype).T

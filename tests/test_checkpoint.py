@@ -11,7 +11,7 @@ import checkpoint
 from checkpoint import load_model, save_model, save_state
 from common import storage
 from common.cli import InputError, command
-from common.export import export
+from common.formats import export
 from common.storage import read_state, read_tensors
 from common.tokenizer import train_tokenizer
 from lowrank import attach_lora, replace_linears, set_alpha
@@ -20,11 +20,12 @@ from quant import quantize
 
 GPT2 = Config("gpt2", vocab_size=400, context=32, blocks=2, heads=4, kv_heads=4, width=32, ffn=128)
 LLAMA = Config("llama", vocab_size=400, context=32, blocks=2, heads=4, kv_heads=2, width=32, ffn=48, tied=False)
+QWEN2 = Config(**LLAMA.as_dict() | dict(kind="qwen2"))
 TOKENS = torch.arange(60).reshape(3, 20)
 
 
 def variants():
-    for config in (GPT2, LLAMA):
+    for config in (GPT2, LLAMA, QWEN2):
         for method, embedding_rank in ((0, 0), (1, 0), (1, 16), (2, 0), (3, 0)):
             torch.manual_seed(0)
             model = Transformer(config).eval()
@@ -55,7 +56,7 @@ def test_the_tokenizer_comes_along(tmp_path, text_file):
 
 
 def test_large_models_are_sharded(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(storage, "SHARD_BYTES", 50_000)
     model = Transformer(GPT2).eval()
     save_model(tmp_path / "m", model)
     files = json.loads((tmp_path / "m" / "config.json").read_text())["files"]
@@ -84,11 +85,11 @@ def damage_cases():
         return apply
     yield truncate, "model.safetensors is missing, truncated or not a safetensors file"
     yield flip, "model.safetensors was altered after it was written"
-    yield edit(lambda c: c["architecture"].update(blocks=3)), "tensors are missing, first blocks.2"
+    yield edit(lambda c: c["architecture"].update(blocks=3)), "lacks 12 of .* tensors, blocks.2"
     yield edit(lambda c: c["architecture"].update(blocks=1)), "describes layers that a gpt2 of 1 blocks does not have: blocks.1"
-    yield edit(lambda c: c["architecture"].update(ffn=64)), "mlp.down.A is .8, 128., the architecture needs .8, 64."
-    yield edit(lambda c: c["layers"]["blocks.0.mlp.up"].update(rank=9)), "is .8, 32., the architecture needs .9, 32."
-    yield edit(lambda c: c["layers"].pop("blocks.0.mlp.up")), "unexpected tensor blocks.0.mlp.up.A"
+    yield edit(lambda c: c["architecture"].update(ffn=64)), "mlp.up.B has the shape .128, 8., its configuration asks for .64, 8."
+    yield edit(lambda c: c["layers"]["blocks.0.mlp.up"].update(rank=9)), "mlp.up.A has the shape .8, 32., .* asks for .9, 32."
+    yield edit(lambda c: c["layers"].pop("blocks.0.mlp.up")), "lacks 1 of .* tensors, blocks.0.mlp.up.weight"
     yield edit(lambda c: c.update(version=7)), "is of version 7, this program reads version 1"
     yield edit(lambda c: c["architecture"].update(surprise=1)), "damaged or of another version"
     yield lambda path: (path / "config.json").write_text("{"), "config.json is damaged"
@@ -224,7 +225,7 @@ def test_transformers_loads_an_export_with_equal_logits(model, tmp_path, monkeyp
                 if hasattr(m, "B"):
                     torch.nn.init.normal_(m.B)
         else:
-            monkeypatch.setattr("common.export.SHARD_BYTES", 40_000)
+            monkeypatch.setattr(storage, "SHARD_BYTES", 40_000)
     with torch.no_grad():
         for p in model.parameters():  # biases and norms too
             p.add_(0.05 * torch.randn_like(p))
@@ -257,9 +258,11 @@ def test_export_takes_the_tokenizer_along_and_refuses_a_full_folder(tmp_path, te
     text = text_file.read_text(encoding="utf-8")
     tokenizer = train_tokenizer([text], 400)
     save_model(tmp_path / "m", Transformer(GPT2), tokenizer)
-    assert checkpoint.main(["export", str(tmp_path / "m"), str(tmp_path / "hf"), "--dtype", "bfloat16"]) == 0
+    assert checkpoint.main(["export", str(tmp_path / "m"), str(tmp_path / "hf")]) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").encode(text[:2000], add_special_tokens=False) == tokenizer.encode(text[:2000])
-    assert all(t.dtype == torch.bfloat16 for _, t in read_tensors(tmp_path / "hf" / "model.safetensors"))
+    model = load_model(tmp_path / "m")[0]
+    export(model, tokenizer, tmp_path / "half", torch.bfloat16)
+    assert all(t.dtype == torch.bfloat16 for _, t in read_tensors(tmp_path / "half" / "model.safetensors"))
     with pytest.raises(InputError, match="is not empty"):
         checkpoint.main(["export", str(tmp_path / "m"), str(tmp_path / "hf")])
 
@@ -292,8 +295,7 @@ def test_loading_needs_little_more_than_the_model(tmp_path, run, monkeypatch):
     size = sum(p.nbytes for p in model.parameters())
     largest = max(p.nbytes for p in model.parameters())
     assert 0.5e9 < size < 0.8e9
-    for module in ("checkpoint", "common.export"):
-        monkeypatch.setattr(f"{module}.SHARD_BYTES", 100 << 20)
+    monkeypatch.setattr(storage, "SHARD_BYTES", 100 << 20)
     save_model(tmp_path / "ours", model)
     export(model, None, tmp_path / "hf")
     del model
@@ -310,7 +312,8 @@ def test_loading_needs_little_more_than_the_model(tmp_path, run, monkeypatch):
 
 # ----------------------------------------------------------------------------- quantized folders
 
-@pytest.mark.parametrize("config, rank", [(GPT2, 0), (GPT2, 16), (LLAMA, 0), (LLAMA, 16)], ids=["gpt2", "gpt2 r16", "llama", "llama r16"])
+@pytest.mark.parametrize("config, rank", [(GPT2, 0), (GPT2, 16), (LLAMA, 0), (LLAMA, 16), (QWEN2, 16)],
+                         ids=["gpt2", "gpt2 r16", "llama", "llama r16", "qwen2 r16"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantized_folder_is_the_model_quantized_at_load_time(config, rank, bits, tmp_path):
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ import eval as evaluation
 from checkpoint import load_model, save_model
 from common.adapters import base_id, save_adapter
 from common.cli import InputError
-from common.export import export
+from common.formats import export
 from common.tokenizer import train_tokenizer
 from lowrank import attach_lora
 from model import Config, Transformer

@@ -18,7 +18,7 @@ import finetune
 from checkpoint import load_model, replace_model, save_model
 from common.adapters import base_id, load_adapter, our_name, read_adapter, save_adapter, take_off
 from common.cli import InputError
-from common.export import export
+from common.formats import export
 from common.loss import head_loss
 from common.storage import read_state
 from common.tokenizer import train_tokenizer

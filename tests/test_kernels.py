@@ -14,6 +14,7 @@ from sysconfig import get_paths
 import pytest
 import torch
 
+from beyond.cpu_kernels import Matrix, struct_of
 from quant import QuantMatrix, decode, quantize_rows, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,11 +22,6 @@ TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 NAIVE, WARP, FAST = range(3)
 ROUNDING = {torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11}  # of one number, to its size
 SIZES = [*range(1, 18), 31, 33, 63, 64, 65, 100, 127, 128, 130, 192, 257, 1000]
-
-
-class Matrix(ctypes.Structure):
-    _fields_ = [("q", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("offset", ctypes.c_void_p), ("rows", ctypes.c_int), ("width", ctypes.c_int),
-                ("group", ctypes.c_int), ("row_bytes", ctypes.c_int)]
 
 
 class Form(ctypes.Structure):
@@ -37,7 +33,7 @@ def pointer(tensor):
 
 
 def form(m):
-    return Form(Matrix(m.q.data_ptr(), m.scale.data_ptr(), m.offset.data_ptr(), m.out_features, m.in_features, m.group, m.q.shape[1]), m.bits)
+    return Form(struct_of(m), m.bits)
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +103,7 @@ def test_quantize_and_dequantize(kernels, draw, bits, dtype, step):
         assert torch.equal(unpack(m.q, bits, width), q)
         out = poisoned(rows, width, dtype=dtype)
         kernels.run_dequantize(TYPES[dtype], form(m), pointer(out), step, None)
-        assert torch.equal(out, decode(q.unflatten(-1, (-1, m.group)), scale, offset).flatten(1).to(dtype))
+        assert torch.equal(out, decode(q, scale, offset).to(dtype))
 
 
 @pytest.mark.parametrize("step", [NAIVE, WARP])
@@ -221,7 +217,7 @@ def test_it_compiles_for_gpus(tmp_path):
 def on_gpu():
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    from beyond.products import load_kernels
+    from quant import load_kernels
     kernels = load_kernels()
     assert kernels is not None, "there is a GPU, but kernels.cu could not be built: see the message above"
     return kernels

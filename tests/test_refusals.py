@@ -14,12 +14,11 @@ import pipeline
 import sample
 import train
 from checkpoint import save_model
-from common import adapters
 from common.cli import InputError, command
 from common.tokenizer import train_tokenizer
 from model import Config, Transformer
 
-MAINS = dict(train=train.main, finetune=finetune.main, eval=evaluation.main, sample=sample.main, checkpoint=checkpoint.main, adapters=adapters.main,
+MAINS = dict(train=train.main, finetune=finetune.main, eval=evaluation.main, sample=sample.main, checkpoint=checkpoint.main,
              decompose=decompose.main, pipeline=pipeline.main, bench=bench.main)
 
 
@@ -48,8 +47,6 @@ TRAIN = "train --model tiny --rank 8 --max-iters 1 --seq-len 32 --data book.txt 
     (TRAIN + "--lr nan", "--lr must be a finite number, got nan"),
     (TRAIN + "--b-rate inf", "--b-rate must be a finite number, got inf"),
     (TRAIN + "--data few.txt", "tokens, too few to train on and to validate with"),
-    (TRAIN + "--pipeline 1 --trace file/t.json", "file is a file: choose another folder"),
-    (TRAIN + "--pipeline 1 --trace t.png", "let the trace end in .json"),
     ("finetune --base base --task made-up --out-dir file", "file is a file: choose another folder"),
     ("finetune --base base --alpha inf --out-dir x", "--alpha must be above 0, got inf"),
     ("eval --model base --data book.txt --out-dir file", "file is a file: choose another folder"),
@@ -62,17 +59,13 @@ TRAIN = "train --model tiny --rank 8 --max-iters 1 --seq-len 32 --data book.txt 
     ("checkpoint export base base", "base is not empty: choose a new folder"),
     ("checkpoint info cut", "is truncated or not a safetensors file"),
     ("checkpoint info list", "list"),
-    ("adapters merge adapter file", "file is a file: choose another folder"),
+    ("checkpoint merge adapter file", "file is a file: choose another folder"),
     ("sample --model base --prompt a --chat", "--prompt goes neither with --prompts nor with --chat"),
     ("sample --model base --kv-memory nan", "--kv-memory must be above 0, got nan"),
     ("sample --model base --seed 9999999999999999999", "--seed must be below 2^62"),
-    ("sample --model base --cuda-graph --no-cache", "--cuda-graph is for --prompt, with the cache"),
-    ("pipeline --out file/x.png", "file is a file: choose another folder"),
-    ("pipeline --out x.xyz", "let it end in .png, .pdf or .svg"),
-    ("pipeline --trace t.json --seconds nan", "--seconds must be above 0, got nan"),
-    ("bench plan --gpus 0", "--gpus must be above 0, got 0"),
-    ("bench plan --tflops -5", "--tflops must be above 0, got -5"),
-    ("bench plan --json file/m.json", "file is a file: choose another folder"),
+    ("pipeline --stages 0", "must be a whole number, at least 1, got 0"),
+    ("pipeline --schedule fifo", "invalid choice: 'fifo'"),
+    ("bench memory --json file/m.json", "file is a file: choose another folder"),
     ("bench memory --model tiny --batch 0", "--batch must be above 0, got 0"),
 ])
 def test_a_wrong_line_is_one_line_of_answer(line, message, place, monkeypatch, capsys):

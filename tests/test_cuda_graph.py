@@ -1,10 +1,11 @@
-"""cudagraph.py: the step that a graph would record, run without one, gives the tokens of the ordinary step; on a GPU the graph does too."""
+"""beyond/cuda_graph.py: the step that a graph records gives the tokens of the ordinary step, on a CPU too."""
 import random
 
 import pytest
 import torch
 
-from beyond.cuda_graph import Step
+from beyond.cuda_graph import GraphStep
+from beyond.decoding import decoding_step
 from common.generate import generate
 from model import Config, Transformer
 from quant import quantize
@@ -16,7 +17,7 @@ def model(request):
     print(f"seed {seed}")
     torch.manual_seed(seed)
     kv_heads = 2 if request.param == "llama" else 4
-    return Transformer(Config(request.param, vocab_size=211, context=64, blocks=3, heads=4, kv_heads=kv_heads, width=64, ffn=128)).eval()
+    return Transformer(Config(request.param, 211, 64, 3, 4, kv_heads, width=64, ffn=128)).eval()
 
 
 PROMPTS = [[1, 2, 3], [7] * 20, [5]]
@@ -27,13 +28,14 @@ PROMPTS = [[1, 2, 3], [7] * 20, [5]]
 def test_the_tokens_are_those_of_the_ordinary_step(model, prompts, stop):
     """Rows of different lengths, rows that end before the others, and rows that reach the end of the context."""
     plain = list(generate(model, prompts, 60, temperature=0, stop=stop))
-    assert list(generate(model, prompts, 60, temperature=0, stop=stop, make_step=Step)) == plain
+    assert list(generate(model, prompts, 60, temperature=0, stop=stop, make_step=GraphStep)) == plain
     assert stop or len(plain) > 10
 
 
 def test_a_quantized_model(model):
     quantize(model, 8)
-    assert list(generate(model, PROMPTS, 20, temperature=0, make_step=Step)) == list(generate(model, PROMPTS, 20, temperature=0))
+    plain = list(generate(model, PROMPTS, 20, temperature=0))
+    assert list(generate(model, PROMPTS, 20, temperature=0, make_step=GraphStep)) == plain
 
 
 @pytest.mark.slow
@@ -42,4 +44,5 @@ def test_on_a_gpu_the_graph_gives_the_same_tokens(model):
         pytest.skip("no GPU")
     model = model.cuda().bfloat16()
     quantize(model, 8)
-    assert list(generate(model, PROMPTS, 40, temperature=0, make_step=Step)) == list(generate(model, PROMPTS, 40, temperature=0))
+    plain = list(generate(model, PROMPTS, 40, temperature=0))
+    assert list(generate(model, PROMPTS, 40, temperature=0, make_step=decoding_step)) == plain

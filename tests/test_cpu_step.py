@@ -1,43 +1,45 @@
-"""cpustep.py: a step in one call of kernels_cpu.cpp against the dense model of the same weights in float64, and where it must not be taken."""
+"""beyond/cpu_step.py: a step in one call against the dense model in float64, and where it must not be taken."""
 from dataclasses import replace
 
 import pytest
 import torch
 
 import model as model_file
-from beyond import products
-from beyond.cpu_step import Step, classes_walked, cpu_step
+from beyond import cpu_kernels
+from beyond.cpu_step import CPUStep, cpu_step
+from beyond.decoding import decoding_step
 from beyond.paged_cache import PagedCache, Pool, Sequence
 from common.generate import generate
-from lowrank import attach_lora, replace_linears
-from model import Config, KVCache, Transformer
-from quant import quantize
+from lowrank import attach_lora, replace_linears, swap_layers
+from model import Config, KVCache, Layer, Transformer
+from quant import quantize_layer
 
 
 @pytest.fixture(autouse=True)
 def needs_a_compiler():
-    if products.load_cpu_kernels() is None:
+    if cpu_kernels.load() is None:
         pytest.skip("no g++ to compile kernels_cpu.cpp with")
 
 
 def some_model(kind, rank=False, bits=8):
     """Quantized, with weights, norms and biases that all matter."""
-    shape = dict(kv_heads=2, width=80, ffn=200) if kind == "llama" else dict(kv_heads=4, width=128, ffn=192)  # the ones in whole rows, the others in groups
-    model = Transformer(Config(kind, vocab_size=211, context=90, blocks=2, heads=4, tied=kind == "gpt2", norm_eps=1e-3, **shape)).eval()
+    gpt2 = kind == "gpt2"  # in groups of 64, the others in whole rows
+    shape = dict(kv_heads=4, width=128, ffn=192) if gpt2 else dict(kv_heads=2, width=80, ffn=200)
+    model = Transformer(Config(kind, vocab_size=211, context=90, blocks=2, heads=4, tied=gpt2, norm_eps=1e-3, **shape))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3) if p.dim() == 2 else p.add_(0.2 * torch.randn_like(p))
     if rank:
-        replace_linears(model, 24 if kind == "llama" else 64, method=2)
-    quantize(model, bits, 0 if kind == "llama" else 64, names=("qkv", "q", "k", "v", "o", "gate", "up", "down"))
-    return model
+        replace_linears(model, 64 if gpt2 else 24, method=2)
+    swap_layers(model.blocks, lambda name, layer: quantize_layer(layer, bits, 64 if gpt2 else 0))
+    return model.eval()
 
 
 def dense(model):
     """The same network with plain layers, in float64."""
     twin = Transformer(replace(model.config, tied=False))
     for name, layer in model.named_modules():
-        if hasattr(layer, "dense_weight"):
+        if isinstance(layer, Layer):
             own = twin.get_submodule(name)
             own.weight.data = layer.dense_weight()
             if own.bias is not None:
@@ -50,7 +52,7 @@ def dense(model):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-4), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rank", [False, True])
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
 @torch.inference_mode()
 def test_a_step_is_the_dense_model_in_float64(kind, rank, bits, dtype, tolerance):
     """Three rows of different lengths."""
@@ -74,20 +76,23 @@ def test_a_step_is_the_dense_model_in_float64(kind, rank, bits, dtype, tolerance
 def test_generate_takes_it_and_writes_what_it_would_write_without(monkeypatch):
     model, taken = some_model("llama", True), []
     prompts = [[5, 6, 7], list(range(85))]  # the second one ends at the context
-    without, call = list(generate(model, prompts, 12, temperature=0)), Step.__call__
-    monkeypatch.setattr(Step, "__call__", lambda self, *args: taken.append(1) or call(self, *args))
-    assert list(generate(model, prompts, 12, temperature=0, make_step=cpu_step)) == without and len(taken) == 11
+    without, call = list(generate(model, prompts, 12, temperature=0)), CPUStep.__call__
+    monkeypatch.setattr(CPUStep, "__call__", lambda self, *args: taken.append(1) or call(self, *args))
+    assert list(generate(model, prompts, 12, temperature=0, make_step=decoding_step)) == without
+    assert len(taken) == 11
+
+
+def step_of(model):
+    cache = KVCache(model.config, 1, 20)
+    model.hidden(torch.tensor([[1, 2, 3]]), cache)
+    return cpu_step(model, cache)
 
 
 @torch.inference_mode()
 def test_where_something_is_in_the_way_it_is_not_taken(monkeypatch):
-    def step_of(model):
-        cache = KVCache(model.config, 1, 20)
-        model.hidden(torch.tensor([[1, 2, 3]]), cache)
-        return cpu_step(model, cache)
-
     assert step_of(some_model("gpt2"))
-    assert step_of(Transformer(Config("gpt2", vocab_size=20, context=64, blocks=1, heads=2, kv_heads=2, width=16, ffn=16))) is None, "not quantized"
+    plain = Transformer(Config("gpt2", 20, 64, blocks=1, heads=2, kv_heads=2, width=16, ffn=16))
+    assert step_of(plain) is None, "not quantized"
     adapted, hooked, other = some_model("llama"), some_model("gpt2"), some_model("gpt2")
     attach_lora(adapted, r=4, alpha=8, targets=("q",))
     hooked.blocks[1].mlp.register_forward_hook(lambda *_: None)
@@ -95,30 +100,39 @@ def test_where_something_is_in_the_way_it_is_not_taken(monkeypatch):
     assert step_of(adapted) is None and step_of(hooked) is None and step_of(other) is None
     model = some_model("gpt2")
     paged = PagedCache([Sequence(Pool(model.config, 8))])
-    assert len(list(generate(model, [[1, 2]], 3, cache=paged, make_step=cpu_step))) == 3
-    monkeypatch.setattr("beyond.load_cpu_kernels", lambda: None)
+    assert len(list(generate(model, [[1, 2]], 3, cache=paged, make_step=decoding_step))) == 3
+    monkeypatch.setattr("beyond.cpu_step.load", lambda: None)
     assert step_of(some_model("gpt2")) is None
 
 
-@pytest.mark.parametrize("change", ["another activation", "another block"])
-def test_a_changed_architecture_is_not_taken_for_the_old_one(change, monkeypatch, capsys):
-    class SquaredReLU(model_file.FeedForward):
-        def forward(self, x):
-            return self.down(torch.relu(self.up(x)).square())
+class SquaredReLU(model_file.FeedForward):
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)).square())
 
-    class Parallel(torch.nn.Module):
-        def __init__(self, config, layer):
-            super().__init__()
-            self.norm, self.attention, self.mlp = model_file.make_norm(config), model_file.Attention(config, layer), model_file.FeedForward(config)
 
-        def forward(self, x, rope=None, cache=None, mask=None):
-            y = self.norm(x)
-            return x + self.attention(y, rope, cache, mask) + self.mlp(y)
+class Parallel(torch.nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.norm, self.attention = model_file.make_norm(config), model_file.Attention(config, layer)
+        self.mlp = model_file.FeedForward(config)
 
-    monkeypatch.setattr(model_file, *(("FeedForward", SquaredReLU) if change == "another activation" else ("Block", Parallel)))
-    classes_walked.cache_clear()
+    def forward(self, x, rope=None, cache=None, mask=None):
+        y = self.norm(x)
+        return x + self.attention(y, rope, cache, mask) + self.mlp(y)
+
+
+@pytest.mark.parametrize("name, changed", [("FeedForward", SquaredReLU), ("Block", Parallel)])
+def test_a_class_in_the_place_of_another_is_not_taken_for_it(name, changed, monkeypatch):
+    monkeypatch.setattr(model_file, name, changed)
+    with torch.inference_mode():
+        assert step_of(some_model("gpt2")) is None
+
+
+def test_a_changed_class_is_not_taken_for_the_old_one(monkeypatch, capsys):
+    """Somebody edits model.py."""
+    monkeypatch.setattr(model_file.FeedForward, "forward", SquaredReLU.forward)
     model = some_model("gpt2")
-    assert list(generate(model, [[1, 2, 3]], 8, temperature=0, make_step=cpu_step)) == list(generate(model, [[1, 2, 3]], 8, temperature=0))
-    assert classes_walked("gpt2") is None and "layer by layer" in capsys.readouterr().out
-    monkeypatch.undo()
-    classes_walked.cache_clear()
+    plain = list(generate(model, [[1, 2, 3]], 8, temperature=0))
+    for _ in range(2):
+        assert list(generate(model, [[1, 2, 3]], 8, temperature=0, make_step=decoding_step)) == plain
+    assert capsys.readouterr().out.count("layer by layer") == 1

@@ -1,0 +1,121 @@
+"""W x and B (A x) with int8 or int4 weights on a CPU (section V.B), by kernels_cpu.cpp.
+
+In decoding, the time of a product is that of reading W: 8 or 4 bits a weight in place of 16 or 32, if W never
+leaves its integers. For many rows of x it costs less to dequantize W and to use torch's product. g++ compiles
+the kernels at the first use, in some seconds; the library is kept in the cache folder.
+
+    y = product(x, A, B, bias)      # quant.QuantMatrix A (r, in), B (out, r): B (A x) + bias in one call
+"""
+import contextlib
+import ctypes
+import functools
+import hashlib
+import mmap
+import os
+import subprocess
+import weakref
+from pathlib import Path
+
+import torch
+
+from common.cli import cache_dir, say
+from common.device import cpu_name, give_back_memory
+
+FEW_ROWS = 32   # for more, dequantizing and torch's own product win
+SLAB = 1 << 25  # bytes that HugePages takes at a time
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-w", "-shared", "-fPIC",
+         "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
+
+
+class Matrix(ctypes.Structure):
+    """struct Matrix of kernels_cpu.cpp and of kernels.cu."""
+    _fields_ = [("q", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("offset", ctypes.c_void_p),
+                *((name, ctypes.c_int) for name in ("rows", "width", "group", "row_bytes"))]
+
+
+@functools.cache
+def load():
+    """The compiled library; None, said once, where it can't be compiled."""
+    source = Path(__file__).with_name("kernels_cpu.cpp")
+    key = hashlib.sha256(" ".join([source.read_text(), cpu_name(), *FLAGS]).encode()).hexdigest()[:16]
+    library = cache_dir() / f"kernels_cpu-{key}.so"
+    try:
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            partial = library.with_suffix(f".{os.getpid()}")
+            command = ["g++", *FLAGS, source, "-o", partial]
+            subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+            os.replace(partial, library)
+        kernels = ctypes.CDLL(str(library))
+    except (OSError, subprocess.CalledProcessError) as e:
+        why = e.stderr if isinstance(e, subprocess.CalledProcessError) else str(e)
+        why = why.strip().splitlines()[0][:200]
+        say(f"kernels_cpu.cpp is not used, which is slower: g++ could not build it ({why})")
+        return None
+    pointer, number, matrix = ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Matrix)
+    kernels.product.argtypes = [pointer, number, matrix, matrix, number, number, pointer, pointer]
+    kernels.step.argtypes = [pointer, pointer]
+    kernels.product.restype = kernels.step.restype = None
+    return kernels
+
+
+class HugePages:
+    """Memory in pages of 2 MiB. A CPU remembers the addresses of only so many pages; with small ones it looks
+    them up all the time while it reads a model. Huge ones are a tenth faster. A matrix is smaller than such a
+    page, so many share a slab, which is freed with the last of them."""
+
+    def __init__(self):
+        self.slab, self.used = b"", 0
+
+    def copy(self, tensor):
+        if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
+            return tensor
+        if self.used + tensor.nbytes > len(self.slab):
+            private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory has small pages
+            self.slab, self.used = mmap.mmap(-1, max(SLAB, tensor.nbytes), private), 0
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                self.slab.madvise(mmap.MADV_HUGEPAGE)
+            give_back_memory()  # the originals of the last slab are free by now: no model is there twice
+        moved = torch.frombuffer(self.slab, dtype=tensor.dtype, count=tensor.numel(), offset=self.used)
+        self.used += -(-tensor.nbytes // 64) * 64
+        return moved.view(tensor.shape).copy_(tensor)
+
+
+huge_pages = HugePages()
+structs = weakref.WeakKeyDictionary()  # QuantMatrix -> the addresses of its tensors, and its Matrix
+
+
+def struct_of(W):
+    """The Matrix of a QuantMatrix, whose tensors move to huge pages; made anew when one was replaced."""
+    own = W._buffers  # W.q would look through three dictionaries
+    addresses = own["q"].data_ptr(), own["scale"].data_ptr(), own["offset"].data_ptr()
+    known, struct = structs.get(W, (None, None))
+    if addresses != known:
+        own.update({name: huge_pages.copy(own[name]) for name in ("q", "scale", "offset")})
+        addresses = own["q"].data_ptr(), own["scale"].data_ptr(), own["offset"].data_ptr()
+        struct = Matrix(*addresses, W.out_features, W.in_features, W.group, own["q"].shape[1])
+        structs[W] = addresses, struct
+    return struct
+
+
+def takes(W):
+    """Groups must be whole chunks of 64 weights, or rows."""
+    return W.group == W.in_features or W.group % 64 == 0
+
+
+def product(x, A, B=None, bias=None):
+    """x (..., in) -> x W^T + bias (..., out) for W = A, or B A, without a backward pass. None for more rows
+    than FEW_ROWS, for small groups, and without a compiler."""
+    few = x.numel() <= FEW_ROWS * x.shape[-1]
+    if not few or load() is None or not takes(A) or B is not None and not takes(B):
+        return None
+    dtype = x.dtype
+    if dtype not in (torch.bfloat16, torch.float32):
+        return product(x.float(), A, B, bias).to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    x = x.contiguous()
+    y = torch.empty(*x.shape[:-1], (A if B is None else B).out_features, dtype=dtype)
+    second, to_add = None if B is None else struct_of(B), None if bias is None else bias.data_ptr()
+    load().product(x.data_ptr(), x.numel() // A.in_features, struct_of(A), second, A.bits,
+                   dtype is torch.float32, to_add, y.data_ptr())
+    return y

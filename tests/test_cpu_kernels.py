@@ -1,0 +1,116 @@
+"""beyond/cpu_kernels.py: products of kernels_cpu.cpp against float64, and where it can't be had."""
+import copy
+import platform
+import random
+
+import pytest
+import torch
+
+from beyond import cpu_kernels
+from beyond.cpu_kernels import product
+from lowrank import LowRankLinear
+from quant import QuantMatrix, load_kernels, quantize_layer
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    value = random.randrange(10 ** 6)
+    print(f"seed {value}")
+    torch.manual_seed(value)
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def some_matrix(bits, rows, width, grouped):
+    """Rows of whole groups of 64, or of any length; weights that are not centred, as large models have them."""
+    width = 64 * -(-width // 64) if grouped else width
+    return QuantMatrix.of(0.02 * torch.randn(rows, width) + 0.005 * torch.randn(rows, 1), bits, 64 if grouped else 0)
+
+
+def off_by(x, w, error):
+    """How far x W^T may be off if x is off by `error`, and then is rounded to 16 bit integers with a scale for each 64 numbers."""
+    chunks = torch.nn.functional.pad(x.abs() + error, (0, -x.shape[1] % 64)).unflatten(1, (-1, 64))
+    step = (chunks.amax(-1, keepdim=True) / 32767).expand_as(chunks).flatten(1)[:, :x.shape[1]]
+    return (error + 0.501 * step + 1e-6 * x.abs()) @ w.abs().T
+
+
+@pytest.fixture(params=["as it is", "-mno-avx512vnni", "-mno-avx512f"])
+def cpu(request, monkeypatch):
+    """kernels_cpu.cpp as it is compiled on this machine, and on such a one without certain instructions."""
+    if request.param != "as it is":
+        if platform.machine() != "x86_64":
+            pytest.skip("other CPUs take the plain loops in any case")
+        monkeypatch.setattr(cpu_kernels, "FLAGS", [*cpu_kernels.FLAGS, request.param])
+    cpu_kernels.load.cache_clear()
+    if cpu_kernels.load() is None:
+        pytest.skip("no g++ to compile kernels_cpu.cpp with")
+    yield
+    cpu_kernels.load.cache_clear()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.bfloat16, 2 ** -8), (torch.float16, 2 ** -11)])
+def test_the_cpu_kernels_equal_float64(bits, grouped, dtype, rounding, cpu):
+    """kernels_cpu.cpp: W x and B (A x) + bias of fresh random sizes, with outliers in x, to the rounding of x and y."""
+    for _ in range(8):
+        rows, width, rank, count = (random.choice([1, 2, 3, 4, 5, 17, 63, 64, 65, 100, 129, 192, 300]) for _ in range(4))
+        A, count = some_matrix(bits, rank, width, grouped), min(count, cpu_kernels.FEW_ROWS)
+        B, bias = some_matrix(bits, rows, rank, grouped), torch.randn(rows)
+        if grouped:
+            A = some_matrix(bits, B.in_features, width, True)
+        x = (torch.randn(count, A.in_features) * torch.randn(A.in_features).mul(2).exp()).to(dtype)
+        with torch.no_grad():
+            h, y = product(x, A), product(x, A, B, bias.to(dtype))
+        x, a, b = x.double(), A.dense().double(), B.dense().double()
+        exact, error = x @ a.T, off_by(x, a, torch.zeros_like(x))
+        assert h.dtype == y.dtype == dtype and ((h.double() - exact).abs() <= error + rounding * (exact.abs() + error) + 1e-7).all()
+        whole, error = exact @ b.T + bias.to(dtype).double(), off_by(exact, b, error)
+        assert ((y.double() - whole).abs() <= error + rounding * (whole.abs() + error) + 1e-6).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_numbers_that_are_not_finite_stay_so(bits, bad, cpu):
+    x = torch.randn(5, 128)
+    x[2, 70] = float(bad)
+    with torch.no_grad():
+        y = QuantMatrix.of(torch.randn(40, 128), bits).times(x)
+    assert not torch.isfinite(y[2]).any() and torch.isfinite(y[[0, 1, 3, 4]]).all()
+
+
+def test_the_cpu_kernels_see_what_became_of_the_integers():
+    """Addresses are kept between calls: a copy, other weights and another device's round trip must not leave stale ones behind."""
+    layer, x = quantize_layer(LowRankLinear(64, 48, 16), 8), torch.randn(1, 64)
+    with torch.no_grad():
+        y = layer(x)
+        other = copy.deepcopy(layer)
+        other.load_state_dict(quantize_layer(LowRankLinear(64, 48, 16), 8).state_dict())
+        assert torch.equal(layer(x), y) and not torch.equal(other(x), y)
+        layer.A.q = layer.A.q.flip(0).contiguous()
+        layer.A.scale, layer.A.offset = layer.A.scale.flip(0).contiguous(), layer.A.offset.flip(0).contiguous()
+        assert relative(layer(x), x @ layer.dense_weight().T + layer.bias) < 1e-4
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_without_a_compiler_torch_takes_over_and_it_is_said_once(bits, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("FINGPT_CACHE", str(tmp_path / "cache"))
+    cpu_kernels.load.cache_clear()
+    layer, x = quantize_layer(LowRankLinear(65, 48, 17), bits, 0), torch.randn(3, 65)
+    with torch.no_grad():
+        assert relative(layer(x), x @ layer.dense_weight().T + layer.bias) < 0.02
+        layer(x)
+    cpu_kernels.load.cache_clear()
+    assert capsys.readouterr().out.count("kernels_cpu.cpp is not used") == 1
+
+
+def test_without_nvcc_the_cuda_kernels_are_not_used_and_it_is_said_once(monkeypatch, capsys):
+    import torch.utils.cpp_extension
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
+    load_kernels.cache_clear()
+    assert load_kernels() is None and load_kernels() is None
+    assert capsys.readouterr().out.count("kernels.cu is not used") == 1
+    load_kernels.cache_clear()
