@@ -361,8 +361,8 @@ def main(argv=None):
     device = find_device("float32")
     torch.set_float32_matmul_precision("highest")  # TF32 would blur the small eigenvalues
     say(f"device {device.name}, processes: {world_size()}")
-    with process_group(), in_turn(open_dense, args.model) as source:
-        decompose(args, source, device.torch_device)
+    with process_group():
+        decompose(args, in_turn(open_dense, args.model), device.torch_device)
     return 0
 
 

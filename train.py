@@ -295,8 +295,8 @@ def pretrained_model(args, given, home):
             raise InputError(f"--init-from {args.init_from} is another network than --model {args.model}: "
                              "leave --model out")
     if args.method == 3 and not args.rank:
-        with open_dense(decomposed_from(args.init_from)) as dense:
-            say(blend_with(model, lambda name: dense.get(f"{name}.weight")))
+        dense = open_dense(decomposed_from(args.init_from))
+        say(blend_with(model, lambda name: dense.get(f"{name}.weight")))
     if args.rank:
         bar = partial(tqdm, desc="decomposing", unit=" layers", disable=None, leave=False)
         head = args.head == "lowrank"

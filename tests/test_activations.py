@@ -131,7 +131,8 @@ def test_sensitivities_are_those_of_a_whole_backward_pass(kind, tmp_path):
             gradients.setdefault(name, []).append(g.square().mean().item())
         for hook in hooks:
             hook.remove()
-    with open_dense(tmp_path / "dense") as source, torch.no_grad():
+    source = open_dense(tmp_path / "dense")
+    with torch.no_grad():
         found = sensitivities(LazyModel(Work(source, tmp_path / "out", {}), "cpu"), windows)
     assert found.keys() == gradients.keys()
     for name, g in gradients.items():

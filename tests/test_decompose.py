@@ -254,8 +254,8 @@ def test_method_3_blends_from_the_dense_model_to_the_decomposed_one(dense, tmp_p
     model, folder = dense
     decompose("--model", folder, *PLAIN, "--out-dir", tmp_path / "o")
     low, blend = (load_model(tmp_path / "o")[0] for _ in range(2))
-    with open_dense(decomposed_from(tmp_path / "o")) as source:
-        assert blend_with(blend, lambda name: source.get(f"{name}.weight")).startswith("blended ")
+    source = open_dense(decomposed_from(tmp_path / "o"))
+    assert blend_with(blend, lambda name: source.get(f"{name}.weight")).startswith("blended ")
     tokens = torch.arange(60).reshape(2, 30)
     blend.eval()
     for alpha, target in ((1.0, model), (0.0, low)):
