@@ -170,9 +170,9 @@ class FolderSource(Source):
             raise InputError(f"{path}/config.json is damaged or of another version ({e})") from None
         self.files = [path / file for file in config["files"]]
         self.stored = read_headers(self.files)
-        wanted = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
-        check_tensors(path, wanted, self.stored, self.config.kind)
-        self.names, self.bytes = list(self.stored), sum(file.stat().st_size for file in self.files)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
+        check_tensors(path, self.shapes, self.stored, self.config.kind)
+        self.bytes = sum(file.stat().st_size for file in self.files)
         self.bits = {name: stored.bits for name, stored in self.stored.items()}
 
     def get(self, name, rows=None):

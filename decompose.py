@@ -249,7 +249,7 @@ def finish(work, shapes, args, device, seconds):
 def write_shards(work, ranks):
     """One for each block, and one for the rest: factors where there are any, else what there was."""
     shards = defaultdict(list)
-    for name in work.source.names:
+    for name in work.source.shapes:
         shards["-".join(name.split(".")[:2]) if name.startswith("blocks.") else "rest"].append(name)
     for shard, names in shards.items():
         tensors = {}

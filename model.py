@@ -141,8 +141,7 @@ class Layer(nn.Module):
 
     def with_weight(self, W):
         """A layer of the same format whose weight is W (out, in), for merging an adapter."""
-        raise InputError(f"an adapter can't be merged into a {type(self).__name__}: merge into the 16-bit base, "
-                         "or keep it beside")
+        raise InputError(f"an adapter can't be merged into a {type(self).__name__}: take the 16-bit base")
 
 
 def is_linear(module):

@@ -145,7 +145,7 @@ class LazyModel:
             self.model = Transformer(self.config).eval().requires_grad_(False)
 
     def load(self, *prefixes):
-        for name in self.work.source.names:
+        for name in self.work.source.shapes:
             if name.startswith(prefixes):
                 place(self.model, name, self.work.read_tensor(name), self.device, torch.float32)
         self.model.tie()

@@ -1,11 +1,11 @@
 """Adapters on disk, in PEFT's format: A and B of every LoRALinear (equation 7, section V.C).
 
     DIR/adapter_config.json          rank, alpha, and which layers have an adapter, in PEFT's words
-    DIR/adapter_model.safetensors    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight (r, in), ...
+    DIR/adapter_model.safetensors    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, ...
     DIR/BASE_ID                      a checksum of the base's configuration and weights; PEFT ignores it
 
-The base itself, a thousand times as large, is never written: one serves many adapters. On any other base an
-adapter says nothing, so another one is refused. The checksum is of the weights as the source has them, whatever
+The base itself, a thousand times as large, is never written: one serves many adapters. On another base an
+adapter says nothing, so that is refused. The checksum is of the weights as the source has them, whatever
 their format and before any rounding: at 16, 8 and 4 bits a base keeps its name.
 
     adapter = load_adapter(model, "out/finetune", base_id("smollm2-135m"))    # a second call switches
@@ -56,8 +56,8 @@ class Adapter:
 
     def __str__(self):
         unchecked = f"; it names its base {self.base_name!r} without a checksum, which is believed"
-        return (f"adapter {self.folder}: r = {self.rank} on {', '.join(self.targets)}, {len(self.factors)} layers, "
-                f"{self.parameters:,} parameters{'' if self.base_id else unchecked}")
+        return (f"adapter {self.folder}: r = {self.rank} on {', '.join(self.targets)}, {len(self.factors)} "
+                f"layers, {self.parameters:,} parameters{'' if self.base_id else unchecked}")
 
 
 # --------------------------------------------------------------------------------------------------- names
@@ -77,7 +77,7 @@ def peft_target(target, kind):
 
 
 def our_name(key):
-    """(name of our layer, "A" or "B") of a tensor in PEFT's file; None if it is no factor of a known layer."""
+    """(our name of a layer, "A" or "B") of a tensor in PEFT's file; None if it is no such factor."""
     parts = key.removeprefix("base_model.model.").replace(".default.", ".").split(".")
     if len(parts) < 3 or parts[-2] not in ("lora_A", "lora_B") or parts[-1] != "weight":
         return None
@@ -96,7 +96,7 @@ def our_name(key):
 # ------------------------------------------------------------------------------------------------- reading
 
 def read_adapter(folder, model=None, base_id=None):
-    """The Adapter in a folder. model: its layers must fit. base_id: of the base at hand, which must be its."""
+    """The Adapter in a folder. model: which it must fit. base_id: of the base at hand, which must be its."""
     folder = Path(folder)
     if missing := [file for file in FILES if not (folder / file).is_file()]:
         raise InputError(f"{folder} is not an adapter: it has no {' and no '.join(missing)}")
@@ -106,8 +106,8 @@ def read_adapter(folder, model=None, base_id=None):
     own_id = (folder / "BASE_ID").read_text().strip() if (folder / "BASE_ID").is_file() else None
     base_name = config.get("base_model_name_or_path") or ""
     if base_id and own_id not in (None, base_id):
-        raise InputError(f"{folder} was trained on another base: on {base_name} with BASE_ID {own_id}, not on "
-                         f"this one with {base_id}. Give the base that it was trained on")
+        raise InputError(f"{folder} was trained on another base: on {base_name} with BASE_ID {own_id}, "
+                         f"not on this one with {base_id}. Give the base that it was trained on")
     adapter = Adapter(rank, alpha, scale, read_factors(folder / FILES[1], rank), base_name, own_id,
                       config.get("lora_dropout") or 0.0, folder)
     if model is not None:
@@ -142,8 +142,8 @@ def read_factors(file, rank):
         shapes = {letter: tuple(t.shape) for letter, t in pair.items()}
         a, b = shapes.get("A", ()), shapes.get("B", ())
         if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == rank:
-            raise InputError(f"{file}: the factors of {name} have the shapes {shapes}, of rank {rank} they must "
-                             f"be A ({rank}, in) and B (out, {rank})")
+            raise InputError(f"{file}: the factors of {name} have the shapes {shapes}, of rank {rank} they "
+                             f"must be A ({rank}, in) and B (out, {rank})")
     return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
 
 
@@ -209,8 +209,8 @@ def with_factors(base, adapter, A, B):
 def save_adapter(folder, model, base_name, base_id, learned=None):
     """Write the model's LoRALinear layers; the factors, without which it is no adapter, come last.
 
-    folder: should be new or about to be renamed. learned: name -> value of the factors, where the model itself
-    holds parts of them.
+    folder: should be new or about to be renamed. learned: name -> value of the factors, where the model holds
+    parts of them.
     """
     folder, kind = Path(folder), model.config.kind
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
@@ -238,8 +238,8 @@ def save_adapter(folder, model, base_name, base_id, learned=None):
 def base_id(name):
     """A checksum of a base: of its architecture, its vectors, and the first rows of each of its matrices.
 
-    The rows are compared as float32, so that the same weights in another format are the same base. Reading all
-    of a large base would take minutes; a base that was trained further differs in every row.
+    The rows are compared as float32, so that the same weights in another format are the same base. Reading
+    all of a large base would take minutes; a base that was trained further differs in every row.
     """
     source, digest = open_model(name), hashlib.sha256()
     architecture = source.config.as_dict()
@@ -248,7 +248,7 @@ def base_id(name):
         if isinstance(value, float):
             architecture[key] = float(f"{value:.5g}")  # a GGUF has float32
     digest.update(json.dumps(architecture, sort_keys=True).encode())
-    for key in sorted(source.names):
+    for key in sorted(source.shapes):
         digest.update(key.encode())
         digest.update(source.get(key, SAMPLED_ROWS).float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]

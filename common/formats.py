@@ -123,14 +123,14 @@ class Source:
 
         path, bytes           where it is; the size of its files
         config, layers        the Config; what config.json says of layers that were swapped (in our folders)
-        names, bits           our names of its tensors; name -> bits of a stored number
+        shapes, bits          our name of a tensor -> its shape; -> bits of a number as it is stored
         get(name, rows=None)  a tensor, (out, in) for a matrix, in the stored dtype; only its first rows
     """
     layers = {}
 
     def tensors(self):
         """(name, tensor) of all."""
-        for name in self.names:
+        for name in self.shapes:
             yield name, self.get(name)
 
     def tokenizer(self):
@@ -254,15 +254,15 @@ class HuggingFaceSource(Source):
     def __init__(self, folder):
         self.path, self.config = folder, huggingface_config(folder / "config.json")
         self.family = FAMILIES[self.config.kind]
-        shapes, files = shapes_of(self.config), safetensors_files(folder)
+        self.shapes, files = shapes_of(self.config), safetensors_files(folder)
         wanted = {self.theirs(name): shape[::-1] if is_transposed(name, self.family) else shape
-                  for name, shape in shapes.items()}
+                  for name, shape in self.shapes.items()}
         self.stored = {key.removeprefix("transformer.").removeprefix("model."): stored
                        for key, stored in read_headers(files).items()}
         head = ("lm_head.weight",) if self.config.tied else ()  # some files write the shared matrix twice
         check_tensors(folder, wanted, self.stored, self.config.kind, NOT_WEIGHTS + head)
-        self.names, self.bytes = list(shapes), sum(file.stat().st_size for file in files)
-        self.bits = {name: self.stored[self.theirs(name)].bits for name in self.names}
+        self.bytes = sum(file.stat().st_size for file in files)
+        self.bits = {name: self.stored[self.theirs(name)].bits for name in self.shapes}
 
     def theirs(self, name):
         return their_name(name, self.family.column)
@@ -291,8 +291,8 @@ def safetensors_files(folder):
             raise InputError(f"{folder} lacks {len(lost)} of the {len(files)} shards in {index.name}, "
                              f"{lost[0]} among them: copy or download it")
     if not files and list(folder.glob("*.bin")):
-        raise InputError(f"{folder} has pickled weights (*.bin), and opening a pickle can run code. If you trust "
-                         "it, convert it with transformers: "
+        raise InputError(f"{folder} has pickled weights (*.bin), and opening a pickle can run code. If you "
+                         "trust it, convert it with transformers: "
                          f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(OUT)")
     if not files:
         raise InputError(f"{folder} has a config.json but no *.safetensors: copy the weights there")
@@ -381,11 +381,10 @@ class GGUFSource(Source):
         self.path, self.bytes = file, file.stat().st_size
         self.fields, self.packed = read_gguf(file)
         self.config = gguf_config(file, self.fields, self.packed)
-        shapes = shapes_of(self.config)
-        wanted = {their_name(name, "gguf"): shape for name, shape in shapes.items()}
+        self.shapes = shapes_of(self.config)
+        wanted = {their_name(name, "gguf"): shape for name, shape in self.shapes.items()}
         check_tensors(file, wanted, self.packed, self.config.kind)
-        self.names = list(shapes)
-        self.bits = {name: self.packed[their_name(name, "gguf")].bits for name in self.names}
+        self.bits = {name: self.packed[their_name(name, "gguf")].bits for name in self.shapes}
 
     def get(self, name, rows=None):
         packed = self.packed[their_name(name, "gguf")]

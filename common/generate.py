@@ -1,7 +1,7 @@
 """Generating text: read the prompts, then draw one token of each row after the other (section V.C).
 
-With the cache a step reads one token; without it, the whole text again (section III.C.2): for 100 tokens after
-a prompt of 100 it reads 14,950 in place of 199.
+With the cache a step reads one token; without it, the whole text again (section III.C.2): for 100 tokens
+after a prompt of 100 it reads 14,950 in place of 199.
 
     for step in generate(model, [prompt, another], 100, temperature=0.8, stop=tokenizer.stop_ids):
         ...   # a token of each row, or None where a row has ended
