@@ -43,6 +43,7 @@ from common.cli import (
     command,
     positive,
     say,
+    seed,
     write_atomic,
 )
 from common.device import find_device, peak_memory
@@ -102,7 +103,7 @@ def make_parser():
     g.add_argument("--max-iters", type=at_least_1, default=150,
                    help="steps of the schedule (default: %(default)s)")
     g.add_argument("--lr", type=positive, default=1e-3, help="highest learning rate (default: %(default)s)")
-    g.add_argument("--seed", type=at_least_0, default=1,
+    g.add_argument("--seed", type=seed, default=1,
                    help="of A, the batches and dropout (default: %(default)s)")
     g = p.add_argument_group("machine")
     g.add_argument("--recompute", choices=MODES, default="sdpa",

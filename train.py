@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import decomposed_from, load_model, open_dense, own_tensors, replace_model, save_state
-from common.cli import InputError, Parser, StopSignal, at_least_0, at_least_1, command, positive, say
+from common.cli import InputError, Parser, StopSignal, at_least_0, at_least_1, command, positive, say, seed
 from common.data import check_length, eval_batches, open_corpus, prepare, train_batch
 from common.device import find_device, matmul_rate, peak_memory
 from common.loss import head_loss
@@ -84,7 +84,7 @@ def make_parser():
     g.add_argument("--stop-at", type=at_least_1,
                    help="end after this many steps; the schedule stays that of --max-iters")
     g.add_argument("--lr", type=positive, default=1e-3, help="highest learning rate (default: %(default)s)")
-    g.add_argument("--seed", type=at_least_0, default=1,
+    g.add_argument("--seed", type=seed, default=1,
                    help="of weights, batches and dropout (default: %(default)s)")
     g = p.add_argument_group("machine")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",

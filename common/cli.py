@@ -146,6 +146,7 @@ def number(kind, holds, wanted):
 
 at_least_0 = number(int, lambda n: n >= 0, "a whole number, at least 0")
 at_least_1 = number(int, lambda n: n >= 1, "a whole number, at least 1")
+seed = number(int, lambda n: 0 <= n < 1 << 62, "a whole number from 0 to 2^62")
 positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
 not_negative = number(float, lambda x: 0 <= x < math.inf, "a finite number, at least 0")
 share = number(float, lambda x: 0 < x < 1, "between 0 and 1")

@@ -47,7 +47,7 @@ def call(*args, **settings):
 
 def test_the_loss_falls_and_the_run_leaves_its_files(tmp_path, text_file, run):
     out, book = tmp_path / "run", tmp_path / "book.txt"
-    book.write_bytes(text_file.read_bytes())  # which no test before has tokenized
+    book.write_text(f"{text_file.read_text()}\n{tmp_path}")  # which no test before has tokenized
     done = run("train.py", "--model", "tiny", "--rank", 16, "--data", book, "--max-iters", 120, "--seq-len", 64, "--lr", "3e-3", "--out-dir", out)
     assert done.returncode == 0, done.stderr
     found = losses(out)
