@@ -1,7 +1,7 @@
-// The products of quant.py on a GPU: int8 and int4 weights with a scale s and an offset o per vector (section V.B).
+// The products of quant.py on a GPU: int8 and int4 weights, with s and o of each vector (section V.B).
 //
-// Read it from the top: each job is done first by the plainest kernel that is right, then by a faster one, with the reason why it is
-// faster. tests/test_kernels.py runs all of them on a CPU (tests/cuda_on_cpu.h), where a debugger can step through a kernel.
+// Read it from the top: each job is done first by the plainest kernel that is right, then by a faster one,
+// with the reason why. tests/test_kernels.py runs all on a CPU (tests/cuda_on_cpu.h), also in a debugger.
 //
 //   1. the format, and reading one weight of it
 //   2. quantize                              W -> q, s, o
@@ -20,7 +20,7 @@
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <ATen/ops/empty.h>  // single headers in place of torch/extension.h, with which everything took twice as long to compile
+#include <ATen/ops/empty.h>  // single headers: torch/extension.h takes twice as long to compile
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/utils/pybind.h>
@@ -32,40 +32,37 @@
 #include <map>
 #include <tuple>
 
-// The few instructions that C++ has no operator for. tests/cuda_on_cpu.h says in plain C++ what each one does.
+// The few instructions that C++ has no operator for; tests/cuda_on_cpu.h has each of them in plain C++.
 
-// d += a b for a tile of 16 x 8 numbers and a depth of 16, spread over the registers of a warp (drawing in part 5).
-__device__ inline void mma(float* d, const uint32_t* a, const uint32_t* b, __nv_bfloat16) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-__device__ inline void mma(float* d, const uint32_t* a, const uint32_t* b, __half) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-// Start copying 16 bytes to shared memory, zeros if !valid; they are there after the wait for their group.
+// d += a b for a tile of 16 x 8 numbers and a depth of 16, spread over the registers of a warp (see part 5).
+#define DEFINE_MMA(T, NAME)                                                                      \
+  __device__ inline void mma(float* d, const uint32_t* a, const uint32_t* b, T) {                \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 "                  \
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                         \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));            \
+  }
+DEFINE_MMA(__nv_bfloat16, "bf16")
+DEFINE_MMA(__half, "f16")
+// Start copying 16 bytes to shared memory, zeros if !valid; copy_wait waits for all but the last N groups.
 __device__ inline void copy_async(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global), "r"(valid ? 16 : 0));
+  auto to = (uint32_t)__cvta_generic_to_shared(shared);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0));
 }
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;"); }
-template <int N> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N)); }  // all but the last N groups are there
+template <int N> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N)); }
 
 // Two 16-bit numbers in one register: a - b, and from two floats.
+template <class To, class From> __device__ To as(From v) { return reinterpret_cast<To&>(v); }
 __device__ inline uint32_t minus(uint32_t a, uint32_t b, __nv_bfloat16) {
-  __nv_bfloat162 d = __hsub2(reinterpret_cast<__nv_bfloat162&>(a), reinterpret_cast<__nv_bfloat162&>(b));
-  return reinterpret_cast<uint32_t&>(d);
+  return as<uint32_t>(__hsub2(as<__nv_bfloat162>(a), as<__nv_bfloat162>(b)));
 }
 __device__ inline uint32_t minus(uint32_t a, uint32_t b, __half) {
-  __half2 d = __hsub2(reinterpret_cast<__half2&>(a), reinterpret_cast<__half2&>(b));
-  return reinterpret_cast<uint32_t&>(d);
+  return as<uint32_t>(__hsub2(as<__half2>(a), as<__half2>(b)));
 }
-__device__ inline uint32_t pair(float low, float high, __nv_bfloat16) {
-  __nv_bfloat162 p = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<uint32_t&>(p);
-}
-__device__ inline uint32_t pair(float low, float high, __half) {
-  __half2 p = __floats2half2_rn(low, high);
-  return reinterpret_cast<uint32_t&>(p);
+__device__ inline uint32_t pair(float a, float b, __half) { return as<uint32_t>(__floats2half2_rn(a, b)); }
+__device__ inline uint32_t pair(float a, float b, __nv_bfloat16) {
+  return as<uint32_t>(__floats2bfloat162_rn(a, b));
 }
 
 template <class... P, class... Args>
@@ -87,7 +84,7 @@ template <> __device__ inline __nv_bfloat16 from_float(float v) { return __float
 
 // ============================================================================ 1. the format
 
-// W (rows, width): q in rows of row_bytes, a multiple of 16; s and o (rows, width / group). quant.py's pack() draws a word of int4.
+// W (rows, width): q in rows of row_bytes, a multiple of 16 (quant.py's pack); s and o (rows, width / group).
 struct Matrix {
   const uint8_t* q;
   const __half* scale;
@@ -97,13 +94,7 @@ struct Matrix {
 
 template <int BITS> constexpr int IN_WORD = 32 / BITS;  // weights in a 32-bit word
 
-// W without its first rows, 65,535 rows at most: as far as the second dimension of a grid goes.
-inline Matrix rows_from(const Matrix& W, int first) {
-  size_t vectors = (size_t)first * (W.width / W.group);
-  return {W.q + (size_t)first * W.row_bytes, W.scale + vectors, W.offset + vectors, std::min(W.rows - first, 65535), W.width, W.group, W.row_bytes};
-}
-
-// Weight k of a word: an int8 byte, or four bits, of which the even weights fill the lower half of the word and the odd ones the upper.
+// Weight k of a word: a byte, or four bits (the even weights are in the lower half of the word).
 template <int BITS> __device__ int integer(uint32_t word, int k) {
   if (BITS == 8) return (int8_t)(word >> 8 * k);
   return (int)(word >> (16 * (k & 1) + 4 * (k >> 1)) & 15) - 8;
@@ -113,8 +104,14 @@ template <int BITS> __device__ uint32_t word_of(const Matrix& W, int row, int k)
   return ((const uint32_t*)(W.q + (size_t)row * W.row_bytes))[k / IN_WORD<BITS>];
 }
 
-__device__ inline float scale_of(const Matrix& W, int row, int k) { return __half2float(W.scale[(size_t)row * (W.width / W.group) + k / W.group]); }
-__device__ inline float offset_of(const Matrix& W, int row, int k) { return __half2float(W.offset[(size_t)row * (W.width / W.group) + k / W.group]); }
+__device__ inline float of_vector(const __half* values, const Matrix& W, int row, int k) {
+  return __half2float(values[(size_t)row * (W.width / W.group) + k / W.group]);
+}
+__device__ inline float scale_of(const Matrix& W, int row, int k) { return of_vector(W.scale, W, row, k); }
+__device__ inline float offset_of(const Matrix& W, int row, int k) { return of_vector(W.offset, W, row, k); }
+template <int BITS> __device__ float weight_of(const Matrix& W, int row, int k, uint32_t word) {  // s q + o
+  return scale_of(W, row, k) * integer<BITS>(word, k % IN_WORD<BITS>) + offset_of(W, row, k);
+}
 
 // ============================================================================ 2. quantize
 
@@ -125,9 +122,10 @@ template <int BITS> __device__ void store_scale(float low, float high, __half* s
   *offset = __float2half(low + (1 << (BITS - 1)) * __half2float(s));
 }
 
-// Naive: a thread to each vector. Neighbouring threads read numbers that are a whole vector apart, so of every 32 bytes
-// that memory hands over, a thread uses two and comes back for the rest later.
-template <class T, int BITS> __global__ void find_scales_naive(const T* w, int vectors, int group, __half* scale, __half* offset) {
+// Naive: a thread to each vector. Neighbouring threads read numbers that are a whole vector apart, and of
+// every 32 bytes that memory hands over, a thread uses two and comes back for the rest later.
+template <class T, int BITS>
+__global__ void find_scales_naive(const T* w, int vectors, int group, __half* scale, __half* offset) {
   int v = blockIdx.x * blockDim.x + threadIdx.x;
   if (v >= vectors) return;
   float low = INFINITY, high = -INFINITY;
@@ -139,8 +137,9 @@ template <class T, int BITS> __global__ void find_scales_naive(const T* w, int v
   store_scale<BITS>(low, high, scale + v, offset + v);
 }
 
-// A warp to each vector: 32 lanes read 32 neighbours, which memory hands over at once, and find the extremes of their extremes by shuffles.
-template <class T, int BITS> __global__ void find_scales(const T* w, int vectors, int group, __half* scale, __half* offset) {
+// A warp to each vector: 32 lanes read 32 neighbours, which memory hands over at once; then they shuffle.
+template <class T, int BITS>
+__global__ void find_scales(const T* w, int vectors, int group, __half* scale, __half* offset) {
   int v = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
   if (v >= vectors) return;  // a whole warp leaves
   float low = INFINITY, high = -INFINITY;
@@ -158,16 +157,18 @@ template <class T, int BITS> __global__ void find_scales(const T* w, int vectors
 
 // q = round((w - o) / s), a thread to each word of q, so that no two threads write into one byte.
 template <class T, int BITS> __global__ void encode(const T* w, Matrix W, uint32_t* q) {
-  int words = W.row_bytes / 4, row = blockIdx.y, i = blockIdx.x * blockDim.x + threadIdx.x;
+  int words = W.row_bytes / 4, row = blockIdx.x, i = blockIdx.y * blockDim.x + threadIdx.x;
   if (i >= words) return;
   uint32_t word = 0;
   for (int j = 0; j < IN_WORD<BITS>; j++) {
     int k = i * IN_WORD<BITS> + j, integer = 0;
     if (k < W.width) {
-      float value = rintf((to_float(w[(size_t)row * W.width + k]) - offset_of(W, row, k)) / scale_of(W, row, k));
+      float value = to_float(w[(size_t)row * W.width + k]) - offset_of(W, row, k);
+      value = rintf(value / scale_of(W, row, k));
       integer = (int)fminf(fmaxf(value, -(1 << (BITS - 1))), (1 << (BITS - 1)) - 1);
     }
-    word |= BITS == 8 ? (uint32_t)(uint8_t)integer << 8 * j : (uint32_t)(integer + 8) << (16 * (j & 1) + 4 * (j >> 1));
+    if (BITS == 8) word |= (uint32_t)(uint8_t)integer << 8 * j;
+    else word |= (uint32_t)(integer + 8) << (16 * (j & 1) + 4 * (j >> 1));
   }
   q[(size_t)row * words + i] = word;
 }
@@ -176,16 +177,15 @@ template <class T, int BITS> __global__ void encode(const T* w, Matrix W, uint32
 
 // Naive: a thread to each weight. Four or eight threads read the same word, and each writes two bytes.
 template <class T, int BITS> __global__ void dequantize_naive(Matrix W, T* out) {
-  int k = blockIdx.x * blockDim.x + threadIdx.x, row = blockIdx.y;
+  int k = blockIdx.y * blockDim.x + threadIdx.x, row = blockIdx.x;
   if (k >= W.width) return;
-  int q = integer<BITS>(word_of<BITS>(W, row, k), k % IN_WORD<BITS>);
-  out[(size_t)row * W.width + k] = from_float<T>(scale_of(W, row, k) * q + offset_of(W, row, k));
+  out[(size_t)row * W.width + k] = from_float<T>(weight_of<BITS>(W, row, k, word_of<BITS>(W, row, k)));
 }
 
-// A thread to each word: the word is read once, s and o too where the word lies in one vector, and 8 or 16 bytes are written together.
+// A thread to each word, which is read once (s and o too, in one vector); its weights are written at once.
 template <class T, int BITS> __global__ void dequantize(Matrix W, T* out) {
   constexpr int n = IN_WORD<BITS>;
-  int k = (blockIdx.x * blockDim.x + threadIdx.x) * n, row = blockIdx.y;
+  int k = (blockIdx.y * blockDim.x + threadIdx.x) * n, row = blockIdx.x;
   if (k >= W.width) return;
   uint32_t word = word_of<BITS>(W, row, k);
   bool one_vector = W.group % n == 0 || W.group == W.width;
@@ -202,20 +202,17 @@ template <class T, int BITS> __global__ void dequantize(Matrix W, T* out) {
 
 // ============================================================================ 4. y = x W^T, plainly
 
-// Naive: a thread to each number of y. The 32 threads of a warp walk down 32 rows of W side by side: each reads its own line of memory.
+// Naive: a thread to each number of y. The threads of a warp walk along 32 rows of W, in 32 lines of memory.
 template <class T, int BITS> __global__ void product_naive(const T* x, Matrix W, T* y) {
   int n = blockIdx.x * blockDim.x + threadIdx.x, m = blockIdx.y;
   if (n >= W.rows) return;
   float sum = 0;
-  for (int k = 0; k < W.width; k++) {
-    int q = integer<BITS>(word_of<BITS>(W, n, k), k % IN_WORD<BITS>);
-    sum += to_float(x[(size_t)m * W.width + k]) * (scale_of(W, n, k) * q + offset_of(W, n, k));
-  }
+  for (int k = 0; k < W.width; k++)
+    sum += to_float(x[(size_t)m * W.width + k]) * weight_of<BITS>(W, n, k, word_of<BITS>(W, n, k));
   y[(size_t)m * W.rows + n] = from_float<T>(sum);
 }
 
-// A warp to each row of W, which reads 32 neighbouring words at a time: 128 bytes, the line that memory hands over anyway. And each
-// weight is unpacked once for 16 rows of x. This one takes groups of any length; the faster ones want multiples of 16.
+// A warp to each row of W, which reads a line of memory at a time and unpacks a weight once for 16 rows of x.
 template <class T, int BITS> __global__ void product_warp(const T* x, int M, Matrix W, T* y) {
   int n = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32, first = blockIdx.y * 16;
   if (n >= W.rows) return;  // a whole warp leaves
@@ -223,7 +220,7 @@ template <class T, int BITS> __global__ void product_warp(const T* x, int M, Mat
   for (int k = lane * IN_WORD<BITS>; k < W.width; k += 32 * IN_WORD<BITS>) {
     uint32_t word = word_of<BITS>(W, n, k);
     for (int j = 0; j < IN_WORD<BITS> && k + j < W.width; j++) {
-      float weight = scale_of(W, n, k + j) * integer<BITS>(word, j) + offset_of(W, n, k + j);
+      float weight = weight_of<BITS>(W, n, k + j, word);
 #pragma unroll
       for (int m = 0; m < 16; m++)
         if (first + m < M) sum[m] += to_float(x[(size_t)(first + m) * W.width + k + j]) * weight;
@@ -236,41 +233,42 @@ template <class T, int BITS> __global__ void product_warp(const T* x, int M, Mat
   }
 }
 
-// ============================================================================ 5. y = x W^T for up to 16 rows of x
+// ======================================================================= 5. y = x W^T for up to 16 rows of x
 //
-// Now the time should be that of reading W once. At 3 TB/s an H100 reads 6e12 int4 a second, and has about four instructions for each: the
-// kernel above spends twenty. Three things bring that down.
+// Now the time should be that of reading W once. At 3 TB/s an H100 reads 6e12 int4 a second, and has about
+// four instructions for each: the kernel above spends twenty. Three things bring that down.
 //
-// Tensor cores. One mma instruction multiplies 16 rows of W by 8 rows of x over a depth of 16. Lane 4 g + t of the warp holds
+// Tensor cores. One mma multiplies 16 rows of W by 8 rows of x over a depth of 16. Lane 4 g + t has
 //
-//     a, of W               depth 2t, 2t+1   2t+8, 2t+9       b, of x          row g of x       d, of y       x row 2t   2t+1
-//     row g of W                 a[0]           a[2]          depth 2t, 2t+1       b[0]         W row g          d[0]    d[1]
-//     row g + 8                  a[1]           a[3]          depth 2t+8, 2t+9     b[1]         W row g + 8      d[2]    d[3]
+//     a, of W      depth 2t, 2t+1   2t+8, 2t+9    b, of x          row g of x    d, of y      x row 2t  2t+1
+//     row g of W        a[0]           a[2]       depth 2t, 2t+1      b[0]       W row g       d[0]     d[1]
+//     row g + 8         a[1]           a[3]       depth 2t+8, 2t+9    b[1]       W row g + 8   d[2]     d[3]
 //
-// The order along the depth is free, as long as W and x agree on it. So each lane takes weights that lie side by side in memory, up to 16 bytes
-// in one load, and the x at the same places. Nothing goes through shared memory, and no lane needs another's weights.
+// The order along the depth is free, if W and x agree on it. So each lane takes weights that are neighbours
+// in memory, up to 16 bytes in one load, and the x that go with them. No lane needs another's weights.
 //
-// Cheap unpacking. A bfloat16 of 128..255 has steps of 1, so the four bits u of an int4, put into the lowest bits of 0x4300 (128), are the
-// number 128 + u: (word >> 4 i & 0x000f000f) | 0x43004300 makes two at a time, and one subtraction of 136 turns them into q. For half it is
-// 0x6400 (1024). An int8 goes through the same trick with float: 0x4b000000 is 8388608, where steps are 1.
+// Cheap unpacking. A bfloat16 of 128..255 has steps of 1, so the four bits u of an int4, put into the lowest
+// bits of 0x4300 (128), are the number 128 + u: (word >> 4 i & 0x000f000f) | 0x43004300 makes two at a time,
+// and one subtraction of 136 turns them into q. For half it is 0x6400 (1024). An int8 goes through the same
+// trick with float: 0x4b000000 is 8388608, where steps are 1.
 //
-// s and o stay out of it: y = s (q x) + o sum(x). The sum over x comes from the tensor cores too, as a product with ones. Where a row has
-// groups, d is scaled and added up at the end of each.
+// s and o stay out of it: y = s (q x) + o sum(x). The sum over x comes from the tensor cores too, as a
+// product with ones. Where a row has groups, d is scaled and added up at the end of each.
 //
-// A block has 16 rows of W and 8 warps; the warps share the depth, so that even W^O of 4096 x 4096 makes 256 blocks x 8 warps, each with
-// several loads on the way: at 3 TB/s and 600 ns from request to data, 1.8 MB must be under way at any time, 14 kB on each multiprocessor.
+// A block has 16 rows of W and 8 warps that share the depth, so that even W^O of 4096 x 4096 makes 256 blocks
+// x 8 warps, each with several loads on the way: at 3 TB/s and 600 ns, 1.8 MB must be on the way always.
 
-constexpr int WARPS = 8, LOADS = 4;  // warps of a block; loads of a lane that are under way for each of its two rows
+constexpr int WARPS = 8, LOADS = 4;  // warps of a block; loads of a lane under way for each of its two rows
 
-template <class T> struct Constants;
-template <> struct Constants<__nv_bfloat16> { static constexpr uint32_t MAGIC = 0x43004300, MAGIC_8 = 0x43084308, ONES = 0x3f803f80; };
-template <> struct Constants<__half> { static constexpr uint32_t MAGIC = 0x64006400, MAGIC_8 = 0x64086408, ONES = 0x3c003c00; };
+template <class T> constexpr uint32_t MAGIC = std::is_same<T, __half>::value ? 0x64006400 : 0x43004300;
+template <class T> constexpr uint32_t ONES = std::is_same<T, __half>::value ? 0x3c003c00 : 0x3f803f80;
 
 // One word -> its weights in order, two to a register: 2 registers of int8 or 4 of int4.
 template <class T, int BITS> __device__ void unpack(uint32_t word, uint32_t* pairs) {
   if (BITS == 4) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) pairs[i] = minus((word >> 4 * i & 0x000f000f) | Constants<T>::MAGIC, Constants<T>::MAGIC_8, T());
+    for (int i = 0; i < 4; i++)
+      pairs[i] = minus((word >> 4 * i & 0x000f000f) | MAGIC<T>, MAGIC<T> + 0x00080008, T());
   } else {
     word ^= 0x80808080;  // -128..127 -> 0..255
 #pragma unroll
@@ -285,7 +283,8 @@ template <class T, int BITS> __device__ void unpack(uint32_t word, uint32_t* pai
 template <int WORDS> struct alignas(4 * WORDS) Words { uint32_t word[WORDS]; };
 
 // x[k .. k + n) of a row of K numbers, two to a register, zeros where the row has ended.
-template <class T, int n> __device__ void load_x(uint32_t* registers, const T* row, int k, int K, bool aligned) {
+template <class T, int n>
+__device__ void load_x(uint32_t* registers, const T* row, int k, int K, bool aligned) {
   if (aligned && k < K) {
     *(Words<n / 2>*)registers = *(const Words<n / 2>*)(row + k);
   } else {
@@ -297,15 +296,18 @@ template <class T, int n> __device__ void load_x(uint32_t* registers, const T* r
   }
 }
 
-// The work of a block: 16 rows of W from `first` on times M <= 8 TILES rows of x. Leaves the sum of each warp's share in part[warp][x row][W row].
-// A lane loads WORDS words at a time; 4 lanes make a chunk, which must lie in one group. before_x is called when the first weights are on their way.
+// The work of a block: 16 rows of W from `first` on times M <= 8 TILES rows of x. Leaves the sum of each
+// warp's share in part[warp][x row][W row]. A lane loads WORDS words at a time; 4 lanes make a chunk, which
+// must lie in one group. before_x is called when the first weights are on their way.
 template <class T, int BITS, int WORDS, int TILES, class Wait>
-__device__ void multiply_16_rows(const T* x, int M, const Matrix& W, int first, float (*part)[8 * TILES][16], Wait before_x) {
+__device__ void multiply_16_rows(const T* x, int M, const Matrix& W, int first, float (*part)[8 * TILES][16],
+                                 Wait before_x) {
   constexpr int n = IN_WORD<BITS>, LANE_BYTES = 4 * WORDS, CHUNK = 4 * WORDS * n;
-  int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, K = W.width, chunks = ceil_div(K, CHUNK);
+  int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  int K = W.width, chunks = ceil_div(K, CHUNK);
   bool aligned = K % n == 0 && (size_t)x % 16 == 0, whole_rows = W.group == K;
-  int row[2] = {min(first + g, W.rows - 1), min(first + g + 8, W.rows - 1)};  // beyond the last row: its weights again, never stored
-  const uint32_t ones[4] = {Constants<T>::ONES, Constants<T>::ONES, Constants<T>::ONES, Constants<T>::ONES};
+  int row[2] = {min(first + g, W.rows - 1), min(first + g + 8, W.rows - 1)};  // never beyond the last
+  const uint32_t ones[4] = {ONES<T>, ONES<T>, ONES<T>, ONES<T>};
   float y[TILES][4] = {}, d[TILES][4] = {}, sum_x[TILES][4] = {};
 
   auto scale_and_add = [&](int k) {  // y += s d + o sum(x), and start over
@@ -320,13 +322,14 @@ __device__ void multiply_16_rows(const T* x, int M, const Matrix& W, int first, 
     }
   };
 
-  for (int chunk = warp; chunk < chunks || chunk == warp; chunk += WARPS * LOADS) {  // every warp comes by once, for before_x
+  for (int chunk = warp; chunk < chunks || chunk == warp; chunk += WARPS * LOADS) {  // all once, for before_x
     Words<WORDS> words[LOADS][2] = {};
 #pragma unroll
     for (int i = 0; i < LOADS; i++)
       for (int half = 0; half < 2; half++) {
         int byte = ((chunk + i * WARPS) * 4 + t) * LANE_BYTES;
-        if (byte < W.row_bytes) words[i][half] = *(const Words<WORDS>*)(W.q + (size_t)row[half] * W.row_bytes + byte);
+        const uint8_t* from = W.q + (size_t)row[half] * W.row_bytes + byte;
+        if (byte < W.row_bytes) words[i][half] = *(const Words<WORDS>*)from;
       }
     if (chunk == warp) before_x();
 #pragma unroll
@@ -366,22 +369,25 @@ template <int TILES> __device__ float add_parts(float (*part)[8 * TILES][16], in
   return sum;
 }
 
-template <class T, int BITS, int WORDS, int TILES> __global__ void __launch_bounds__(32 * WARPS) matvec(const T* x, int M, Matrix W, T* y) {
+template <class T, int BITS, int WORDS, int TILES>
+__global__ void __launch_bounds__(32 * WARPS) matvec(const T* x, int M, Matrix W, T* y) {
   __shared__ float part[WARPS][8 * TILES][16];
   int first = blockIdx.x * 16;
   multiply_16_rows<T, BITS, WORDS, TILES>(x, M, W, first, part, [] {});
   int i = threadIdx.x, m = i / 16, row = first + i % 16;
-  if (m < M && m < 8 * TILES && row < W.rows) y[(size_t)m * W.rows + row] = from_float<T>(add_parts<TILES>(part, i));
+  if (m < M && m < 8 * TILES && row < W.rows)
+    y[(size_t)m * W.rows + row] = from_float<T>(add_parts<TILES>(part, i));
 }
 
-// ============================================================================ 6. y = B (A x), and y = W x + scale B (A x), in one launch
+// ================================================ 6. y = B (A x), and y = W x + scale B (A x), in one launch
 //
-// Plainly these are two or three launches of the kernels above. A pair of 4096 x 512 factors at int4 takes 0.7 us to read and a launch takes about
-// 2 us, so the second product has to begin inside the first one's launch, when all of h = A x is there. A block takes a ticket when it starts:
-// the first tickets compute h, the later ones y. Whoever needs h waits until it is complete. This can't hang, however few blocks fit on the GPU,
-// as h's tickets were all handed out before. And the waiting blocks have already asked for their share of B, so memory never rests.
+// Plainly these are two or three launches of the kernels above. A pair of 4096 x 512 factors at int4 takes
+// 0.7 us to read and a launch some 2 us, so the second product has to begin inside the first one's launch,
+// when all of h = A x is there. A block takes a ticket when it starts: the first ones compute h, the later
+// ones y, and wait until h is complete. This can't hang, however few blocks fit on the GPU, as h's tickets
+// were all handed out before. The waiting blocks have asked for their share of B already: memory never rests.
 
-struct Counters { int ticket, done, finished; };  // all 0 between launches: the last block to finish sets them back
+struct Counters { int ticket, done, finished; };  // all 0 between launches: the last block sets them back
 
 __device__ inline int take_ticket(Counters* c) {
   __shared__ int ticket;
@@ -402,20 +408,23 @@ __device__ inline void wait_until_done(Counters* c, int count) {
   __syncthreads();
 }
 __device__ inline void leave(Counters* c) {
-  if (threadIdx.x == 0 && atomicAdd(&c->finished, 1) == (int)gridDim.x - 1) c->ticket = c->done = c->finished = 0;
+  if (threadIdx.x == 0 && atomicAdd(&c->finished, 1) == (int)gridDim.x - 1) *c = Counters{};
 }
 
 // h (M, r) is scratch. WORDS must suit the groups of both factors.
 template <class T, int BITS, int WORDS, int TILES>
-__global__ void __launch_bounds__(32 * WARPS) lowrank(const T* x, int M, Matrix A, Matrix B, T* h, T* y, Counters* counters) {
+__global__ void __launch_bounds__(32 * WARPS)
+lowrank(const T* x, int M, Matrix A, Matrix B, T* h, T* y, Counters* counters) {
   __shared__ float part[WARPS][8 * TILES][16];
   int tiles_of_h = ceil_div(A.rows, 16), ticket = take_ticket(counters), i = threadIdx.x, m = i / 16;
   bool makes_h = ticket < tiles_of_h;
   Matrix W = makes_h ? A : B;
   int first = 16 * (makes_h ? ticket : ticket - tiles_of_h), row = first + i % 16;
-  multiply_16_rows<T, BITS, WORDS, TILES>(makes_h ? x : h, M, W, first, part, [&] { if (!makes_h) wait_until_done(counters, tiles_of_h); });
+  auto wait_for_h = [&] { if (!makes_h) wait_until_done(counters, tiles_of_h); };
+  multiply_16_rows<T, BITS, WORDS, TILES>(makes_h ? x : h, M, W, first, part, wait_for_h);
   T* to = makes_h ? h : y;
-  if (m < M && m < 8 * TILES && row < W.rows) to[(size_t)m * W.rows + row] = from_float<T>(add_parts<TILES>(part, i));
+  if (m < M && m < 8 * TILES && row < W.rows)
+    to[(size_t)m * W.rows + row] = from_float<T>(add_parts<TILES>(part, i));
   if (makes_h) report_done(counters);
   leave(counters);
 }
@@ -423,36 +432,37 @@ __global__ void __launch_bounds__(32 * WARPS) lowrank(const T* x, int M, Matrix 
 // A (r, K) and B (N, r) of the adapter in T; h (M, r) is scratch, in float.
 template <class T, int BITS, int WORDS, int TILES>
 __global__ void __launch_bounds__(32 * WARPS)
-lora(const T* x, int M, Matrix W, const T* A, const T* B, int r, float scale, float* h, T* y, Counters* counters) {
+lora(const T* x, int M, Matrix W, const T* A, const T* B, int r, float scale, float* h, T* y, Counters* c) {
   __shared__ float part[WARPS][8 * TILES][16];
-  int tiles_of_h = ceil_div(r, WARPS), ticket = take_ticket(counters), K = W.width;
+  int tiles_of_h = ceil_div(r, WARPS), ticket = take_ticket(c), K = W.width;
   if (ticket < tiles_of_h) {  // a warp to each row of A
     int j = ticket * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int m = 0; m < M && j < r; m++) {
       float sum = 0;
-      for (int k = lane; k < K; k += 32) sum += to_float(A[(size_t)j * K + k]) * to_float(x[(size_t)m * K + k]);
+      for (int k = lane; k < K; k += 32)
+        sum += to_float(A[(size_t)j * K + k]) * to_float(x[(size_t)m * K + k]);
       for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
       if (lane == 0) h[m * r + j] = sum;
     }
-    report_done(counters);
+    report_done(c);
   } else {
     int first = 16 * (ticket - tiles_of_h), i = threadIdx.x, m = i / 16, row = first + i % 16;
     multiply_16_rows<T, BITS, WORDS, TILES>(x, M, W, first, part, [] {});
-    wait_until_done(counters, tiles_of_h);  // long since: h is a small part of the work
+    wait_until_done(c, tiles_of_h);  // long since: h is a small part of the work
     if (m < M && m < 8 * TILES && row < W.rows) {
       float sum = 0;
       for (int j = 0; j < r; j++) sum += to_float(B[(size_t)row * r + j]) * h[m * r + j];
       y[(size_t)m * W.rows + row] = from_float<T>(add_parts<TILES>(part, i) + scale * sum);
     }
   }
-  leave(counters);
+  leave(c);
 }
 
-// ============================================================================ 7. y = x W^T for more rows of x
+// =========================================================================== 7. y = x W^T for more rows of x
 //
-// With more rows each weight is used more often than a register can serve. A block computes 64 rows of W times 64 rows of x, and goes along
-// the depth in steps of 64, through shared memory, where each number is read by two warps. The copies of the steps to come run while the
-// tensor cores work (cp.async): STAGES buffers in a ring, of which one is worked on and the others are being filled.
+// With more rows each weight is used more often than a register can serve. A block computes 64 rows of W
+// times 64 rows of x, in steps of 64 along the depth, through shared memory, where two warps read a number.
+// The copies of later steps run while the tensor cores work (cp.async), into a ring of STAGES buffers.
 //
 //     step          0        1        2        3
 //     buffer 0    work     fill 3     .      work
@@ -460,37 +470,42 @@ lora(const T* x, int M, Matrix W, const T* A, const T* B, int r, float scale, fl
 //     buffer 2    on its   arrived  work     fill 5
 //                 way
 //
-// The four warps take quarters, 32 x 32. A lane's weights lie side by side again: depth 16 t .. 16 t + 15 of a step, 16 bytes of int8 or 8 of int4.
+// The four warps take quarters, 32 x 32. A lane's weights are neighbours again: depth 16 t .. 16 t + 15.
 
-constexpr int TILE = 64, STEP = 64, X_STRIDE = STEP + 8;  // 16 bytes more a row of x: then the lanes of a load hit different banks
+constexpr int TILE = 64, STEP = 64;
+constexpr int X_STRIDE = STEP + 8;  // 16 bytes more a row of x: then the lanes of a load hit different banks
 
-template <class T, int BITS> __global__ void __launch_bounds__(128) matmul(const T* x, int M, Matrix W, T* y) {
+template <class T, int BITS>
+__global__ void __launch_bounds__(128) matmul(const T* x, int M, Matrix W, T* y) {
   constexpr int STAGES = BITS == 8 ? 3 : 4, ROW = STEP * BITS / 8, n = IN_WORD<BITS>;
   alignas(16) __shared__ T xs[STAGES][TILE][X_STRIDE];
   alignas(16) __shared__ uint8_t ws[STAGES][TILE][ROW];
   int K = W.width, steps = ceil_div(K, STEP), first_row = blockIdx.x * TILE, first_m = blockIdx.y * TILE;
-  int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp_row = warp % 2 * 32, warp_m = warp / 2 * 32;
+  int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  int warp_row = warp % 2 * 32, warp_m = warp / 2 * 32;
   bool aligned = K % 8 == 0 && (size_t)x % 16 == 0;
 
-  auto fill = [&](int step) {  // always ends a group of copies, an empty one after the last step: then waiting is the same for all
+  auto fill = [&](int step) {  // always ends a group of copies, so that all waits are alike
     int stage = step % STAGES;
     for (int i = threadIdx.x; i < TILE * ROW / 16 && step < steps; i += 128) {
       int row = i / (ROW / 16), byte = i % (ROW / 16) * 16, from = step * ROW + byte;
       bool valid = first_row + row < W.rows && from < W.row_bytes;
-      copy_async(&ws[stage][row][byte], valid ? W.q + (size_t)(first_row + row) * W.row_bytes + from : W.q, valid);
+      const uint8_t* q = valid ? W.q + (size_t)(first_row + row) * W.row_bytes + from : W.q;
+      copy_async(&ws[stage][row][byte], q, valid);
     }
     for (int i = threadIdx.x; i < TILE * STEP / 8 && step < steps; i += 128) {
       int m = i / (STEP / 8), k = i % (STEP / 8) * 8, from = step * STEP + k;
       bool valid = first_m + m < M && from < K;
       const T* row = x + (size_t)(valid ? first_m + m : 0) * K;
       if (aligned) copy_async(&xs[stage][m][k], valid ? row + from : x, valid);
-      else for (int j = 0; j < 8; j++) xs[stage][m][k + j] = valid && from + j < K ? row[from + j] : from_float<T>(0);
+      else for (int j = 0; j < 8; j++)
+        xs[stage][m][k + j] = valid && from + j < K ? row[from + j] : from_float<T>(0);
     }
     copy_commit();
   };
 
-  const uint32_t ones[4] = {Constants<T>::ONES, Constants<T>::ONES, Constants<T>::ONES, Constants<T>::ONES};
-  float out[2][4][4] = {}, d[2][4][4] = {}, sum_x[4][4] = {};  // 2 tiles of 16 rows of W, 4 tiles of 8 rows of x
+  const uint32_t ones[4] = {ONES<T>, ONES<T>, ONES<T>, ONES<T>};
+  float out[2][4][4] = {}, d[2][4][4] = {}, sum_x[4][4] = {};  // 2 x 16 rows of W, 4 x 8 rows of x
   for (int step = 0; step < STAGES - 1; step++) fill(step);
   for (int step = 0; step < steps; step++) {
     copy_wait<STAGES - 2>();
@@ -539,32 +554,33 @@ template <class T, int BITS> __global__ void __launch_bounds__(128) matmul(const
   for (int i = 0; i < 2; i++)
     for (int tile = 0; tile < 4; tile++)
       for (int c = 0; c < 4; c++) {
-        int row = first_row + warp_row + 16 * i + 8 * (c / 2) + g, m = first_m + warp_m + 8 * tile + 2 * t + c % 2;
+        int row = first_row + warp_row + 16 * i + 8 * (c / 2) + g;
+        int m = first_m + warp_m + 8 * tile + 2 * t + c % 2;
         if (row < W.rows && m < M) y[(size_t)m * W.rows + row] = from_float<T>(out[i][tile][c]);
       }
 }
 
-// ============================================================================ 8. g W, the gradient of x: g (M, N) -> (M, K)
+// ============================================================= 8. g W, the gradient of x: g (M, N) -> (M, K)
 
 // Naive: a thread to each number.
 template <class T, int BITS> __global__ void matmul_back_naive(const T* g, Matrix W, T* out) {
   int k = blockIdx.x * blockDim.x + threadIdx.x, m = blockIdx.y;
   if (k >= W.width) return;
   float sum = 0;
-  for (int row = 0; row < W.rows; row++) {
-    int q = integer<BITS>(word_of<BITS>(W, row, k), k % IN_WORD<BITS>);
-    sum += to_float(g[(size_t)m * W.rows + row]) * (scale_of(W, row, k) * q + offset_of(W, row, k));
-  }
+  for (int row = 0; row < W.rows; row++)
+    sum += to_float(g[(size_t)m * W.rows + row]) * weight_of<BITS>(W, row, k, word_of<BITS>(W, row, k));
   out[(size_t)m * W.width + k] = from_float<T>(sum);
 }
 
-// Now the depth runs along the rows of W, and s changes from row to row, so it can't be taken out of the product: a tile of W is dequantized to T
-// and turned on its way into shared memory, once for 64 rows of g. The integers of the next tile are on their way to registers meanwhile.
-template <class T, int BITS> __global__ void __launch_bounds__(128) matmul_back(const T* gradient, int M, Matrix W, T* out) {
+// Now the depth runs along the rows of W, and so does s: it can't be taken out of the product. A tile of W is
+// dequantized and turned on its way into shared memory; meanwhile the next one's integers are being read.
+template <class T, int BITS>
+__global__ void __launch_bounds__(128) matmul_back(const T* gradient, int M, Matrix W, T* out) {
   constexpr int DEPTH = 32, STRIDE = DEPTH + 8, n = IN_WORD<BITS>, PER_THREAD = DEPTH * TILE / n / 128;
   alignas(16) __shared__ T ws[TILE][STRIDE], gs[TILE][STRIDE];  // W turned: (k, row); g: (m, row)
   int N = W.rows, first_k = blockIdx.x * TILE, first_m = blockIdx.y * TILE;
-  int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp_k = warp % 2 * 32, warp_m = warp / 2 * 32;
+  int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  int warp_k = warp % 2 * 32, warp_m = warp / 2 * 32;
   float d[2][4][4] = {};
   uint32_t words[PER_THREAD];
   T numbers[DEPTH * TILE / 128];
@@ -584,9 +600,7 @@ template <class T, int BITS> __global__ void __launch_bounds__(128) matmul_back(
       int at = threadIdx.x + 128 * i, row = at / (TILE / n), k = at % (TILE / n) * n;
       for (int j = 0; j < n; j++) {
         bool valid = first_row + row < N && first_k + k + j < W.width;
-        float weight = 0;
-        if (valid)
-          weight = scale_of(W, first_row + row, first_k + k + j) * integer<BITS>(words[i], j) + offset_of(W, first_row + row, first_k + k + j);
+        float weight = valid ? weight_of<BITS>(W, first_row + row, first_k + k + j, words[i]) : 0;
         ws[k + j][row] = from_float<T>(weight);
       }
     }
@@ -607,11 +621,13 @@ template <class T, int BITS> __global__ void __launch_bounds__(128) matmul_back(
       uint32_t a[2][4];
 #pragma unroll
       for (int i = 0; i < 2; i++)
-        for (int j = 0; j < 4; j++) a[i][j] = *(const uint32_t*)&ws[warp_k + 16 * i + 8 * (j % 2) + g][depth + 8 * (j / 2) + 2 * t];
+        for (int j = 0; j < 4; j++)
+          a[i][j] = *(const uint32_t*)&ws[warp_k + 16 * i + 8 * (j % 2) + g][depth + 8 * (j / 2) + 2 * t];
 #pragma unroll
       for (int tile = 0; tile < 4; tile++) {
         uint32_t b[2];
-        for (int j = 0; j < 2; j++) b[j] = *(const uint32_t*)&gs[warp_m + 8 * tile + g][depth + 8 * j + 2 * t];
+        for (int j = 0; j < 2; j++)
+          b[j] = *(const uint32_t*)&gs[warp_m + 8 * tile + g][depth + 8 * j + 2 * t];
         for (int i = 0; i < 2; i++) mma(d[i][tile], a[i], b, T());
       }
     }
@@ -626,39 +642,36 @@ template <class T, int BITS> __global__ void __launch_bounds__(128) matmul_back(
 
 // ============================================================================ 9. what Python calls
 //
-// First in plain C, with types and forms as numbers: so the tests can call it on a CPU too. Each function picks the kernel for its arguments.
+// In plain C first, with types as numbers, so that tests can call it on a CPU. Each function picks a kernel.
 
 enum Type { BFLOAT16, HALF, FLOAT };
 enum Step { NAIVE, WARP, FAST };  // how far down this file
 struct Form { Matrix W; int bits; };
 
-// call(T(), integral_constant<BITS>)
+// call(T(), Int<BITS>())
+template <int N> using Int = std::integral_constant<int, N>;
+template <class T, class F> void with_bits(int bits, F call) {
+  bits == 8 ? call(T(), Int<8>()) : call(T(), Int<4>());
+}
 template <class F> void with_type(int type, int bits, F call) {
-  using eight = std::integral_constant<int, 8>;
-  using four = std::integral_constant<int, 4>;
-  if (type == BFLOAT16) bits == 8 ? call(__nv_bfloat16(), eight()) : call(__nv_bfloat16(), four());
-  else bits == 8 ? call(__half(), eight()) : call(__half(), four());
+  type == BFLOAT16 ? with_bits<__nv_bfloat16>(bits, call) : with_bits<__half>(bits, call);
 }
 template <class F> void with_any_type(int type, int bits, F call) {
-  if (type != FLOAT) return with_type(type, bits, call);
-  bits == 8 ? call(float(), std::integral_constant<int, 8>()) : call(float(), std::integral_constant<int, 4>());
+  type == FLOAT ? with_bits<float>(bits, call) : with_type(type, bits, call);
 }
 
-// Words that a lane of multiply_16_rows may load at a time, so that four lanes stay in one group; 0 if even one word each is too much.
+// Words that a lane of multiply_16_rows may load so that four lanes stay in one group; 0: not even one.
 inline int words_for(const Form& f) {
   int words = 4;
   while (words && f.W.group != f.W.width && f.W.group % (4 * words * 32 / f.bits)) words /= 2;
   return words;
 }
-// call(integral_constant<WORDS>, integral_constant<TILES>)
+// call(Int<WORDS>(), Int<TILES>())
 template <class F> void with_words(int words, int M, F call) {
-  auto with_tiles = [&](auto w) {
-    if (M <= 8) call(w, std::integral_constant<int, 1>());
-    else call(w, std::integral_constant<int, 2>());
-  };
-  if (words == 4) with_tiles(std::integral_constant<int, 4>());
-  else if (words == 2) with_tiles(std::integral_constant<int, 2>());
-  else with_tiles(std::integral_constant<int, 1>());
+  auto with_tiles = [&](auto w) { M <= 8 ? call(w, Int<1>()) : call(w, Int<2>()); };
+  if (words == 4) with_tiles(Int<4>());
+  else if (words == 2) with_tiles(Int<2>());
+  else with_tiles(Int<1>());
 }
 
 extern "C" {
@@ -666,68 +679,68 @@ extern "C" {
 void run_quantize(int type, const void* w, Form f, int step, cudaStream_t stream) {
   with_any_type(type, f.bits, [&](auto t, auto bits) {
     using T = decltype(t);
-    constexpr int BITS = decltype(bits)::value;
+    constexpr int BITS = bits();
     int vectors = f.W.rows * (f.W.width / f.W.group), words = f.W.row_bytes / 4;
     auto scale = (__half*)f.W.scale, offset = (__half*)f.W.offset;
-    if (step == NAIVE) launch(find_scales_naive<T, BITS>, ceil_div(vectors, 128), 128, stream, (const T*)w, vectors, f.W.group, scale, offset);
-    else launch(find_scales<T, BITS>, ceil_div(vectors, 4), 128, stream, (const T*)w, vectors, f.W.group, scale, offset);
-    for (int row = 0; row < f.W.rows; row += 65535) {
-      Matrix part = rows_from(f.W, row);
-      launch(encode<T, BITS>, dim3(ceil_div(words, 128), part.rows), 128, stream, (const T*)w + (size_t)row * f.W.width, part, (uint32_t*)part.q);
-    }
+    auto find = step == NAIVE ? find_scales_naive<T, BITS> : find_scales<T, BITS>;
+    int grid = ceil_div(vectors, step == NAIVE ? 128 : 4);
+    launch(find, grid, 128, stream, (const T*)w, vectors, f.W.group, scale, offset);
+    dim3 blocks(f.W.rows, ceil_div(words, 128));
+    launch(encode<T, BITS>, blocks, 128, stream, (const T*)w, f.W, (uint32_t*)f.W.q);
   });
 }
 
 void run_dequantize(int type, Form f, void* out, int step, cudaStream_t stream) {
   with_any_type(type, f.bits, [&](auto t, auto bits) {
     using T = decltype(t);
-    constexpr int BITS = decltype(bits)::value;
+    constexpr int BITS = bits();
     int threads = step == NAIVE ? f.W.width : ceil_div(f.W.width, IN_WORD<BITS>);
-    for (int row = 0; row < f.W.rows; row += 65535) {
-      Matrix part = rows_from(f.W, row);
-      launch(step == NAIVE ? dequantize_naive<T, BITS> : dequantize<T, BITS>, dim3(ceil_div(threads, 128), part.rows), 128, stream, part,
-             (T*)out + (size_t)row * f.W.width);
-    }
+    auto kernel = step == NAIVE ? dequantize_naive<T, BITS> : dequantize<T, BITS>;
+    launch(kernel, dim3(f.W.rows, ceil_div(threads, 128)), 128, stream, f.W, (T*)out);
   });
 }
 
 void run_product(int type, const void* x, int M, Form f, void* y, int step, cudaStream_t stream) {
   with_type(type, f.bits, [&](auto t, auto bits) {
     using T = decltype(t);
-    constexpr int BITS = decltype(bits)::value;
+    constexpr int BITS = bits();
     int words = words_for(f);
+    Matrix W = f.W;
     auto X = (const T*)x;
     auto Y = (T*)y;
-    if (step == NAIVE) launch(product_naive<T, BITS>, dim3(ceil_div(f.W.rows, 128), M), 128, stream, X, f.W, Y);
+    if (step == NAIVE) launch(product_naive<T, BITS>, dim3(ceil_div(W.rows, 128), M), 128, stream, X, W, Y);
     else if (step == FAST && M <= 16 && words)
       with_words(words, M, [&](auto w, auto tiles) {
-        launch(matvec<T, BITS, decltype(w)::value, decltype(tiles)::value>, ceil_div(f.W.rows, 16), 32 * WARPS, stream, X, M, f.W, Y);
+        launch(matvec<T, BITS, w(), tiles()>, ceil_div(W.rows, 16), 32 * WARPS, stream, X, M, W, Y);
       });
-    else if (step == FAST && M > 16 && (f.W.group == f.W.width || f.W.group % STEP == 0))
-      launch(matmul<T, BITS>, dim3(ceil_div(f.W.rows, TILE), ceil_div(M, TILE)), 128, stream, X, M, f.W, Y);
-    else launch(product_warp<T, BITS>, dim3(ceil_div(f.W.rows, 4), ceil_div(M, 16)), 128, stream, X, M, f.W, Y);
+    else if (step == FAST && M > 16 && (W.group == W.width || W.group % STEP == 0))
+      launch(matmul<T, BITS>, dim3(ceil_div(W.rows, TILE), ceil_div(M, TILE)), 128, stream, X, M, W, Y);
+    else launch(product_warp<T, BITS>, dim3(ceil_div(W.rows, 4), ceil_div(M, 16)), 128, stream, X, M, W, Y);
   });
 }
 
-void run_lowrank(int type, const void* x, int M, Form a, Form b, void* h, void* y, void* counters, cudaStream_t stream) {
+void run_lowrank(int type, const void* x, int M, Form a, Form b, void* h, void* y, void* counters,
+                 cudaStream_t stream) {
   with_type(type, a.bits, [&](auto t, auto bits) {
     using T = decltype(t);
-    constexpr int BITS = decltype(bits)::value;
+    constexpr int BITS = bits();
     with_words(std::min(words_for(a), words_for(b)), M, [&](auto w, auto tiles) {
-      launch(lowrank<T, BITS, decltype(w)::value, decltype(tiles)::value>, ceil_div(a.W.rows, 16) + ceil_div(b.W.rows, 16), 32 * WARPS, stream,
-             (const T*)x, M, a.W, b.W, (T*)h, (T*)y, (Counters*)counters);
+      int blocks = ceil_div(a.W.rows, 16) + ceil_div(b.W.rows, 16);
+      launch(lowrank<T, BITS, w(), tiles()>, blocks, 32 * WARPS, stream, (const T*)x, M, a.W, b.W, (T*)h,
+             (T*)y, (Counters*)counters);
     });
   });
 }
 
-void run_lora(int type, const void* x, int M, Form f, const void* A, const void* B, int r, float scale, void* h, void* y, void* counters,
-              cudaStream_t stream) {
+void run_lora(int type, const void* x, int M, Form f, const void* A, const void* B, int r, float scale,
+              void* h, void* y, void* counters, cudaStream_t stream) {
   with_type(type, f.bits, [&](auto t, auto bits) {
     using T = decltype(t);
-    constexpr int BITS = decltype(bits)::value;
+    constexpr int BITS = bits();
     with_words(words_for(f), M, [&](auto w, auto tiles) {
-      launch(lora<T, BITS, decltype(w)::value, decltype(tiles)::value>, ceil_div(r, WARPS) + ceil_div(f.W.rows, 16), 32 * WARPS, stream,
-             (const T*)x, M, f.W, (const T*)A, (const T*)B, r, scale, (float*)h, (T*)y, (Counters*)counters);
+      int blocks = ceil_div(r, WARPS) + ceil_div(f.W.rows, 16);
+      launch(lora<T, BITS, w(), tiles()>, blocks, 32 * WARPS, stream, (const T*)x, M, f.W, (const T*)A,
+             (const T*)B, r, scale, (float*)h, (T*)y, (Counters*)counters);
     });
   });
 }
@@ -735,9 +748,12 @@ void run_lora(int type, const void* x, int M, Form f, const void* A, const void*
 void run_matmul_back(int type, const void* g, int M, Form f, void* out, int step, cudaStream_t stream) {
   with_type(type, f.bits, [&](auto t, auto bits) {
     using T = decltype(t);
-    constexpr int BITS = decltype(bits)::value;
-    if (step == NAIVE) launch(matmul_back_naive<T, BITS>, dim3(ceil_div(f.W.width, 128), M), 128, stream, (const T*)g, f.W, (T*)out);
-    else launch(matmul_back<T, BITS>, dim3(ceil_div(f.W.width, TILE), ceil_div(M, TILE)), 128, stream, (const T*)g, M, f.W, (T*)out);
+    constexpr int BITS = bits();
+    Matrix W = f.W;
+    auto G = (const T*)g;
+    dim3 tiles(ceil_div(W.width, TILE), ceil_div(M, TILE));
+    if (step != NAIVE) launch(matmul_back<T, BITS>, tiles, 128, stream, G, M, W, (T*)out);
+    else launch(matmul_back_naive<T, BITS>, dim3(ceil_div(W.width, 128), M), 128, stream, G, W, (T*)out);
   });
 }
 
@@ -747,17 +763,20 @@ void run_matmul_back(int type, const void* g, int M, Form f, void* out, int step
 
 int type_of(const at::Tensor& t, const char* name, bool or_float = false) {
   TORCH_CHECK(t.is_cuda(), name, " must be on a GPU, it is on ", t.device());
-  TORCH_CHECK(t.dim() == 2 && t.is_contiguous(), name, " must be contiguous with 2 dimensions, it has shape ", t.sizes(), " and strides ",
-              t.strides());
+  TORCH_CHECK(t.dim() == 2 && t.is_contiguous(), name, " must be contiguous with 2 dimensions, it has shape ",
+              t.sizes(), " and strides ", t.strides());
   if (t.scalar_type() == at::kBFloat16) return BFLOAT16;
   if (t.scalar_type() == at::kHalf) return HALF;
-  TORCH_CHECK(or_float && t.scalar_type() == at::kFloat, name, " must be bfloat16 or float16", or_float ? " or float32" : "", ", it is ",
-              t.scalar_type());
+  TORCH_CHECK(or_float && t.scalar_type() == at::kFloat, name, " must be bfloat16 or float16",
+              or_float ? " or float32" : "", ", it is ", t.scalar_type());
   return FLOAT;
 }
 
-Form form_of(const at::Tensor& q, const at::Tensor& scale, const at::Tensor& offset, int64_t width, const at::Device& device) {
-  TORCH_CHECK(q.scalar_type() == at::kChar || q.scalar_type() == at::kByte, "q must be int8 (8 bit) or uint8 (4 bit), it is ", q.scalar_type());
+using Tensor = at::Tensor;
+
+Form form_of(const Tensor& q, const Tensor& scale, const Tensor& offset, int64_t width, at::Device device) {
+  TORCH_CHECK(q.scalar_type() == at::kChar || q.scalar_type() == at::kByte,
+              "q must be int8 (8 bit) or uint8 (4 bit), it is ", q.scalar_type());
   int bits = q.scalar_type() == at::kChar ? 8 : 4;
   for (auto& [t, name] : {std::pair{&q, "q"}, std::pair{&scale, "scale"}, std::pair{&offset, "offset"}}) {
     TORCH_CHECK(t->device() == device, name, " must be on ", device, ", it is on ", t->device());
@@ -765,11 +784,13 @@ Form form_of(const at::Tensor& q, const at::Tensor& scale, const at::Tensor& off
                 " must be contiguous with 2 dimensions and begin at a multiple of 16 bytes");
     TORCH_CHECK(t->size(0) == q.size(0), name, " has ", t->size(0), " rows, q has ", q.size(0));
   }
-  TORCH_CHECK(scale.scalar_type() == at::kHalf && offset.scalar_type() == at::kHalf, "scale and offset must be float16");
-  TORCH_CHECK(scale.sizes() == offset.sizes() && scale.size(1) > 0 && width % scale.size(1) == 0, "scale ", scale.sizes(), " and offset ",
-              offset.sizes(), " do not divide a row of ", width);
+  TORCH_CHECK(scale.scalar_type() == at::kHalf && offset.scalar_type() == at::kHalf,
+              "scale and offset must be float16");
+  TORCH_CHECK(scale.sizes() == offset.sizes() && scale.size(1) > 0 && width % scale.size(1) == 0,
+              "scale ", scale.sizes(), " and offset ", offset.sizes(), " do not divide a row of ", width);
   int64_t row_bytes = (width * bits + 127) / 128 * 16;
-  TORCH_CHECK(q.size(1) == row_bytes, "q has ", q.size(1), " bytes a row; ", width, " weights of ", bits, " bits take ", row_bytes);
+  TORCH_CHECK(q.size(1) == row_bytes, "q has ", q.size(1), " bytes a row; ", width, " weights of ", bits,
+              " bits take ", row_bytes);
   Matrix W{(const uint8_t*)q.data_ptr(), (const __half*)scale.data_ptr(), (const __half*)offset.data_ptr(),
            (int)q.size(0), (int)width, (int)(width / scale.size(1)), (int)row_bytes};
   return {W, bits};
@@ -778,25 +799,28 @@ Form form_of(const at::Tensor& q, const at::Tensor& scale, const at::Tensor& off
 cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream(); }
 
 // Zeroed counters, one set for each stream: launches on one stream follow each other.
-void* counters_for(const at::Tensor& x) {
-  static std::map<std::pair<int, cudaStream_t>, at::Tensor> all;
+void* counters_for(const Tensor& x) {
+  static std::map<std::pair<int, cudaStream_t>, Tensor> all;
   auto& counters = all[{x.get_device(), current_stream()}];
   if (!counters.defined()) counters = at::zeros({4}, x.options().dtype(at::kInt));
   return counters.data_ptr();
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> quantize_tensor(at::Tensor w, int64_t bits, int64_t group, int64_t step) {
+std::tuple<Tensor, Tensor, Tensor> quantize_tensor(Tensor w, int64_t bits, int64_t group, int64_t step) {
   int type = type_of(w, "w", true);
   TORCH_CHECK(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
-  TORCH_CHECK(group > 0 && w.size(1) % group == 0, "groups of ", group, " do not divide a row of ", w.size(1));
+  TORCH_CHECK(group > 0 && w.size(1) % group == 0, "groups of ", group, " don't divide a row of ", w.size(1));
   c10::cuda::CUDAGuard guard(w.device());
-  auto q = at::empty({w.size(0), (w.size(1) * bits + 127) / 128 * 16}, w.options().dtype(bits == 8 ? at::kChar : at::kByte));
-  auto scale = at::empty({w.size(0), w.size(1) / group}, w.options().dtype(at::kHalf)), offset = at::empty_like(scale);
+  auto type_of_q = w.options().dtype(bits == 8 ? at::kChar : at::kByte);
+  auto q = at::empty({w.size(0), (w.size(1) * bits + 127) / 128 * 16}, type_of_q);
+  auto scale = at::empty({w.size(0), w.size(1) / group}, w.options().dtype(at::kHalf));
+  auto offset = at::empty_like(scale);
   run_quantize(type, w.data_ptr(), form_of(q, scale, offset, w.size(1), w.device()), step, current_stream());
   return {q, scale, offset};
 }
 
-at::Tensor dequantize_tensor(at::Tensor q, at::Tensor scale, at::Tensor offset, int64_t width, at::ScalarType dtype, int64_t step) {
+Tensor dequantize_tensor(Tensor q, Tensor scale, Tensor offset, int64_t width, at::ScalarType dtype,
+                         int64_t step) {
   c10::cuda::CUDAGuard guard(q.device());
   auto out = at::empty({q.size(0), width}, q.options().dtype(dtype));
   int type = type_of(out, "the result", true);
@@ -804,7 +828,7 @@ at::Tensor dequantize_tensor(at::Tensor q, at::Tensor scale, at::Tensor offset, 
   return out;
 }
 
-at::Tensor product_tensor(at::Tensor x, at::Tensor q, at::Tensor scale, at::Tensor offset, int64_t step) {
+Tensor product_tensor(Tensor x, Tensor q, Tensor scale, Tensor offset, int64_t step) {
   int type = type_of(x, "x");
   Form f = form_of(q, scale, offset, x.size(1), x.device());
   c10::cuda::CUDAGuard guard(x.device());
@@ -813,7 +837,7 @@ at::Tensor product_tensor(at::Tensor x, at::Tensor q, at::Tensor scale, at::Tens
   return y;
 }
 
-at::Tensor matmul_back_tensor(at::Tensor g, at::Tensor q, at::Tensor scale, at::Tensor offset, int64_t width, int64_t step) {
+Tensor matmul_back_tensor(Tensor g, Tensor q, Tensor scale, Tensor offset, int64_t width, int64_t step) {
   int type = type_of(g, "g");
   Form f = form_of(q, scale, offset, width, g.device());
   TORCH_CHECK(g.size(1) == f.W.rows, "g has ", g.size(1), " columns, W has ", f.W.rows, " rows");
@@ -823,44 +847,51 @@ at::Tensor matmul_back_tensor(at::Tensor g, at::Tensor q, at::Tensor scale, at::
   return out;
 }
 
-void check_few_rows(const at::Tensor& x, std::initializer_list<Form> forms) {
+void check_few_rows(const Tensor& x, std::initializer_list<Form> forms) {
   TORCH_CHECK(x.size(0) <= 16, "x must have at most 16 rows, it has ", x.size(0));
-  for (auto& f : forms) TORCH_CHECK(words_for(f), "groups of ", f.W.group, " are not a multiple of ", 128 / f.bits);
+  for (auto& f : forms)
+    TORCH_CHECK(words_for(f), "groups of ", f.W.group, " are not a multiple of ", 128 / f.bits);
 }
 
-at::Tensor lowrank_tensor(at::Tensor x, at::Tensor qA, at::Tensor sA, at::Tensor oA, at::Tensor qB, at::Tensor sB, at::Tensor oB) {
+Tensor lowrank_tensor(Tensor x, Tensor qA, Tensor sA, Tensor oA, Tensor qB, Tensor sB, Tensor oB) {
   int type = type_of(x, "x");
   Form A = form_of(qA, sA, oA, x.size(1), x.device()), B = form_of(qB, sB, oB, qA.size(0), x.device());
   TORCH_CHECK(A.bits == B.bits, "A has ", A.bits, " bits, B has ", B.bits);
   check_few_rows(x, {A, B});
   c10::cuda::CUDAGuard guard(x.device());
   auto h = at::empty({x.size(0), A.W.rows}, x.options()), y = at::empty({x.size(0), B.W.rows}, x.options());
-  if (x.size(0)) run_lowrank(type, x.data_ptr(), x.size(0), A, B, h.data_ptr(), y.data_ptr(), counters_for(x), current_stream());
+  if (x.size(0))
+    run_lowrank(type, x.data_ptr(), x.size(0), A, B, h.data_ptr(), y.data_ptr(), counters_for(x),
+                current_stream());
   return y;
 }
 
-at::Tensor lora_tensor(at::Tensor x, at::Tensor q, at::Tensor scale, at::Tensor offset, at::Tensor A, at::Tensor B, double factor) {
+Tensor lora_tensor(Tensor x, Tensor q, Tensor scale, Tensor offset, Tensor A, Tensor B, double factor) {
   int type = type_of(x, "x");
-  TORCH_CHECK(type_of(A, "A") == type && type_of(B, "B") == type, "A and B must be ", x.scalar_type(), " like x, they are ",
-              A.scalar_type(), " and ", B.scalar_type());
+  TORCH_CHECK(type_of(A, "A") == type && type_of(B, "B") == type, "A and B must be ", x.scalar_type(),
+              " like x, they are ", A.scalar_type(), " and ", B.scalar_type());
   Form f = form_of(q, scale, offset, x.size(1), x.device());
-  TORCH_CHECK(A.size(1) == x.size(1) && B.size(0) == f.W.rows && A.size(0) == B.size(1) && A.device() == x.device() && B.device() == x.device(),
-              "A ", A.sizes(), " and B ", B.sizes(), " do not fit W (", f.W.rows, ", ", f.W.width, ") on ", x.device());
+  bool fit = A.size(1) == x.size(1) && B.size(0) == f.W.rows && A.size(0) == B.size(1);
+  TORCH_CHECK(fit && A.device() == x.device() && B.device() == x.device(), "A ", A.sizes(), " and B ",
+              B.sizes(), " do not fit W (", f.W.rows, ", ", f.W.width, ") on ", x.device());
   check_few_rows(x, {f});
   c10::cuda::CUDAGuard guard(x.device());
-  auto h = at::empty({x.size(0), A.size(0)}, x.options().dtype(at::kFloat)), y = at::empty({x.size(0), f.W.rows}, x.options());
+  auto h = at::empty({x.size(0), A.size(0)}, x.options().dtype(at::kFloat));
+  auto y = at::empty({x.size(0), f.W.rows}, x.options());
   if (x.size(0))
-    run_lora(type, x.data_ptr(), x.size(0), f, A.data_ptr(), B.data_ptr(), A.size(0), factor, h.data_ptr(), y.data_ptr(), counters_for(x),
-             current_stream());
+    run_lora(type, x.data_ptr(), x.size(0), f, A.data_ptr(), B.data_ptr(), A.size(0), factor, h.data_ptr(),
+             y.data_ptr(), counters_for(x), current_stream());
   return y;
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  using pybind11::arg;  // step: 0 the naive kernel, 1 (products) a warp a row, 2 the fast one
-  m.def("quantize", &quantize_tensor, arg("w"), arg("bits"), arg("group"), arg("step") = (int)FAST);
-  m.def("dequantize", &dequantize_tensor, arg("q"), arg("scale"), arg("offset"), arg("width"), arg("dtype"), arg("step") = (int)FAST);
-  m.def("product", &product_tensor, arg("x"), arg("q"), arg("scale"), arg("offset"), arg("step") = (int)FAST);
-  m.def("matmul_back", &matmul_back_tensor, arg("g"), arg("q"), arg("scale"), arg("offset"), arg("width"), arg("step") = (int)FAST);
+  using pybind11::arg;
+  auto step = arg("step") = (int)FAST;  // 0 the naive kernel, 1 (products) a warp a row, 2 the fast one
+  arg q("q"), scale("scale"), offset("offset"), width("width");
+  m.def("quantize", &quantize_tensor, arg("w"), arg("bits"), arg("group"), step);
+  m.def("dequantize", &dequantize_tensor, q, scale, offset, width, arg("dtype"), step);
+  m.def("product", &product_tensor, arg("x"), q, scale, offset, step);
+  m.def("matmul_back", &matmul_back_tensor, arg("g"), q, scale, offset, width, step);
   m.def("lowrank", &lowrank_tensor);
   m.def("lora", &lora_tensor);
 }

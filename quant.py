@@ -52,8 +52,6 @@ def check_format(bits, group, width):
     return group or width
 
 
-# ------------------------------------------------------------------------- numbers to integers and back
-
 def scale_and_offset(low, high, bits):
     """float16 s and o of vectors whose numbers lie in low..high."""
     scale = ((high - low) / (2 ** bits - 1)).clamp_min(SMALLEST_HALF).half()
@@ -110,8 +108,6 @@ def unpack(packed, bits, width):
     pairs = torch.stack([words >> 4 * i & 0x000f000f for i in range(4)], -1)  # (out, words, 4)
     return pairs.flatten(1).view(torch.int16)[:, :width].to(torch.int8).sub_(8)
 
-
-# ------------------------------------------------------------------------- a matrix of integers
 
 class QuantMatrix(nn.Module):
     """W (out, in) as integers. Not a layer: `times(x)` is x W^T, `rows(i)` some rows, `dense()` all of W."""
@@ -227,9 +223,8 @@ def load_kernels():
     """kernels.cu as a module, compiled at the first use; None, said once, where that can't be."""
     from torch.utils.cpp_extension import load
     say("kernels.cu: compiling, or loading what was compiled before (a minute the first time) ...")
-    source = str(Path(__file__).with_name("kernels.cu"))
     try:
-        return load("fingpt_kernels", [source], extra_cuda_cflags=["-O3"], extra_cflags=["-O3"])
+        return load("fingpt_kernels", [str(Path(__file__).with_name("kernels.cu"))])
     except (RuntimeError, OSError, ImportError) as e:
         why = str(e).strip().splitlines()[0][:200]
         say(f"kernels.cu is not used, which is slower: it needs nvcc and ninja ({why})")
@@ -331,8 +326,7 @@ def from_description(form, dense):
     """An empty layer of the form that describe() gave, in the place of `dense`: nn.Linear or nn.Embedding."""
     out, width = dense.weight.shape
     shapes = [(form["rank"], width), (out, form["rank"])] if "rank" in form else [(out, width)]
-    groups = zip(shapes, form["group"], strict=True)
-    parts = [QuantMatrix(*shape, form["bits"], group) for shape, group in groups]
+    parts = [QuantMatrix(*shape, form["bits"], group) for shape, group in zip(shapes, form["group"])]
     if isinstance(dense, nn.Linear) and dense.bias is not None:
         parts.append(nn.Parameter(torch.empty(out)))
     return KINDS[form["kind"]](*parts)
@@ -376,7 +370,7 @@ def bits_and_group(model, layer, bits, group):
 def quantize(model, bits, group=None, rounding=quantize_rows):
     """Quantize the layers that takes() accepts, in place. rounding(W, bits, group) chooses the integers of
     linear layers: quantize_rows, or one of beyond/rounding.py. Returns a line that says what was done."""
-    before = stored_bytes(model)
+    before = stored_bytes(model) / 1e6
     forms = {n: bits_and_group(model, m, bits, group) for n, m in model.named_modules() if takes(model, m)}
 
     def make(name, layer):
@@ -384,8 +378,7 @@ def quantize(model, bits, group=None, rounding=quantize_rows):
 
     count = len(swap_layers(model, make, wanted=functools.partial(takes, model)))
     tie(model)
-    after = stored_bytes(model)
-    return f"quantized {count} layers to {bits} bit: {before / 1e6:,.1f} -> {after / 1e6:,.1f} MB"
+    return f"quantized {count} layers to {bits} bit: {before:,.1f} -> {stored_bytes(model) / 1e6:,.1f} MB"
 
 
 def stored_bytes(model):

@@ -1,14 +1,14 @@
-// Decoding on a CPU (sections V.B and V.C): y = W x and y = B (A x) with int8 or int4 weights for some rows of x, and attention of one query.
+// Decoding on a CPU (sections V.B and V.C): W x and B (A x) with int8 or int4 weights, and a whole step.
 //
-// Decoding a token reads every weight once and multiplies it once, so the time is that of reading. What it takes to read as fast as the
-// memory can:
-//   - little work for a weight. x is rounded to integers too, to 16 bits with a scale for each 64 numbers (its error is below that of bfloat16):
-//     then 32 products of integers and their sums are one or two instructions, and the weights need not become floats;
-//   - four rows of W side by side, whose sums do not wait for each other, and asking for the rows to come ahead of time (prefetch; 1.6 times as fast);
-//   - everything else where the numbers already are: the conversion of x, s and o, the bias, and for y = B (A x) both products in
-//     one call, with one barrier of the threads between them.
+// Decoding a token reads every weight once and multiplies it once, so the time is that of reading. For that:
+//   - little work for a weight. x is rounded to integers, too, of 16 bits, with a scale for each 64 (that is
+//     better than bfloat16): then 32 products of integers and their sums are one or two instructions;
+//   - four rows of W side by side, whose sums do not wait for each other, and prefetch (1.6 times as fast);
+//   - everything else where the numbers already are: the conversion of x, s and o, the bias, and for
+//     y = B (A x) both products in one call, with one barrier of the threads between them.
 //
-// products.py compiles this file with g++ in some seconds, at the first use, and calls it through ctypes. Without a compiler torch takes over.
+// cpu_kernels.py compiles this file at the first use and calls it through ctypes; cpu_step.py calls `step`.
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -44,23 +44,27 @@ typedef float floats __attribute__((vector_size(64)));                // 16 numb
 typedef int32_t ints __attribute__((vector_size(64)));
 typedef int16_t shorts __attribute__((vector_size(64), aligned(2)));  // 32, anywhere in memory
 
-// One half of a chunk of W, j = 0 or 1. g++ does not find these instructions by itself; the loop below says what they do.
+// Half j (0 or 1) of a chunk of W. g++ does not find these instructions; the loop below says what they do.
 template <int BITS> static inline shorts weights(const uint8_t* q, int j) {
 #ifdef __AVX512BW__
   if (BITS == 8) return (shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)q + j));
-  __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)q));  // 8 words of 8 weights, twice
+  __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)q));  // 8 words, twice
   const __m512i shift = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4);
   words = _mm512_srlv_epi32(words, _mm512_add_epi32(shift, _mm512_set1_epi32(8 * j)));
-  return (shorts)_mm512_sub_epi16(_mm512_and_si512(words, _mm512_set1_epi32(0x000f000f)), _mm512_set1_epi16(8));
+  words = _mm512_and_si512(words, _mm512_set1_epi32(0x000f000f));
+  return (shorts)_mm512_sub_epi16(words, _mm512_set1_epi16(8));
 #else
   shorts w;
-  for (int i = 0; i < 32; i++) w[i] = BITS == 8 ? (int8_t)q[32 * j + i] : (q[4 * (i / 2 % 8) + 2 * (i % 2) + j] >> i / 16 * 4 & 15) - 8;
+  for (int i = 0; i < 32; i++)
+    w[i] = BITS == 8 ? (int8_t)q[32 * j + i] : (q[i / 2 % 8 * 4 + i % 2 * 2 + j] >> i / 16 * 4 & 15) - 8;
   return w;
 #endif
 }
 
-// The place in a chunk of the weight that the above puts at i of its 64: int4 are taken out of words as in quant.py's pack().
-template <int BITS> static constexpr int place(int i) { return BITS == 8 ? i : 8 * (i % 16 / 2) + 2 * (i / 16) + i % 2; }
+// The position in a chunk of weight i of these: int4 are taken out of words as in quant.py's pack().
+template <int BITS> static constexpr int position(int i) {
+  return BITS == 8 ? i : 8 * (i % 16 / 2) + 2 * (i / 16) + i % 2;
+}
 
 // sum + a b, of neighbours two by two.
 static inline ints dot(ints sum, shorts a, shorts b) {
@@ -80,8 +84,8 @@ static inline float add_up(floats v) {
   return sum;
 }
 
-// What all rows of W need of one x: its chunks as integers in the order of the weights, with zeros at the end, their scales, and the sum
-// of x over each group.
+// What all rows of W need of one x: its chunks as integers in the order of the weights, their scales, and the
+// sum of x over each group.
 struct Input {
   std::vector<int16_t> x;
   std::vector<float> scale, sums;
@@ -95,11 +99,11 @@ struct Input {
         for (int i = 0; i < CHUNK; i++) v[i] = to_float(from[c * CHUNK + i]);
       else
         for (int i = 0; i < width % CHUNK; i++) v[i] = to_float(from[c * CHUNK + i]);
-      uint32_t most = 0;  // floats without their sign are in order as integers, and infinity and NaN are the largest: they make the scale NaN
-      for (int i = 0; i < CHUNK; i++) most = (bits_of(v[i]) & 0x7fffffff) > most ? bits_of(v[i]) & 0x7fffffff : most;
+      uint32_t most = 0;  // floats without a sign are in order as integers; infinity and NaN are the largest
+      for (int i = 0; i < CHUNK; i++) most = std::max(most, bits_of(v[i]) & 0x7fffffff);
       float largest = as_float(most), inverse = largest > 0 ? 32767 / largest : 0;
       int sum = 0;
-      for (int i = 0; i < CHUNK; i++) x[c * CHUNK + i] = (int)rintf(v[place<BITS>(i)] * inverse);
+      for (int i = 0; i < CHUNK; i++) x[c * CHUNK + i] = (int)rintf(v[position<BITS>(i)] * inverse);
       for (int i = 0; i < CHUNK; i++) sum += x[c * CHUNK + i];
       scale[c] = largest - largest == 0 ? largest / 32767 : NAN;
       sums[c * CHUNK / group] += scale[c] * sum;
@@ -108,10 +112,11 @@ struct Input {
 };
 
 // y[m][r] = row n + r of W times row m of x. A group is a multiple of 64, or the whole row.
-template <int BITS, int ROWS, int M> static void multiply(const Matrix& W, int n, const Input* in, float (*y)[4]) {
+template <int BITS, int ROWS, int M>
+static void multiply(const Matrix& W, int n, const Input* in, float (*y)[4]) {
   constexpr int BYTES = CHUNK * BITS / 8, AHEAD = 4096;
   const int groups = W.width / W.group, whole = W.width / CHUNK, in_group = W.group / CHUNK;  // chunks
-  const int next = (AHEAD / (ROWS * W.row_bytes) + 1) * ROWS * W.row_bytes;  // the rows after next, or further where rows are short
+  const int next = (AHEAD / (ROWS * W.row_bytes) + 1) * ROWS * W.row_bytes;  // some rows ahead
   const uint8_t* q[ROWS];
   const shorts* x[M];
   const float* scale[M];
@@ -124,8 +129,10 @@ template <int BITS, int ROWS, int M> static void multiply(const Matrix& W, int n
     for (int r = 0; r < ROWS; r++) {
       shorts w[2] = {weights<BITS>(at[r], 0), weights<BITS>(at[r], 1)};
 #pragma GCC unroll 4
-      for (int m = 0; m < M; m++)
-        of_group[r][m] += __builtin_convertvector(dot(dot(ints{}, w[0], x[m][2 * c]), w[1], x[m][2 * c + 1]), floats) * scale[m][c];
+      for (int m = 0; m < M; m++) {
+        ints sum = dot(dot(ints{}, w[0], x[m][2 * c]), w[1], x[m][2 * c + 1]);
+        of_group[r][m] += __builtin_convertvector(sum, floats) * scale[m][c];
+      }
     }
   };
   for (int g = 0; g < groups; g++) {
@@ -140,7 +147,8 @@ template <int BITS, int ROWS, int M> static void multiply(const Matrix& W, int n
     if (W.width % CHUNK) {  // the last numbers of a whole row
       uint8_t rest[ROWS][BYTES];
       const uint8_t* at[ROWS];
-      for (int r = 0; r < ROWS; r++) at[r] = (const uint8_t*)memcpy(rest[r], q[r] + whole * BYTES, W.row_bytes - whole * BYTES);
+      for (int r = 0; r < ROWS; r++)
+        at[r] = (const uint8_t*)memcpy(rest[r], q[r] + whole * BYTES, W.row_bytes - whole * BYTES);
       add(at, whole);
     }
 #pragma GCC unroll 4
@@ -157,8 +165,10 @@ template <int BITS, int ROWS, int M> static void multiply(const Matrix& W, int n
     }
 }
 
-// This thread's share of y (M, rows) = x W^T + bias: four rows of W by four rows of x at a time, then what is left.
-template <int BITS, class T, class Y> static void share(const Matrix& W, const std::vector<Input>& in, const T* bias, Y* y) {
+// This thread's share of y (M, rows) = x W^T + bias: four rows of W by four rows of x at a time, then what is
+// left.
+template <int BITS, class T, class Y>
+static void share(const Matrix& W, const std::vector<Input>& in, const T* bias, Y* y) {
   int thread = omp_get_thread_num(), threads = omp_get_num_threads(), fours = (W.rows + 3) / 4, M = in.size();
   int first = (long)fours * thread / threads * 4, last = (long)fours * (thread + 1) / threads * 4;
   for (int n = first; n < last && n < W.rows; n += 4)
@@ -170,12 +180,14 @@ template <int BITS, class T, class Y> static void share(const Matrix& W, const s
         if (rows == 4) (count == 4 ? multiply<BITS, 4, 4> : multiply<BITS, 4, 1>)(W, n, &in[m], sum);
         else (count == 4 ? multiply<BITS, 1, 4> : multiply<BITS, 1, 1>)(W, n + r, &in[m], sum);
         for (int i = 0; i < count; i++)
-          for (int j = 0; j < rows; j++) store(y[(size_t)(m + i) * W.rows + n + r + j], sum[i][j] + (bias ? to_float(bias[n + r + j]) : 0));
+          for (int j = n + r; j < n + r + rows; j++)
+            store(y[(size_t)(m + i) * W.rows + j], sum[i][j - n - r] + (bias ? to_float(bias[j]) : 0));
       }
     }
 }
 
-template <int BITS, class T> static void run(const T* x, int M, const Matrix* A, const Matrix* B, const T* bias, T* y) {
+template <int BITS, class T>
+static void run(const T* x, int M, const Matrix* A, const Matrix* B, const T* bias, T* y) {
   static thread_local std::vector<Input> in, middle;
   static thread_local std::vector<float> h;
   auto round = [&](std::vector<Input>& to, auto* from, const Matrix* W) {
@@ -196,18 +208,20 @@ template <int BITS, class T> static void run(const T* x, int M, const Matrix* A,
     share<BITS>(*A, inputs, bias, y);
 }
 
-// y (M, rows) = x W^T + bias with W = A, or B A where B is not null. x, bias (or null) and y are all float32, or all bfloat16.
-extern "C" void product(const void* x, int M, const Matrix* A, const Matrix* B, int bits, int is_float, const void* bias, void* y) {
-  if (is_float) (bits == 8 ? run<8, float> : run<4, float>)((const float*)x, M, A, B, (const float*)bias, (float*)y);
-  else (bits == 8 ? run<8, bfloat16> : run<4, bfloat16>)((const bfloat16*)x, M, A, B, (const bfloat16*)bias, (bfloat16*)y);
+// y (M, rows) = x W^T + bias, W = A, or B A if B is not null. x, bias (or null), y: all float32 or bfloat16.
+extern "C" void product(const void* x, int M, const Matrix* A, const Matrix* B, int bits, int is_float,
+                        const void* bias, void* y) {
+  auto with = [&](auto t) {
+    using T = decltype(t);
+    (bits == 8 ? run<8, T> : run<4, T>)((const T*)x, M, A, B, (const T*)bias, (T*)y);
+  };
+  is_float ? with(float()) : with(bfloat16());
 }
 
-// ---------------------------------------------------------------------------- a whole step: one token of each row through all blocks (Fig. 2)
-//
-// A block of a small model takes less time than it takes Python to call its layers one by one. Here are the same layers once more, in one call.
+// ------------------------------------------- a whole step: one token of each row through all blocks (Fig. 2)
 
 struct Norm { const float *weight, *bias; };  // no bias: RMSNorm
-struct Layer { const Matrix *A, *B; const float* bias; int bits; };  // y = B (A x) + bias, or A x + bias where B is null
+struct Layer { const Matrix *A, *B; const float* bias; int bits; };  // B (A x) + bias; no B: A x + bias
 struct Block {
   Norm norm1, norm2;
   Layer in[3], o, gate, up, down;  // in: q, k, v, or all of them in one; no gate: GELU
@@ -215,13 +229,13 @@ struct Block {
 };
 struct Network {
   const Block* blocks;
-  const int* lengths;     // (rows): places of the cache that are taken
+  const int* lengths;     // (rows): slots of the cache that are taken
   const float *cos, *sin; // (rows, d / 2): RoPE, or null
   int count, rows, width, heads, kv_heads, d, ffn, capacity, float_cache;
   float eps;
 };
 
-static inline float exponential(float x) {  // of whole vectors at a time, which libm's does not do: 2^n times a polynomial
+static inline float exponential(float x) {  // 2^n times a polynomial, of whole vectors at a time
   x = x < -87 ? -87 : x > 88 ? 88 : x;
   float n = rintf(x * 1.44269504f), r = x - n * 0.693147181f;
   float p = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720)))));
@@ -243,13 +257,15 @@ static void normalize(const Network& net, const Norm& norm, const float* x, floa
 static void rotate(const Network& net, float* x, int heads) {  // (rows, heads, d)
   for (int i = 0, half = net.d / 2; i < net.rows * heads; i++, x += net.d)
     for (int c = 0; c < half; c++) {
-      float cos = net.cos[i / heads * half + c], sin = net.sin[i / heads * half + c], a = x[c], b = x[c + half];
+      float cos = net.cos[i / heads * half + c], sin = net.sin[i / heads * half + c];
+      float a = x[c], b = x[c + half];
       x[c] = a * cos - b * sin, x[c + half] = b * cos + a * sin;
     }
 }
 
 // Equation 1 for one query: y = softmax(q K^T / sqrt(d)) V over `length` keys.
-template <class T> static void answer(const float* q, const T* keys, const T* values, int length, int d, float* y) {
+template <class T>
+static void answer(const float* q, const T* keys, const T* values, int length, int d, float* y) {
   static thread_local std::vector<float> memory;
   memory.resize(length);
   float *p = memory.data(), most = -INFINITY, total = 0;
@@ -265,49 +281,61 @@ template <class T> static void answer(const float* q, const T* keys, const T* va
     for (int c = 0; c < d; c++) y[c] += p[j] / total * to_float(values[c]);
 }
 
-// Each row's k and v go to its next place in the cache, then its queries see all places. q, k, v: `*_row` numbers from row to row.
-template <class T> static void attend(const Network& net, const Block& block, const float* q, const float* k, const float* v, int q_row, int kv_row, float* y) {
+// q, k or v of all rows; `stride` numbers from row to row.
+struct Rows { float* data; size_t stride; };
+
+// Each row's k and v go to its next slot in the cache, then its queries see all slots.
+template <class T>
+static void attend(const Network& net, const Block& block, Rows q, Rows k, Rows v, float* y) {
 #pragma omp parallel for
   for (int i = 0; i < net.rows * net.kv_heads; i++) {
-    int row = i / net.kv_heads, head = i % net.kv_heads, d = net.d, queries = net.heads / net.kv_heads;  // queries that share a key
-    int length = net.lengths[row];
-    T *keys = (T*)block.K + (size_t)i * net.capacity * d, *values = (T*)block.V + (size_t)i * net.capacity * d;
+    int row = i / net.kv_heads, head = i % net.kv_heads, d = net.d, length = net.lengths[row];
+    int queries = net.heads / net.kv_heads;  // that share a key
+    T* keys = (T*)block.K + (size_t)i * net.capacity * d;
+    T* values = (T*)block.V + (size_t)i * net.capacity * d;
     for (int c = 0; c < d; c++) {
-      store(keys[(size_t)length * d + c], k[(size_t)row * kv_row + head * d + c]);
-      store(values[(size_t)length * d + c], v[(size_t)row * kv_row + head * d + c]);
+      store(keys[(size_t)length * d + c], k.data[row * k.stride + head * d + c]);
+      store(values[(size_t)length * d + c], v.data[row * v.stride + head * d + c]);
     }
-    for (int h = head * queries; h < (head + 1) * queries; h++)
-      answer(q + (size_t)row * q_row + h * d, keys, values, length + 1, d, y + ((size_t)row * net.heads + h) * d);
+    for (int h = head * queries; h < (head + 1) * queries; h++) {
+      float* to = y + ((size_t)row * net.heads + h) * d;
+      answer(q.data + row * q.stride + h * d, keys, values, length + 1, d, to);
+    }
   }
 }
 
 // x (rows, width): from the embedding to what the last norm reads.
 extern "C" void step(const Network* network, float* x) {
   const Network& net = *network;
-  const int rows = net.rows, q_size = net.heads * net.d, kv_size = net.kv_heads * net.d;
-  std::vector<float> a((size_t)rows * net.width), b((size_t)rows * (q_size + 2 * kv_size)), y((size_t)rows * q_size), up((size_t)rows * net.ffn), gate(up);
-  auto times = [&](const Layer& l, const float* from, float* to) { product(from, rows, l.A, l.B, l.bits, 1, l.bias, to); };
+  const size_t rows = net.rows, q_size = net.heads * net.d, kv_size = net.kv_heads * net.d;
+  const size_t all = q_size + 2 * kv_size;
+  std::vector<float> a(rows * net.width), b(rows * all), y(rows * q_size), up(rows * net.ffn), gate(up);
+  auto times = [&](const Layer& l, const std::vector<float>& from, float* to) {
+    product(from.data(), rows, l.A, l.B, l.bits, 1, l.bias, to);
+  };
   auto add = [&](const std::vector<float>& y) { for (size_t i = 0; i < y.size(); i++) x[i] += y[i]; };
 
   for (const Block* block = net.blocks; block < net.blocks + net.count; block++) {
     normalize(net, block->norm1, x, a.data());
-    bool apart = block->in[1].A;
-    float *q = b.data(), *k = q + (apart ? (size_t)rows * q_size : q_size), *v = k + (apart ? (size_t)rows * kv_size : kv_size);
-    times(block->in[0], a.data(), q);
-    if (apart) times(block->in[1], a.data(), k), times(block->in[2], a.data(), v);
-    if (net.cos) rotate(net, q, net.heads), rotate(net, k, net.kv_heads);
-    int all = q_size + 2 * kv_size;
-    (net.float_cache ? attend<float> : attend<bfloat16>)(net, *block, q, k, v, apart ? q_size : all, apart ? kv_size : all, y.data());
-    times(block->o, y.data(), a.data());
+    times(block->in[0], a, b.data());
+    Rows q{b.data(), all}, k{b.data() + q_size, all}, v{b.data() + q_size + kv_size, all};  // in one matrix
+    if (block->in[1].A) {  // or in three
+      q = {b.data(), q_size}, k = {b.data() + rows * q_size, kv_size}, v = {k.data + rows * kv_size, kv_size};
+      times(block->in[1], a, k.data);
+      times(block->in[2], a, v.data);
+    }
+    if (net.cos) rotate(net, q.data, net.heads), rotate(net, k.data, net.kv_heads);
+    (net.float_cache ? attend<float> : attend<bfloat16>)(net, *block, q, k, v, y.data());
+    times(block->o, y, a.data());
     add(a);
     normalize(net, block->norm2, x, a.data());
-    times(block->up, a.data(), up.data());
+    times(block->up, a, up.data());
     if (block->gate.A) {
-      times(block->gate, a.data(), gate.data());
+      times(block->gate, a, gate.data());
       for (size_t i = 0; i < up.size(); i++) up[i] *= gate[i] / (1 + exponential(-gate[i]));
     } else
-      for (size_t i = 0; i < up.size(); i++) up[i] /= 1 + exponential(-1.5957691216f * (up[i] + 0.044715f * up[i] * up[i] * up[i]));
-    times(block->down, up.data(), a.data());
+      for (float& u : up) u /= 1 + exponential(-1.5957691216f * (u + 0.044715f * u * u * u));
+    times(block->down, up, a.data());
     add(a);
   }
 }

@@ -1,9 +1,11 @@
-// Runs the kernels of kernels.cu on a CPU: g++ compiles the same file with -DCUDA_ON_CPU (g++ 12 or later, for its _Float16).
+// Runs the kernels of kernels.cu on a CPU: g++ compiles the same file with -DCUDA_ON_CPU (g++ 12 or later,
+// for its _Float16).
 //
-// The blocks of a launch run one after the other. The threads of a block are coroutines that take turns: one runs until it comes to a
-// barrier or to an instruction of a whole warp, then the next. So a run is always the same, a debugger can step through it, and what a GPU
-// would hide is an error here: threads that wait at different barriers, or a copy to shared memory that is read before it was waited for
-// (it is made only then). In every second block the threads take turns backwards, so that a forgotten barrier shows.
+// The blocks of a launch run one after the other. The threads of a block are coroutines that take turns: one
+// runs until it comes to a barrier or to an instruction of a whole warp, then the next. So a run is always
+// the same, a debugger can step through it, and what a GPU would hide is an error here: threads that wait at
+// different barriers, or a copy to shared memory that is read before it was waited for (it is made only
+// then). In every second block the threads take turns backwards, so that a forgotten barrier shows.
 #pragma once
 #include <csetjmp>
 #include <cmath>
@@ -83,7 +85,10 @@ inline void resume(int i) {
 // Let those who wait at `where` go on, if all of first..last that have not ended wait there.
 inline bool release(int first, int last, Waiting where) {
   int here = 0, ended = 0;
-  for (int i = first; i < last; i++) here += threads[i].waiting == where, ended += threads[i].waiting == ENDED;
+  for (int i = first; i < last; i++) {
+    here += threads[i].waiting == where;
+    ended += threads[i].waiting == ENDED;
+  }
   if (here == 0 || here + ended < last - first) return false;
   if (where == AT_WARP && ended) fail("the whole warp is needed here, but some of its threads have ended");
   for (int i = first; i < last; i++)
@@ -91,7 +96,8 @@ inline bool release(int first, int last, Waiting where) {
   return true;
 }
 
-// Each warp goes as far as it can before the next one: so it overtakes the others wherever no barrier holds it.
+// Each warp goes as far as it can before the next one: so it overtakes the others wherever no barrier holds
+// it.
 inline void run_block(int count, bool backwards) {
   for (Thread& t : threads) t.started = false, t.waiting = RUNNING, t.copies.clear(), t.groups.clear();
   bool all_ended = false;
@@ -107,11 +113,12 @@ inline void run_block(int count, bool backwards) {
     }
     all_ended = true;
     for (int i = 0; i < count; i++) all_ended &= threads[i].waiting == ENDED;
-    if (!all_ended && !release(0, count, AT_BLOCK)) fail("the threads of this block wait for each other at different places");
+    if (!all_ended && !release(0, count, AT_BLOCK)) fail("the threads of a block wait at different barriers");
   }
 }
 
-template <class... P, class... Args> void launch(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t, Args... args) {
+template <class... P, class... Args>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t, Args... args) {
   gridDim = grid, blockDim = block;
   if ((int)threads.size() < block.x) threads = std::vector<Thread>(block.x);
   body = [=] { kernel(args...); };
@@ -177,15 +184,23 @@ inline __nv_bfloat16 __float2bfloat16(float f) {
 inline float number(uint16_t bits, __nv_bfloat16) { return __bfloat162float({bits}); }
 inline float number(uint16_t bits, __half) { __half h; memcpy(&h, &bits, 2); return __half2float(h); }
 inline uint16_t bits_of(float f, __nv_bfloat16) { return __float2bfloat16(f).bits; }
-inline uint16_t bits_of(float f, __half) { __half h = __float2half(f); uint16_t u; memcpy(&u, &h, 2); return u; }
+inline uint16_t bits_of(float f, __half) {
+  __half h = __float2half(f);
+  uint16_t u;
+  memcpy(&u, &h, 2);
+  return u;
+}
 
-template <class T> uint32_t pair(float low, float high, T t) { return bits_of(low, t) | (uint32_t)bits_of(high, t) << 16; }
+template <class T> uint32_t pair(float low, float high, T t) {
+  return bits_of(low, t) | (uint32_t)bits_of(high, t) << 16;
+}
 template <class T> uint32_t minus(uint32_t a, uint32_t b, T t) {
   return pair(number(a & 0xffff, t) - number(b & 0xffff, t), number(a >> 16, t) - number(b >> 16, t), t);
 }
 
-// mma.m16n8k16 as its documentation lays the tiles over the lanes. a (16, 16): register i of lane 4 g + t holds row g + 8 (i % 2), columns
-// 8 (i / 2) + 2 t and the next. b (16, 8): register i, rows 8 i + 2 t and the next, column g. d (16, 8): row g + 8 (i / 2), column 2 t + i % 2.
+// mma.m16n8k16 as its documentation lays the tiles over the lanes. a (16, 16): register i of lane 4 g + t
+// holds row g + 8 (i % 2), columns 8 (i / 2) + 2 t and the next. b (16, 8): register i, rows 8 i + 2 t and
+// the next, column g. d (16, 8): row g + 8 (i / 2), column 2 t + i % 2.
 template <class T> void mma(float* d, const uint32_t* a, const uint32_t* b, T type) {
   int turn = self().turn, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   memcpy(self().given[turn], a, 16);

@@ -24,13 +24,14 @@ def relative(a, b):
 
 
 def some_matrix(bits, rows, width, grouped):
-    """Rows of whole groups of 64, or of any length; weights that are not centred, as large models have them."""
+    """In groups of 64, or whole rows of any length; weights are not centred, as in large models."""
     width = 64 * -(-width // 64) if grouped else width
-    return QuantMatrix.of(0.02 * torch.randn(rows, width) + 0.005 * torch.randn(rows, 1), bits, 64 if grouped else 0)
+    w = 0.02 * torch.randn(rows, width) + 0.005 * torch.randn(rows, 1)
+    return QuantMatrix.of(w, bits, 64 if grouped else 0)
 
 
 def off_by(x, w, error):
-    """How far x W^T may be off if x is off by `error`, and then is rounded to 16 bit integers with a scale for each 64 numbers."""
+    """How far x W^T may be off if x is, by `error`, and then rounded to 16 bits with a scale for each 64."""
     chunks = torch.nn.functional.pad(x.abs() + error, (0, -x.shape[1] % 64)).unflatten(1, (-1, 64))
     step = (chunks.amax(-1, keepdim=True) / 32767).expand_as(chunks).flatten(1)[:, :x.shape[1]]
     return (error + 0.501 * step + 1e-6 * x.abs()) @ w.abs().T
@@ -38,7 +39,7 @@ def off_by(x, w, error):
 
 @pytest.fixture(params=["as it is", "-mno-avx512vnni", "-mno-avx512f"])
 def cpu(request, monkeypatch):
-    """kernels_cpu.cpp as it is compiled on this machine, and on such a one without certain instructions."""
+    """kernels_cpu.cpp as it is compiled on this machine, and on one that lacks some instructions."""
     if request.param != "as it is":
         if platform.machine() != "x86_64":
             pytest.skip("other CPUs take the plain loops in any case")
@@ -52,11 +53,13 @@ def cpu(request, monkeypatch):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.bfloat16, 2 ** -8), (torch.float16, 2 ** -11)])
+@pytest.mark.parametrize("dtype, rounding", [
+    (torch.float32, 1e-6), (torch.bfloat16, 2 ** -8), (torch.float16, 2 ** -11)])
 def test_the_cpu_kernels_equal_float64(bits, grouped, dtype, rounding, cpu):
-    """kernels_cpu.cpp: W x and B (A x) + bias of fresh random sizes, with outliers in x, to the rounding of x and y."""
+    """W x and B (A x) + bias of fresh random sizes, with outliers in x, to the rounding of x and y."""
+    sizes = [1, 2, 3, 4, 5, 17, 63, 64, 65, 100, 129, 192, 300]
     for _ in range(8):
-        rows, width, rank, count = (random.choice([1, 2, 3, 4, 5, 17, 63, 64, 65, 100, 129, 192, 300]) for _ in range(4))
+        rows, width, rank, count = (random.choice(sizes) for _ in range(4))
         A, count = some_matrix(bits, rank, width, grouped), min(count, cpu_kernels.FEW_ROWS)
         B, bias = some_matrix(bits, rows, rank, grouped), torch.randn(rows)
         if grouped:
@@ -66,7 +69,8 @@ def test_the_cpu_kernels_equal_float64(bits, grouped, dtype, rounding, cpu):
             h, y = product(x, A), product(x, A, B, bias.to(dtype))
         x, a, b = x.double(), A.dense().double(), B.dense().double()
         exact, error = x @ a.T, off_by(x, a, torch.zeros_like(x))
-        assert h.dtype == y.dtype == dtype and ((h.double() - exact).abs() <= error + rounding * (exact.abs() + error) + 1e-7).all()
+        assert h.dtype == y.dtype == dtype
+        assert ((h.double() - exact).abs() <= error + rounding * (exact.abs() + error) + 1e-7).all()
         whole, error = exact @ b.T + bias.to(dtype).double(), off_by(exact, b, error)
         assert ((y.double() - whole).abs() <= error + rounding * (whole.abs() + error) + 1e-6).all()
 
@@ -82,7 +86,7 @@ def test_numbers_that_are_not_finite_stay_so(bits, bad, cpu):
 
 
 def test_the_cpu_kernels_see_what_became_of_the_integers():
-    """Addresses are kept between calls: a copy, other weights and another device's round trip must not leave stale ones behind."""
+    """Addresses are kept between calls: a copy and other weights must not leave stale ones behind."""
     layer, x = quantize_layer(LowRankLinear(64, 48, 16), 8), torch.randn(1, 64)
     with torch.no_grad():
         y = layer(x)
@@ -90,7 +94,8 @@ def test_the_cpu_kernels_see_what_became_of_the_integers():
         other.load_state_dict(quantize_layer(LowRankLinear(64, 48, 16), 8).state_dict())
         assert torch.equal(layer(x), y) and not torch.equal(other(x), y)
         layer.A.q = layer.A.q.flip(0).contiguous()
-        layer.A.scale, layer.A.offset = layer.A.scale.flip(0).contiguous(), layer.A.offset.flip(0).contiguous()
+        layer.A.scale = layer.A.scale.flip(0).contiguous()
+        layer.A.offset = layer.A.offset.flip(0).contiguous()
         assert relative(layer(x), x @ layer.dense_weight().T + layer.bias) < 1e-4
 
 

@@ -1,4 +1,4 @@
-"""beyond/cpu_step.py: a step in one call against the dense model in float64, and where it must not be taken."""
+"""beyond/cpu_step.py: a step in one call against the dense model in float64, and where it is not taken."""
 from dataclasses import replace
 
 import pytest
@@ -25,7 +25,7 @@ def some_model(kind, rank=False, bits=8):
     """Quantized, with weights, norms and biases that all matter."""
     gpt2 = kind == "gpt2"  # in groups of 64, the others in whole rows
     shape = dict(kv_heads=4, width=128, ffn=192) if gpt2 else dict(kv_heads=2, width=80, ffn=200)
-    model = Transformer(Config(kind, vocab_size=211, context=90, blocks=2, heads=4, tied=gpt2, norm_eps=1e-3, **shape))
+    model = Transformer(Config(kind, 211, 90, blocks=2, heads=4, tied=gpt2, norm_eps=1e-3, **shape))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3) if p.dim() == 2 else p.add_(0.2 * torch.randn_like(p))

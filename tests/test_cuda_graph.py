@@ -26,7 +26,7 @@ PROMPTS = [[1, 2, 3], [7] * 20, [5]]
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]])
 @pytest.mark.parametrize("stop", [(), (3, 50, 77, 120, 200, *range(10, 30))])
 def test_the_tokens_are_those_of_the_ordinary_step(model, prompts, stop):
-    """Rows of different lengths, rows that end before the others, and rows that reach the end of the context."""
+    """Rows of different lengths, rows that end before the others, and rows that fill the context."""
     plain = list(generate(model, prompts, 60, temperature=0, stop=stop))
     assert list(generate(model, prompts, 60, temperature=0, stop=stop, make_step=GraphStep)) == plain
     assert stop or len(plain) > 10

@@ -1,9 +1,10 @@
-"""kernels.cu, run on a CPU by tests/cuda_on_cpu.h: every kernel against the float64 product of the dequantized weights, for fresh random sizes.
+"""kernels.cu, run on a CPU by tests/cuda_on_cpu.h: every kernel against float64, for fresh random sizes.
 
     pytest tests/test_kernels.py             # here, without a GPU
-    pytest tests/test_kernels.py -m slow     # compile it for sm_80 and sm_90, where nvcc is found; run it on a GPU, where there is one
+    pytest tests/test_kernels.py -m slow     # compile it for sm_80 and sm_90, with nvcc; run it, with a GPU
 """
 import ctypes
+import itertools
 import os
 import random
 import shutil
@@ -42,8 +43,9 @@ def kernels(tmp_path_factory):
     if compiler is None:
         pytest.skip("no g++ to compile kernels.cu with")
     library = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    subprocess.run([compiler, "-std=c++17", "-O1", "-Wno-unknown-pragmas", "-DCUDA_ON_CPU", "-I", ROOT / "tests", "-shared", "-fPIC",
-                    "-x", "c++", ROOT / "kernels.cu", "-o", library], check=True)
+    flags = ["-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-DCUDA_ON_CPU", "-x", "c++"]
+    command = [compiler, *flags, "-I", ROOT / "tests", ROOT / "kernels.cu", "-o", library]
+    subprocess.run(command, check=True)
     return ctypes.CDLL(library)
 
 
@@ -72,9 +74,9 @@ def some_group(draw, width, multiple_of=1):
 
 
 def assert_product(y, x, w, inner=0.0):
-    """y = x w^T up to the rounding of y itself, of float sums, and of `inner` for what is rounded on the way."""
+    """y = x w^T up to the rounding of y itself, of float sums, and `inner` for what is rounded on the way."""
     exact = x.double() @ w.double().T
-    size = x.double().abs() @ w.double().abs().T  # what the terms add up to: float sums are right to a part of that
+    size = x.double().abs() @ w.double().abs().T  # float sums are right to a part of that
     allowed = ROUNDING[y.dtype] * exact.abs() + (2e-6 + inner) * size + 1e-7
     assert torch.isfinite(y).all(), "not every number of y was written"
     worst = ((y.double() - exact).abs() / allowed).max()
@@ -82,7 +84,7 @@ def assert_product(y, x, w, inner=0.0):
 
 
 def cases(count):
-    return [(bits, dtype, i) for bits in (8, 4) for dtype in (torch.bfloat16, torch.float16) for i in range(count)]
+    return list(itertools.product((8, 4), (torch.bfloat16, torch.float16), range(count)))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -157,20 +159,24 @@ def test_matmul_back(kernels, draw, bits, dtype, i, step):
     m, g = random_matrix(rows, width, bits, some_group(draw, width)), torch.randn(M, rows, dtype=dtype)
     out = poisoned(M, width, dtype=dtype)
     kernels.run_matmul_back(TYPES[dtype], pointer(g), M, form(m), pointer(out), step, None)
-    assert_product(out, g, m.dense().T, inner=ROUNDING[dtype] if step == FAST else 0)  # the fast one rounds W to T
+    inner = ROUNDING[dtype] if step == FAST else 0  # the fast one rounds W to T
+    assert_product(out, g, m.dense().T, inner)
 
 
 @pytest.mark.parametrize("bits, dtype, i", cases(6))
 def test_lowrank_in_one_launch(kernels, draw, bits, dtype, i):
-    M, rows, width, rank = draw.randint(1, 16), draw.choice(SIZES), draw.choice(SIZES), draw.choice([1, 8, 16, 17, 48, 100])
-    group = 0
+    M, rows, group = draw.randint(1, 16), draw.choice(SIZES), 0
+    width, rank = draw.choice(SIZES), draw.choice([1, 8, 16, 17, 48, 100])
     if i % 2:
-        group, rank, width = 128 // bits, 128 // bits * draw.choice([1, 2, 3]), 128 // bits * draw.choice([1, 4, 9])
-    A, B, x = random_matrix(rank, width, bits, group), random_matrix(rows, rank, bits, group), torch.randn(M, width, dtype=dtype)
+        group = 128 // bits
+        rank, width = group * draw.choice([1, 2, 3]), group * draw.choice([1, 4, 9])
+    A, B = random_matrix(rank, width, bits, group), random_matrix(rows, rank, bits, group)
+    x = torch.randn(M, width, dtype=dtype)
     counters = torch.zeros(4, dtype=torch.int32)
     for _ in range(2):  # the counters must be ready for the next launch
         h, y = poisoned(M, rank, dtype=dtype), poisoned(M, rows, dtype=dtype)
-        kernels.run_lowrank(TYPES[dtype], pointer(x), M, form(A), form(B), pointer(h), pointer(y), pointer(counters), None)
+        kernels.run_lowrank(TYPES[dtype], pointer(x), M, form(A), form(B), pointer(h), pointer(y),
+                            pointer(counters), None)
         assert_product(h, x, A.dense())
         assert_product(y, h, B.dense())
         assert not counters.any()
@@ -178,15 +184,16 @@ def test_lowrank_in_one_launch(kernels, draw, bits, dtype, i):
 
 @pytest.mark.parametrize("bits, dtype, i", cases(4))
 def test_lora_in_one_launch(kernels, draw, bits, dtype, i):
-    M, rows, r, scale = draw.randint(1, 16), draw.choice(SIZES), draw.choice([1, 4, 8, 13]), draw.choice([4.0, 0.5])
+    M, rows = draw.randint(1, 16), draw.choice(SIZES)
+    r, scale = draw.choice([1, 4, 8, 13]), draw.choice([4.0, 0.5])
     width, group = (draw.choice(SIZES), 0) if i % 2 else (192, 64)
     m, x = random_matrix(rows, width, bits, group), torch.randn(M, width, dtype=dtype)
     A, B = (0.1 * torch.randn(*shape) for shape in ((r, width), (rows, r)))
     A, B, counters = A.to(dtype), B.to(dtype), torch.zeros(4, dtype=torch.int32)
     for _ in range(2):
         h, y = poisoned(M, r, dtype=torch.float32), poisoned(M, rows, dtype=dtype)
-        kernels.run_lora(TYPES[dtype], pointer(x), M, form(m), pointer(A), pointer(B), r, ctypes.c_float(scale), pointer(h), pointer(y),
-                         pointer(counters), None)
+        kernels.run_lora(TYPES[dtype], pointer(x), M, form(m), pointer(A), pointer(B), r,
+                         ctypes.c_float(scale), pointer(h), pointer(y), pointer(counters), None)
         assert_product(y, x, m.dense().double() + scale * (B.double() @ A.double()))
         assert not counters.any()
 
@@ -194,7 +201,8 @@ def test_lora_in_one_launch(kernels, draw, bits, dtype, i):
 # ----------------------------------------------------------------------------- on the real thing
 
 def cuda_compiler():
-    return shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"))
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path=str(home / "bin"))
 
 
 @pytest.mark.slow
@@ -203,12 +211,14 @@ def test_it_compiles_for_gpus(tmp_path):
     if not cuda_compiler():
         pytest.skip("no nvcc on the path or in CUDA_HOME")
     from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
-    generated = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"  # a header that torch's builds for a CPU lack; it only says how torch was linked
+    generated = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"  # builds of torch for a CPU lack it
     generated.parent.mkdir(parents=True)
     generated.write_text("#pragma once\n")
     includes = [f"-I{path}" for path in [*include_paths(), get_paths()["include"], tmp_path]]
-    command = [cuda_compiler(), "-c", ROOT / "kernels.cu", "-o", tmp_path / "kernels.o", "-O3", "-std=c++20", *COMMON_NVCC_FLAGS, *includes,
-               "-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90", "--threads", "2", "-DTORCH_EXTENSION_NAME=kernels"]
+    targets = ["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90"]
+    flags = ["-O3", "-std=c++20", "--threads", "2", "-DTORCH_EXTENSION_NAME=kernels", *COMMON_NVCC_FLAGS]
+    command = [cuda_compiler(), "-c", ROOT / "kernels.cu", "-o", tmp_path / "kernels.o"]
+    command += [*flags, *includes, *targets]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -242,7 +252,8 @@ def test_products_on_a_gpu(on_gpu, draw, bits, dtype, i):
 @pytest.mark.parametrize("bits, dtype, i", cases(6))
 def test_one_launch_on_a_gpu(on_gpu, draw, bits, dtype, i):
     """Many launches in a row, also replayed by a CUDA graph: the counters must be ready each time."""
-    M, rows, width, rank = draw.randint(1, 16), draw.choice([100, 1000, 4096]), 64 * draw.choice([3, 16, 64]), 64 * draw.choice([1, 3, 8])
+    M, rows = draw.randint(1, 16), draw.choice([100, 1000, 4096])
+    width, rank = 64 * draw.choice([3, 16, 64]), 64 * draw.choice([1, 3, 8])
     A, B = random_matrix(rank, width, bits, 64).cuda(), random_matrix(rows, rank, bits, 64).cuda()
     x, a, b = (torch.randn(*s, dtype=dtype, device="cuda") for s in ((M, width), (8, width), (rows, 8)))
     W = random_matrix(rows, width, bits, 64).cuda()
@@ -268,11 +279,13 @@ def test_one_launch_on_a_gpu(on_gpu, draw, bits, dtype, i):
 def test_the_boundary_checks_its_arguments(on_gpu):
     m, x = random_matrix(64, 128, 8, 64).cuda(), torch.randn(4, 128, dtype=torch.bfloat16, device="cuda")
     q, s, o = m.parts()
-    for wrong, message in (((x.float(), q, s, o), "bfloat16 or float16"), ((x.cpu(), q, s, o), "must be on a GPU"),
-                           ((x[:, ::2], q, s, o), "contiguous"), ((x, q.int(), s, o), "q must be int8"),
-                           ((x, q, s.float(), o), "float16"), ((x, q, s[:3], o), "rows"),
-                           ((x[:, :64].contiguous(), q, s, o), "bytes a row"), ((x, q, s, o.cpu()), "must be on")):
+    for wrong, message in (
+            ((x.float(), q, s, o), "bfloat16 or float16"), ((x.cpu(), q, s, o), "must be on a GPU"),
+            ((x[:, ::2], q, s, o), "contiguous"), ((x, q.int(), s, o), "q must be int8"),
+            ((x, q, s.float(), o), "float16"), ((x, q, s[:3], o), "rows"),
+            ((x[:, :64].contiguous(), q, s, o), "bytes a row"), ((x, q, s, o.cpu()), "must be on")):
         with pytest.raises(RuntimeError, match=message):
             on_gpu.product(*wrong)
+    many, B = torch.randn(17, 128, dtype=torch.bfloat16, device="cuda"), random_matrix(8, 64, 8, 64).cuda()
     with pytest.raises(RuntimeError, match="at most 16 rows"):
-        on_gpu.lowrank(torch.randn(17, 128, dtype=torch.bfloat16, device="cuda"), q, s, o, *random_matrix(8, 64, 8, 64).cuda().parts())
+        on_gpu.lowrank(many, q, s, o, *B.parts())
