@@ -1,26 +1,29 @@
-"""A paged cache of keys and values (section V.C's cache; the paper's [34], PagedAttention), in a page of Python.
+"""A paged cache of keys and values (section V.C's cache; the paper's [34], PagedAttention) in Python.
 
-A contiguous cache (model.KVCache) sets aside room for the longest text that every sequence may become. Most of it is never
-written. Here the memory is a pool of small blocks, as the pages of an operating system: each holds the keys and values of
-`size` tokens, for all layers. A sequence has a table from its logical blocks to the pool's, and takes a block when its last one is full.
+A contiguous cache (model.KVCache) sets aside room for the longest text that every sequence may become. Most
+of it is never written. Here the memory is a pool of small blocks, as the pages of an operating system: each
+holds the keys and values of `size` tokens, for all layers. A sequence has a table from its logical blocks to
+the pool's, and takes a block when its last one is full.
 
     sequence a   "The capital of France is Paris"    table [0, 1, 2]
     sequence b   "The capital of France is large"    table [0, 1, 3]
-    pool         | 0 The capital | 1 of France | 2 is Paris | 3 is large | 4 free | ...        (blocks of two words)
+    pool         | 0 The capital | 1 of France | 2 is Paris | 3 is large | 4 free | ...   (two words each)
 
-At most size - 1 places a sequence are unused. Sequences that begin alike share blocks, counted in `users`; one that is about
-to write into a shared block gets a copy of its own first (copy on write): above, b had block 2 from a until it wrote "large".
+At most size - 1 slots a sequence are unused. Sequences that begin alike share blocks, counted in `users`; one
+that is about to write into a shared block gets a copy of its own first (copy on write): above, b had block 2
+from a until it wrote "large".
 
-Attention for one new token of each sequence never gathers a sequence's keys into one piece. Every block answers the query of its
-sequence, all blocks in one batched product, and the parts are joined as a softmax over pieces allows: for block j with scores s_j,
+Attention for one new token of each sequence never gathers a sequence's keys into one piece. Every block
+answers the query of its sequence, all blocks in one batched product, and the parts are joined as a softmax
+over pieces allows: for block j with scores s_j,
 
     m = max_j max(s_j),   z = sum_j sum exp(s_j - m),   y = sum_j exp(s_j - m) V_j / z
 
-so that the pool is read where it lies and no sequence is padded to the longest. A block that at least half of the sequences share (the
-instruction of a task, say) is read once for all of them: it answers all queries in one product.
+so that the pool is read where it lies and no sequence is padded to the longest. A block that at least half of
+the sequences share (the instruction of a task, say) is read once for all of them, in one product.
 
     pool = Pool(model.config, blocks=512)
-    cache = PagedCache([Sequence(pool) for _ in prompts])         # what model.hidden and generate take as a cache
+    cache = PagedCache([Sequence(pool) for _ in prompts])   # for model.hidden and generate
     list(generate(model, prompts, 100, cache=cache))
 """
 import heapq
@@ -32,7 +35,7 @@ import torch
 from common.cli import InputError
 from model import KVCache, attend
 
-SIZE = 16  # tokens of a block: 64 waste four times as much at a sequence's end, 4 make the table and the products long
+SIZE = 16  # tokens of a block: 64 waste four times as much at a sequence's end, 4 make long tables
 
 
 def bytes_per_token(config, dtype=torch.float32):
@@ -41,14 +44,15 @@ def bytes_per_token(config, dtype=torch.float32):
 
 
 class Pool:
-    """The memory: kv (layers, 2, blocks, kv_heads, size, d). The lowest free block is taken first, so that memory of a block that
-    was never needed is never touched (and on a CPU never becomes real), and the blocks in use lie close together."""
+    """The memory: kv (layers, 2, blocks, kv_heads, size, d). The lowest free block is taken first, so that
+    memory that is never needed is never touched, and the blocks in use lie close together."""
 
     def __init__(self, config, blocks, size=SIZE, device="cpu", dtype=torch.float32):
         if blocks < 1 or size < 1:
-            raise InputError(f"a pool needs at least 1 block of 1 token, got {blocks} of {size}: give it more memory")
+            raise InputError(f"a pool needs at least 1 block of 1 token, got {blocks} of {size}: raise it")
         self.size, self.device = size, torch.device(device)
-        self.kv = torch.empty(config.blocks, 2, blocks, config.kv_heads, size, config.head_size, dtype=dtype, device=device)
+        shape = config.blocks, 2, blocks, config.kv_heads, size, config.head_size
+        self.kv = torch.empty(shape, dtype=dtype, device=device)
         self.users = [0] * blocks        # sequences that hold the block
         self.free = list(range(blocks))  # a heap
 
@@ -61,10 +65,11 @@ class Pool:
 
     def take(self):
         if not self.free:
-            raise InputError(f"all {len(self.users)} blocks of {self.size} tokens of the cache are in use: give the pool more, or run fewer sequences at once")
+            raise InputError(f"all {len(self.users)} blocks of {self.size} tokens of the cache are in use: "
+                             "give the pool more, or run fewer sequences at once")
         block = heapq.heappop(self.free)
         self.users[block] = 1
-        self.kv[:, :, block] = 0  # places that are not written yet get a weight of 0, but 0 times a leftover NaN would be NaN
+        self.kv[:, :, block] = 0  # a slot not yet written gets weight 0, but 0 times a leftover NaN is NaN
         return block
 
     def release(self, block):
@@ -81,14 +86,15 @@ class Pool:
 
 
 class Sequence:
-    """One text's part of the pool: logical block i, of tokens i * size and following, is the pool's block table[i]."""
+    """One text's part of the pool: its tokens i * size and following are in the pool's block table[i]."""
 
     def __init__(self, pool):
         self.pool, self.table, self.length = pool, [], 0
 
     def writes_shared(self):
-        """Whether the next token falls into a block that somebody else reads too."""
-        return self.length < len(self.table) * self.pool.size and self.pool.users[self.table[self.length // self.pool.size]] > 1
+        """Whether the next token falls into a block that another sequence reads too."""
+        block = self.length // self.pool.size
+        return block < len(self.table) and self.pool.users[self.table[block]] > 1
 
     def needs(self, T):
         """Blocks to take before T more tokens can be written."""
@@ -119,11 +125,11 @@ class Sequence:
 
 
 class PagedCache(KVCache):
-    """Some sequences of a pool as the cache of one batch: row i is sequences[i]. The protocol is KVCache's; what is stored where is not."""
+    """Some sequences of a pool as the cache of one batch: row i is sequences[i]."""
 
     def __init__(self, sequences):
-        self.sequences, self.pool, self.plan = sequences, sequences[0].pool, None
-        self.device = self.pool.device
+        self.sequences, self.pool, self.device = sequences, sequences[0].pool, sequences[0].pool.device
+        self.prepared = False  # for the next tokens
 
     @property
     def lengths(self):
@@ -133,12 +139,12 @@ class PagedCache(KVCache):
     def lengths(self, lengths):
         for sequence, length in zip(self.sequences, lengths):
             sequence.cut(length)
-        self.plan = None
+        self.prepared = False
 
     def advance(self, T):
         for sequence in self.sequences:
             sequence.length += T
-        self.plan = None
+        self.prepared = False
 
     def mask(self, T):
         return None if T == 1 else super().mask(T)  # for one token `attend` below knows what each block holds
@@ -147,66 +153,77 @@ class PagedCache(KVCache):
         """Reserve the blocks of the next T tokens, and say where they go; once a step, for all layers."""
         for sequence in self.sequences:
             sequence.reserve(T)
-        self.look_up()
-        places = self.positions(T).expand(len(self.sequences), T)
-        self.place = self.table.gather(1, places // self.pool.size), places % self.pool.size  # two of (B, T)
+        width = max(len(s.table) for s in self.sequences)  # shorter rows end with any block
+        table = [s.table + [0] * (width - len(s.table)) for s in self.sequences]
+        self.table = torch.tensor(table, device=self.device)  # (B, blocks)
+        slots = self.positions(T).expand(len(self.sequences), T)
+        self.block = self.table.gather(1, slots // self.pool.size)  # (B, T)
+        self.offset = slots % self.pool.size                        # (B, T)
         if T == 1:
             self.prepare_blocks()
-        self.plan = T
-
-    def look_up(self):
-        """Where each row's blocks are: (B, blocks); rows with fewer blocks than the longest end with any, which nobody looks at."""
-        width = max(len(s.table) for s in self.sequences)
-        self.table = torch.tensor([s.table + [0] * (width - len(s.table)) for s in self.sequences], device=self.device)
+        self.prepared = True
 
     def prepare_blocks(self):
-        """For attention by blocks: which blocks, the row that each belongs to (owner), and -inf at places beyond its row's end (beyond). Blocks that
-        many rows share are apart: they answer all rows at once, with -inf for a row that lacks them."""
-        size, count = self.pool.size, Counter(block for s in self.sequences for block in s.table)
-        shared = [block for block, n in count.items() if n > 1 and 2 * n >= len(self.sequences)]
+        """For attention by blocks: which blocks (used), the row that each belongs to (owner), and -inf at
+        slots beyond its row's end (beyond). Blocks that many rows share are apart (shared): they answer all
+        rows at once, with -inf for a row that lacks them (lacks)."""
+        size, rows = self.pool.size, self.sequences
+        count = Counter(block for s in rows for block in s.table)
+        shared = [block for block, n in count.items() if n > 1 and 2 * n >= len(rows)]
+        lacks = torch.tensor([[block not in s.table for block in shared] for s in rows], dtype=torch.bool)
         self.shared = torch.tensor(shared, dtype=torch.long, device=self.device)
-        lacks = torch.tensor([[block not in s.table for block in shared] for s in self.sequences], dtype=torch.bool, device=self.device)
-        self.lacks = torch.zeros(lacks.shape, device=self.device).masked_fill_(lacks, -math.inf).repeat_interleave(size, 1)[:, None, None]  # (B, 1, 1, S)
-        parts = [(block, row, min(size, s.length + 1 - i * size)) for row, s in enumerate(self.sequences) for i, block in enumerate(s.table)
-                 if block not in shared]
-        once, high = {part[0]: part for part in parts}, max(part[0] for part in parts) + 1
-        if len(once) == len(parts) and high <= 1.25 * len(parts):  # read the pool as it lies, with the few blocks of others in between: no copy
-            self.used, parts = slice(high), [once.get(block, (block, 0, 0)) for block in range(high)]
+        self.lacks = self.minus_infinity(lacks.repeat_interleave(size, 1))  # (B, 1, 1, S)
+        parts = []  # (block, row, slots of the block that the row has)
+        for row, s in enumerate(rows):
+            for i, block in enumerate(s.table):
+                if block not in shared:
+                    parts.append((block, row, min(size, s.length + 1 - i * size)))
+        once = {part[0]: part for part in parts}
+        high = max(once) + 1
+        if len(once) == len(parts) and high <= 1.25 * len(parts):  # read the pool as it lies, without a copy,
+            self.used = slice(high)                                # with the few blocks of others in between
+            parts = [once.get(block, (block, 0, 0)) for block in range(high)]
         else:  # a block that few rows share is there once for each
             self.used = torch.tensor([block for block, *_ in parts], device=self.device)
-        _, self.owner, filled = (torch.tensor(column, device=self.device) for column in zip(*parts))
-        beyond = torch.arange(size, device=self.device) >= filled[:, None]
-        self.beyond = torch.zeros(beyond.shape, device=self.device).masked_fill_(beyond, -math.inf)[:, None, None]  # (E, 1, 1, size)
+        _, owner, filled = zip(*parts)
+        self.owner = torch.tensor(owner, device=self.device)
+        beyond = torch.arange(size) >= torch.tensor(filled)[:, None]  # (E, size)
+        self.beyond = self.minus_infinity(beyond)
+
+    def minus_infinity(self, where):
+        """0, and -inf where `where` (n, m) holds: (n, 1, 1, m)."""
+        return torch.zeros(where.shape).masked_fill_(where, -math.inf)[:, None, None].to(self.device)
 
     def update(self, layer, k, v):
-        """Store k, v (B, kv_heads, T, d). Returns what `attend` reads: for one token the blocks in use, (E, kv_heads, size, d), and those of many
-        rows, (kv_heads, S, d); else all keys and values in order, (B, kv_heads, S, d)."""
+        """Store k, v (B, kv_heads, T, d). Returns what `attend` reads: for one token the blocks in use,
+        (E, kv_heads, size, d), and those of many rows, (kv_heads, S, d); else all keys and values in order,
+        (B, kv_heads, S, d)."""
         T = k.shape[2]
-        if self.plan is None:
+        if not self.prepared:
             self.prepare(T)
         store = self.pool.kv[layer]  # (2, blocks, kv_heads, size, d)
-        block, offset = self.place
-        store[0][block, :, offset], store[1][block, :, offset] = k.transpose(1, 2), v.transpose(1, 2)
+        store[0][self.block, :, self.offset] = k.transpose(1, 2)
+        store[1][self.block, :, self.offset] = v.transpose(1, 2)
         if T == 1:
-            return zip((store[0][self.used], store[1][self.used]), store[:, self.shared].transpose(1, 2).flatten(2, 3))
-        return (k, v) if self.end == 0 else self.in_order(layer, self.end + T)
-
-    def in_order(self, layer, length):
-        """The first `length` keys and values of every row, one after the other: (2, B, kv_heads, length, d)."""
-        store = self.pool.kv[layer].transpose(1, 2)  # (2, kv_heads, blocks, size, d)
-        rows = store.index_select(2, self.table.flatten()).unflatten(2, self.table.shape)  # (2, kv_heads, B, blocks, size, d)
-        return rows.flatten(3, 4)[:, :, :, :length].transpose(1, 2)
+            shared = store[:, self.shared].transpose(1, 2).flatten(2, 3)
+            return zip((store[0][self.used], store[1][self.used]), shared)
+        if self.end == 0:
+            return k, v
+        by_head = store.transpose(1, 2)  # (2, kv_heads, blocks, size, d)
+        rows = by_head.index_select(2, self.table.flatten()).unflatten(2, self.table.shape)
+        return rows.flatten(3, 4)[:, :, :, :self.end + T].transpose(1, 2)  # (2, B, kv_heads, S, d)
 
     def attend(self, q, k, v, mask=None, dropout=0.0):
-        """Equation 1 for one query of each row, block by block. q (B, h, 1, d); k, v as `update` returns them -> (B, h, 1, d)."""
+        """Equation 1 for one query of each row. q (B, h, 1, d); k, v as `update` returns them."""
         if q.shape[2] > 1:
             return attend(q, k, v, mask)
         (k, k_shared), (v, v_shared), owner = k, v, self.owner
         B, h, _, d = q.shape
-        q = (q * d ** -0.5).reshape(B, k.shape[1], -1, d)  # (B, kv_heads, g, d): query heads that share a key head are rows of one product
+        q = (q * d ** -0.5).reshape(B, k.shape[1], -1, d)  # (B, kv_heads, g, d): g queries a key head
         s = (q[owner] @ k.transpose(2, 3)).float().add_(self.beyond)  # (E, kv_heads, g, size)
         part = s.amax(-1)
-        top = part.new_full(q.shape[:3], -math.inf).scatter_reduce_(0, owner[:, None, None].expand_as(part), part, "amax")
+        top = part.new_full(q.shape[:3], -math.inf)
+        top.scatter_reduce_(0, owner[:, None, None].expand_as(part), part, "amax")
         if len(self.shared):
             s_shared = torch.einsum("bhgd,hsd->bhgs", q, k_shared).float().add_(self.lacks)
             top = torch.maximum(top, s_shared.amax(-1))
@@ -221,7 +238,7 @@ class PagedCache(KVCache):
 
 
 def usage(sequences):
-    """(bytes reserved, bytes used) by these sequences: of the blocks they hold, and of the tokens in them; what is shared counts once."""
+    """(bytes reserved, bytes used) by these sequences: of their blocks, and of the tokens in them."""
     filled = {}
     for s in sequences:
         for i, block in enumerate(s.table):

@@ -1,4 +1,4 @@
-"""serve.py: what a batch writes is what each request writes alone, whoever comes, waits, shares, is sent back or has another adapter."""
+"""batching.py: what a batch writes is what each request writes alone, whoever comes, waits, shares, is sent back or has another adapter."""
 import json
 import random
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from test_model import GPT2, LLAMA, pair
 
 import bench
 from benches.serve import generation_cost, paper_counts
-from beyond.batching import Adapters, Engine, Request, common_length
+from beyond.batching import Adapters, Engine, Request
 from beyond.paged_cache import PagedCache, Pool, Sequence
 from checkpoint import load_model, save_model
 from common.adapters import base_id, load_adapter, save_adapter, take_off
@@ -24,7 +24,7 @@ from quant import quantize
 def alone(model, request, stop=()):
     """What generate, with a contiguous cache of its own, writes for a request."""
     generator = torch.Generator().manual_seed(request.seed)
-    return [s[0] for s in generate(model, [request.prompt], request.max_new_tokens, request.temperature, request.top_k, request.top_p, stop, generator)]
+    return [s[0] for s in generate(model, [request.prompt], request.max_new_tokens, request.temperature, 0, request.top_p, stop, generator)]
 
 
 def mixed_requests(count, **more):
@@ -64,7 +64,7 @@ def test_a_full_pool_sends_the_last_request_back():
 def test_draws_are_a_requests_own():
     """Whatever else is in the batch, a seed gives the tokens that generate draws with it."""
     model, _ = pair(LLAMA)
-    requests = mixed_requests(8, temperature=1.5, top_k=40, top_p=0.9)
+    requests = mixed_requests(8, temperature=1.5, top_p=0.9)
     for seed, request in enumerate(requests):
         request.seed = seed
     list(Engine(model, Pool(LLAMA, 30, 4), batch_size=4).run(requests))
@@ -82,7 +82,7 @@ def test_requests_end_at_a_stop_token():
     assert requests[0].tokens == free[:free.index(free[7]) + 1]
 
 
-def test_a_common_beginning_is_read_and_stored_once():
+def test_a_shared_prefix_is_read_and_stored_once():
     model, _ = pair(LLAMA)
     instructions, reads = list(range(1, 23)), []
     requests = [Request(instructions + [60 + i, 7], 8) for i in range(6)]
@@ -206,30 +206,6 @@ def test_sixteen_adapters_on_one_base(folders, blocks, batch):
         assert request.tokens == alone(single, request), request.adapter
 
 
-def test_the_least_recently_used_adapter_leaves_and_the_base_stays(folders):
-    model, _ = pair(LLAMA)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    sizes = Adapters(pair(LLAMA)[0], {f"a{i}": folders / f"a{i}" for i in range(3)}).bytes
-    assert sizes["a0"] * 2 == sizes["a1"] and sizes["a0"] * 3 == sizes["a2"]
-    adapters = Adapters(model, {f"a{i}": folders / f"a{i}" for i in range(3)}, limit=sizes["a1"] + sizes["a2"])
-    assert list(adapters.bytes) == ["a1", "a2"], "a0 left when a2 came"
-    assert adapters.load("a1") and adapters.load("a0") and list(adapters.bytes) == ["a1", "a0"], "a2 was used least recently"
-    assert not adapters.load("a2", keep=["a1", "a0"]) and list(adapters.bytes) == ["a1", "a0"], "those in use stay"
-    requests = [Request([1, 2, 3], 5, adapter=f"a{i % 3}") for i in range(6)]
-    list(Engine(model, Pool(LLAMA, 40, 4), adapters=adapters).run(requests))
-    assert [r.tokens for r in requests[:3]] == [r.tokens for r in requests[3:]]
-    single, _ = pair(LLAMA)
-    for request in requests[:3]:
-        load_adapter(single, folders / request.adapter)
-        assert request.tokens == alone(single, request)
-    for name in list(adapters.bytes):
-        adapters.drop(name)
-    adapters.select([None])
-    assert all(torch.equal(before[n.replace(".base", "")], p) for n, p in model.named_parameters()) and not adapters.bytes
-    with pytest.raises(InputError, match="the adapter a2 has .* MB, the limit for all is .* MB: raise it"):
-        Adapters(model, {"a2": folders / "a2"}, limit=100)
-
-
 def test_wrong_adapters_are_refused(folders):
     model, _ = pair(LLAMA)
     with pytest.raises(InputError, match="was trained on another base"):
@@ -244,9 +220,10 @@ def test_what_can_never_run_is_refused_and_the_others_run(folders):
     requests = [Request([1] * 49, 5), Request([1, 2], 5), Request([1] * 15, 10), Request([], 5), Request([200], 5), Request([1], 5, adapter="news"),
                 Request([1], 5, temperature=-1.0), Request([3], 5, adapter="a0")]
     list(engine.run(requests))
-    wanted = ["the prompt has 49 tokens: the model reads 1 to 48", None,
-              "15 tokens and up to 10 new ones need 6 blocks of 4, the whole pool has 5: raise --kv-memory, or lower --max-new-tokens",
-              "the prompt has 0 tokens: the model reads 1 to 48", "the prompt has tokens outside the vocabulary 0..100: is this the model's tokenizer?",
+    wanted = ["a prompt has 49 tokens: the model reads 1 to 48", None,
+              "15 tokens and up to 10 new ones need 6 blocks of 4, the pool has 5: ask for fewer",
+              "a prompt has 0 tokens: the model reads 1 to 48",
+              "token 200 is outside the vocabulary 0..100: is this the model's tokenizer?",
               "no adapter is called 'news' (a0): give --adapter news=DIR", "temperature must be at least 0, got -1.0", None]
     assert [r.error for r in requests] == wanted
     assert [len(r.tokens) for r in requests] == [0, 5, 0, 0, 0, 0, 0, 5]
@@ -292,10 +269,6 @@ def test_the_real_model_writes_the_same_in_every_way():
                     assert (step[i] - logits[i][len(prompt) + j]).abs().max() < 1e-4, (names[i], i, j)
         answers.add(str(uncached))
     assert len(answers) == 3, "the adapters change what is written"
-
-
-def test_common_length():
-    assert [common_length(*pair_) for pair_ in (([], [1]), ([1, 2], [1, 3]), ([1, 2], [1, 2, 3]), ([2], [1]))] == [0, 1, 2, 0]
 
 
 # ----------------------------------------------------------------------------- the paper's count

@@ -1,4 +1,4 @@
-"""kvcache.py: the pool's bookkeeping against a model of it, attention by blocks in float64, and whole models against transformers and the contiguous cache."""
+"""paged_cache.py: the pool's bookkeeping against a model of it, attention by blocks in float64, and whole models against transformers and the contiguous cache."""
 import random
 
 import pytest
