@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model, own_tensors
+from checkpoint import own_tensors
 from common.adapters import base_id, load_adapter
 from common.cli import (
     InputError,
@@ -44,11 +44,12 @@ from common.cli import (
     write_atomic,
 )
 from common.data import first_tokens
-from common.device import find_device, peak_memory
+from common.device import peak_memory
 from common.loss import head_loss
 from common.processes import rank, world_size
 from common.run import read_metrics
 from model import count_parameters
+from sample import open_model
 from tasks import score, sets
 
 WINDOW = 1024  # tokens, of perplexity
@@ -350,12 +351,8 @@ def check(args, names):
     check_folder(args.out_dir)
 
 
-def open_model(args, device):
-    """(model, tokenizer, what the rows of this run depend on)."""
-    model, tokenizer = load_model(args.model, device.torch_device, bits=args.bits)
-    if tokenizer is None:
-        raise InputError(f"{args.model} has no tokenizer beside its weights: put a tokenizer.json or "
-                         "tokenizer.model there")
+def add_adapter(model, args):
+    """Attach --adapter, if there is one. Returns what the rows of this run depend on."""
     settings = dict(model=str(args.model), base_id=base_id(args.model), adapter=args.adapter, factors=None,
                     bits=args.bits)
     if args.adapter:
@@ -363,7 +360,7 @@ def open_model(args, device):
         say(adapter)
         factors = b"".join(t.cpu().numpy().tobytes() for pair in adapter.factors.values() for t in pair)
         settings["factors"] = hashlib.sha256(factors).hexdigest()[:16]
-    return model.eval(), tokenizer, settings
+    return settings
 
 
 def main(argv=None):
@@ -376,8 +373,8 @@ def main(argv=None):
     for t in names:  # missing or malformed data is told before the model is loaded
         if t != "perplexity":
             items[t] = sets.draw(sets.load(t, args.data_dir), args.limit)
-    device = find_device("float32")
-    model, tokenizer, settings = open_model(args, device)
+    model, tokenizer, device = open_model(args.model, args.bits)
+    settings = add_adapter(model, args)
     if "perplexity" in names:
         length = min(WINDOW, model.config.context)
         items["perplexity"] = text_windows(args.data, tokenizer, args.limit, length)

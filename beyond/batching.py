@@ -42,6 +42,7 @@ class Request:
     top_p: float = 1.0
     seed: int = 1
     adapter: str = None         # None: the bare base
+    ends: object = None         # called with the answer's tokens after each: whether it is complete
     tokens: list = field(default_factory=list)  # the answer
     error: str = None           # why there is none
     started: float = None       # when its prompt was first read
@@ -51,10 +52,6 @@ class Request:
     @property
     def text(self):
         return self.prompt + self.tokens
-
-    def is_complete(self):
-        """Whether the answer so far is all that is wanted; asked after each token."""
-        return False
 
 
 # ---------------------------------------------------------------------------------- an adapter for each row
@@ -271,7 +268,8 @@ class Engine:
     def is_over(self, request):
         """At a stop token, at max_new_tokens, where the context is full, or where the request says so."""
         return request.tokens[-1] in self.stop or len(request.tokens) == request.max_new_tokens \
-            or len(request.text) > self.model.config.context or request.is_complete()
+            or len(request.text) > self.model.config.context \
+            or request.ends is not None and request.ends(request.tokens)
 
     def leave(self):
         """Take out what has ended."""

@@ -1,4 +1,4 @@
-"""paged_cache.py: the pool's bookkeeping against a model of it, attention by blocks in float64, and whole models against transformers and the contiguous cache."""
+"""paged_cache.py: the pool against a model of it, attention by blocks in float64, models against transformers and KVCache."""
 import random
 
 import pytest
