@@ -83,7 +83,7 @@ def write(model, tokenizer, ids, args, generator, cache=None):
     from beyond.decoding import decoding_step
     stream, text, tokens = tokenizer.stream(), "", []
     steps = generate(model, [ids], args.max_new_tokens, args.temperature, 0, TOP_P, tokenizer.stop_ids,
-                     generator=generator, vocabulary=tokenizer.vocab_size, cache=cache, make_step=decoding_step)
+                     generator, vocabulary=tokenizer.vocab_size, cache=cache, make_step=decoding_step)
     for (token,) in steps:
         tokens.append(token)
         if token not in tokenizer.stop_ids:

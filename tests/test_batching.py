@@ -304,7 +304,7 @@ def test_the_benchmark(tmp_path, text_file, capsys):
     bench.main(["serve", "--model", str(tmp_path / "m"), "--sequences", "6", "--lengths", "16,100", "--new-tokens", "8", "--rounds", "1",
                 "--json", str(tmp_path / "rows.json")])
     rows = {(r["engine"], r["adapters"]): r for r in json.loads((tmp_path / "rows.json").read_text())["rows"]}
-    assert {e for e, _ in rows} == {"sequential", "contiguous", "paged", "transformers", "with cache", "without cache"}
+    assert {e for e, _ in rows} == {"sequential", "contiguous", "paged", "transformers"}
     assert {n for e, n in rows if e == "paged"} == {0, 1, 16}
     token = 2 * 2 * 2 * 8 * 4
     paged, contiguous = rows["paged", 16], rows["contiguous", 16]
