@@ -1,10 +1,10 @@
-"""Rows of PIQA, WinoGrande or BoolQ by tasks/score.py, and the same rows by EleutherAI's lm-evaluation-harness.
+"""Rows of PIQA, WinoGrande or BoolQ by tasks/score.py, and the same by EleutherAI's lm-evaluation-harness.
 
     python bench.py eval                               all 1,838 rows of PIQA
     python bench.py eval --tasks boolq --limit 200 --peer-dtypes float32
 
-The harness (pip install lm-eval) reads its own task files (prompts, scoring) from a local copy of the rows, and
-computes with transformers on the exported model. Both engines start from a loaded model; what is timed is
+The harness (pip install lm-eval) reads its own task files (prompts, scoring) from a local copy of the rows,
+and computes with transformers on the exported model. Both engines start from a loaded model; what is timed is
 everything from the rows to the accuracy.
 """
 import json
@@ -22,7 +22,8 @@ from common.device import find_device
 from common.formats import export
 from tasks import score, sets
 
-FILES = dict(boolq="super_glue/boolq/default.yaml", piqa="piqa/piqa.yaml", winogrande="winogrande/default.yaml")
+FILES = dict(boolq="super_glue/boolq/default.yaml", piqa="piqa/piqa.yaml",
+             winogrande="winogrande/default.yaml")
 BATCH = 16  # of the harness
 
 

@@ -170,19 +170,20 @@ def bench(args):
         start = time.perf_counter()
         found[case] = run(*case, prompts)
         seconds[case].append(time.perf_counter() - start)
-    token, rows = bytes_per_token(model.config), []
+    size, rows = bytes_per_token(model.config), []
     for (engine, count), (_, reserved, used) in found.items():
         rate = len(prompts) * args.new_tokens / statistics.median(seconds[engine, count])
         rows.append(dict(engine=engine.__name__, adapters=count, sequences=len(prompts),
-                         tokens_per_second=rate, kv_bytes_reserved=reserved * token, kv_bytes_used=used * token))
+                         tokens_per_second=rate, kv_bytes_reserved=reserved * size,
+                         kv_bytes_used=used * size))
     for count, engines in ((1, (sequential, contiguous, paged)), (16, (contiguous, paged))):
         written = zip(*(found[engine, count][0] for engine in engines))
         same = sum(all(tokens == row[0] for tokens in row) for row in written)
         print(f"{count} adapters: {len(engines)} engines wrote the same tokens for {same} of {len(prompts)} "
               "prompts")
     lengths = sorted(map(len, prompts))
-    print(f"{args.model}, {len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens, {args.new_tokens} new "
-          f"tokens each, float32, {device.name}")
+    print(f"{args.model}, {len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens, {args.new_tokens} "
+          f"new tokens each, float32, {device.name}")
     return device, rows
 
 
