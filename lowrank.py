@@ -165,8 +165,7 @@ class LoRALinear(Layer):
 
     @property
     def multiplications(self):
-        own = 0 if self.merged else self.r * (self.in_features + self.out_features)
-        return multiplications(self.base) + own
+        return multiplications(self.base) + (0 if self.merged else self.A.numel() + self.B.numel())
 
     def delta(self):
         """What the adapter adds to W: (alpha/r) B A, (out, in)."""
@@ -223,11 +222,9 @@ def init_factors(A, B, std, start="normal"):
 
 
 def svd_factors(W, ranks):
-    """The truncated SVD U S V^T of W (L, out, in), a rank for each: [(U S^1/2, S^1/2 V^T)], S^2 (L, m).
-
-    It comes from the symmetric eigenproblem on the smaller side, W W^T = U S^2 U^T (then A ~ U^T W) or
-    W^T W = V S^2 V^T (then B ~ W V): several times as fast as the SVD of W itself (section IV.A).
-    """
+    """The truncated SVD U S V^T of W (L, out, in), a rank for each: [(U S^1/2, S^1/2 V^T)], S^2 (L, m). From
+    the eigenproblem of the smaller side, W W^T = U S^2 U^T (then A ~ U^T W) or W^T W = V S^2 V^T (then
+    B ~ W V): several times as fast as the SVD of W itself."""
     W = W.detach().float()
     values, vectors = eigen(W, ranks, gram)
     factors = []
@@ -245,7 +242,6 @@ def gram(W):
 
 def eigen(W, ranks, gram):
     """Eigenvalues (L, m), largest first, and eigenvectors, the columns of (L, m, m), of gram(W).
-
     An eigenvalue below 1e-7 of the largest is lost in float32. That matters only if what is cut off at
     `ranks` is so small: below 1e-3, a matrix is done again in float64, which costs twice the time.
     """

@@ -1,12 +1,12 @@
-"""Decomposition (section IV.B): time and error against a loop of torch.linalg.svd, and what it does to a model.
+"""Decomposition (section IV.B): time and error against a loop of torch.linalg.svd, and perplexity.
 
     python bench.py decompose        all matrices of smollm2-135m and of GPT-2's shapes, a third of the ranks
     python bench.py decompose --quality --text wikitext2-valid.txt --calibration fiction/
                                      perplexity after 80, 60 and 40%, and after recovery by methods 2 and 3
 
-The loop takes W, or W C where inputs count (H = C C^T their second moments), and is given C; ours has to compute C.
-Gathering H is not timed. error_over_optimum is the largest over all matrices, of the Frobenius norm of (W - B A) C
-over that of the best possible, in float64.
+The loop takes W, or W C where inputs count (H = C C^T their second moments), and is given C; ours has to
+compute it. Gathering H is not timed. error_over_optimum is the largest over all matrices, of the Frobenius
+norm of (W - B A) C over that of the best possible, in float64.
 """
 import time
 from collections import defaultdict
@@ -31,7 +31,7 @@ STEPS, RECOVERED = 200, 0.6  # of 2 x 256 tokens; the share from which recovery 
 
 @torch.no_grad()
 def smollm2(device):
-    """{name: W}, {name: H}, and the names that share an H, from 4,096 tokens of the text that comes with Python."""
+    """{name: W}, {name: H}, and the names that share an H, from 4,096 tokens of Python's own text."""
     model, tokenizer = load_model("smollm2-135m", device)
     W, H, groups = {}, {}, []
 
@@ -49,7 +49,7 @@ def smollm2(device):
 
 
 def gpt2(device):
-    """Random matrices of GPT-2's shapes, whose spectra are flat, and inputs whose deviations fall as 1/sqrt(i)."""
+    """Random matrices of GPT-2's shapes (flat spectra), and inputs whose deviations fall as 1/sqrt(i)."""
     config = config_for("gpt2")
     n, m = config.width, config.ffn
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def activations(matrices, ranks, H):
 
 
 def compare(W, H, groups, ours, describe):
-    """(seconds of ours, seconds of the loop, largest error over the optimum), the two in turn, group by group."""
+    """Seconds of ours and of the loop, in turn, group by group; and the largest error over the optimum."""
     seconds, worst = [0.0, 0.0], 0.0
     for n, group in enumerate(tqdm([groups[0], *groups], desc=describe, disable=None, leave=False)):
         matrices = [W[name] for name in group]
@@ -113,11 +113,11 @@ def speed(device):
         kinds = defaultdict(list)
         for name in W:
             kinds[name.rsplit(".", 1)[1]].append(name)
-        thirds = [names[n::3] for names in kinds.values() for n in range(3)]  # the two ways take turns more often
+        thirds = [names[n::3] for names in kinds.values() for n in range(3)]  # shorter turns
         for ours, groups in ((plain, thirds), (activations, sharing)):
             seconds, loop, worst = compare(W, H, groups, ours, f"{model}, {ours.__name__}")
-            rows.append(dict(model=model, method=ours.__name__, matrices=len(W), seconds=seconds, seconds_loop=loop,
-                             speedup=loop / seconds, error_over_optimum=worst))
+            rows.append(dict(model=model, method=ours.__name__, matrices=len(W), seconds=seconds,
+                             seconds_loop=loop, speedup=loop / seconds, error_over_optimum=worst))
     print(f"All matrices of the blocks, rank a third of the smaller side, {device.name}")
     return rows
 
@@ -125,7 +125,7 @@ def speed(device):
 # ----------------------------------------------------------------------------- what is left of a model
 
 def quality(args):
-    """Perplexity of smollm2-135m decomposed, and after recovery. Folders in --work: a stopped run goes on there."""
+    """Perplexity of smollm2-135m decomposed, and after recovery. A stopped run goes on in --work."""
     if not args.text or not args.calibration:
         raise InputError("--quality needs --text (perplexity is measured on it) and --calibration (for the "
                          "activations and for recovery)")
@@ -141,7 +141,8 @@ def quality(args):
     add("dense", 1.0, 0, "smollm2-135m")
     for ratio in (0.8, RECOVERED, 0.4):
         for method in ("plain", "activations"):
-            folder, text = work / f"{method}-{ratio}", ["--calibration", args.calibration] * (method != "plain")
+            folder = work / f"{method}-{ratio}"
+            text = ["--calibration", args.calibration] if method == "activations" else []
             if finished(folder) is None:
                 flags = "--model", "smollm2-135m", "--ratio", ratio, *text, "--out-dir", folder
                 call("decompose.py", *flags, quiet=True)
