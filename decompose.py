@@ -311,9 +311,10 @@ def parse(argv):
     p.add_argument("--model", required=True, help="a known name, a folder or a file; dense")
     p.add_argument("--rank", type=at_least_1, help="one rank for every linear layer of the blocks; a matrix "
                    "that this would not make smaller stays dense")
-    p.add_argument("--ratio", type=share, help="or: the share of the blocks' matrices to keep, with ranks "
-                   "chosen under this budget")
-    p.add_argument("--calibration", metavar="TEXT", help="keep the outputs for this text, not the weights, as "
+    p.add_argument("--ratio", type=share,
+                   help="or: the share of the blocks' matrices to keep, with ranks chosen under this budget")
+    p.add_argument("--calibration", metavar="TEXT", help="keep the outputs for this text, not the weights, "
+                                                         "as "
                    "they are: a file, a folder or builtin (default: none, plain SVD)")
     p.add_argument("--out-dir", default="out/decomposed",
                    help="the new model folder; a killed run in it is continued (default: %(default)s)")

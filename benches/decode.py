@@ -1,12 +1,14 @@
-"""Tokens a second when generating (section IV.C): batch 1, a prompt of 100 tokens, 100 new ones; full rank and low rank, 16, 8 and 4 bit.
+"""Tokens a second when generating (section IV.C): batch 1, a prompt of 100 tokens, 100 new ones; full rank
+and low rank, 16, 8 and 4 bit.
 
     python bench.py decode
     python bench.py decode --models gpt2 --new-tokens 50
 
-Random weights (speed does not depend on them) in bfloat16 or quantized. Two things are told apart, as usual: the seconds until the first token is
-there, which is reading the prompt, and the tokens a second from then on. `with prompt` is the rate of both together. Each model lives in a process of its own,
-for its peak memory; the processes are told to generate in turn, and medians of the rounds are shown. Without the cache each token costs the whole text, so only
-a few are timed, once.
+Random weights (speed does not depend on them) in bfloat16 or quantized. Two things are told apart, as usual:
+the seconds until the first token is there, which is reading the prompt, and the tokens a second from then on.
+`with prompt` is the rate of both together. Each model lives in a process of its own, for its peak memory; the
+processes are told to generate in turn, and medians of the rounds are shown. Without the cache each token
+costs the whole text, so only a few are timed, once.
 """
 import argparse
 import contextlib
@@ -61,31 +63,38 @@ class Clock:
 
 
 def runner(name, rank, bits, engine, device):
-    """(run, bytes): run(count, cache) generates so many tokens, always the likeliest, and returns when each came."""
+    """(run, bytes): run(count, cache) generates so many tokens, always the likeliest, and returns when each
+    came."""
     if engine == "transformers":
         model = transformers_model(name, device)
         tokens = torch.tensor([PROMPT], device=device)
 
         def run(count, cache):
             clock = Clock()
-            model.generate(tokens, max_new_tokens=count, min_new_tokens=count, do_sample=False, use_cache=cache, pad_token_id=0, streamer=clock)
+            model.generate(tokens, max_new_tokens=count, min_new_tokens=count, do_sample=False,
+                           use_cache=cache, pad_token_id=0, streamer=clock)
             return clock.times
         return run, sum(p.nbytes for p in model.parameters())
     model = random_model(name, rank, bits, device=device)
-    return lambda count, cache: [time.perf_counter() for _ in generate(model, [PROMPT], count, temperature=0, use_cache=cache,
-                                                                       make_step=decoding_step)], stored_bytes(model)
+
+    def run(count, cache):
+        steps = generate(model, [PROMPT], count, temperature=0, use_cache=cache, make_step=decoding_step)
+        return [time.perf_counter() for _ in steps]
+    return run, stored_bytes(model)
 
 
 @torch.inference_mode()
 def work(name, rank, bits, engine):
-    """One model's process: for each line `count cache` of the input, generates and prints a line of what it measured."""
+    """One model's process: for each line `count cache` of the input, generates and prints a line of what it
+    measured."""
     device = find_device("bfloat16").torch_device
     run, size = runner(name, rank, bits, engine, device)
     for line in sys.stdin:
         count, cache = map(int, line.split())
         start = time.perf_counter()
         times = [t - start for t in run(count, bool(cache))]
-        print(json.dumps(dict(prompt_seconds=times[0], tokens_per_second=(count - 1) / (times[-1] - times[0]), with_prompt=count / times[-1],
+        print(json.dumps(dict(prompt_seconds=times[0], tokens_per_second=(count - 1) / (times[-1] - times[0]),
+                              with_prompt=count / times[-1],
                               model_bytes=size, peak_memory_bytes=peak_memory(device))), flush=True)
 
 
@@ -95,7 +104,8 @@ class Worker:
     def __init__(self, *job):
         self.job, self.errors = job, tempfile.TemporaryFile("w+")
         code = f"from benches.decode import work; work(*{job!r})"
-        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
+        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.errors, text=True)
 
     def measure(self, count, cache):
         with contextlib.suppress(BrokenPipeError):
@@ -130,13 +140,15 @@ def measure(name, jobs, args, bar):
                 for worker, results in zip(workers, found):
                     results.append(worker.measure(count, cache))
                     bar.update()
-            rows += [dict(model=name, rank=rank, bits=bits, engine=engine, cache=cache, new_tokens=count, rounds=rounds, **medians(results))
+            rows += [dict(model=name, rank=rank, bits=bits, engine=engine, cache=cache, new_tokens=count,
+                          rounds=rounds, **medians(results))
                      for (rank, bits, engine), results in zip(jobs, found)]
     return sorted(rows, key=lambda r: (r["engine"] == "ours", r["rank"], -r["bits"], not r["cache"]))
 
 
 def medians(results):
-    return {key: statistics.median(r[key] for r in results) for key in results[0]} | dict(peak_memory_bytes=results[-1]["peak_memory_bytes"])
+    return {key: statistics.median(r[key] for r in results)
+            for key in results[0]} | dict(peak_memory_bytes=results[-1]["peak_memory_bytes"])
 
 
 def bench(args):
@@ -147,21 +159,31 @@ def bench(args):
         print("transformers is not installed: its rows are left out (pip install transformers)")
         peer = []
     each = len(peer) + 6
-    with tqdm(total=len(args.models) * each * (2 + args.rounds), desc="generating", disable=None, leave=False) as bar:
+    with tqdm(total=len(args.models) * each * (2 + args.rounds), desc="generating", disable=None,
+              leave=False) as bar:
         for name in args.models:
-            rows += measure(name, peer + [(rank, bits, "ours") for rank in (0, RANKS[name]) for bits in (16, 8, 4)], args, bar)
+            rows += measure(name,
+                            peer + [(rank, bits, "ours") for rank in (0, RANKS[name]) for bits in (16, 8, 4)],
+                            args, bar)
     print(f"{device.name}: batch 1, prompt of {len(PROMPT)} tokens")
     return device, rows
 
 
 def report(rows):
     base = {(r["model"], r["cache"]): r["tokens_per_second"] for r in rows if r["engine"] == "transformers"}
-    return table(rows, {"model": lambda r: r["model"], "rank": lambda r: r["rank"] or "full", "bits": lambda r: r["bits"], "engine": lambda r: r["engine"],
+
+    def over(r):
+        return f"{r['tokens_per_second'] / base[r['model'], r['cache']]:.1f}x" if base else ""
+    return table(rows,
+                 {"model": lambda r: r["model"], "rank": lambda r: r["rank"] or "full",
+                  "bits": lambda r: r["bits"], "engine": lambda r: r["engine"],
                         "cache": lambda r: "yes" if r["cache"] else "no", "new": lambda r: r["new_tokens"],
-                        "prompt s": lambda r: f"{r['prompt_seconds']:.2f}", "tokens/s": lambda r: f"{r['tokens_per_second']:.1f}",
-                        "over transformers": lambda r: f"{r['tokens_per_second'] / base[r['model'], r['cache']]:.1f}x" if base else "",
+                        "prompt s": lambda r: f"{r['prompt_seconds']:.2f}",
+                  "tokens/s": lambda r: f"{r['tokens_per_second']:.1f}",
+                        "over transformers": over,
                         "with prompt": lambda r: f"{r['with_prompt']:.1f}",
-                        "model GB": lambda r: f"{r['model_bytes'] / 1e9:.2f}", "peak GB": lambda r: f"{r['peak_memory_bytes'] / 1e9:.2f}"})
+                        "model GB": lambda r: f"{r['model_bytes'] / 1e9:.2f}",
+                  "peak GB": lambda r: f"{r['peak_memory_bytes'] / 1e9:.2f}"})
 
 
 def names(text):

@@ -1,10 +1,12 @@
-"""Each kernel of kernels.cu at the shapes of Llama2-7B and of its factors of rank 512: time, GB/s, share of the copy bandwidth.
+"""Each kernel of kernels.cu at the shapes of Llama2-7B and of its factors of rank 512: time, GB/s, share of
+the copy bandwidth.
 
-    python bench.py kernels --json results/kernels.json        # needs a GPU and nvcc; without them it says so and ends with exit code 2
+    python bench.py kernels --json results/kernels.json    # needs a GPU and nvcc, else exit code 2
 
-In decoding, each matrix is read once a token. So every call of a measurement has other weights, together more than the L2 can hold, and all
-calls are replayed from one CUDA graph, so that launching costs what it costs in decoding. The copy bandwidth, bytes read and written of a large
-copy, is measured in the same run. GB/s counts the weights alone (and what quantize and dequantize read and write).
+In decoding, each matrix is read once a token. So every call of a measurement has other weights, together more
+than the L2 can hold, and all calls are replayed from one CUDA graph, so that launching costs what it costs in
+decoding. The copy bandwidth, bytes read and written of a large copy, is measured in the same run. GB/s counts
+the weights alone (and what quantize and dequantize read and write).
 """
 import importlib.util
 import statistics
@@ -45,10 +47,12 @@ def graph_seconds(calls, rounds=20):
 
 
 class Measurement:
-    """Collects rows; `seconds(calls)` times a list of calls, `kernels` is kernels.cu. Tests give it others, on a CPU."""
+    """Collects rows; `seconds(calls)` times a list of calls, `kernels` is kernels.cu. Tests give it others,
+    on a CPU."""
 
     def __init__(self, kernels, seconds, device, l2_bytes=L2_BYTES):
-        self.kernels, self.seconds, self.device, self.l2_bytes, self.rows = kernels, seconds, device, l2_bytes, []
+        self.kernels, self.seconds, self.device = kernels, seconds, device
+        self.l2_bytes, self.rows = l2_bytes, []
         a = self.random(l2_bytes * 2)
         b = torch.empty_like(a)
         self.copy = 2 * a.nbytes / seconds([lambda: b.copy_(a)] * 3)  # bytes a second
@@ -56,7 +60,8 @@ class Measurement:
     def add(self, kernel, engine, shape, rows, bits, size, call, things):
         """Time call(thing) over things, which take `size` bytes each."""
         s = self.seconds([partial(call, thing) for thing in things])
-        self.rows.append(dict(kernel=kernel, engine=engine, shape="x".join(map(str, shape)), rows=rows, bits=bits, us=s * 1e6, gb_s=size / s / 1e9,
+        self.rows.append(dict(kernel=kernel, engine=engine, shape="x".join(map(str, shape)), rows=rows,
+                              bits=bits, us=s * 1e6, gb_s=size / s / 1e9,
                               share_of_copy=size / s / self.copy))
 
     def random(self, *shape):
@@ -78,15 +83,20 @@ class Measurement:
             x, kernel = self.random(M, width), "matvec" if M <= 16 else "matmul"
             self.add(kernel, "ours", shape, M, bits, size, lambda W, x=x: k.product(x, *W.parts()), Ws)
             self.add(kernel, "torch", shape, M, 16, dense_size, lambda W, x=x: x @ W.T, dense)
-            self.add(kernel, "torch, dequantized first", shape, M, bits, size, lambda W, x=x: x @ k.dequantize(*W.parts(), width, x.dtype).T, Ws)
+            self.add(kernel, "torch, dequantized first", shape, M, bits, size, lambda W,
+                     x=x: x @ k.dequantize(*W.parts(), width, x.dtype).T, Ws)
         x = self.random(1, width)
-        self.add("matvec", "ours, a warp a row", shape, 1, bits, size, lambda W, x=x: k.product(x, *W.parts(), 1), Ws)
-        self.add("quantize", "ours", shape, out, bits, dense_size + size, lambda W: k.quantize(W, bits, Ws[0].group), dense)
-        self.add("dequantize", "ours", shape, out, bits, dense_size + size, lambda W, x=x: k.dequantize(*W.parts(), width, x.dtype), Ws)
+        self.add("matvec", "ours, a warp a row", shape, 1, bits, size, lambda W,
+                 x=x: k.product(x, *W.parts(), 1), Ws)
+        self.add("quantize", "ours", shape, out, bits, dense_size + size,
+                 lambda W: k.quantize(W, bits, Ws[0].group), dense)
+        self.add("dequantize", "ours", shape, out, bits, dense_size + size, lambda W,
+                 x=x: k.dequantize(*W.parts(), width, x.dtype), Ws)
         A, B = self.random(8, width), self.random(out, 8)
         for M in (1, 8):
             x = self.random(M, width)
-            self.add("lora", "ours", shape, M, bits, size, lambda W, x=x: k.lora(x, *W.parts(), A, B, 4.0), Ws)
+            self.add("lora", "ours", shape, M, bits, size, lambda W, x=x: k.lora(x, *W.parts(), A, B, 4.0),
+                     Ws)
             self.add("lora", "ours, launch by launch", shape, M, bits, size,
                      lambda W, x=x: k.product(x, *W.parts()) + 4.0 * (x @ A.T @ B.T), Ws)
 
@@ -96,7 +106,8 @@ class Measurement:
         pairs = self.enough(lambda: (self.matrix(rank, width, bits), self.matrix(out, rank, bits)), size)
         for M in (1, 8, 16):
             x = self.random(M, width)
-            self.add("lowrank", "ours", shape, M, bits, size, lambda AB, x=x: k.lowrank(x, *AB[0].parts(), *AB[1].parts()), pairs)
+            self.add("lowrank", "ours", shape, M, bits, size, lambda AB,
+                     x=x: k.lowrank(x, *AB[0].parts(), *AB[1].parts()), pairs)
             self.add("lowrank", "ours, two launches", shape, M, bits, size,
                      lambda AB, x=x: k.product(k.product(x, *AB[0].parts()), *AB[1].parts()), pairs)
 
@@ -105,14 +116,16 @@ class Measurement:
         import bitsandbytes as bnb
         for bits in (4, 8):
             def make(bits=bits):
-                layer = bnb.nn.Linear4bit(width, out, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4") if bits == 4 else \
+                layer = bnb.nn.Linear4bit(width, out, bias=False, compute_dtype=torch.bfloat16,
+                                          quant_type="nf4") if bits == 4 else \
                     bnb.nn.Linear8bitLt(width, out, bias=False, has_fp16_weights=False)
                 return layer.to(self.device)
             size = out * width * bits // 8
             layers = self.enough(make, size)
             for M in (1, 16, 64):
                 x = self.random(M, width) if bits == 4 else self.random(M, width).half()
-                self.add("matvec" if M <= 16 else "matmul", "bitsandbytes", (out, width), M, bits, size, lambda layer, x=x: layer(x), layers)
+                self.add("matvec" if M <= 16 else "matmul", "bitsandbytes", (out, width), M, bits, size,
+                         lambda layer, x=x: layer(x), layers)
 
 
 def measure(m, shapes=SHAPES, rank=RANK):
@@ -133,10 +146,12 @@ def measure(m, shapes=SHAPES, rank=RANK):
 def bench(args):
     """The table and the rows."""
     if not torch.cuda.is_available():
-        raise InputError("bench.py kernels needs a GPU: here tests/test_kernels.py can only run the kernels, which says nothing of their speed")
+        raise InputError("bench.py kernels needs a GPU: here tests/test_kernels.py can only run the kernels, "
+                         "which says nothing of their speed")
     device, kernels = find_device("bfloat16"), load_kernels()
     if kernels is None:
-        raise InputError("kernels.cu could not be built (the line above says why): install nvcc and ninja, and set CUDA_HOME")
+        raise InputError("kernels.cu could not be built (the line above says why): install nvcc and ninja, "
+                         "and set CUDA_HOME")
     m = Measurement(kernels, graph_seconds, device.torch_device)
     with torch.inference_mode():
         rows = measure(m)
@@ -145,8 +160,11 @@ def bench(args):
 
 
 def report(rows):
-    return table(rows, {"kernel": lambda r: r["kernel"], "engine": lambda r: r["engine"], "shape": lambda r: r["shape"], "rows": lambda r: r["rows"],
-                        "bits": lambda r: r["bits"], "us": lambda r: f"{r['us']:.1f}", "GB/s": lambda r: f"{r['gb_s']:.0f}",
+    return table(rows,
+                 {"kernel": lambda r: r["kernel"], "engine": lambda r: r["engine"],
+                  "shape": lambda r: r["shape"], "rows": lambda r: r["rows"],
+                        "bits": lambda r: r["bits"], "us": lambda r: f"{r['us']:.1f}",
+                  "GB/s": lambda r: f"{r['gb_s']:.0f}",
                         "of copy": lambda r: f"{r['share_of_copy']:.0%}"})
 
 

@@ -29,7 +29,8 @@ WHY = {
     "working set": "for a moment, beside what is kept"}
 SHOWN = {  # mode: what is kept, and the paper's total
     "none": ("everything, the probabilities s too", 81), "sdpa": ("all but s: torch's fused attention", ""),
-    "attention": ("q, k, v: q k^T and the softmax again, by hand", 12.2), "block": ("the inputs of blocks", 2.5)}
+    "attention": ("q, k, v: q k^T and the softmax again, by hand", 12.2),
+           "block": ("the inputs of blocks", 2.5)}
 
 
 def rows_of(model, batch, length, mode):

@@ -29,14 +29,18 @@ from quant import QuantMatrix, decode, encode, nearest, scale_and_offset
 
 
 def choose_range(w, bits, group):
-    """s and o (..., in / group) of w (..., in), with ranges shrunk as far as that lowers the squared error of a vector."""
+    """s and o (..., in / group) of w (..., in), with ranges shrunk as far as that lowers the squared error of
+    a vector."""
     vectors = w.unflatten(-1, (-1, group))
     low, high = vectors.amin(-1), vectors.amax(-1)
     best_error = torch.full_like(low, math.inf)
     best_scale, best_offset = scale_and_offset(low, high, bits)
     for shrink in torch.linspace(1, 0.5, 26).tolist():
         scale, offset = scale_and_offset(low * shrink, high * shrink, bits)
-        error = (decode(encode(w, scale, offset, bits), scale, offset) - w).square_().unflatten(-1, (-1, group)).sum(-1)
+        error = (decode(encode(w, scale, offset, bits), scale, offset) - w).square_().unflatten(-1,
+                                                                                                (-1,
+                                                                                                 group)).sum(
+                                                                                                     -1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)

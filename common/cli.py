@@ -1,4 +1,5 @@
-"""What every command needs: errors in one line, flags, Ctrl-C as a flag, files that are never half written."""
+"""What every command needs: errors in one line, flags, Ctrl-C as a flag, files that are never half written.
+"""
 import argparse
 import errno
 import math
@@ -44,7 +45,8 @@ def command(main):
             raise
         in_cache = e.filename and str(cache_dir()) in str(e.filename)
         other = "set FINGPT_CACHE to another folder" if in_cache else "choose another --out-dir"
-        line = f"{e.strerror}: {e.filename or 'while writing'}: {'free some space or ' if full else ''}{other}"
+        free = "free some space or " if full else ""
+        line = f"{e.strerror}: {e.filename or 'while writing'}: {free}{other}"
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
@@ -108,7 +110,8 @@ def write_atomic(path, text):
 
 
 def markdown(header, rows, left=2):
-    """A Markdown table with aligned columns: the first `left` begin at the left, the others end at the right."""
+    """A Markdown table with aligned columns: the first `left` begin at the left, the others end at the right.
+    """
     cells = [header] + [[str(c) for c in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = []

@@ -67,7 +67,8 @@ class MatrixLoss(torch.autograd.Function):
                 dW.addmm_(g.T, hc, alpha=1 / N)  # (V, n) (n, C)
             elif want_W:
                 dW.add_(g.T @ hc, alpha=1 / N)  # a chunk's product is rounded to 16 bit, their sum is not
-        ctx.save_for_backward(dh if dh is None else (dh / N).to(h_dtype), dW if dW is None else dW.to(W_dtype))
+        ctx.save_for_backward(dh if dh is None else (dh / N).to(h_dtype), dW if dW is None
+                              else dW.to(W_dtype))
         return MatrixLoss.losses(likelihood, h, W, targets).mean()
 
     @staticmethod
