@@ -98,9 +98,10 @@ def second_moments(inputs, width, device):
                          "is the model whole, and the text of its language?")
     unit = 2.0 ** (math.floor(math.log2(largest)) - 40)
     H = torch.zeros(width, width, dtype=torch.float64, device=device)
-    for x in inputs:
-        flat = x.reshape(-1, width).float()  # (tokens, in)
-        H += (flat.T @ flat).div_(unit).round_()  # a power of two: exact in float32
+    with torch.autocast(H.device.type, enabled=False):
+        for x in inputs:
+            flat = x.reshape(-1, width).float()  # (tokens, in)
+            H += (flat.T @ flat).div_(unit).round_()  # a power of two: exact in float32
     if dist.is_initialized():
         dist.all_reduce(H)
     return H * unit
