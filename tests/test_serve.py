@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from fastapi.testclient import TestClient  # noqa: E402
 
 import serve
 from checkpoint import load_model, save_model
@@ -19,10 +20,6 @@ from common.tokenizer import render_chat, train_tokenizer
 from lowrank import attach_lora
 from model import Config, Transformer
 from sample import open_model
-
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
-from fastapi.testclient import TestClient  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}<|assistant|>"
 

@@ -37,7 +37,7 @@ ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 
 def needs(path):
     if not (DATA / path).exists():
-        pytest.skip(f"{DATA / path} is not there: set DATA_DIR to the data that the README lists")
+        pytest.skip(f"{DATA / path} is not there: set DATA_DIR to a folder that has it")
     return DATA / path
 
 
