@@ -35,7 +35,6 @@ from lowrank import (
     BlendedLinear,
     LowRankEmbedding,
     LowRankLinear,
-    drop_lora,
     merge_lora,
     replace_linears,
     swap_layers,
@@ -323,7 +322,6 @@ def merge(args):
     model, tokenizer = load_model(base, bits=args.bits)
     print(load_adapter(model, args.adapter, base_id(base)))
     error = merge_lora(model)
-    drop_lora(model)
     replace_model(args.out, model.bfloat16() if args.bits < 16 else model, tokenizer)
     lost = f"; rounding the sums to {args.bits} bits changed them by {error:.1%} of what the adapter adds"
     print(f"{args.out}: {base} with the adapter merged{lost if args.bits < 16 else ''}")

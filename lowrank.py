@@ -26,12 +26,12 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from common.cli import InputError
 from model import Layer, count_parameters, dense_weight, is_linear, multiplications
 
-STARTS = ("normal", "cola", "svd", "orthogonal")  # see `init_factors`
-FLOAT32_IS_ENOUGH = 1e-3                          # see `eigen`
+FLOAT32_IS_ENOUGH = 1e-3  # where more than this share is cut off: see `eigen`
 
 
 def check_rank(rank, in_features, out_features):
@@ -112,9 +112,8 @@ class BlendedLinear(Layer):
         self.alpha.fill_(1)
 
     def forward(self, x):
-        y = self.alpha * F.linear(x, self.weight)  # (..., out)
         h = F.linear(x, self.lowrank.A)  # (..., r)
-        y = y + (1 - self.alpha) * F.linear(h, self.lowrank.B)
+        y = self.alpha * F.linear(x, self.weight) + (1 - self.alpha) * F.linear(h, self.lowrank.B)  # (..., out)
         return y if self.bias is None else y + self.bias
 
     @property
@@ -132,7 +131,7 @@ class LoRALinear(Layer):
         super().__init__()
         check_rank(r, base.in_features, base.out_features)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.r, self.scale, self.merged = r, alpha / r, False
+        self.r, self.scale = r, alpha / r
         self.base = base.requires_grad_(False)
         device = [*base.parameters(), *base.buffers()][0].device  # a quantized base has buffers alone
         self.A = nn.Parameter(torch.empty(r, self.in_features, device=device))
@@ -142,8 +141,6 @@ class LoRALinear(Layer):
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as loralib and PEFT
 
     def forward(self, x):
-        if self.merged:
-            return self.base(x)
         if isinstance(self.base, Layer) and not self.training:
             y = self.base.with_lora(x, self.A, self.B, self.scale)  # one launch, for a few rows on a GPU
             if y is not None:
@@ -165,36 +162,15 @@ class LoRALinear(Layer):
 
     @property
     def multiplications(self):
-        return multiplications(self.base) + (0 if self.merged else self.A.numel() + self.B.numel())
+        return multiplications(self.base) + self.A.numel() + self.B.numel()
 
     def delta(self):
         """What the adapter adds to W: (alpha/r) B A, (out, in)."""
         return self.scale * (self.B @ self.A)
 
     def dense_weight(self):
-        base = dense_weight(self.base)
-        return base if self.merged else base + self.delta().to(base.dtype)
-
-    @torch.no_grad()
-    def merge(self):
-        """W <- W + (alpha/r) B A, in the base's format (a quantized base is made anew and the old one kept).
-        Returns the squared norms of the sum's rounding and of the product."""
-        total = self.dense_weight().float()
-        if isinstance(self.base, nn.Linear):
-            self.base.weight += self.delta().to(self.base.weight.dtype)
-        else:
-            self.unmerged, self.base = self.base, self.base.with_weight(total)
-        self.merged = True
-        error = self.dense_weight().float() - total
-        return error.square().sum().item(), self.delta().square().sum().item()
-
-    @torch.no_grad()
-    def unmerge(self):
-        if isinstance(self.base, nn.Linear):
-            self.base.weight -= self.delta().to(self.base.weight.dtype)
-        else:
-            self.base = self.unmerged
-        self.merged = False
+        W = dense_weight(self.base)
+        return W + self.delta().to(W.dtype)
 
 
 # ----------------------------------------------------------------------------- the values of factors
@@ -285,28 +261,28 @@ def swap_layers(model, make, wanted=is_linear):
     return swapped
 
 
-def replace_linears(model, rank, method=1, embedding_rank=0, progress=lambda layers: layers, start="normal",
-                    head=True):
+def replace_linears(model, rank, method=1, embedding_rank=0, start="normal", head=True):
     """Replace every linear layer, and with `head` also W^H, by one of `rank`; with embedding_rank also W^E.
 
-    method 1: random factors (`init_factors`); 2: the truncated SVD of the layer's weight; 3: a blend
-    of both. On the meta device only shapes are made. Returns the line that says what was done.
+    method 1: random factors (`init_factors`); 2: the truncated SVD of the layer's weight; 3: a blend of
+    both. On the meta device only shapes are made. Returns the line that says what was done.
     """
-    if method not in (1, 2, 3):
-        raise InputError(f"--method must be 1, 2 or 3, got {method}")
     before = count_parameters(model)
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and (head or m is not model.head)]
-    new = {dense: low_rank_layer(dense, rank, method, start) for dense in progress(linears)}
-    what = f"{len(swap_layers(model, lambda name, dense: new[dense], wanted=new.__contains__))} linears"
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if not head:
+        del linears["head"]
+    bar = tqdm(linears.items(), desc="decomposing", unit=" layers", disable=None, leave=False)
+    new = {name: low_rank_layer(dense, rank, method, start) for name, dense in bar}
+    swap_layers(model, lambda name, dense: new.get(name))
+    what = f"{len(new)} linears"
     if embedding_rank:
         model.embed = low_rank_embedding(model.embed, embedding_rank, method)
         what += " and the embedding"
     after = count_parameters(model)
-    if method < 3:
-        return f"replaced {what}: {millions(before)} -> {millions(after)} parameters ({before / after:.2f}x)"
-    low = after - sum(m.weight.numel() for m in model.modules() if isinstance(m, BlendedLinear))
-    return (f"blended {what}: {millions(before)} -> {millions(after)} parameters while W is there, "
-            f"{millions(low)} when alpha is 0 ({before / low:.2f}x)")
+    line = f"replaced {what}: {millions(before)} -> {millions(after)} parameters ({before / after:.2f}x)"
+    if method == 3:
+        line += "; " + blend_with(model, lambda name: linears[name].weight)
+    return line
 
 
 def millions(count):
@@ -314,22 +290,14 @@ def millions(count):
 
 
 def low_rank_layer(dense, rank, method, start):
-    with torch.device(dense.weight.device):
-        low = LowRankLinear(dense.in_features, dense.out_features, rank, dense.bias is not None, start)
-    if method > 1 and not dense.weight.is_meta:
-        [(B, A)], _ = svd_factors(dense.weight[None], [rank])
-        low.A.data, low.B.data = A.to(dense.weight.dtype), B.to(dense.weight.dtype)
+    W = dense.weight
+    with torch.device(W.device):
+        layer = LowRankLinear(dense.in_features, dense.out_features, rank, dense.bias is not None, start)
+    if method > 1 and not W.is_meta:
+        [(B, A)], _ = svd_factors(W[None], [rank])
+        layer.A.data, layer.B.data = A.to(W.dtype), B.to(W.dtype)
         if dense.bias is not None:
-            low.bias.data.copy_(dense.bias.data)
-    return blended(low, dense.weight.detach().clone()) if method == 3 else low
-
-
-def blended(low, weight):
-    """Method 3 of a LowRankLinear and a dense weight."""
-    with torch.device("meta"):
-        layer = BlendedLinear(low.in_features, low.out_features, low.rank, bias=False)
-    layer.lowrank, layer.weight = low, nn.Parameter(weight.to(low.A), requires_grad=False)
-    layer.alpha = torch.ones((), device=weight.device)
+            layer.bias.data.copy_(dense.bias.data)
     return layer
 
 
@@ -361,12 +329,20 @@ def set_alpha(model, alpha):
 
 
 def blend_with(model, dense_weight):
-    """Method 3 from a decomposed model: each LowRankLinear is blended with the W of dense_weight(name)."""
-    low = millions(count_parameters(model))
-    names = swap_layers(model, lambda name, layer: blended(layer, dense_weight(name)),
-                        wanted=lambda m: isinstance(m, LowRankLinear))
-    now = millions(count_parameters(model))
-    return f"blended {len(names)} linears: {now} parameters while W is there, {low} when alpha is 0"
+    """Blend each LowRankLinear with the W of dense_weight(name). Returns the line that says what was done."""
+    low = count_parameters(model)
+
+    def make(name, layer):
+        with torch.device("meta"):
+            blend = BlendedLinear(layer.in_features, layer.out_features, layer.rank, bias=False)
+        W = dense_weight(name).detach().to(layer.A, copy=True)
+        blend.lowrank, blend.weight = layer, nn.Parameter(W, requires_grad=False)
+        blend.alpha = torch.ones((), device=W.device)
+        return blend
+
+    names = swap_layers(model, make, wanted=lambda m: isinstance(m, LowRankLinear))
+    return (f"blended {len(names)} linears: {millions(count_parameters(model))} parameters while W is there, "
+            f"{millions(low)} when alpha is 0")
 
 
 def finish_blend(model):
@@ -396,23 +372,26 @@ def attach_lora(model, r=8, alpha=32, targets=("q", "k", "v", "qkv"), dropout=0.
             f"({trainable / base:.2%} of the base's {millions(base)})")
 
 
+@torch.no_grad()
 def merge_lora(model):
-    """W <- W + (alpha/r) B A in every adapted layer. The adapters stay in place, asleep, for unmerge_lora.
-    Returns the error of rounding the sums to the base's bits, relative to what was added."""
+    """Every adapted layer becomes its base with W + (alpha/r) B A in place of W, in its own format. Returns
+    what this rounding loses, relative to what was added."""
     if model.config.tied and isinstance(model.head, LoRALinear):
         raise InputError("the head shares its weights with the embedding, which the adapter is not for: "
                          "it can't be merged, keep it beside")
-    norms = [m.merge() for m in model.modules() if isinstance(m, LoRALinear) and not m.merged]
-    return math.sqrt(sum(error for error, _ in norms) / max(1e-30, sum(added for _, added in norms)))
+    lost = added = 0.0
 
+    def make(name, layer):
+        nonlocal lost, added
+        base, delta = layer.base, layer.delta()
+        W = dense_weight(base).float() + delta
+        if isinstance(base, Layer):
+            base = base.with_weight(W)
+        else:
+            base.weight.copy_(W)
+        lost += (dense_weight(base) - W).square().sum().item()
+        added += delta.square().sum().item()
+        return base
 
-def unmerge_lora(model):
-    """Undo merge_lora, to the rounding of W's dtype."""
-    for m in model.modules():
-        if isinstance(m, LoRALinear) and m.merged:
-            m.unmerge()
-
-
-def drop_lora(model):
-    """Take the adapters off; a merged one stays inside its base."""
-    return len(swap_layers(model, lambda name, layer: layer.base, wanted=lambda m: isinstance(m, LoRALinear)))
+    swap_layers(model, make, wanted=lambda m: isinstance(m, LoRALinear))
+    return math.sqrt(lost / max(1e-30, added))

@@ -18,11 +18,9 @@ import importlib.util
 import os
 import shutil
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from checkpoint import decomposed_from, load_model, open_dense, own_tensors, replace_model, save_state
 from common.cli import InputError, Parser, StopSignal, at_least_0, at_least_1, command, positive, say, seed
@@ -43,7 +41,7 @@ SETTINGS = dict(
     grad_clip=1.0,        # the largest norm of the whole gradient; 0: any
     warmup=None,          # steps until the highest rate (None: a tenth of them, at most 200)
     dropout=0.0,
-    start=None,           # first factors, of lowrank.STARTS (None: orthogonal with muon, else normal)
+    start=None,           # first factors, of lowrank.init_factors (None: orthogonal with muon, else normal)
     head="lowrank",       # W^H is of low rank too, as in the paper; "dense": as it is, tied to W^E
     embedding_rank=0,     # a rank for W^E too; 0: dense, as in the paper
     warm_start=0.0,       # share of the steps at full rank, before the SVD makes factors of the layers
@@ -298,9 +296,7 @@ def pretrained_model(args, given, home):
         dense = open_dense(decomposed_from(args.init_from))
         say(blend_with(model, lambda name: dense.get(f"{name}.weight")))
     if args.rank:
-        bar = partial(tqdm, desc="decomposing", unit=" layers", disable=None, leave=False)
-        head = args.head == "lowrank"
-        say(replace_linears(model, args.rank, args.method, args.embedding_rank, bar, head=head))
+        say(replace_linears(model, args.rank, args.method, args.embedding_rank, head=args.head == "lowrank"))
     model.set_dropout(args.dropout)
     return model.to(home), tokenizer
 

@@ -188,11 +188,7 @@ def load_adapter(model, folder, base_id=None):
 
 def take_off(model):
     """Leave the bare base."""
-    def bare(name, layer):
-        if layer.merged:
-            layer.unmerge()
-        return layer.base
-    swap_layers(model, bare, wanted=lambda m: isinstance(m, LoRALinear))
+    swap_layers(model, lambda name, layer: layer.base, wanted=lambda m: isinstance(m, LoRALinear))
 
 
 def with_factors(base, adapter, A, B):

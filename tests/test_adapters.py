@@ -15,7 +15,7 @@ from common import adapters
 from common.adapters import base_id, load_adapter, read_adapter, save_adapter, take_off
 from common.cli import InputError
 from common.formats import export
-from lowrank import LoRALinear, attach_lora, drop_lora, merge_lora, unmerge_lora
+from lowrank import LoRALinear, attach_lora, merge_lora
 from model import Config, Transformer
 from quant import quantize
 
@@ -119,7 +119,6 @@ def test_loading_twice_switches_and_saving_again_changes_nothing(saved, tmp_path
     save_adapter(tmp_path / "other", other, "some-base", base_id(path / "ours"))
     load_adapter(model, tmp_path / "other")
     assert torch.equal(model(TOKENS), other(TOKENS))
-    merge_lora(model)
     adapter = load_adapter(model, folder)
     assert torch.allclose(model(TOKENS), logits, atol=1e-5)
     assert re.search(r"r = 4 on .*, \d+ layers, [\d,]+ parameters$", str(adapter))
@@ -206,16 +205,10 @@ def test_merging_into_a_quantized_base_states_its_error(saved, bits, most):
     sums = {n: m.dense_weight() for n, m in model.named_modules() if isinstance(m, LoRALinear)}
     deltas = {n: m.delta().detach() for n, m in model.named_modules() if isinstance(m, LoRALinear)}
     error = merge_lora(model)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
-    lost = sum((m.base.dense_weight() - sums[n]).square().sum() for n, m in layers.items()).sqrt() / sum(d.square().sum() for d in deltas.values()).sqrt()
+    lost = sum((model.get_submodule(n).dense_weight() - W).square().sum() for n, W in sums.items()).sqrt()
+    lost /= sum(d.square().sum() for d in deltas.values()).sqrt()
     assert 0 < error < most and error == pytest.approx(lost.item(), rel=1e-4)
-    merged = model(TOKENS)
-    assert not torch.equal(merged, apart)
-    unmerge_lora(model)
-    assert torch.equal(model(TOKENS), apart)  # its integers are the old ones
-    merge_lora(model)
-    drop_lora(model)
-    assert torch.equal(model(TOKENS), merged) and not any(isinstance(m, LoRALinear) for m in model.modules())
+    assert not torch.equal(model(TOKENS), apart) and not any(isinstance(m, LoRALinear) for m in model.modules())
 
 
 # ----------------------------------------------------------------------------- checkpoint.py merge

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from common.cli import InputError
 from lowrank import (
-    STARTS,
     BlendedLinear,
     LoRALinear,
     LowRankEmbedding,
@@ -17,14 +16,12 @@ from lowrank import (
     attach_lora,
     balanced,
     blend_alpha,
-    drop_lora,
     finish_blend,
     merge_lora,
     replace_linears,
     set_alpha,
     svd_factors,
     swap_layers,
-    unmerge_lora,
 )
 from model import CONFIGS, Config, Transformer, config_for, count_parameters, flops_per_token, matmul_weights
 
@@ -59,7 +56,7 @@ def test_a_new_layer_has_the_deviation_of_a_dense_one():
     assert abs(layer.dense_weight().std().item() - 0.02) < 0.001
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", ["normal", "cola", "svd", "orthogonal"])
 def test_every_start_is_as_large_as_it_says(start):
     torch.manual_seed(0)
     layer = LowRankLinear(96, 160, 24, start=start)
@@ -197,7 +194,7 @@ def test_method_3_goes_from_the_dense_model_to_a_low_rank_one():
     dense = model_of(GPT2)
     blended = copy.deepcopy(dense)
     line = replace_linears(blended, 8, method=3)
-    assert "blended 9 linears" in line
+    assert line.startswith("replaced 9 linears") and "; blended 9 linears" in line
     set_alpha(blended, 1.0)
     assert torch.allclose(blended(TOKENS), dense(TOKENS), atol=1e-5)
     frozen = [n for n, p in blended.named_parameters() if not p.requires_grad]
@@ -228,9 +225,7 @@ def test_ranks_out_of_range_are_refused(rank):
         replace_linears(model_of(GPT2), rank)
 
 
-def test_bad_methods_and_targets_are_refused():
-    with pytest.raises(InputError, match="--method must be 1, 2 or 3, got 4"):
-        replace_linears(model_of(GPT2), 8, method=4)
+def test_targets_that_no_layer_has_are_refused():
     with pytest.raises(InputError, match="no layer is called nope: this model has down, gate, head, k, o, q, up, v"):
         attach_lora(model_of(LLAMA), targets=["nope"])
 
@@ -249,15 +244,9 @@ def test_lora_starts_as_its_base_merges_and_comes_off():
             nn.init.normal_(m.B, std=0.3)
     apart = adapted(TOKENS)
     assert (apart - before).abs().max() > 1e-3
-    merge_lora(adapted)
-    assert torch.allclose(adapted(TOKENS), apart, atol=1e-5)
-    merge_lora(adapted)  # twice is once
-    assert torch.allclose(adapted(TOKENS), apart, atol=1e-5)
-    unmerge_lora(adapted)
-    assert torch.allclose(adapted(TOKENS), apart, atol=1e-5)
-    merge_lora(adapted)
-    assert drop_lora(adapted) == 4
+    assert merge_lora(adapted) == 0  # what float32 rounds is no error
     assert torch.allclose(adapted(TOKENS), apart, atol=1e-5) and count_parameters(adapted) == count_parameters(base)
+    assert not any(isinstance(m, LoRALinear) for m in adapted.modules())
 
 
 def test_lora_has_the_outputs_and_gradients_of_peft():
@@ -289,6 +278,8 @@ def test_lora_counts_of_the_paper():
 
 
 def test_merging_into_a_layer_without_a_dense_weight_is_refused():
-    layer = LoRALinear(LowRankLinear(16, 16, 4), 2, 4)
+    model = model_of(GPT2)
+    replace_linears(model, 4)
+    attach_lora(model)
     with pytest.raises(InputError, match="can't be merged into a LowRankLinear"):
-        layer.merge()
+        merge_lora(model)
