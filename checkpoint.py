@@ -17,8 +17,6 @@ common/formats.py, a tensor at a time as well.
 import functools
 import itertools
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -30,15 +28,8 @@ from common.data import calibration_batches
 from common.device import give_back_memory
 from common.download import HUB, fetch_smollm2, hub_snapshot
 from common.formats import Source, check_tensors, export, open_source, read_headers
-from common.storage import read_tensors, replace_state, sharded, sync_folder, write_tensors
-from lowrank import (
-    BlendedLinear,
-    LowRankEmbedding,
-    LowRankLinear,
-    merge_lora,
-    replace_linears,
-    swap_layers,
-)
+from common.storage import read_tensors, replaced, sharded, sync_folder, write_tensors
+from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, merge_lora, replace_linears, swap_layers
 from model import CONFIGS, Config, Layer, Transformer, config_for, count_parameters
 
 FORMAT = "fingpt-hpc"
@@ -76,15 +67,17 @@ def build(config, layers):
     with torch.device("meta"):
         model = Transformer(config)
         swapped = swap_layers(model, make, wanted=lambda m: isinstance(m, (nn.Linear, nn.Embedding)))
-        tie_quantized(model, layers)
+        tie(model)
     if unknown := ", ".join(layers.keys() - set(swapped)):
         raise InputError(f"config.json describes layers that a {config.kind} of {config.blocks} blocks "
                          f"does not have: {unknown[:200]}")
     return model
 
 
-def tie_quantized(model, layers):
-    if any(form["kind"].startswith("quant") for form in layers.values()):
+def tie(model):
+    """One matrix for a head and an embedding that are tied, dense or quantized."""
+    model.tie()
+    if not isinstance(model.embed, (nn.Embedding, LowRankEmbedding)):
         from quant import tie
         tie(model)
 
@@ -95,10 +88,7 @@ def own_tensors(model):
 
 
 def save_model(folder, model, tokenizer=None, tensors=None):
-    """Write a model folder, of the model's own tensors or of those given.
-
-    `folder` should be new or about to be renamed: a run's folder is written by save_state.
-    """
+    """Write a model folder, new or about to be renamed, of the model's own tensors or of those given."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = own_tensors(model) if tensors is None else tensors
@@ -111,19 +101,9 @@ def save_model(folder, model, tokenizer=None, tensors=None):
 
 
 def replace_model(folder, model, tokenizer):
-    """save_model beside `folder`, then in its place."""
-    partial = Path(folder).with_name(Path(folder).name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_model(partial, model, tokenizer)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-
-
-def save_state(out_dir, model, tokenizer, optimizer_tensors, state, tensors=None):
-    """Replace the training state of a run. tensors: of a model that is spread over processes, gathered."""
-    def write(folder):
-        save_model(folder, model, tokenizer, tensors)
-    replace_state(out_dir, write, optimizer_tensors, state)
+    """save_model in place of what `folder` is."""
+    with replaced(folder) as new:
+        save_model(new, model, tokenizer)
 
 
 def write_config(folder, config, layers, files, **more):
@@ -224,7 +204,6 @@ def load_model(name, device="cpu", dtype=torch.float32, bits=16, group=None):
         raise InputError(f"{source.path} has {stored}-bit weights already: leave --bits {bits} out, "
                          "or give the model that it was made from")
     model = fill(build(source.config, source.layers), source.tensors(), device, dtype, bits, group)
-    tie_quantized(model, source.layers)
     return model, source.tokenizer()
 
 
@@ -253,12 +232,7 @@ def fill(model, tensors, device, dtype, bits=16, group=None):
             if freed > GIVE_BACK:  # else the heap fills with holes too small for the next layer
                 give_back_memory()
                 freed = 0
-    if bits < 16:
-        tied = model.config.tied and isinstance(model.embed, quant.QuantEmbedding)
-        if tied and isinstance(model.head, nn.Linear):
-            model.head = quant.QuantLinear(model.embed.W)
-        quant.tie(model)
-    model.tie()
+    tie(model)
     return model.eval()
 
 

@@ -33,7 +33,7 @@ import torch
 
 import eval as evaluation
 from checkpoint import load_model
-from common.adapters import FILES, adaptable, base_id, bits_of, load_adapter, save_adapter
+from common.adapters import adaptable, base_id, bits_of, load_adapter, save_adapter
 from common.cli import (
     InputError,
     Parser,
@@ -132,7 +132,7 @@ def finetune(args, given):
     # The run to go on from, and the device.
     state, state_folder, moments = None, None, {}
     if must_resume(args):
-        state_folder, state, moments = read_state(args.out_dir, files=lambda folder: [FILES[1]])
+        state_folder, state, moments = read_state(args.out_dir)
         restore_arguments(args, given, state["args"], FIXED)
     device = find_device(args.dtype)
     args.dtype = str(device.dtype)[6:]  # a resumed run computes as it began

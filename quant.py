@@ -350,8 +350,8 @@ def tie(model):
     """One matrix for an embedding and a head that are tied; and the embedding learns the model's dtype."""
     if isinstance(model.embed, QuantEmbedding):
         model.embed.dtype = model.norm.weight.dtype
-        if model.config.tied and isinstance(model.head, QuantLinear):
-            model.head.W = model.embed.W
+        if model.config.tied and isinstance(model.head, (nn.Linear, QuantLinear)):
+            model.head = QuantLinear(model.embed.W)
 
 
 def takes(model, module):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import decomposed_from, load_model, open_dense, own_tensors, replace_model, save_state
+from checkpoint import decomposed_from, load_model, open_dense, own_tensors, replace_model, save_model
 from common.cli import InputError, Parser, StopSignal, at_least_0, at_least_1, command, positive, say, seed
 from common.data import check_length, eval_batches, open_corpus, prepare, train_batch
 from common.device import find_device, matmul_rate, peak_memory
@@ -30,7 +30,7 @@ from common.loss import head_loss
 from common.optimizers import learning_rate, make_optimizers, moments_of, restore_moments, set_rate, step_all
 from common.processes import all_reduce, any_process, in_turn, is_first, process_group, surround, world_size
 from common.run import RunFolder, check_rows, must_resume, parse, plot_losses, restore_arguments
-from common.storage import read_state
+from common.storage import read_state, replace_state
 from lowrank import LowRankLinear, blend_alpha, blend_with, finish_blend, replace_linears, set_alpha
 from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_token
 
@@ -380,7 +380,8 @@ def save(folder, model, tokens, optimizers, around, args, rows, text):
     tensors, moments = around.gather(own_tensors(model)), around.gather(moments_of(model, optimizers))
     if is_first():
         state = dict(step=folder.step, rows=rows, text=text, args=vars(args), seconds=folder.seconds())
-        save_state(args.out_dir, model, tokens.tokenizer, moments, state, tensors)
+        replace_state(args.out_dir, lambda new: save_model(new, model, tokens.tokenizer, tensors),
+                      moments, state)
         shape = f"r = {rank_of(model)}" if rank_of(model) else "full rank"
         plot_losses(folder.path, f"{args.init_from or args.model}, {shape}, on {Path(args.data).name}")
     folder.saved()

@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from common.cli import InputError, cache_dir, say, write_atomic
-from common.download import said
+from common.download import openwebtext
 from common.tokenizer import gpt2_tokenizer, load_tokenizer, train_tokenizer
 
 DOCUMENT = 8192  # characters: longer texts are cut about here, so that a few books have some for validation
@@ -58,7 +58,7 @@ def open_corpus(data, data_dir):
     if data == "builtin":
         return Corpus("builtin", f"python{sysconfig.get_python_version()}", builtin_documents)
     if data == "openwebtext":  # 18 GB of tokens are no cache
-        return Corpus("openwebtext", "v1", openwebtext_documents, 8_013_769, 2000, Path(data_dir))
+        return Corpus("openwebtext", "v1", openwebtext, 8_013_769, 2000, Path(data_dir))
     return text_corpus(Path(data))
 
 
@@ -125,19 +125,6 @@ def read_documents(path):
     except UnicodeDecodeError as e:
         raise InputError(f"{path} is not UTF-8 text (byte {e.start} of a block is {e.object[e.start]:#x}): "
                          "convert it, for example with iconv -f latin1 -t utf-8") from None
-
-
-def openwebtext_documents():
-    """The paper's corpus, streamed through the `datasets` library: 54 GB of text, 9 billion tokens."""
-    try:
-        from datasets import load_dataset
-        for row in load_dataset("Skylion007/openwebtext", split="train", streaming=True):
-            yield row["text"]
-    except ImportError:
-        raise InputError("openwebtext needs the library `datasets`: pip install datasets, or give --data a "
-                         "text file") from None
-    except (OSError, RuntimeError, ValueError) as e:
-        raise InputError(f"openwebtext can't be downloaded ({said(e)}): give --data a text file") from None
 
 
 # ----------------------------------------------------------------------------- token files

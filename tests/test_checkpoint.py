@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import load_model, save_model, save_state
+from checkpoint import load_model, save_model
 from common import storage
 from common.cli import InputError, command
 from common.formats import export
-from common.storage import read_state, read_tensors
+from common.storage import read_state, read_tensors, replace_state
 from common.tokenizer import train_tokenizer
 from lowrank import attach_lora, replace_linears, set_alpha
 from model import Config, Transformer
@@ -119,7 +119,7 @@ def state_of(step):
 
 def save(out, step):
     model, moments, state = state_of(step)
-    save_state(out, model, None, moments, state)
+    replace_state(out, lambda new: save_model(new, model), moments, state)
 
 
 def test_state_is_read_back_and_the_run_folder_is_a_model(tmp_path):

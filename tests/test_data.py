@@ -4,10 +4,10 @@ import json
 import os
 import sys
 import threading
-import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -172,30 +172,29 @@ def test_bad_token_files_are_refused(text_file, tokenizer, tmp_path):
 
 
 def test_openwebtext_without_its_library_says_what_to_install(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match="pip install datasets"):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match="openwebtext can't be downloaded without .*: pip install huggingface_hub, or"):
         prepare(open_corpus("openwebtext", tmp_path), tokenizer)
 
 
-def test_openwebtext_of_a_library_that_refuses_scripts(tmp_path, tokenizer, monkeypatch):
-    def load_dataset(*args, **more):
-        raise RuntimeError("Dataset scripts are no longer supported")
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(InputError, match="can't be downloaded .RuntimeError: Dataset scripts"):
-        prepare(open_corpus("openwebtext", tmp_path), tokenizer)
+def test_openwebtext_from_its_parquet_files(tmp_path, tokenizer, monkeypatch):
+    texts = [f"page {i} of the web\n" for i in range(4001)]
+    asked = []
 
-
-def test_openwebtext_streams_through_datasets(tmp_path, tokenizer, monkeypatch):
-    class FakeLibrary:
-        @staticmethod
-        def load_dataset(name, split, streaming):
-            assert (name, split, streaming) == ("Skylion007/openwebtext", "train", True)
-            return ({"text": f"page {i} of the web\n"} for i in range(4001))
-    monkeypatch.setitem(sys.modules, "datasets", FakeLibrary)
-    files = prepare(open_corpus("openwebtext", tmp_path), tokenizer)
-    assert files.folder.parent == tmp_path
-    other = train_tokenizer([f"page {i} of the web\n" for i in range(300)], 280)
-    again = prepare(open_corpus("openwebtext", tmp_path), other)
+    def hf_hub_download(repository, name, repo_type, revision, **more):
+        asked.append(name)
+        assert (repository, repo_type, len(revision)) == ("Skylion007/openwebtext", "dataset", 40)
+        start = 3000 * (len(asked) % 2 == 0)
+        rows = pyarrow.table({"text": texts[start:start + 3000]})
+        pyarrow.parquet.write_table(rows, tmp_path / "part.parquet", row_group_size=1000)
+        return tmp_path / "part.parquet"
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    monkeypatch.setattr("common.download.OPENWEBTEXT_FILES", 2)
+    files = prepare(open_corpus("openwebtext", tmp_path / "t"), tokenizer)
+    assert asked == ["plain_text/train-00000-of-00002.parquet", "plain_text/train-00001-of-00002.parquet"]
+    assert files.folder.parent == tmp_path / "t"
+    other = train_tokenizer(texts[:300], 280)
+    again = prepare(open_corpus("openwebtext", tmp_path / "t"), other)
     assert again.folder != files.folder, "a folder for each tokenizer"
     assert again.tokenizer.backend.to_str() == other.backend.to_str()
     assert "page 1999 of" in tokenizer.decode(files.val.tolist())
