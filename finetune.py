@@ -353,7 +353,7 @@ def speed(tokens, folder):
 
 def save(folder, model, optimizers, around, args, rows, before, own_id):
     """Replace OUT/state: the adapter, the moments, and what the run needs to go on."""
-    folder.check_finite(around.own_parameters(), args)
+    folder.check_finite(around, args)
     learned = around.gather({name: p for name, p in model.named_parameters() if p.requires_grad})
     moments = around.gather(moments_of(model, optimizers))
     if is_first():

@@ -21,12 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common.cli import InputError
-
-
-def check(holds, message):
-    if not holds:
-        raise InputError(message)
+from common.cli import InputError, refuse
 
 
 @dataclass(frozen=True)
@@ -65,14 +60,15 @@ class Config:
 
     def __post_init__(self):
         for name in ("vocab_size", "context", "blocks", "heads", "kv_heads", "width", "ffn"):
-            check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        check(self.kind in ARCHITECTURES, f"kind must be one of {', '.join(ARCHITECTURES)}, got {self.kind}")
-        check(self.width % self.heads == 0, f"width {self.width} is not divisible by {self.heads} heads")
-        check(self.heads % self.kv_heads == 0,
-              f"{self.heads} heads can't share {self.kv_heads} key/value heads: one must divide the other")
-        check(not self.architecture.rope or self.head_size % 2 == 0,
-              f"RoPE turns pairs: the head size must be even, got {self.width}/{self.heads}")
-        check(0 <= self.dropout < 1, f"dropout must be in 0..1 (1 excluded), got {self.dropout}")
+            refuse(getattr(self, name) < 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        refuse(self.kind not in ARCHITECTURES,
+               f"kind must be one of {', '.join(ARCHITECTURES)}, got {self.kind}")
+        refuse(self.width % self.heads, f"width {self.width} is not divisible by {self.heads} heads")
+        refuse(self.heads % self.kv_heads,
+               f"{self.heads} heads can't share {self.kv_heads} key/value heads: one must divide the other")
+        refuse(self.architecture.rope and self.head_size % 2,
+               f"RoPE turns pairs: the head size must be even, got {self.width}/{self.heads}")
+        refuse(not 0 <= self.dropout < 1, f"dropout must be in 0..1 (1 excluded), got {self.dropout}")
 
     @property
     def architecture(self):
@@ -110,7 +106,7 @@ CONFIGS = {
 
 def config_for(name, **changes):
     """The configuration of a known name, with some fields changed."""
-    check(name in CONFIGS, f"no model is called {name!r}: known names are {', '.join(CONFIGS)}")
+    refuse(name not in CONFIGS, f"no model is called {name!r}: known names are {', '.join(CONFIGS)}")
     return replace(CONFIGS[name], **changes)
 
 
@@ -135,8 +131,8 @@ class Layer(nn.Module):
         return None
 
     def last_product(self, x, dtype):
-        """h (..., k) and W (out, k) such that forward(x) = h W^T + bias, for a loss in chunks that multiplies
-        with W itself (common/loss.py); None where y is no such product. dtype: of a W that is made for it."""
+        """h (..., k) and W (out, k) such that forward(x) = h W^T + bias, for common/loss.py, which multiplies
+        with W itself; None where y is no such product. dtype: of a W that is made for it."""
         return None
 
     def with_weight(self, W):
@@ -149,7 +145,7 @@ def is_linear(module):
 
 
 def multiplications(layer):
-    """Of one token: an nn.Linear's, or what a Layer says."""
+    """Of one token, in any layer."""
     return layer.multiplications if isinstance(layer, Layer) else layer.in_features * layer.out_features
 
 
@@ -196,9 +192,9 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer = config, layer
-        n, shared, biases = config.width, config.kv_heads * config.head_size, config.architecture.biases
+        n, biases = config.width, config.architecture.biases
         for name in config.architecture.inputs:
-            size = {"qkv": 3 * n, "q": n}.get(name, shared)
+            size = {"qkv": 3 * n, "q": n}.get(name, config.kv_heads * config.head_size)
             self.add_module(name, nn.Linear(n, size, bias=name in biases))
         self.o = nn.Linear(n, n, bias="o" in biases)
 
@@ -270,7 +266,7 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
 
     def materialize(self, device="cpu"):
-        """Give a model built under torch.device("meta") its memory, not yet its values."""
+        """Give a model on the meta device its memory, not yet its values."""
         self.to_empty(device=device)
         self.tie()  # to_empty gives head and embedding a tensor each
         return self
@@ -304,8 +300,8 @@ class Transformer(nn.Module):
     def begin(self, tokens, cache=None):
         """The embeddings (B, T, C), and the rope tables and the mask that every block is given."""
         T, seen = tokens.shape[1], cache.end if cache else 0
-        check(seen + T <= self.config.context, f"{seen + T} tokens do not fit the context of "
-              f"{self.config.context}: shorten the prompt or the window")
+        refuse(seen + T > self.config.context, f"{seen + T} tokens do not fit the context of "
+               f"{self.config.context}: shorten the prompt or the window")
         positions = cache.positions(T) if cache else torch.arange(T, device=tokens.device)
         x = self.embed(tokens)
         if self.positions is not None:

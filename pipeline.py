@@ -13,18 +13,17 @@ follow each other, Fig. 3(b); Fm and Bm are the forward and the backward pass of
     stage 2 .  .  F0 F1 F2 F3 .  .  B3 B2 B1 B0 .  .          .  .  F0 F1 .  B0 F2 B1 F3 B2 .  B3 .  .
     stage 3 .  .  .  F0 F1 F2 F3 B3 B2 B1 B0 .  .  .          .  .  .  F0 B0 F1 B1 F2 B2 F3 B3 .  .  .
 
-A stage is busy in 2M of 2(N + M - 1) clocks: its utilization is M / (N + M - 1), and the dots are the
-bubble. Gradients add up over the microbatches: the result is that of one process and the whole batch.
-
-GPipe keeps the activations of all M microbatches, and so goes with recomputation (recompute.py). 1F1B has
-the same bubble, but a backward pass runs as soon as it can: stage s holds at most N - s microbatches.
+A stage is busy in 2M of 2(N + M - 1) clocks: its utilization is M / (N + M - 1), and the dots are the bubble.
+Gradients add up over the microbatches: the result is that of one process and the whole batch. GPipe keeps
+the activations of all M microbatches, and so goes with recomputation (recompute.py). 1F1B has the same
+bubble, but a backward pass runs as soon as it can: stage s holds at most N - s microbatches.
 
     python pipeline.py --stages 4 --microbatches 8 --schedule gpipe    the clock table and a picture, Fig. 3
     torchrun --nproc_per_node 4 train.py --rank 192 --pipeline 4 --microbatches 8 --schedule 1f1b
     torchrun --nproc_per_node 4 train.py --pipeline 2                  2 stages x 2 replicas
     python bench.py pipeline                                           utilization, measured
 """
-from collections import deque
+from collections import ChainMap, deque
 from datetime import timedelta
 from functools import cache, partial
 from itertools import accumulate
@@ -34,9 +33,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from common.cli import InputError, Parser, at_least_1, command
+from common.cli import InputError, Parser, at_least_1, command, refuse
 from common.loss import head_loss
-from common.processes import seed_random
+from common.processes import Single, seed_random
 from model import matmul_weights, rope_tables
 
 SCHEDULES = ("gpipe", "1f1b")
@@ -103,31 +102,28 @@ def clock_table(lists):
     """The simulation with steps of one clock, as text."""
     rows = simulate(lists)
     clocks, width = max(end for *_, end in rows), 1 + max(len(f"{kind}{m}") for _, kind, m, *_ in rows)
-    cells = [["."] * clocks for _ in lists]
+    table = {"clock": list(range(clocks))} | {f"stage {s}": ["."] * clocks for s in range(len(lists))}
     for s, kind, m, start, _ in rows:
-        cells[s][start] = f"{kind}{m}"
-    names = ["clock", *(f"stage {s}" for s in range(len(lists)))]
-    lines = []
-    for name, row in zip(names, [range(clocks), *cells]):
-        lines.append(name.ljust(len(names[-1])) + " " + "".join(str(cell).ljust(width) for cell in row))
+        table[f"stage {s}"][start] = f"{kind}{m}"
+    names = max(map(len, table))
+    lines = [name.ljust(names + 1) + "".join(str(c).ljust(width) for c in row) for name, row in table.items()]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def draw(rows, path, title):
-    """The picture of Fig. 3: a row for each stage, a bar for each step."""
+def draw(rows, title):
+    """PICTURE, as Fig. 3: a row for each stage, a bar for each step."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    stages, clocks = 1 + max(s for s, *_ in rows), max(end for *_, end in rows)
-    fig, ax = plt.subplots(figsize=(11, 0.8 + 0.5 * stages), dpi=120, layout="constrained")
+    fig, ax = plt.subplots(figsize=(11, 4), dpi=120, layout="constrained")
+    colors = {"F": "#8ab6e8", "B": "#f2c078"}
     for s, kind, m, start, end in rows:
-        ax.barh(s, end - start, 0.9, start, color={"F": "#8ab6e8", "B": "#f2c078"}[kind], edgecolor="white")
-        if clocks < 50:  # room for the names
-            ax.text((start + end) / 2, s, f"{kind}{m}", ha="center", va="center", fontsize=7)
-    ax.set(yticks=range(stages), ylabel="stage", xlabel="clock", title=title, xlim=(0, clocks))
+        bar = ax.barh(s, end - start, 0.9, start, color=colors[kind], edgecolor="white")
+        ax.bar_label(bar, [f"{kind}{m}"], label_type="center", fontsize=7)
+    ax.set(ylabel="stage", xlabel="clock", title=title)
     ax.invert_yaxis()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path)
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(PICTURE)
     plt.close(fig)
 
 
@@ -142,8 +138,8 @@ def costs(model, length):
 
 def balance(costs, stages):
     """Cut the pieces into a range for each stage, so that the costliest stage costs least, then the next."""
-    if stages > len(costs) - 2:
-        raise InputError(f"{stages} stages are more than the model's {len(costs) - 2} blocks: choose fewer")
+    refuse(stages > len(costs) - 2,
+           f"{stages} stages are more than the model's {len(costs) - 2} blocks: choose fewer")
     total = [0, *accumulate(costs)]
 
     @cache
@@ -164,19 +160,14 @@ def balance(costs, stages):
 
 def cut(model, pieces):
     """Move all parameters but those of `pieces` to the meta device: names and shapes without memory."""
-    def piece_of(name):
-        first, *rest = name.split(".")
-        if first == "blocks":
-            return 1 + int(rest[0])
-        return 0 if first in ("embed", "positions") else 1 + len(model.blocks)
-
-    named = list(model.named_parameters(remove_duplicate=False))
-    own = {id(p) for name, p in named if piece_of(name) in pieces}  # a tied matrix: in two stages
-    empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for _, p in named}
-    for name, p in named:
-        if id(p) not in own:
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, empty[id(p)])
+    ends = [nn.ModuleList(pair) for pair in ((model.embed, model.positions), (model.norm, model.head))]
+    modules = [ends[0], *model.blocks, ends[1]]
+    own = {p for i in pieces for p in modules[i].parameters()}  # a tied matrix: in two stages
+    empty = {p: nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p not in own:
+                setattr(module, name, empty[p])
 
 
 # ----------------------------------------------------------------------------- processes and messages
@@ -186,9 +177,8 @@ class Grid:
 
     def __init__(self, stages):
         world = dist.get_world_size() if dist.is_initialized() else 1
-        if world % stages:
-            raise InputError(f"{world} process{'es' * (world > 1)} can't form {stages} stages: "
-                             f"torchrun --nproc_per_node {stages} train.py ..., or a multiple of it")
+        refuse(world % stages, f"{world} processes can't form {stages} stages: torchrun --nproc_per_node "
+               f"{stages} train.py ..., or a multiple")
         self.stages, self.replicas = stages, world // stages
         self.stage, self.replica = divmod(dist.get_rank() if world > 1 else 0, self.replicas)
         self.first, self.last = self.stage == 0, self.stage == stages - 1
@@ -283,7 +273,7 @@ def execute(steps, forward, wires):
 
 # ----------------------------------------------------------------------------- a model's stage
 
-class Pipeline:
+class Pipeline(Single):
     """The stage of a model that this process computes, with the interface of common/processes.py.
 
     It cuts the model in place. microbatches: of this replica's part of a step; length: of a sequence in
@@ -309,12 +299,6 @@ class Pipeline:
         return (f"pipeline {self.kind}: {N} stages x {self.replicas} replicas, {M} microbatches, "
                 f"utilization at most {M / (N + M - 1):.3f}")
 
-    def own_parameters(self):
-        return [p for p in self.model.parameters() if p.requires_grad and not p.is_meta]
-
-    def own_part(self, tensor, parameter):
-        return tensor.to(parameter.device)
-
     def run(self, tokens, x, seed=()):
         """This stage's blocks: tokens (b, T) or activations x (b, T, C) to activations.
 
@@ -326,9 +310,9 @@ class Pipeline:
             x, rope, _ = self.model.begin(tokens)
         elif self.model.config.architecture.rope:
             rope = rope_tables(torch.arange(tokens.shape[1], device=tokens.device), self.model.config)
-        for i, block in enumerate(self.model.blocks):
-            if 1 + i in self.pieces:
-                seed_random(*seed, 1 + i)
+        for i, block in enumerate(self.model.blocks, 1):
+            if i in self.pieces:
+                seed_random(*seed, i)
                 x = block(x, rope)
         return x
 
@@ -337,8 +321,6 @@ class Pipeline:
         tokens x and targets y (B, T). Returns their mean loss in the last stage, 0 elsewhere."""
         M, losses = self.microbatches, []
         x, y = (torch.cat(parts) for parts in zip(*batches))
-        if len(x) % M:
-            raise InputError(f"a batch of {len(x)} is not divisible into {M} microbatches: change either")
         tokens, targets = x.chunk(M), y.chunk(M)
 
         def forward(m, x):
@@ -387,29 +369,23 @@ class Pipeline:
     def gather(self, tensors):
         """The tensors (name -> tensor) of all stages in process 0, on the CPU; {} elsewhere."""
         own = {name: t.detach().cpu() for name, t in tensors.items() if not t.is_meta}
-        if self.replica:
-            return {}
-        if not self.grid.first:
-            dist.send_object_list([own], group=self.grid.pipe, group_dst=0)
-            return {}
-        for stage in range(1, self.grid.stages):  # one after the other
-            received = [None]
-            dist.recv_object_list(received, group=self.grid.pipe, group_src=stage)
-            own = received[0] | own  # a tied matrix comes twice
-        return own
+        if self.grid.stages == 1 or self.replica:
+            return {} if self.replica else own
+        stages = [{}] * self.grid.stages
+        dist.gather_object(own, stages if self.grid.first else None, group=self.grid.pipe, group_dst=0)
+        return dict(ChainMap(*stages))  # a tied matrix comes twice
 
 
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--stages", type=at_least_1, default=4, help="stages N (default: %(default)s)")
-    parser.add_argument("--microbatches", type=at_least_1, default=8,
-                        help="microbatches M; 1 is Fig. 3(a) (default: %(default)s)")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="gpipe", help="default: %(default)s")
+    parser.add_argument("--stages", type=at_least_1, default=4, help="stages N")
+    parser.add_argument("--microbatches", type=at_least_1, default=8, help="microbatches M; 1 is Fig. 3(a)")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="gpipe", help="the order of the steps")
     args = parser.parse_args(argv)
     N, M, lists = args.stages, args.microbatches, schedule(args.schedule, args.stages, args.microbatches)
     rows = simulate(lists)
     print(clock_table(lists))
-    draw(rows, PICTURE, f"{args.schedule}, {N} stages, {M} microbatches: utilization {utilization(rows):.3f}")
+    draw(rows, f"{args.schedule}, {N} stages, {M} microbatches: utilization {utilization(rows):.3f}")
     print(f"{PICTURE}: the picture. Microbatches held by each stage: {[stored(steps) for steps in lists]}")
     print(f"utilization {utilization(rows):.3f} = M / (N + M - 1) = {M}/{N + M - 1} = {M / (N + M - 1):.3f}")
     return 0

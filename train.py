@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import decomposed_from, load_model, open_dense, own_tensors, replace_model, save_model
-from common.cli import InputError, Parser, StopSignal, at_least_0, at_least_1, command, positive, say, seed
+from common.cli import Parser, StopSignal, at_least_0, at_least_1, command, positive, refuse, say, seed
 from common.data import check_length, eval_batches, open_corpus, prepare, train_batch
 from common.device import find_device, matmul_rate, peak_memory
 from common.loss import head_loss
@@ -34,8 +34,7 @@ from common.storage import read_state, replace_state
 from lowrank import LowRankLinear, blend_alpha, blend_with, finish_blend, replace_linears, set_alpha
 from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_token
 
-# What is rarely turned, and has no flag: a bench gives another value by train.main(argv, dropout=0.1). A run
-# remembers them.
+# What is rarely turned, and has no flag: main(argv, dropout=0.1) gives another value. A run remembers them.
 SETTINGS = dict(
     weight_decay=0.1,     # of matrices; vectors have none
     grad_clip=1.0,        # the largest norm of the whole gradient; 0: any
@@ -57,54 +56,41 @@ SMALL = ("tiny", "small")  # models whose vocabulary is as large as their tokeni
 
 def make_parser():
     p = Parser(__doc__)
-    g = p.add_argument_group("model")
-    g.add_argument("--model", help=f"architecture: {', '.join(CONFIGS)} (default: gpt2)")
-    g.add_argument("--rank", type=at_least_0, default=0,
-                   help="rank r of every linear layer; 0 is full rank (default: %(default)s)")
-    g.add_argument("--method", type=int, choices=(1, 2, 3),
-                   help="1 from scratch, 2 from an SVD, 3 blended (default: 1, with --init-from 2)")
-    g.add_argument("--init-from", help="a pretrained model to start from: a folder, a file or a known name")
-    g.add_argument("--bits", type=int, choices=(4, 8, 16), default=16,
-                   help="8 or 4: train and save weights rounded to so many bits (default: %(default)s)")
-    g = p.add_argument_group("optimization")
-    g.add_argument("--optimizer", choices=("muon", "adamw"),
-                   help="muon: orthogonalized steps for matrices (default: muon, with --init-from adamw)")
-    g.add_argument("--data", default="builtin",
-                   help="builtin, openwebtext, or a text file or folder (default: %(default)s)")
-    g.add_argument("--batch-size", type=at_least_1,
-                   help="sequences a step in each replica (default: 4 on a CPU, 16 on a GPU)")
-    g.add_argument("--grad-accum", type=at_least_1, default=1,
-                   help="batches whose gradients are added up for a step (default: %(default)s)")
-    g.add_argument("--seq-len", type=at_least_1,
-                   help="tokens in a window (default: 256 on a CPU, else 1,024; at most the context)")
-    g.add_argument("--max-iters", type=at_least_1,
-                   help="steps of the whole schedule (default: 150 on a CPU, 5,000 on a GPU)")
-    g.add_argument("--stop-at", type=at_least_1,
-                   help="end after this many steps; the schedule stays that of --max-iters")
-    g.add_argument("--lr", type=positive, default=1e-3, help="highest learning rate (default: %(default)s)")
-    g.add_argument("--seed", type=seed, default=1,
-                   help="of weights, batches and dropout (default: %(default)s)")
-    g = p.add_argument_group("machine")
-    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                   help="of matrix products; auto: the one that is faster here (default: %(default)s)")
-    g.add_argument("--compile", action="store_true", help="compile the blocks with torch.compile")
-    g.add_argument("--recompute", choices=("none", "sdpa", "attention", "block"),
-                   help="what the backward pass computes again: the scores of attention (sdpa, attention) "
-                        "or all of a block (default: sdpa, with --schedule gpipe block)")
-    g.add_argument("--pipeline", type=at_least_0, default=0,
-                   help="cut the model into this many stages; 0: no pipeline (default: %(default)s)")
-    g.add_argument("--microbatches", type=at_least_1,
-                   help="parts of a batch that follow each other in a pipeline (default: up to 4 a stage)")
-    g.add_argument("--schedule", default="1f1b", help="of the pipeline: gpipe or 1f1b (default: %(default)s)")
-    g.add_argument("--shard", action="store_true",
-                   help="spread parameters, gradients and moments over all processes")
-    g = p.add_argument_group("output")
-    g.add_argument("--out-dir", default="out/train", help="folder of this run (default: %(default)s)")
-    g.add_argument("--resume", action="store_true", help="continue the run in --out-dir")
-    g.add_argument("--log-interval", type=at_least_1, default=10,
-                   help="steps between two lines (default: %(default)s)")
-    g.add_argument("--save-interval", type=at_least_1, default=500,
-                   help="steps between two checkpoints (default: %(default)s)")
+    add = p.add_argument_group("model").add_argument
+    add("--model", help=f"architecture: {', '.join(CONFIGS)} (default: gpt2)")
+    add("--rank", type=at_least_0, default=0, help="rank r of every linear layer; 0 is full rank")
+    add("--method", type=int, choices=(1, 2, 3),
+        help="1 from scratch, 2 from an SVD, 3 blended (default: 1, with --init-from 2)")
+    add("--init-from", help="a pretrained model to start from: a folder, a file or a known name")
+    add("--bits", type=int, choices=(4, 8, 16), default=16, help="8 or 4: train and save rounded weights")
+    add = p.add_argument_group("optimization").add_argument
+    add("--optimizer", choices=("muon", "adamw"),
+        help="muon: orthogonalized steps for matrices (default: muon, with --init-from adamw)")
+    add("--data", default="builtin", help="builtin, openwebtext, or a text file or folder")
+    add("--batch-size", type=at_least_1, help="sequences a step in each replica (default: 4, on a GPU 16)")
+    add("--grad-accum", type=at_least_1, default=1, help="batches whose gradients are added up for a step")
+    add("--seq-len", type=at_least_1, help="tokens in a window (default: 256, on a GPU up to 1,024)")
+    add("--max-iters", type=at_least_1, help="steps of the whole schedule (default: 150, on a GPU 5,000)")
+    add("--stop-at", type=at_least_1, help="end after so many steps; the schedule stays that of --max-iters")
+    add("--lr", type=positive, default=1e-3, help="highest learning rate")
+    add("--seed", type=seed, default=1, help="of weights, batches and dropout")
+    add = p.add_argument_group("machine").add_argument
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of matrix products; auto: the one that is faster here")
+    add("--compile", action="store_true", help="compile the blocks with torch.compile")
+    add("--recompute", choices=("none", "sdpa", "attention", "block"),
+        help="what the backward pass computes again: the scores (sdpa, attention) or all of a block "
+             "(default: sdpa, with --schedule gpipe block)")
+    add("--pipeline", type=at_least_0, default=0, help="cut the model into this many stages; 0: no pipeline")
+    add("--microbatches", type=at_least_1,
+        help="parts of a batch that follow each other in a pipeline (default: up to 4 a stage)")
+    add("--schedule", default="1f1b", help="of the pipeline: gpipe or 1f1b")
+    add("--shard", action="store_true", help="spread parameters, gradients and moments over all processes")
+    add = p.add_argument_group("output").add_argument
+    add("--out-dir", default="out/train", help="folder of this run")
+    add("--resume", action="store_true", help="continue the run in --out-dir")
+    add("--log-interval", type=at_least_1, default=10, help="steps between two lines")
+    add("--save-interval", type=at_least_1, default=500, help="steps between two checkpoints")
     return p
 
 
@@ -131,7 +117,6 @@ def train(args, given):
 
     # The model and the data. A random model may need the size of the data's vocabulary.
     home = torch.device("cpu") if args.shard else device.torch_device  # a sharded one need not fit on a GPU
-    config = config_for(args.model)
     model = tokenizer = None
     if state is not None:
         model, tokenizer = load_model(state_folder, home)
@@ -143,20 +128,16 @@ def train(args, given):
     say(f"data {args.data}: {len(tokens.train):,} tokens to train on, {len(tokens.val):,} to validate")
     say(f"tokenizer {tokens.tokenizer.name}")
     text = tokens.meta["train"]["sha256"]
-    if state is not None and state["text"] != text:
-        raise InputError(f"--data {args.data} is not the text that the run began with: give that one, or "
-                         "another --out-dir")
+    refuse(state is not None and state["text"] != text, f"--data {args.data} is not the text that the run "
+           "began with: give that one, or another --out-dir")
     if model is None:
-        model = random_model(args, config, tokens.tokenizer.vocab_size, home)
+        model = random_model(args, tokens.tokenizer.vocab_size, home)
     model.train()
     tokens.check_fits(model.config.vocab_size)
-    with torch.device("meta"):
-        full_rank = count_parameters(Transformer(model.config))
-    if args.seq_len is None:
-        args.seq_len = min(model.config.context, 1024 if device.torch_device.type == "cuda" else 256)
-    if args.seq_len > model.config.context:
-        raise InputError(f"--seq-len {args.seq_len} is longer than the model's context of "
-                         f"{model.config.context}")
+    context = model.config.context
+    args.seq_len = args.seq_len or min(context, 1024 if device.torch_device.type == "cuda" else 256)
+    refuse(args.seq_len > context,
+           f"--seq-len {args.seq_len} is longer than the model's context of {context}")
     check_length(tokens.train, args.seq_len, "training")
 
     # What surrounds the model, the optimizers, and the folder of the run.
@@ -168,7 +149,7 @@ def train(args, given):
     folder, stop = RunFolder(args, state, last), StopSignal()
     if folder.is_done():
         return 0
-    warming = args.warm_start > 0 and not any(isinstance(layer, LowRankLinear) for layer in model.modules())
+    warming = args.warm_start > 0 and rank_of(model) == 0
     folder.begin()
 
     while folder.step < last:
@@ -219,7 +200,7 @@ def train(args, given):
         if stopped:
             break
 
-    finish(folder, model, rows, full_rank, args, device, stop.name)
+    finish(folder, model, rows, args, device, stop.name)
     return folder.say_stopped("train.py", stop.name) if stop.name else 0
 
 
@@ -231,13 +212,13 @@ def fill_in(args, device):
     has_muon = importlib.util.find_spec("beyond") is not None
     optimizer = args.optimizer or ("muon" if has_muon and not args.init_from else "adamw")
     steps = args.max_iters or (5000 if gpu else 150)
-    parts = args.microbatches or 1  # the batch must divide into so many
+    batch, parts = 16 if gpu else 4, args.microbatches or 1
+    batch += -batch % parts  # it must divide into the microbatches
     values = dict(
         model="gpt2", method=2 if args.init_from else 1, optimizer=optimizer, max_iters=steps,
-        batch_size=-(-(16 if gpu else 4) // parts) * parts,
+        batch_size=batch, warmup=min(200, steps // 10), eval_interval=-(-steps // 4),
         recompute="block" if args.pipeline and args.schedule == "gpipe" else "sdpa",
-        start="orthogonal" if optimizer == "muon" else "normal",
-        warmup=min(200, steps // 10), eval_interval=-(-steps // 4))
+        start="orthogonal" if optimizer == "muon" else "normal")
     for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -247,61 +228,53 @@ def fill_in(args, device):
 
 def check(args):
     """Refuse what can't go together, before anything slow begins."""
+    config_for(args.model)
     decomposed = args.init_from and decomposed_from(args.init_from)
-    if args.method == 2 and not args.init_from:
-        raise InputError("--method 2 starts from the SVD of pretrained weights: say which with --init-from")
-    if args.method == 1 and args.init_from and args.rank:
-        raise InputError(f"--method 1 starts from random factors, not from --init-from {args.init_from}: "
-                         "choose --method 2 or 3")
-    if args.method == 3 and not args.rank and not args.resume and not decomposed:
-        raise InputError("--method 3 blends into layers of a rank: give --rank, or --init-from a folder of "
-                         "decompose.py")
-    if args.rank and decomposed:
-        raise InputError(f"{args.init_from} is decomposed and has its ranks: leave --rank {args.rank} out, "
-                         f"or start from {decomposed}")
-    if args.bits < 16 and args.method == 3:
-        raise InputError(f"--bits {args.bits} and --method 3 both change how a low-rank layer computes: "
-                         "leave one out")
-    if args.warm_start and (args.method != 1 or not args.rank or args.bits < 16 or args.pipeline):
-        raise InputError("warm_start is of method 1 at a --rank, without --bits and --pipeline")
-    if args.shard and (args.pipeline or args.method == 3 or args.warm_start):
-        raise InputError("--shard spreads one unchanging model over the processes: no --pipeline, --method 3 "
-                         "or warm_start with it")
-    if args.shard and world_size() == 1:
-        raise InputError("--shard needs several processes: torchrun --nproc_per_node N train.py ... --shard")
-    if args.microbatches and not args.pipeline and not args.resume:
-        raise InputError("--microbatches are of a pipeline: give --pipeline N")
-    if args.pipeline and args.batch_size % args.microbatches:
-        raise InputError(f"--batch-size {args.batch_size} is not divisible into {args.microbatches} "
-                         "microbatches: change one of the two")
-    if args.pipeline and world_size() % args.pipeline:
-        raise InputError(f"{world_size()} processes can't form {args.pipeline} stages: "
-                         f"torchrun --nproc_per_node {args.pipeline} train.py ..., or a multiple of it")
-    if args.compile and shutil.which("g++") is None:
-        raise InputError("--compile needs a C++ compiler: install g++, or leave it out")
+    refuse(args.method == 2 and not args.init_from,
+           "--method 2 starts from the SVD of pretrained weights: say which with --init-from")
+    refuse(args.method == 1 and args.init_from and args.rank,
+           f"--method 1 starts from random factors, not from {args.init_from}: choose --method 2 or 3")
+    refuse(args.method == 3 and not args.rank and not args.resume and not decomposed,
+           "--method 3 blends into layers of a rank: give --rank, or --init-from a folder of decompose.py")
+    refuse(args.rank and decomposed,
+           f"{args.init_from} has ranks already: leave --rank {args.rank} out, or start from {decomposed}")
+    refuse(args.bits < 16 and args.method == 3,
+           f"--bits {args.bits} and --method 3 both change how a low-rank layer computes: leave one out")
+    refuse(args.warm_start and (args.method != 1 or not args.rank or args.bits < 16 or args.pipeline),
+           "warm_start is of method 1 at a --rank, without --bits and --pipeline")
+    refuse(args.shard and (args.pipeline or args.method == 3 or args.warm_start),
+           "--shard spreads one unchanging model: no --pipeline, --method 3 or warm_start with it")
+    refuse(args.shard and world_size() == 1,
+           "--shard needs several processes: torchrun --nproc_per_node N train.py ... --shard")
+    refuse(args.microbatches and not args.pipeline and not args.resume,
+           "--microbatches are of a pipeline: give --pipeline N")
+    refuse(args.pipeline and args.batch_size % args.microbatches,
+           f"--batch-size {args.batch_size} is not divisible into {args.microbatches} microbatches")
+    refuse(args.pipeline and world_size() % args.pipeline, f"{world_size()} processes can't form "
+           f"{args.pipeline} stages: torchrun --nproc_per_node {args.pipeline} train.py ..., or a multiple")
+    refuse(args.compile and shutil.which("g++") is None,
+           "--compile needs a C++ compiler: install g++, or leave it out")
 
 
 def pretrained_model(args, given, home):
     """The model of --init-from, its layers replaced as --method says, and its tokenizer."""
     model, tokenizer = load_model(args.init_from)
-    if tokenizer is None:
-        raise InputError(f"{args.init_from} has no tokenizer beside its weights, and with another one they "
-                         "mean nothing: put its tokenizer.json there")
+    refuse(tokenizer is None, f"{args.init_from} has no tokenizer beside its weights, which mean nothing "
+           "with another one: put its tokenizer.json there")
     named = config_for(args.model) if "model" in given else model.config
     for key in ("kind", "blocks", "heads", "width", "ffn"):
-        if getattr(named, key) != getattr(model.config, key):
-            raise InputError(f"--init-from {args.init_from} is another network than --model {args.model}: "
-                             "leave --model out")
-    if args.method == 3 and not args.rank:
-        dense = open_dense(decomposed_from(args.init_from))
-        say(blend_with(model, lambda name: dense.get(f"{name}.weight")))
+        refuse(getattr(named, key) != getattr(model.config, key), f"--init-from {args.init_from} is another "
+               f"network than --model {args.model}: leave --model out")
     if args.rank:
         say(replace_linears(model, args.rank, args.method, args.embedding_rank, head=args.head == "lowrank"))
+    elif args.method == 3:
+        dense = open_dense(decomposed_from(args.init_from))
+        say(blend_with(model, lambda name: dense.get(f"{name}.weight")))
     model.set_dropout(args.dropout)
     return model.to(home), tokenizer
 
 
-def random_model(args, config, vocab_size, home):
+def random_model(args, vocab_size, home):
     """A model with random weights: shapes first, then memory, then values."""
     torch.manual_seed(args.seed)
     changes = dict(vocab_size=vocab_size) if args.model in SMALL else {}
@@ -328,18 +301,14 @@ def set_up(model, args, device, moments):
     if args.compile:
         for block in model.blocks:
             block.compile()
-
-    def loss_of(x, y):
-        return head_loss(model.head, model.hidden(x), y)
-
     if args.pipeline:
         from pipeline import Pipeline
         around = Pipeline(model, args.pipeline, args.schedule, args.microbatches * args.grad_accum,
                           args.seq_len, device)
         say(around)
     else:
-        around = surround(model, loss_of, device, args.shard)
-    optimizers = make_optimizers(model, args.lr, args.weight_decay, args.optimizer, around.own_part)
+        around = surround(model, lambda x, y: head_loss(model.head, model.hidden(x), y), device, args.shard)
+    optimizers = make_optimizers(model, args.lr, args.weight_decay, args.optimizer, around)
     restore_moments(model, optimizers, moments, around.own_part)
     return around, optimizers
 
@@ -376,7 +345,7 @@ def rank_of(model):
 
 def save(folder, model, tokens, optimizers, around, args, rows, text):
     """Replace OUT/state. Process 0 writes the whole model, however it is spread over processes."""
-    folder.check_finite(around.own_parameters(), args)
+    folder.check_finite(around, args)
     tensors, moments = around.gather(own_tensors(model)), around.gather(moments_of(model, optimizers))
     if is_first():
         state = dict(step=folder.step, rows=rows, text=text, args=vars(args), seconds=folder.seconds())
@@ -387,8 +356,10 @@ def save(folder, model, tokens, optimizers, around, args, rows, text):
     folder.saved()
 
 
-def finish(folder, model, rows, full_rank, args, device, stopped_by):
+def finish(folder, model, rows, args, device, stopped_by):
     """summary.json, with --bits the rounded model, and what to type next."""
+    with torch.device("meta"):
+        full_rank = count_parameters(Transformer(model.config))
     parameters, seconds = count_parameters(model), folder.step_seconds()
     model_bytes = 4 * parameters
     if args.bits < 16 and is_first():

@@ -1,5 +1,4 @@
-"""The orthogonalized update (Muon): a step that moves a matrix equally far in every direction of its
-gradient.
+"""The orthogonalized update (Muon): a step moves a matrix equally far in every direction of its gradient.
 
 A gradient G = U S V^T has a few large singular values, and AdamW's step, made number by number, follows
 those. Here the step is U V^T: the same directions, all equally long. It matters most to factors. With y = B A
@@ -23,9 +22,11 @@ import math
 
 import torch
 
+from common.processes import Single
+
 # a, b, c of Jordan's Muon: steep at 0, so five rounds are enough; values end in 0.7 to 1.2
 ROUNDS = (3.4445, -4.7750, 2.0315)
-MOST = 1 << 24                      # numbers in a batch of equal matrices
+MOST = 1 << 24  # numbers in a batch of equal matrices
 
 
 def orthogonalize(G, rounds=5):
@@ -50,13 +51,12 @@ class Muon(torch.optim.Optimizer):
     """P <- (1 - lr wd) P - lr 0.2 sqrt(max(m, n)) U V^T of the momentum, for every m x n matrix P.
 
     The factor gives a step the root mean square of AdamW's (Liu et al. 2502.16982), so that one learning rate
-    suits both. Matrices of one shape go through the rounds together. own_part(update, P): the part of a whole
-    update that belongs beside P, where processes share a matrix.
+    suits both. Matrices of one shape go through the rounds together. around: what surrounds the model.
     """
 
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, own_part=None):
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, around=Single):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.own_part = own_part
+        self.around = around
 
     @torch.no_grad()
     def step(self):
@@ -66,15 +66,13 @@ class Muon(torch.optim.Optimizer):
                 U = orthogonalize(torch.stack([self.direction(P, group["momentum"]) for P in matrices]))
                 size = group["lr"] * 0.2 * math.sqrt(max(U.shape[-2:]))
                 for P, update in zip(matrices, U):
-                    if self.own_part is not None:
-                        update = self.own_part(update, P)
+                    update = self.around.own_part(update, P)
                     P.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)
 
     def direction(self, P, momentum):
         """Nesterov's: the gradient and the sum of earlier ones with it, whole."""
         M = self.state[P].setdefault("momentum", torch.zeros_like(P))
-        G = P.grad.add(M.mul_(momentum).add_(P.grad), alpha=momentum)
-        return G.full_tensor() if hasattr(G, "full_tensor") else G  # a sharded parameter's gradient
+        return self.around.whole(P.grad.add(M.mul_(momentum).add_(P.grad), alpha=momentum))
 
 
 def batches_of_equals(matrices):

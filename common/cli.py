@@ -1,7 +1,7 @@
-"""What every command needs: errors in one line, flags, Ctrl-C as a flag, files that are never half written.
-"""
+"""What every command needs: errors in one line, flags, Ctrl-C as a flag, files never half written."""
 import argparse
 import errno
+import itertools
 import math
 import os
 import signal
@@ -15,6 +15,12 @@ class InputError(ValueError):
     """The user's input is wrong. The message says what, with the values, and what to do."""
 
 
+def refuse(wrong, message):
+    """An InputError if the condition holds."""
+    if wrong:
+        raise InputError(message)
+
+
 def cache_dir():
     """Where what was downloaded or tokenized once is kept: $FINGPT_CACHE, or ~/.cache/fingpt-hpc."""
     return Path(os.environ.get("FINGPT_CACHE") or Path.home() / ".cache" / "fingpt-hpc")
@@ -24,10 +30,6 @@ def say(*words):
     """Print a line, from the first process only."""
     if rank() == 0:
         print(*words, flush=True)
-
-
-UNUSABLE = [getattr(errno, name)
-            for name in ("EACCES", "EROFS", "EPERM", "ENOTDIR", "EEXIST", "EISDIR", "ENOENT", "ENAMETOOLONG")]
 
 
 def command(main):
@@ -40,10 +42,10 @@ def command(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as e:
-        full, place = e.errno in (errno.ENOSPC, errno.EDQUOT), e.filename and e.errno in UNUSABLE
-        if not full and not place:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not e.filename:  # nothing about a place that the user chose
             raise
-        in_cache = e.filename and str(cache_dir()) in str(e.filename)
+        in_cache = str(cache_dir()) in str(e.filename)
         other = "set FINGPT_CACHE to another folder" if in_cache else "choose another --out-dir"
         free = "free some space or " if full else ""
         line = f"{e.strerror}: {e.filename or 'while writing'}: {free}{other}"
@@ -69,19 +71,10 @@ def check_folder(path, new=False):
 def move_aside(folder):
     """Rename a folder to the first FOLDER-N that is free, and return that."""
     folder = Path(folder)
-    if folder.absolute() == Path.cwd():
-        raise InputError(f"{folder.absolute()} holds earlier results and is the current folder, which can't "
-                         "be moved aside: choose another --out-dir")
-    aside = next(p for n in range(1, 10 ** 6) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
-    os.replace(folder, aside)
-    return aside
-
-
-def check_positive(args, *names):
-    """Refuse what is not above 0 and finite."""
-    for name in names:
-        if not 0 < getattr(args, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name):g}")
+    refuse(folder.absolute() == Path.cwd(), f"{folder.absolute()} holds earlier results and is the current "
+           "folder, which can't be moved aside: choose another --out-dir")
+    names = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(1))
+    return folder.rename(next(name for name in names if not name.exists()))
 
 
 class StopSignal:
@@ -110,10 +103,9 @@ def write_atomic(path, text):
 
 
 def markdown(header, rows, left=2):
-    """A Markdown table with aligned columns: the first `left` begin at the left, the others end at the right.
-    """
-    cells = [header] + [[str(c) for c in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    """A Markdown table; the first `left` columns are aligned at the left, the others at the right."""
+    cells = [header, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
     lines = []
     for row in cells:
         padded = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
@@ -124,11 +116,19 @@ def markdown(header, rows, left=2):
 
 # ----------------------------------------------------------------------------- flags
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The script's opening as it is, and the default behind each flag that has one."""
+
+    def _get_help_string(self, action):
+        has_none = action.default is None or action.default is False
+        return action.help if has_none else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are InputErrors, so that `command` prints one line and exits with 2."""
 
     def __init__(self, doc=None, **more):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+        super().__init__(description=doc, formatter_class=Help, **more)
 
     def error(self, message):
         raise InputError(f"{message} (see --help)")

@@ -10,7 +10,8 @@ import math
 
 import torch
 
-from model import KVCache, check
+from common.cli import refuse
+from model import KVCache
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -33,19 +34,19 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
 
 def check_sampling(temperature, top_k, top_p, max_new_tokens):
     """Refuse what `generate` can't do."""
-    check(temperature >= 0, f"temperature must be at least 0, got {temperature}")
-    check(top_k >= 0, f"top-k must be at least 0, got {top_k}")
-    check(0 < top_p <= 1, f"top-p must be in 0..1, 0 excluded, got {top_p}")
-    check(max_new_tokens >= 1, f"max-new-tokens must be at least 1, got {max_new_tokens}")
+    refuse(temperature < 0, f"temperature must be at least 0, got {temperature}")
+    refuse(top_k < 0, f"top-k must be at least 0, got {top_k}")
+    refuse(not 0 < top_p <= 1, f"top-p must be in 0..1, 0 excluded, got {top_p}")
+    refuse(max_new_tokens < 1, f"max-new-tokens must be at least 1, got {max_new_tokens}")
 
 
 def check_prompt(prompt, config):
     """Refuse token ids that the model can't read."""
-    check(1 <= len(prompt) <= config.context,
-          f"a prompt has {len(prompt)} tokens: the model reads 1 to {config.context}")
+    refuse(not 1 <= len(prompt) <= config.context,
+           f"a prompt has {len(prompt)} tokens: the model reads 1 to {config.context}")
     for token in (min(prompt), max(prompt)):
-        check(0 <= token < config.vocab_size, f"token {token} is outside the vocabulary "
-              f"0..{config.vocab_size - 1}: is this the model's tokenizer?")
+        refuse(not 0 <= token < config.vocab_size, f"token {token} is outside the vocabulary "
+               f"0..{config.vocab_size - 1}: is this the model's tokenizer?")
 
 
 def read_prompts(model, rows, cache, device):

@@ -1,13 +1,13 @@
 """The loss, in chunks of tokens.
 
-logits = h W^T is the largest tensor of a training step: 4,096 tokens x 50,257 entries in float32 are
-823 MB, and autograd keeps as much again for the softmax. But the gradient of the mean cross entropy
-needs nothing from later layers,
+logits = h W^T is the largest tensor of a training step: 4,096 tokens x 50,257 entries in float32 are 823 MB,
+and autograd keeps as much again for the softmax. But the gradient of the mean cross entropy needs nothing
+from later layers,
 
     d loss / d logits = (softmax(logits) - onehot(target)) / N,
 
-so it is at hand as soon as the logits are. One chunk of tokens at a time, all three products are done in
-the forward pass:
+so it is at hand as soon as the logits are. One chunk at a time, all three products are done in the forward
+pass:
 
     h --W--> logits --> p - onehot --W--> dh          kept for the backward pass: dh, as large as h, and
                             |                         dW, which becomes W's gradient; the backward pass
@@ -17,8 +17,11 @@ the forward pass:
 """
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from model import last_product
+
+IGNORED = -100  # the target of a token that does not count, as in torch
 
 
 def compute_dtype(x):
@@ -40,17 +43,16 @@ class MatrixLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, W, targets, chunk, differentiate):
-        want_h = differentiate and ctx.needs_input_grad[0]
-        want_W = differentiate and ctx.needs_input_grad[1]
+        want_h, want_W = (differentiate and needed for needed in ctx.needs_input_grad[:2])
         N, V = len(h), len(W)
         dtype, h_dtype, W_dtype = compute_dtype(h), h.dtype, W.dtype
         wide = torch.promote_types(dtype, torch.float32)
         h, W = h.detach().to(dtype), W.detach().to(dtype)
         logits = torch.empty(min(chunk, N), V, dtype=dtype, device=h.device)
-        probabilities = torch.empty(min(chunk, N), V, dtype=wide, device=h.device)
+        probabilities = torch.empty_like(logits, dtype=wide)
         likelihood = torch.empty(N, dtype=wide, device=h.device)
         dh = torch.empty_like(h) if want_h else None
-        dW = torch.zeros(W.shape, dtype=wide, device=W.device) if want_W else None
+        dW = torch.zeros_like(W, dtype=wide) if want_W else None
         for i in range(0, N, chunk):
             hc, target = h[i:i + chunk], targets[i:i + chunk, None]
             z, p = logits[:len(hc)], probabilities[:len(hc)]
@@ -67,18 +69,12 @@ class MatrixLoss(torch.autograd.Function):
                 dW.addmm_(g.T, hc, alpha=1 / N)  # (V, n) (n, C)
             elif want_W:
                 dW.add_(g.T @ hc, alpha=1 / N)  # a chunk's product is rounded to 16 bit, their sum is not
-        ctx.save_for_backward(dh if dh is None else (dh / N).to(h_dtype), dW if dW is None
-                              else dW.to(W_dtype))
-        return MatrixLoss.losses(likelihood, h, W, targets).mean()
-
-    @staticmethod
-    def losses(likelihood, h, W, targets):
-        """-log p of each token, (N). Near the smallest float p says little: there the logits are used."""
+        ctx.save_for_backward((dh / N).to(h_dtype) if want_h else None, dW.to(W_dtype) if want_W else None)
         losses, precise = -likelihood.log(), likelihood > 1e-30
-        if not precise.all():
-            logits = (h[~precise] @ W.T).to(losses.dtype)
+        if not precise.all():  # near the smallest float the likelihood says little, the logits do
+            logits = (h[~precise] @ W.T).to(wide)
             losses[~precise] = F.cross_entropy(logits, targets[~precise], reduction="none")
-        return losses
+        return losses.mean()
 
     @staticmethod
     def backward(ctx, grad):
@@ -86,50 +82,18 @@ class MatrixLoss(torch.autograd.Function):
         return scaled(dh, grad), scaled(dW, grad), None, None, None
 
 
-class LayerLoss(torch.autograd.Function):
-    """The same for any layer: autograd differentiates it one chunk at a time, within the forward pass."""
-
-    @staticmethod
-    def forward(ctx, head, h, targets, chunk, differentiate, *parameters):
-        want_h = differentiate and ctx.needs_input_grad[1]
-        ctx.wanted = [differentiate and needed for needed in ctx.needs_input_grad[5:]]
-        leaves = [p for p, wanted in zip(parameters, ctx.wanted) if wanted]
-        sums = [torch.zeros_like(p) for p in leaves]
-        dh = torch.empty_like(h) if want_h else None
-        total = 0
-        for i in range(0, len(h), chunk):
-            hc = h[i:i + chunk].detach().requires_grad_(want_h)
-            inputs = [hc, *leaves] if want_h else leaves
-            with torch.set_grad_enabled(bool(inputs)):
-                logits = head(hc)  # (n, V)
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                loss = F.cross_entropy(logits, targets[i:i + chunk], reduction="sum") / len(h)
-            total = total + loss.detach()
-            gradients = list(torch.autograd.grad(loss, inputs, allow_unused=True)) if inputs else []
-            if want_h:
-                dh[i:i + chunk] = gradients.pop(0)
-            for s, g in zip(sums, gradients):
-                if g is not None:
-                    s += g
-        ctx.save_for_backward(dh, *sums)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        dh, *sums = ctx.saved_tensors
-        sums = iter(sums)
-        gradients = [scaled(next(sums), grad) if wanted else None for wanted in ctx.wanted]
-        return None, scaled(dh, grad), None, None, None, *gradients
-
-
-IGNORED = -100  # the target of a token that does not count, as in torch
+def loss_sum(head, h, targets):
+    """Of any layer, by autograd."""
+    logits = head(h)  # (n, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, reduction="sum")
 
 
 def head_loss(head, x, targets, chunk=512):
     """Mean cross entropy of head(x) against targets, never holding more than `chunk` tokens' logits.
 
-    x (B, T, C), targets (B, T). Tokens whose target is IGNORED are left out before anything is
-    computed; the loss is 0 where none is left.
+    x (B, T, C), targets (B, T). Tokens whose target is IGNORED are left out before anything is computed; the
+    loss is 0 where none is left. Where y is no plain product h W^T, the backward pass makes the logits again.
     """
     h, targets = x.flatten(0, -2), targets.flatten()  # (N, C), (N)
     counts = targets != IGNORED
@@ -137,10 +101,9 @@ def head_loss(head, x, targets, chunk=512):
         h, targets = h[counts], targets[counts]
     if not len(h):
         return (x * 0.0).sum().float()
-    product = None
     if head.bias is None and "forward" not in head.__dict__:  # where it has one: fake quantization
         product = last_product(head, h, compute_dtype(h))
-    differentiate = torch.is_grad_enabled()
-    if product is None:
-        return LayerLoss.apply(head, h, targets, chunk, differentiate, *head.parameters())
-    return MatrixLoss.apply(*product, targets, chunk, differentiate)
+        if product is not None:
+            return MatrixLoss.apply(*product, targets, chunk, torch.is_grad_enabled())
+    parts = zip(h.split(chunk), targets.split(chunk))
+    return sum(checkpoint(loss_sum, head, *part, use_reentrant=False) for part in parts) / len(h)

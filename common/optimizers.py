@@ -9,37 +9,35 @@ import math
 
 import torch
 
+from common.processes import Single
 
-def make_optimizers(model, lr, weight_decay, kind="adamw", own_part=None):
+
+def make_optimizers(model, lr, weight_decay, kind="adamw", around=Single):
     """A list of optimizers: AdamW alone; or for kind "muon" beyond/muon.py's for the matrices of the blocks
     and AdamW for the rest (embedding, head, biases, norms), as is usual. Matrices decay, vectors do not.
 
-    own_part(update, parameter): of a sharded model (processes.py), the part of a whole update that this
-    process keeps.
+    around: what surrounds the model (processes.py), which may keep a part of a matrix in each process.
     """
-    muon_matrices = set()
-    if kind == "muon":
-        muon_matrices = {p for p in model.blocks.parameters() if p.dim() == 2 and p.requires_grad}
-    groups = {}
+    in_blocks = set(model.blocks.parameters())
+    groups = {}  # (by Muon?, weight decay) -> parameters
     for p in model.parameters():
         if p.requires_grad and not p.is_meta:  # what is on the meta device belongs to another pipeline stage
-            key = p in muon_matrices, weight_decay if p.dim() >= 2 else 0.0
-            groups.setdefault(key, []).append(p)
-    adamw = [dict(params=params, weight_decay=decay)
-             for (by_muon, decay), params in groups.items() if not by_muon]
-    muon = [dict(params=params, weight_decay=decay) for (by_muon, decay), params in groups.items() if by_muon]
+            by_muon = kind == "muon" and p.dim() == 2 and p in in_blocks
+            groups.setdefault((by_muon, weight_decay if p.dim() >= 2 else 0.0), []).append(p)
+    adamw, muon = [], []
+    for (by_muon, decay), parameters in groups.items():
+        (muon if by_muon else adamw).append(dict(params=parameters, weight_decay=decay))
     optimizers = []
     if adamw:  # the fused kernel reads and writes each number once
         optimizers.append(torch.optim.AdamW(adamw, lr=lr, betas=(0.9, 0.95), fused=True))
     if muon:
         from beyond.muon import Muon
-        optimizers.append(Muon(muon, lr, own_part=own_part))
+        optimizers.append(Muon(muon, lr, around=around))
     return optimizers
 
 
 def learning_rate(step, args):
-    """Linear warm-up to args.lr over args.warmup steps, then half a cosine down to a tenth of it at
-    args.max_iters."""
+    """Linear warm-up to args.lr over args.warmup steps, then half a cosine down to a tenth of it."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     progress = (step - args.warmup) / max(1, args.max_iters - args.warmup)
@@ -53,8 +51,7 @@ def set_rate(optimizers, rate):
 
 
 def step_all(optimizers):
-    """One step of each; then their gradients are zero, and the next backward pass adds into the same memory.
-    """
+    """One step of each; then their gradients are 0, and the next backward pass adds into the same memory."""
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
@@ -72,11 +69,11 @@ def moments_of(model, optimizers):
 
 
 def restore_moments(model, optimizers, moments, own_part):
-    """Put back what moments_of gave. own_part(value, parameter): what of a whole tensor belongs beside a
-    parameter."""
-    parameters = dict(model.named_parameters())
-    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups
-             for p in group["params"]}
+    """Put back what moments_of gave. own_part(value, p): what of a whole tensor belongs beside p."""
+    parameters, owner = dict(model.named_parameters()), {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            owner |= dict.fromkeys(group["params"], optimizer)
     for key, value in moments.items():
         name, part = key.rsplit("#", 1)
         p = parameters.get(name)

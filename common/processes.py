@@ -20,6 +20,7 @@ What data parallelism costs with N processes and P parameters, 4 bytes each, and
     around.loss(*batch)                      # without a gradient
     around.gather(tensors)                   # whole tensors, in process 0
 """
+import math
 import os
 from contextlib import contextmanager
 
@@ -28,9 +29,16 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def from_torchrun(name, alone):
+    """What torchrun's variable says; `alone` unless all are there: other programs leave some of them set."""
+    return int(os.environ[name]) if all(os.environ.get(variable) for variable in TORCHRUN) else alone
+
 
 def rank():
-    return int(os.environ.get("RANK", 0))
+    return from_torchrun("RANK", 0)
 
 
 def is_first():
@@ -38,18 +46,13 @@ def is_first():
     return rank() == 0
 
 
-def local_rank():
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return from_torchrun("WORLD_SIZE", 1)
 
 
 @contextmanager
 def process_group():
-    """Inside, the processes that torchrun started can send messages: tensors on a CPU by gloo, on a GPU by
-    NCCL."""
+    """Inside, torchrun's processes can send tensors: on a CPU by gloo, on a GPU by NCCL."""
     if world_size() > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
@@ -65,11 +68,10 @@ def barrier():
 
 
 def in_turn(function, *args):
-    """function(*args) in every process, in the first one before all others: it downloads or prepares, they
-    find."""
-    result = function(*args) if rank() == 0 else None
+    """function(*args) in every process, the first one before all others: it prepares, they find."""
+    result = function(*args) if is_first() else None
     barrier()
-    return result if rank() == 0 else function(*args)
+    return result if is_first() else function(*args)
 
 
 def all_reduce(value, op=dist.ReduceOp.SUM):
@@ -91,12 +93,8 @@ def seed_random(*numbers):
 
 
 class Around(nn.Module):
-    """Around(model)(function, ...) calls function(...), which reads the model's parts, as one forward pass of
-    the model.
-
-    So DistributedDataParallel and fully_shard see a forward pass, whatever the function does: a loss, a
-    generation.
-    """
+    """A forward pass that calls any function which reads the model's parts: a loss, a generation. So
+    DistributedDataParallel and fully_shard, which watch forward passes, see it."""
 
     def __init__(self, model):
         super().__init__()
@@ -125,8 +123,7 @@ class Single:
             return self.run(self.loss_of, *batch)
 
     def backward(self, batches, seed, weights=None):
-        """Add the gradients of this process's batches, one after the other; returns the sum of their weighted
-        losses.
+        """Add the gradients of this process's batches, one after the other; returns their weighted loss.
 
         weights: of each batch's mean loss, 1 / len(batches) if not given; over all processes they sum to
         `replicas`, so that the mean over the replicas is that of the whole batch. Dropout depends on the seed
@@ -136,59 +133,58 @@ class Single:
         total = torch.zeros((), device=self.device.torch_device)
         for i, (batch, weight) in enumerate(zip(batches, weights)):
             seed_random(*seed, self.replica * len(batches) + i)
-            self.before_backward(last=i == len(batches) - 1)
+            # DistributedDataParallel's: gradients travel once, with the last batch
+            self.module.require_backward_grad_sync = i == len(batches) - 1
             loss = self.loss(*batch) * weight
             loss.backward()
             total += loss.detach()
         return total
 
-    def before_backward(self, last):
-        """Called before each batch of a step; `last`: it is the step's last one."""
-
     def own_parameters(self):
-        return [p for p in self.model.parameters() if p.requires_grad]
+        return [p for p in self.model.parameters() if p.requires_grad and not p.is_meta]
 
     def clip(self, largest):
         """Scale the gradients so that their norm, over all parameters, is at most `largest`."""
         torch.nn.utils.clip_grad_norm_(self.own_parameters(), largest)
 
+    def is_finite(self):
+        """Whether all parameters that this process keeps, or knows of, are finite."""
+        return self.whole(nn.utils.get_total_norm(self.own_parameters(), math.inf)).isfinite().item()
+
     def gather(self, tensors):
         """name -> whole tensor in process 0, {} in the others. tensors: name -> this process's part."""
-        return {name: t.detach() for name, t in tensors.items()}
+        return {name: t.detach() for name, t in tensors.items()} if is_first() else {}
 
-    def own_part(self, tensor, parameter):
-        """This process's part of a whole tensor that belongs to a parameter, as the optimizer's moments do.
-        """
+    @staticmethod
+    def whole(tensor):
+        """The tensor of which this process may keep a part only."""
+        return tensor
+
+    @staticmethod
+    def own_part(tensor, parameter):
+        """This process's part of a whole tensor that belongs to a parameter, as optimizers' moments do."""
         return tensor.to(parameter.device)
 
 
 class Replicas(Single):
-    """Data parallelism: the gradients are averaged over the processes while the backward pass still computes
-    others."""
+    """Data parallelism: gradients are averaged over the processes while the backward pass computes others."""
 
     def __init__(self, model, loss_of, device):
         super().__init__(model, loss_of, device)
         self.replica, self.replicas = self.eval_share = rank(), world_size()
         devices = [device.torch_device] if device.torch_device.type == "cuda" else None
-        self.module = nn.parallel.DistributedDataParallel(self.module, device_ids=devices,
-                                                          broadcast_buffers=False)
+        self.module = nn.parallel.DistributedDataParallel(self.module, devices, broadcast_buffers=False)
 
     def run(self, function, *args):
-        return self.module(function, *args) if torch.is_grad_enabled() else function(*args)
-
-    def before_backward(self, last):
-        self.module.require_backward_grad_sync = last  # gradients travel once, with the last batch
-
-    def gather(self, tensors):
-        return super().gather(tensors) if rank() == 0 else {}
+        return super().run(function, *args) if torch.is_grad_enabled() else function(*args)
 
 
 class Sharded(Single):
     """Fully sharded data parallelism, for a model of which no GPU can hold a whole replica.
 
-    Each process keeps 1/N of all parameters. A block's are gathered right before it computes and let go right
-    after, in the forward and in the backward pass; its gradients are averaged and handed out in the same
-    parts. Embedding, head and norms are one more unit, gathered for the whole pass.
+    A block's parameters are gathered right before it computes and let go right after, in the forward and in
+    the backward pass; its gradients are averaged and handed out in the same parts. Embedding, head and norms
+    are one more unit, gathered for the whole pass.
     """
 
     def __init__(self, model, loss_of, device):
@@ -203,24 +199,28 @@ class Sharded(Single):
         self.run(self.gather_once)
 
     def gather_once(self):
-        """The tensors that parameters are gathered in are made the first time. Made under
-        torch.inference_mode, in which scores are taken, they could not learn later; so they are made here."""
+        """Make the tensors that parameters are gathered in. Made later, under the torch.inference_mode in
+        which scores are taken, they could not learn."""
         for block in self.model.blocks:
             block.unshard()
             block.reshard()
 
     def gather(self, tensors):
-        whole = {}
+        gathered = {}
         for name, tensor in tensors.items():
-            if hasattr(tensor, "full_tensor"):  # a part of a DTensor; every process must take part
-                tensor = tensor.full_tensor()
-            if rank() == 0:
-                whole[name] = tensor.detach().cpu()
-        return whole
+            tensor = self.whole(tensor)  # every process must take part
+            if is_first():
+                gathered[name] = tensor.detach().cpu()
+        return gathered
 
-    def own_part(self, tensor, parameter):
-        """Every process has read the same file, so each cuts its own part, and nothing is sent. Scalars stay
-        whole."""
+    @staticmethod
+    def whole(tensor):
+        from torch.distributed.tensor import DTensor
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    @staticmethod
+    def own_part(tensor, parameter):
+        """Every process has read the same file, so each cuts its own part. Scalars stay whole."""
         from torch.distributed.tensor import DTensor, distribute_tensor
         tensor = tensor.to(parameter.device)
         if not isinstance(parameter, DTensor) or tensor.dim() == 0:

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.cli import InputError, check_folder, move_aside, say, write_atomic
+from common.cli import InputError, check_folder, move_aside, refuse, say, write_atomic
 from common.device import peak_memory
-from common.processes import all_reduce, any_process, barrier, rank, world_size
+from common.processes import all_reduce, any_process, barrier, is_first, world_size
 
 # ----------------------------------------------------------------------------- arguments
 
@@ -27,8 +27,7 @@ NOT_RESTORED = ("resume", "stop_at", "out_dir", "shard")
 
 
 def parse(parser, argv, settings, changes):
-    """(arguments, names of those that were given). settings: a script's values that have no flag; changes:
-    other values."""
+    """(arguments, names of those given). settings: values without a flag; changes: other ones."""
     unknown = changes.keys() - settings.keys()
     if unknown:
         raise TypeError(f"no setting is called {', '.join(sorted(unknown))}: there are {', '.join(settings)}")
@@ -41,37 +40,32 @@ def parse(parser, argv, settings, changes):
 
 
 def must_resume(args):
-    """Whether the run goes on: by --resume, or as torchrun --max-restarts started it again and there is a
-    state.
+    """Whether the run goes on: by --resume, or as torchrun --max-restarts began it again and has a state.
 
     On several machines only some may count the restart: if one does, all go on.
     """
     restarted = any_process(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-    there = any((Path(args.out_dir) / name).exists() for name in ("state", "state.previous"))
-    return args.resume or restarted and there
+    has_state = any((Path(args.out_dir) / name).exists() for name in ("state", "state.previous"))
+    return args.resume or restarted and has_state
 
 
 def restore_arguments(args, given, saved, fixed):
     """Give args the saved run's values. What was given now replaces them, but not those named in `fixed`."""
     for name in fixed:
-        if name in given and getattr(args, name) != saved.get(name):
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} differs from the "
-                             f"{saved.get(name)} of the "
-                             "run that --resume continues: leave it out, or start another run with another "
-                             "--out-dir")
+        refuse(name in given and getattr(args, name) != saved.get(name),
+               f"--{name.replace('_', '-')} {getattr(args, name)} differs from the {saved.get(name)} of the "
+               "run that --resume continues: leave it out, or start another run with another --out-dir")
     for name, value in saved.items():
         if name not in given and name not in NOT_RESTORED:
             setattr(args, name, value)
 
 
 def check_rows(args, state, rows):
-    """A step of a resumed run must have as many rows as before, however they are divided among batches and
-    processes."""
+    """A step of a resumed run must have as many rows as before, however they are divided among processes."""
     if state and state["rows"] != rows:
         raise InputError(f"a step of the run that --resume continues has {state['rows']} rows, and {rows} "
-                         "with --batch-size "
-                         f"{args.batch_size}, --grad-accum {args.grad_accum} and world size {world_size()}: "
-                         "change one of them")
+                         f"with --batch-size {args.batch_size}, --grad-accum {args.grad_accum} and world "
+                         f"size {world_size()}: change one of them")
 
 
 # ----------------------------------------------------------------------------- the folder
@@ -84,12 +78,11 @@ class RunFolder:
     """
 
     def __init__(self, args, state, last_step):
-        self.path, self.file = Path(args.out_dir), None
+        self.path, self.last_step = Path(args.out_dir), last_step
         self.step = self.saved_at = state["step"] if state else 0
         self.seconds_before, self.started = state["seconds"] if state else 0.0, time.perf_counter()
-        self.last_step = last_step
         self.times = []  # seconds of each step
-        if rank() == 0:
+        if is_first():
             if state is None:
                 self.set_aside()
             self.path.mkdir(parents=True, exist_ok=True)
@@ -99,9 +92,8 @@ class RunFolder:
 
     def begin(self):
         """Show the progress bar."""
-        self.bar = tqdm(total=self.last_step, initial=self.step, unit=" steps", disable=None if rank() == 0
-                        else True,
-                        dynamic_ncols=True)
+        self.bar = tqdm(total=self.last_step, initial=self.step, unit=" steps", dynamic_ncols=True,
+                        disable=None if is_first() else True)
 
     def set_aside(self):
         if any((self.path / name).exists() for name in ("state", "state.previous", "summary.json")):
@@ -113,12 +105,9 @@ class RunFolder:
         return read_metrics(self.path / "metrics.jsonl")
 
     def last(self, key):
-        """The last value that was logged under this name, by an earlier process of the run too; None if there
-        is none."""
-        for row in reversed(self.rows()):
-            if key in row:
-                return row[key]
-        return None
+        """The last value that was logged under this name, by an earlier process of the run too, or None."""
+        values = [row[key] for row in self.rows() if key in row]
+        return values[-1] if values else None
 
     def is_done(self):
         """Whether a resumed run has nothing left to do and its summary is there: it is left as it is."""
@@ -136,15 +125,15 @@ class RunFolder:
     def seconds(self):
         return self.seconds_before + time.perf_counter() - self.started
 
-    def step_seconds(self, last=None):
+    def step_seconds(self, last=0):
         """The median time of a step, of the last ones if so many are given."""
         if self.times:
-            return statistics.median(self.times[-last:] if last else self.times)
+            return statistics.median(self.times[-last:])
         return self.seconds() / max(1, self.step)
 
     def log(self, line, **row):
         """A line of metrics.jsonl, and one on the terminal."""
-        if rank() == 0:
+        if is_first():
             self.file.write(json.dumps(dict(step=self.step, **row)) + "\n")
             self.file.flush()
             left = time.strftime("%H:%M:%S", time.gmtime((self.last_step - self.step) * self.step_seconds()))
@@ -161,37 +150,29 @@ class RunFolder:
         """summary.json: what is given, and what the run took, over all its processes."""
         self.bar.close()
         memory, seconds = peak_memory(device.torch_device), self.seconds()
-        cost = dict(
-            peak_memory_bytes=int(all_reduce(memory, dist.ReduceOp.MAX)),
-                    peak_memory_bytes_total=int(all_reduce(memory)),
-            seconds=seconds, devices=world_size(), device_hours=world_size() * seconds / 3600,
-                    device=device.name,
-            dtype=str(device.dtype)[6:])
-        if rank() == 0:
+        cost = dict(peak_memory_bytes=int(all_reduce(memory, dist.ReduceOp.MAX)),
+                    peak_memory_bytes_total=int(all_reduce(memory)), seconds=seconds, devices=world_size(),
+                    device_hours=world_size() * seconds / 3600, device=device.name,
+                    dtype=str(device.dtype)[6:])
+        if is_first():
             self.file.close()
             text = json.dumps(summary | cost, indent=2, default=str) + "\n"
             write_atomic(self.path / "summary.json", text)
 
     def not_finite(self, what, args, step):
         return InputError(f"{what} at step {step}: the run stops, {self.path}/state keeps step "
-                          f"{self.saved_at}. "
-                          f"A smaller --lr than {args.lr:g} usually helps")
+                          f"{self.saved_at}. A smaller --lr than {args.lr:g} usually helps")
 
     def explain(self, error, args):
         """What to raise for a RuntimeError of a step: advice if memory ran out."""
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             return error
         return InputError(f"out of memory in a step of {args.batch_size} x {args.seq_len} tokens: try "
-                          "--recompute "
-                          "block, or half the --batch-size")
+                          "--recompute block, or half the --batch-size")
 
-    def check_finite(self, parameters, args):
+    def check_finite(self, around, args):
         """Refuse, in all processes, to replace a good state by one with parameters that are not finite."""
-        bad = False
-        for p in parameters:
-            own = p.to_local() if hasattr(p, "to_local") else p  # a sharded parameter
-            bad = bad or not own.isfinite().all()
-        if any_process(bad):
+        if any_process(not around.is_finite()):
             raise self.not_finite("some weights are not finite", args, self.step)
 
     def say_stopped(self, script, signal_name):
@@ -203,14 +184,12 @@ class RunFolder:
 
 def read_metrics(path):
     """Rows of a metrics.jsonl; a last line cut short by a kill is dropped."""
-    rows = []
-    path = Path(path)
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    rows, path = [], Path(path)
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
     return rows
 
 
@@ -219,19 +198,15 @@ def plot_losses(folder, title):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = read_metrics(Path(folder) / "metrics.jsonl")
     fig, ax = plt.subplots(figsize=(7, 4), dpi=120, layout="constrained")
-    styles = {"loss": dict(label="training", lw=1.2),
-              "val_loss": dict(label="validation", marker="o", ms=4, lw=1.5)}
-    for key, style in styles.items():
-        points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+    rows = read_metrics(folder / "metrics.jsonl")
+    for key, label in (("loss", "training"), ("val_loss", "validation")):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if points:
-            ax.plot(*zip(*points), **style)
+            ax.plot(*zip(*points), label=label, marker="o" if key == "val_loss" else "", ms=4)
+            ax.legend()
     ax.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     ax.grid(alpha=0.3)
-    if ax.get_lines():
-        ax.legend()
-    partial = Path(folder) / "loss.partial.png"
-    fig.savefig(partial)
+    fig.savefig(folder / "loss.partial.png")
     plt.close(fig)
-    os.replace(partial, Path(folder) / "loss.png")
+    os.replace(folder / "loss.partial.png", folder / "loss.png")
