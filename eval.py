@@ -23,7 +23,7 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -31,18 +31,9 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import own_tensors
+from common import cli
 from common.adapters import base_id, load_adapter
-from common.cli import (
-    InputError,
-    Parser,
-    at_least_1,
-    check_folder,
-    command,
-    markdown,
-    move_aside,
-    say,
-    write_atomic,
-)
+from common.cli import InputError, Parser, at_least_1, command, say, write_atomic
 from common.data import first_tokens
 from common.device import peak_memory
 from common.loss import head_loss
@@ -53,74 +44,31 @@ from sample import open_model
 from tasks import score, sets
 
 WINDOW = 1024  # tokens, of perplexity
+CHOICES = ("boolq", "piqa", "winogrande")
+TASKS = (*CHOICES, "fpb", "fiqa", "tfns", "ner", "perplexity")
+MEASURE = dict.fromkeys(CHOICES, "accuracy") | {"perplexity": "perplexity"}  # of the rest: f1
+OTHERS = ("likeliest", "by_character")  # second scores: of sentiment, and of PIQA
 
 
-# ------------------------------------------------------------------------- endings: BoolQ, PIQA, WinoGrande
+# ----------------------------------------------------------------------------- what a row says
 
-def choice_row(example, scores, text):
-    """Which ending is likeliest, and which is so by character (its leading space is none)."""
-    by_character = [s / max(len(c) - 1, 1) for s, c in zip(scores, example.choices)]
-    return dict(label=example.label, prediction=int(np.argmax(scores)), scores=scores,
-                by_character=int(np.argmax(by_character)))
-
-
-def choice_result(task, rows):
-    table = counted(rows, "prediction", 2)
-    result = dict(accuracy=float(score.accuracy(table)), interval=score.bootstrap(table, score.accuracy),
-                  majority=score.majority(table, score.accuracy))
-    if task == "piqa":
-        table = counted(rows, "by_character", 2)
-        result |= dict(accuracy_norm=float(score.accuracy(table)),
-                       interval_norm=score.bootstrap(table, score.accuracy))
-    return result
-
-
-def counted(rows, key, classes):
-    return score.confusion([r["label"] for r in rows], [r[key] for r in rows], classes)
-
-
-# ----------------------------------------------------------------------------- sentiment: FPB, FiQA, TFNS
-
-def sentiment_row(example, scores, text):
-    """Both ways: what the model writes, read as FinGPT reads it, and the likeliest of the three labels."""
-    label, parsed = sets.read_sentiment(text)
+def read_answer(task, example, scores, text):
+    """What the model answered, by the likeliest choice or by the text that it wrote, and what is right."""
+    if task in CHOICES:
+        by_character = [s / max(len(c) - 1, 1) for s, c in zip(scores, example.choices)]  # a space is none
+        return dict(label=example.label, prediction=int(np.argmax(scores)), scores=scores,
+                    by_character=int(np.argmax(by_character)))
+    if task == "ner":
+        tags, parsed = sets.read_entities(example.words, text)
+        right, named = set(sets.entities(example.tags)), set(sets.entities(tags))
+        return dict(label=example.tags, tags=tags, counts=[len(right & named), len(right), len(named)],
+                    parsed=parsed, answer=text)
+    label, parsed = sets.read_sentiment(text)  # as FinGPT reads it
     return dict(label=example.label, prediction=sets.SENTIMENTS.index(label), parsed=parsed, answer=text,
                 likeliest=int(np.argmax(scores)), scores=scores)
 
 
-def sentiment_result(task, rows):
-    def scores_of(key):
-        table = counted(rows, key, 3)
-        return dict(f1=float(score.weighted_f1(table)), interval=score.bootstrap(table, score.weighted_f1),
-                    accuracy=float(score.accuracy(table)))
-    return dict(**scores_of("prediction"), likeliest=scores_of("likeliest"),
-                parsed=float(np.mean([r["parsed"] for r in rows])),
-                majority=score.majority(counted(rows, "prediction", 3), score.weighted_f1))
-
-
-# ----------------------------------------------------------------------------- entities: NER
-
-def entity_row(example, scores, text):
-    tags, parsed = sets.read_entities(example.words, text)
-    right, named = set(sets.entities(example.tags)), set(sets.entities(tags))
-    return dict(label=example.tags, tags=tags, counts=[len(right & named), len(right), len(named)],
-                parsed=parsed, answer=text)
-
-
-def entity_result(task, rows):
-    counts = np.array([r["counts"] for r in rows])
-    return dict(f1=float(score.entity_f1(counts.sum(0))),
-                interval=score.bootstrap_rows(counts, score.entity_f1),
-                parsed=float(np.mean([r["parsed"] for r in rows])),
-                majority=0.0)  # the commonest tag is O: no entity is named
-
-
-# ----------------------------------------------------------------------------- perplexity
-
-@dataclass
-class Window:
-    index: int
-    ids: list
+Window = namedtuple("Window", "index ids")
 
 
 def text_windows(path, tokenizer, limit, length):
@@ -131,56 +79,77 @@ def text_windows(path, tokenizer, limit, length):
     return [Window(i, ids[start:start + length]) for i, start in enumerate(range(0, len(ids), length))]
 
 
-def window_rows(model, tokenizer, device, windows):
-    for w in windows:
-        tokens = torch.tensor([w.ids], device=device.torch_device)
-        loss = 0.0
-        if len(w.ids) > 1:  # a last token alone has nothing to be predicted from
-            with torch.inference_mode(), device.autocast():
-                loss = head_loss(model.head, model.hidden(tokens[:, :-1]), tokens[:, 1:]).item()
-        size = len(tokenizer.decode(w.ids).encode()) - len(tokenizer.decode(w.ids[:1]).encode())
-        yield [dict(index=w.index, loss=loss, predicted=len(w.ids) - 1, bytes=size, length=len(w.ids), cut=0)]
+def read_window(model, tokenizer, device, ids):
+    tokens, loss = torch.tensor([ids], device=device.torch_device), 0.0
+    if len(ids) > 1:  # a last token alone has nothing to be predicted from
+        with torch.inference_mode(), device.autocast():
+            loss = head_loss(model.head, model.hidden(tokens[:, :-1]), tokens[:, 1:]).item()
+    size = len(tokenizer.decode(ids).encode()) - len(tokenizer.decode(ids[:1]).encode())
+    return dict(loss=loss, predicted=len(ids) - 1, bytes=size, length=len(ids))
+
+
+def measured_rows(model, tokenizer, device, task, examples):
+    """Yields the rows of each batch."""
+    if task == "perplexity":
+        for window in examples:
+            yield [dict(index=window.index, cut=0, **read_window(model, tokenizer, device, window.ids))]
+        return
+    new_tokens = 0 if task in CHOICES else 10
+    if task == "ner":
+        new_tokens = 128  # FinGPT: 512 less the prompt's
+    for batch in score.score_in_batches(model, tokenizer, examples, device, new_tokens):
+        yield [dict(index=e.index, cut=cut, **read_answer(task, e, *answer)) for e, *answer, cut in batch]
+
+
+# ----------------------------------------------------------------------------- the scores of rows
+
+def counted(task, rows):
+    """{key: (name, counts of each row (n, ...), metric of their sum)} of a task's scores, the main one first.
+    """
+    if task == "perplexity":
+        counts = [[r["loss"] * r["predicted"], r["predicted"]] for r in rows if r["predicted"]]
+        return {"main": ("perplexity", np.array(counts), perplexity_of)}
+    if task == "ner":
+        return {"main": ("entity F1", np.array([r["counts"] for r in rows]), score.entity_f1)}
+    classes, metric = 3, score.weighted_f1
+    names = {"prediction": "weighted F1, as written", "likeliest": "weighted F1, likeliest label"}
+    if task in CHOICES:
+        classes, metric, names = 2, score.accuracy, {"prediction": "accuracy"}
+    if task == "piqa":
+        names["by_character"] = "accuracy by characters"
+    labels, found = [r["label"] for r in rows], {}
+    for key, name in names.items():
+        found[key] = name, score.confusion(labels, [r[key] for r in rows], classes), metric
+    return found
 
 
 def perplexity_of(sums):
     return np.exp(sums[..., 0] / sums[..., 1])
 
 
-def loss_counts(rows):
-    return np.array([[r["loss"] * r["predicted"], r["predicted"]] for r in rows if r["predicted"]])
-
-
-def window_result(task, rows):
-    counts = loss_counts(rows)
-    total, predicted = counts.sum(0)
-    return dict(perplexity=float(perplexity_of(counts.sum(0))), loss=float(total / predicted),
-                bits_per_byte=float(total / math.log(2) / sum(r["bytes"] for r in rows)),
-                interval=score.bootstrap_rows(counts, perplexity_of), rows=len(counts),
-                tokens=sum(r["length"] for r in rows), window=rows[0]["length"])
-
-
-# ----------------------------------------------------------------------------- a task
-
-# how an answer is read, how all are summed up, how many tokens are written (FinGPT: 512 less the prompt's)
-CHOICE = (choice_row, choice_result, 0)
-SENTIMENT = (sentiment_row, sentiment_result, 10)
-ENTITIES = (entity_row, entity_result, 128)
-SCORERS = dict(boolq=CHOICE, piqa=CHOICE, winogrande=CHOICE, fpb=SENTIMENT, fiqa=SENTIMENT, tfns=SENTIMENT,
-               ner=ENTITIES, perplexity=(None, window_result, 0))
-
-
-def task_rows(model, tokenizer, device, task, examples):
-    """Yields the rows of each batch."""
+def summed_up(task, rows):
+    """A task's part of summary.json: the main score, and under a key of OTHERS what stands beside it."""
+    r = dict(rows=len(rows), seconds=sum(r["seconds"] for r in rows), cut=sum(r["cut"] > 0 for r in rows))
+    for key, (name, counts, metric) in counted(task, rows).items():
+        total = counts.sum(0)
+        found = {"score": name, MEASURE.get(task, "f1"): float(metric(total)),
+                 "interval": score.bootstrap(counts, metric)}
+        if counts.ndim == 3:  # tables of right and given labels
+            found |= dict(accuracy=float(score.accuracy(total)), majority=score.majority(counts, metric))
+        r |= {key: found} if key in OTHERS else found
     if task == "perplexity":
-        yield from window_rows(model, tokenizer, device, examples)
-        return
-    read_row, _, new_tokens = SCORERS.get(task, SENTIMENT)
-    for batch in score.score_in_batches(model, tokenizer, examples, device, new_tokens):
-        yield [dict(index=e.index, cut=cut, **read_row(e, scores, text)) for e, scores, text, cut in batch]
+        (loss, predicted), size = total, sum(r["bytes"] for r in rows)
+        return r | dict(loss=float(loss / predicted), bits_per_byte=float(loss / math.log(2) / size),
+                        rows=len(counts), tokens=sum(r["length"] for r in rows), window=rows[0]["length"])
+    if task == "ner":
+        r["majority"] = 0.0  # the commonest tag is O: no entity is named
+    if "parsed" in rows[0]:
+        r["parsed"] = float(np.mean([r["parsed"] for r in rows]))
+    return r
 
 
 def score_task(model, tokenizer, device, task, examples, file=None):
-    """The scores of a task (sentiment, if its name is none of SCORERS) over these examples: a dict.
+    """The scores of a task (of sentiment, if its name is none of TASKS) over these examples: a dict.
 
     With `file` every row is written there as soon as it is known, and what is there is not measured again.
     """
@@ -193,10 +162,10 @@ def score_task(model, tokenizer, device, task, examples, file=None):
     if done:
         say(f"{task}: {len(done):,} of {len(examples):,} rows are in {file} already")
     todo = [e for e in examples if e.index not in done]
-    quiet = None if rank() == 0 else True
-    with tqdm(total=len(todo), desc=task, unit=" rows", disable=quiet, leave=False) as bar:
+    hidden = None if rank() == 0 else True  # None: where there is no terminal
+    with tqdm(total=len(todo), desc=task, unit=" rows", disable=hidden, leave=False) as bar:
         start = time.perf_counter()
-        for batch in task_rows(model, tokenizer, device, task, todo):
+        for batch in measured_rows(model, tokenizer, device, task, todo):
             seconds = round((time.perf_counter() - start) / len(batch), 6)
             new = {r["index"]: dict(r, row=prints[r["index"]], seconds=seconds) for r in batch}
             done |= new
@@ -207,9 +176,7 @@ def score_task(model, tokenizer, device, task, examples, file=None):
             start = time.perf_counter()
     if file is not None:
         write_rows(file, known | done)
-    rows = [done[e.index] for e in examples]
-    seconds, cut = sum(r["seconds"] for r in rows), sum(r["cut"] > 0 for r in rows)
-    return dict(rows=len(rows), seconds=seconds, cut=cut) | SCORERS.get(task, SENTIMENT)[1](task, rows)
+    return summed_up(task, [done[e.index] for e in examples])
 
 
 def write_rows(file, rows):
@@ -224,69 +191,33 @@ def claim(folder, settings):
     """Make the folder this model's; rows of another model are moved aside, not overwritten."""
     path, text = folder / "run.json", json.dumps(settings, indent=2) + "\n"
     if (folder / "predictions").exists() and (not path.exists() or path.read_text() != text):
-        say(f"{folder} held the rows of another model or of other settings: moved to {move_aside(folder)}")
+        aside = cli.move_aside(folder)
+        say(f"{folder} held the rows of another model or of other settings: moved to {aside}")
     (folder / "predictions").mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
 
 
 # ----------------------------------------------------------------------------- tables
 
-def score_lines(task, r):
-    """(name, value, interval, majority) of each score of a task."""
-    if task == "perplexity":
-        return [("perplexity", r["perplexity"], r["interval"], None)]
-    if task == "ner":
-        return [("entity F1", r["f1"], r["interval"], r["majority"])]
-    if "likeliest" in r:
-        best = r["likeliest"]
-        return [("weighted F1, as written", r["f1"], r["interval"], r["majority"]),
-                ("weighted F1, likeliest label", best["f1"], best["interval"], r["majority"])]
-    lines = [("accuracy", r["accuracy"], r["interval"], r["majority"])]
-    if "accuracy_norm" in r:
-        lines.append(("accuracy by characters", r["accuracy_norm"], r["interval_norm"], r["majority"]))
-    return lines
-
-
 def print_results(results):
-    lines = []
+    lines, parsed = [], []
     for task, r in results.items():
-        counts = [f"{r['rows']:,}", f"{r['seconds']:.1f}", f"{r['cut']}"]
-        for name, value, (low, high), majority in score_lines(task, r):
-            lines.append([task, name, f"{value:.3f}", f"{low:.3f} to {high:.3f}",
-                          "" if majority is None else f"{majority:.3f}", *counts])
-            task, counts = "", [""] * 3  # only in a task's first line
-    print(markdown(["task", "score", "value", "95% interval", "majority", "rows", "s", "cut"], lines))
-    parsed = [f"{task} {r['parsed']:.1%}" for task, r in results.items() if "parsed" in r]
+        name, counts = task, [f"{r['rows']:,}", f"{r['seconds']:.1f}", f"{r['cut']}"]
+        majority = f"{r['majority']:.3f}" if "majority" in r else ""
+        for part in [r, *(r[key] for key in OTHERS if key in r)]:
+            low, high = part["interval"]
+            lines.append([name, part["score"], f"{part[MEASURE.get(task, 'f1')]:.3f}",
+                          f"{low:.3f} to {high:.3f}", majority, *counts])
+            name, counts = "", [""] * 3  # only in a task's first line
+        if "parsed" in r:
+            parsed.append(f"{task} {r['parsed']:.1%}")
+    print(cli.markdown(["task", "score", "value", "95% interval", "majority", "rows", "s", "cut"], lines))
     if parsed:
         print(f"\nanswers that could be parsed (others are neutral, or name nobody): {', '.join(parsed)}")
     if "perplexity" in results:
         r = results["perplexity"]
         print(f"\nperplexity: {r['perplexity']:.3f}, {r['bits_per_byte']:.3f} bits a byte, "
               f"{r['rows']} windows of {r['window']} tokens")
-
-
-# ----------------------------------------------------------------------------- two runs side by side
-
-def shared_scores(task, first, second):
-    """(name, metric of summed rows, rows of each run, which rows each has right or None) of each score."""
-    if task == "perplexity":
-        yield "perplexity", perplexity_of, loss_counts(first), loss_counts(second), None
-    elif task == "ner":
-        counts = [np.array([r["counts"] for r in rows]) for rows in (first, second)]
-        yield "entity F1", score.entity_f1, *counts, None
-    else:
-        names = dict(prediction="accuracy", by_character="accuracy by characters")
-        if "likeliest" in first[0]:
-            names = dict(prediction="accuracy, as written", likeliest="accuracy, likeliest label")
-        elif task != "piqa":
-            del names["by_character"]
-        for key, name in names.items():
-            right = [np.array([r[key] == r["label"] for r in rows]) for rows in (first, second)]
-            yield name, mean_of, *(np.stack((x, np.ones(len(x))), 1) for x in right), right
-
-
-def mean_of(sums):
-    return sums[..., 0] / sums[..., 1]
 
 
 def compare(one, other):
@@ -296,17 +227,20 @@ def compare(one, other):
         if not (Path(folder) / "predictions").is_dir():
             raise InputError(f"--compare {folder}: no predictions are there: give two --out-dir folders")
     lines = []
-    for task in SCORERS:
+    for task in TASKS:
         first, second = ({(r["index"], r["row"]): r for r in read_metrics(rows_file(folder, task))}
                          for folder in (one, other))
         shared = sorted(first.keys() & second.keys())
         if not shared:
             continue
-        pairs = shared_scores(task, [first[k] for k in shared], [second[k] for k in shared])
-        for name, metric, a, b, right in pairs:
+        theirs = counted(task, [second[k] for k in shared])
+        for key, (name, a, metric) in counted(task, [first[k] for k in shared]).items():
+            b, tables = theirs[key][1], a.ndim == 3  # of right and given labels
+            if tables:
+                name, metric = name.replace("weighted F1", "accuracy"), score.accuracy
             low, high, p = score.paired_bootstrap(a, b, metric)
-            if right:
-                p = score.mcnemar(*right)
+            if tables:
+                p = score.mcnemar(metric(a), metric(b))
             A, B = float(metric(a.sum(0))), float(metric(b.sum(0)))
             lines.append([task, name, len(shared), f"{A:.3f}", f"{B:.3f}", f"{B - A:+.3f}",
                           f"{low:+.3f} to {high:+.3f}", f"{p:.3f}" if p >= 0.001 else "< 0.001",
@@ -315,7 +249,7 @@ def compare(one, other):
     if not lines:
         raise InputError(f"{one} and {other} have no row in common: run the same tasks on the same data")
     header = ["task", "score", "rows", "A", "B", "B - A", "95% interval", "p", "chance?"]
-    print(f"A = {one}\nB = {other}\n" + markdown(header, lines))
+    print(f"A = {one}\nB = {other}\n" + cli.markdown(header, lines))
 
 
 # ----------------------------------------------------------------------------- python eval.py
@@ -327,7 +261,7 @@ def parse(argv):
     p.add_argument("--bits", type=int, default=16,
                    help="8 or 4: quantize the weights while loading (default: %(default)s)")
     p.add_argument("--tasks", default="perplexity",
-                   help=f"separated by commas: {', '.join(SCORERS)} (default: %(default)s)")
+                   help=f"separated by commas: {', '.join(TASKS)} (default: %(default)s)")
     p.add_argument("--data", default="builtin",
                    help="text for perplexity: a file, a folder, or builtin (default: %(default)s)")
     p.add_argument("--data-dir", default=os.environ.get("DATA_DIR", "data"),
@@ -338,17 +272,6 @@ def parse(argv):
                    help="where predictions and summary.json go (default: %(default)s)")
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="put two such folders side by side")
     return p.parse_args(argv)
-
-
-def check(args, names):
-    unknown = [t for t in names if t not in SCORERS]
-    if unknown:
-        raise InputError(f"no task is called {unknown[0]!r}: the tasks are {', '.join(SCORERS)}")
-    if args.limit == 1 and "perplexity" in names:
-        raise InputError("--limit must be at least 2 tokens, got 1")
-    if world_size() > 1:
-        raise InputError(f"eval.py is one process, got {world_size()}: leave torchrun out")
-    check_folder(args.out_dir)
 
 
 def add_adapter(model, args):
@@ -367,12 +290,17 @@ def main(argv=None):
     args = parse(argv)
     if args.compare:
         return compare(*args.compare)
-    names = list(dict.fromkeys(args.tasks.split(",")))
-    check(args, names)
-    items = {}
-    for t in names:  # missing or malformed data is told before the model is loaded
-        if t != "perplexity":
-            items[t] = sets.draw(sets.load(t, args.data_dir), args.limit)
+    if world_size() > 1:
+        raise InputError(f"eval.py is one process, got {world_size()}: leave torchrun out")
+    cli.check_folder(args.out_dir)
+    names, items = list(dict.fromkeys(args.tasks.split(","))), {}
+    for name in names:  # missing or malformed data is told before the model is loaded
+        if name not in TASKS:
+            raise InputError(f"no task is called {name!r}: the tasks are {', '.join(TASKS)}")
+        if name != "perplexity":
+            items[name] = sets.draw(sets.load(name, args.data_dir), args.limit)
+        elif args.limit == 1:
+            raise InputError("--limit must be at least 2 tokens, got 1")
     model, tokenizer, device = open_model(args.model, args.bits)
     settings = add_adapter(model, args)
     if "perplexity" in names:

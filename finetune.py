@@ -34,18 +34,7 @@ import torch
 import eval as evaluation
 from checkpoint import load_model
 from common.adapters import adaptable, base_id, bits_of, load_adapter, save_adapter
-from common.cli import (
-    InputError,
-    Parser,
-    StopSignal,
-    at_least_0,
-    at_least_1,
-    command,
-    positive,
-    say,
-    seed,
-    write_atomic,
-)
+from common.cli import InputError, Parser, StopSignal, at_least_0, at_least_1, command, positive, say, seed
 from common.device import find_device, peak_memory
 from common.loss import head_loss
 from common.optimizers import learning_rate, make_optimizers, moments_of, restore_moments, set_rate, step_all
@@ -57,7 +46,7 @@ from recompute import MODES, use_recompute
 from tasks import sets
 from tasks.rows import Batch, encode, made_up_headlines, pick, read_alpaca
 
-SENTIMENT = ("fpb", "fiqa", "tfns")
+SENTIMENT, MADE_UP = ("fpb", "fiqa", "tfns"), "made-up"
 # What is rarely turned, and has no flag: a bench gives another value by finetune.main(argv, dropout=0). A run
 # remembers them.
 SETTINGS = dict(
@@ -68,8 +57,7 @@ SETTINGS = dict(
     grad_accum=1,         # batches whose gradients are added up for a step
     seq_len=512,          # tokens of a row at most; the middle of a longer prompt is left out
     warmup=None,          # steps until the highest rate (None: a tenth of them, at most 100)
-    # end after this many steps, with a checkpoint; the schedule stays that of --max-iters
-    stop_at=None,
+    stop_at=None,         # end after this many steps; the schedule stays that of --max-iters
     dtype="auto",
     log_interval=10,
     eval_interval=None,   # steps between two losses on held-out rows (None: a quarter of all steps)
@@ -88,13 +76,12 @@ def make_parser():
                    help="of the base's weights (default: %(default)s)")
     g.add_argument("--rank", type=at_least_1, default=8, help="r of A and B (default: %(default)s)")
     g.add_argument("--targets", help="layers with an adapter, by their last names: q, k, v, o, gate, up, "
-                                     "down, of GPT-2 "
-                                     "qkv, o, up, down (default: q,k,v or qkv)")
+                                     "down, of GPT-2 qkv, o, up, down (default: q,k,v or qkv)")
     g = p.add_argument_group("data")
     g.add_argument("--task", default="sentiment",
                    help=f"sentiment (those of {', '.join(SENTIMENT)} that are at hand), "
-                        f"{', '.join(sets.TEST_SHARE)}, "
-                        "alpaca, or a JSON file in Alpaca's format (default: %(default)s)")
+                        f"{', '.join(sets.TEST_SHARE)}, alpaca, or a JSON file in Alpaca's format (default: "
+                        "%(default)s)")
     g.add_argument("--data-dir", default=os.environ.get("DATA_DIR", "data"),
                    help="where the sets are (default: $DATA_DIR, then data/)")
     g.add_argument("--batch-size", type=at_least_1, default=16,
@@ -113,8 +100,8 @@ def make_parser():
     g.add_argument("--out-dir", default="out/finetune", help="folder of this run (default: %(default)s)")
     g.add_argument("--resume", action="store_true", help="continue the run in --out-dir")
     g.add_argument("--eval-limit", type=at_least_0, default=500,
-                   help="held-out rows of each task for the scores before and after; 0: none (default: "
-                        "%(default)s)")
+                   help="held-out rows of each task to score before and after; 0: none "
+                        "(default: %(default)s)")
     g.add_argument("--save-interval", type=at_least_1, default=50,
                    help="steps between two checkpoints (default: %(default)s)")
     return p
@@ -139,7 +126,6 @@ def finetune(args, given):
     say(f"device {device.name}" + (f", {world_size()} processes" if world_size() > 1 else ""))
     say(f"dtype {args.dtype} ({device.why}), {device.rate / 1e12:.2f} TFLOPS in products")
     fill_in(args)
-    check(args)
 
     # The frozen base with its adapters, and the data.
     model, tokenizer = adapted_model(args, device)
@@ -165,7 +151,7 @@ def finetune(args, given):
     if folder.is_done():
         return 0
     if is_first():
-        write_atomic(folder.path / "heldout.json", json.dumps(data.indices) + "\n")
+        (folder.path / "heldout.json").write_text(json.dumps(data.indices) + "\n")
     before = state["before"] if state else scores_of(around, tokenizer, data.test)
     tell("before", before)
     tokens = []  # of each step's rows
@@ -224,22 +210,13 @@ def finetune(args, given):
 # ----------------------------------------------------------------------------- its parts
 
 def fill_in(args):
-    """Give what was not given the value that depends on other arguments."""
+    """Give what was not given the value that depends on other arguments, and refuse what can't be."""
     if args.warmup is None:
         args.warmup = min(100, args.max_iters // 10)
     if args.eval_interval is None:
         args.eval_interval = -(-args.max_iters // 4)
-
-
-def check(args):
-    """Refuse what can't go together, before anything slow begins."""
-    if args.shard and args.bits < 16:
-        raise InputError(f"--shard spreads parameters, and the integers of a --bits {args.bits} base are "
-                         "none: leave it "
-                         "out (each process copies the base, which is small then), or give --bits 16")
     if args.shard and world_size() == 1:
-        raise InputError("--shard needs several processes: torchrun --nproc_per_node N finetune.py ... "
-                         "--shard")
+        raise InputError("--shard needs several processes: torchrun --nproc_per_node N finetune.py --shard")
     if args.task not in ("sentiment", "alpaca", *sets.TASKS) and not Path(args.task).is_file():
         raise InputError(f"--task {args.task}: neither a file nor one of sentiment, alpaca, "
                          f"{', '.join(sets.TEST_SHARE)}")
@@ -251,83 +228,79 @@ def adapted_model(args, device):
     model, tokenizer = load_model(args.base, home, device.dtype, args.bits)
     layers = adaptable(model)
     if args.shard and any(bits_of(layer) < 16 for layer in layers.values()):
-        raise InputError(f"--shard spreads parameters, and the integers of {args.base} are none: give a base "
-                         "in 16 bit")
+        raise InputError(f"--shard spreads parameters, and the integers of {args.base} are none: leave it "
+                         "out, or give a base in 16 bit and --bits 16")
     if tokenizer is None:
         raise InputError(f"{args.base} has no tokenizer beside its weights: put a tokenizer.json or "
                          "tokenizer.model there")
     names = {name.rsplit(".", 1)[-1] for name in layers}
     args.targets = args.targets or ("qkv" if "qkv" in names else "q,k,v")
-    for target in args.targets.split(","):
-        if target not in names:
-            raise InputError(f"--targets {args.targets}: no layer is called {target!r}, this model has "
-                             f"{', '.join(sorted(names))}")
+    targets = args.targets.split(",")
+    if not names.issuperset(targets):
+        raise InputError(f"--targets {args.targets}: this model has layers called {', '.join(sorted(names))}")
     torch.manual_seed(args.seed)
-    say(attach_lora(model, args.rank, args.alpha, args.targets.split(","), args.dropout))
+    say(attach_lora(model, args.rank, args.alpha, targets, args.dropout))
     return use_recompute(model, args.recompute), tokenizer
 
 
 def batches_of(step_rows, args, around, device):
     """This process's batches of a step's rows, and the weight of each one's mean loss: its share of the
     answers' tokens."""
-    # With --recompute block or --shard every block must be passed once a batch: no common prefix that is read
-    # apart.
-    share_prefix = args.recompute != "block" and not args.shard
+    share_prefix = args.recompute != "block" and not args.shard  # these pass every block once a batch
     answers = sum(len(r.ids) - r.start for r in step_rows)
     batches, weights = [], []
     for i in range(around.replica * args.grad_accum, (around.replica + 1) * args.grad_accum):
-        batch = Batch(step_rows[i * args.batch_size:(i + 1) * args.batch_size], share_prefix,
-                      device.torch_device)
+        mine = step_rows[i * args.batch_size:(i + 1) * args.batch_size]
+        batch = Batch(mine, share_prefix, device.torch_device)
         batches.append((batch,))
         weights.append(batch.answers / answers * around.replicas)
     return batches, weights
 
 
 def read_task(task, data_dir):
-    """(training pairs (prompt, answer), test examples, held-out pairs) of one task. Where there are no labels
-    to choose from, there are no test examples."""
-    if task == "made-up":
+    """(examples to learn from, held-out examples) of one task."""
+    if task in sets.TASKS:
+        return sets.load(task, data_dir, "train"), sets.load(task, data_dir, "test")
+    if task == MADE_UP:
         say(f"none of {', '.join(SENTIMENT)} is in {data_dir}: training on headlines that are made up from "
-            "templates, "
-            "which shows that it works and no more (--data-dir, or --task fpb to download)")
+            "templates, which shows that it works and no more (--data-dir, or --task fpb to download)")
         made = made_up_headlines(1200, seed=0)
-        train, test = made[300:], made[:300]
-    elif task in sets.TASKS:
-        train, test = sets.load(task, data_dir, "train"), sets.load(task, data_dir, "test")
-    else:
-        path = Path(data_dir) / "alpaca" / "alpaca_data.json" if task == "alpaca" else Path(task)
-        if not path.is_file():
-            raise InputError(f"{path} is not there: put Alpaca's alpaca_data.json there, or give --data-dir")
-        pairs = read_alpaca(path)
-        held, learned = sets.split_rows(len(pairs), 0.05) if len(pairs) >= 20 else ([], range(len(pairs)))
-        return [pairs[i] for i in learned], [], [(i, pairs[i]) for i in held]
-    return [(e.prompt, e.answer) for e in train], test, [(e.index, (e.prompt, e.answer)) for e in test]
+        return made[300:], made[:300]
+    path = Path(data_dir) / "alpaca" / "alpaca_data.json" if task == "alpaca" else Path(task)
+    if not path.is_file():
+        raise InputError(f"{path} is not there: put Alpaca's alpaca_data.json there, or give --data-dir")
+    examples = read_alpaca(path)
+    if len(examples) < 20:
+        return examples, []
+    held, learned = sets.split_rows(len(examples), 0.05)
+    return [examples[i] for i in learned], [examples[i] for i in held]
 
 
 class Data:
     """Rows to learn from, test examples by task, and the same held-out rows for every look at their loss."""
 
     def __init__(self, args, tokenizer, context):
-        self.train, self.test, self.indices = [], {}, {}
+        self.train, self.test, self.indices, held = [], {}, {}, []
         row = partial(encode, tokenizer, context=min(context, args.seq_len))
-        tasks, held = [args.task], []
+        tasks = [args.task]
         if args.task == "sentiment":
-            tasks = [t for t in SENTIMENT if (Path(args.data_dir) / t).is_dir()] or ["made-up"]
+            tasks = [t for t in SENTIMENT if (Path(args.data_dir) / t).is_dir()] or [MADE_UP]
         for task in tasks:
-            pairs, examples, out = read_task(task, args.data_dir)
-            for prompt, answer in pairs:  # rows with one instruction make batches that share it
-                self.train.append(row(prompt, answer, group=prompt.split("\n")[0] if examples else task))
-            held += [(task, pair) for _, pair in out]
-            self.indices[task] = sorted(int(i) for i, _ in out)
-            if args.eval_limit and examples:
-                self.test[task] = sets.draw(examples, args.eval_limit)
+            learned, out = read_task(task, args.data_dir)
+            labelled = task == MADE_UP or task in sets.TASKS
+            for e in learned:  # rows with one instruction make batches that share it
+                group = e.prompt.split("\n")[0] if labelled else task
+                self.train.append(row(e.prompt, e.answer, group=group))
+            held += [(task, e) for e in out]
+            self.indices[task] = sorted(e.index for e in out)
+            if args.eval_limit and labelled:
+                self.test[task] = sets.draw(out, args.eval_limit)
         if not self.train:
             raise InputError(f"--task {args.task} has no rows to learn from")
-        self.held_out = [row(*pair, group=task) for task, pair in sets.draw(held, args.eval_rows)]
+        self.held_out = [row(e.prompt, e.answer, group=task) for task, e in sets.draw(held, args.eval_rows)]
         length = sum(len(r.ids) for r in self.train) / len(self.train)
         say(f"data {', '.join(tasks)}: {len(self.train):,} rows to learn from, {len(held):,} held out, "
-            f"{length:.0f} "
-            "tokens a row")
+            f"{length:.0f} tokens a row")
 
 
 @torch.no_grad()
@@ -338,7 +311,8 @@ def held_out_loss(around, data, args, device):
     rows = sorted(data.held_out, key=lambda r: (r.group, len(r.ids)))
     for i in range(0, len(rows), args.batch_size):
         batch = Batch(rows[i:i + args.batch_size], device=device.torch_device)
-        total, count = total + around.loss(batch).item() * batch.answers, count + batch.answers
+        total += around.loss(batch).item() * batch.answers
+        count += batch.answers
     around.model.train()
     return total / count if count else None
 
@@ -360,8 +334,8 @@ def save(folder, model, optimizers, around, args, rows, before, own_id):
         state = dict(step=folder.step, rows=rows, args=vars(args), before=before, seconds=folder.seconds())
         replace_state(args.out_dir, lambda new: save_adapter(new, model, args.base, own_id, learned=learned),
                       moments, state)
-        plot_losses(folder.path, f"LoRA r = {args.rank} on {args.base}, {args.bits} bit, "
-                                 f"{Path(args.task).name}")
+        task = Path(args.task).name
+        plot_losses(folder.path, f"LoRA r = {args.rank} on {args.base}, {args.bits} bit, {task}")
     folder.saved()
 
 

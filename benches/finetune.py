@@ -127,14 +127,14 @@ def prepare(args, folder):
     """The base for transformers, and the rows of all engines."""
     model, tokenizer = load_model(args.base)
     export(model, tokenizer, folder)
-    pairs, _, _ = read_task(args.task if (Path(args.data_dir) / args.task).is_dir() else "made-up",
+    examples, _ = read_task(args.task if (Path(args.data_dir) / args.task).is_dir() else "made-up",
                             args.data_dir)
     count = args.batches * args.batch_size
-    if len(pairs) < count:
-        raise InputError(f"--batches {args.batches} of {args.batch_size} rows are more than the {len(pairs)} "
+    if len(examples) < count:
+        raise InputError(f"--batches {args.batches} of {args.batch_size} rows are more than {len(examples)} "
                          f"rows of {args.task}")
-    picked = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    return [encode(tokenizer, *pairs[i], 512) for i in picked]
+    picked = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    return [encode(tokenizer, examples[i].prompt, examples[i].answer, 512) for i in picked]
 
 
 def measure(args, engines, folder, rows):

@@ -16,15 +16,14 @@ three or four of some seventy tokens. What batches are made of decides how much 
 """
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.cli import InputError
+from common.cli import InputError, say
+from tasks import sets
 from tasks.prefix import PrefixCache, common_length
-from tasks.score import encode_pair
-from tasks.sets import instruction_prompt, sentiment_row
+from tasks.score import encode_pair, shorten
 
 IGNORED = -100  # the target of a token that is not to be learned
 POOL = 16       # batches among which rows are sorted by length
@@ -32,21 +31,22 @@ POOL = 16       # batches among which rows are sorted by length
 
 @dataclass
 class Row:
-    ids: list       # prompt, answer and end token
-    start: int      # where the answer begins
-    group: str = ""  # rows with the same instruction
+    ids: list           # prompt, answer and end token
+    start: int          # where the answer begins
+    group: str = ""     # rows with the same instruction
+    lost: tuple = (0, 0)  # tokens of the prompt and of the answer that did not fit
 
 
 def encode(tokenizer, prompt, answer, context, group=""):
-    """A Row. A prompt that is too long loses its middle: the instruction stands first, "Answer:" last."""
-    ids, answer = encode_pair(tokenizer, prompt, answer)
-    answer = answer[:context // 2]
+    """A Row of at most `context` tokens. What does not fit is left out of the prompt, down to an eighth of
+    the context, and only then at the answer's end; an answer that is not whole has no end token."""
+    given, answer = encode_pair(tokenizer, prompt, answer)
     if tokenizer.end is not None:
-        answer = answer + [tokenizer.end]
-    room = context - len(answer)
-    if len(ids) > room:
-        ids = ids[:room - room // 2] + ids[len(ids) - room // 2:]
-    return Row(ids + answer, len(ids), group)
+        answer = [*answer, tokenizer.end]
+    kept = shorten(given, max(context - len(answer), context // 8, 1))
+    learned = answer[:context - len(kept)]
+    lost = len(given) - len(kept), len(answer) - len(learned)
+    return Row(kept + learned, len(kept), group, lost)
 
 
 def pick(rows, count, seed, step):
@@ -89,50 +89,49 @@ class Batch:
 # ----------------------------------------------------------------------------- Alpaca's format
 
 ALPACA = '{"instruction": ..., "input": ..., "output": ...}'  # a row; its input may be missing
+CHATS = {"conversations": "a conversation in ShareGPT's form", "messages": "a list of chat messages"}
 
 
 def read_alpaca(path):
-    """[(prompt, answer)] of a JSON file: a list of Alpaca's rows, or one row a line."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path} can't be read ({e})") from None
-    pairs = [alpaca_pair(row, f"{path}, {where}") for where, row in json_rows(path, text)]
-    if not pairs:
-        raise InputError(f"{path} is empty: give rows of {ALPACA}")
-    return pairs
+    """Examples of a JSON file in Alpaca's form: a list of rows, {"data": a list of rows}, or a row a line.
+    Rows with a blank instruction or output are left out, and counted."""
+    text, rows = sets.read_text(path), []
+    first = text.strip().split("\n")[0].strip()
+    if first.startswith("{") and first.endswith("}"):
+        rows = [row for row, _ in sets.read_jsonl(path)]
+    elif first:
+        rows = [sets.parse_json(text, path)]
+    if len(rows) == 1:
+        rows = rows[0]
+        if isinstance(rows, dict) and "data" in rows:
+            rows = rows["data"]
+        if not isinstance(rows, list):
+            rows = [rows]
+    examples = [alpaca_example(row, n, f"{path}, row {n}") for n, row in enumerate(rows)]
+    kept = [e for e in examples if e.prompt.strip() and e.answer.strip()]
+    if not kept:
+        raise InputError(f"{path} has no row with text: give rows of {ALPACA}")
+    if len(kept) < len(rows):
+        say(f"{path}: {len(rows) - len(kept):,} of {len(rows):,} rows are left out, their instruction or "
+            "output is blank")
+    return kept
 
 
-def json_rows(path, text):
-    """Yield (where, row) of a JSON list, or of lines of JSON."""
-    whole = text.lstrip().startswith("[")
-    for number, part in enumerate([text] if whole else text.splitlines(), 1):
-        if not part.strip():
-            continue
-        try:
-            found = json.loads(part)
-        except json.JSONDecodeError as e:
-            line = e.lineno if whole else number
-            raise InputError(f"{path} is not JSON: line {line}, column {e.colno}: {e.msg}") from None
-        if whole:
-            yield from ((f"row {n}", row) for n, row in enumerate(found))
-        else:
-            yield f"line {number}", found
-
-
-def alpaca_pair(row, where):
+def alpaca_example(row, index, where):
+    """A row as an Example; its prompt is blank if its instruction is."""
     if not isinstance(row, dict):
         raise InputError(f"{where} is not an object but {json.dumps(row)[:60]}: it should be {ALPACA}")
-    for key in ("instruction", "output"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            keys = ", ".join(map(repr, row)) or "no keys"
-            raise InputError(f"{where} has no text as {key!r} (it has {keys}): it should be {ALPACA}")
-    if not isinstance(row.get("input") or "", str):
-        raise InputError(f"{where}: 'input' is {json.dumps(row['input'])[:60]}, it should be text")
-    if row.get("input"):
-        return instruction_prompt(row["instruction"], row["input"]), row["output"]
-    return f"Instruction: {row['instruction']}\nAnswer: ", row["output"]
+    for key in row.keys() & CHATS.keys():
+        raise InputError(f"{where} has {key!r}, {CHATS[key]}, which is not read: it should be {ALPACA}")
+    names = ("prompt", "completion") if "completion" in row else ("instruction", "output")
+    asked, answer, given = row.get(names[0]), row.get(names[1]), row.get("input") or ""
+    for name, text in zip((*names, "input"), (asked, answer, given)):
+        if not isinstance(text, str):
+            found = json.dumps(text)[:60]
+            raise InputError(f"{where} has no text as {name!r} but {found}: it should be {ALPACA}")
+    if asked.strip() and names[0] == "instruction":
+        asked = sets.instruction_prompt(asked, given) if given.strip() else f"Instruction: {asked}\nAnswer: "
+    return sets.Example("rows", index, asked, answer)
 
 
 # ----------------------------------------------------------------------------- where no set is at hand
@@ -141,16 +140,13 @@ COMPANIES = ("Nordvik", "Halden Oyj", "Castra Foods", "Lumera", "Teval Steel", "
              "Karo Shipping")
 TEMPLATES = {
     "positive": ("{c} 's operating profit rose to EUR {b} mn from EUR {a} mn .",
-                 "{c} raised its outlook after sales grew by {a} % .",
-                 "{c} won an order worth EUR {b} mn .",
+                 "{c} raised its outlook after sales grew by {a} % .", "{c} won an order worth EUR {b} mn .",
                  "{c} narrowed its loss to EUR {a} mn from EUR {b} mn ."),
-    "neutral": ("{c} will publish its interim report at {a} a.m.",
-                "{c} has {b} employees in {a} countries .",
+    "neutral": ("{c} will publish its interim report at {a} a.m.", "{c} has {b} employees in {a} countries .",
                 "{c} appointed a new head of logistics .",
                 "The value of the lease of {c} was not disclosed ."),
     "negative": ("{c} 's operating profit fell to EUR {a} mn from EUR {b} mn .",
-                 "{c} cut {b} jobs as demand weakened by {a} % .",
-                 "{c} lost an order worth EUR {b} mn .",
+                 "{c} cut {b} jobs as demand weakened by {a} % .", "{c} lost an order worth EUR {b} mn .",
                  "{c} 's loss widened to EUR {b} mn from EUR {a} mn ."),
 }
 
@@ -159,10 +155,10 @@ def made_up_headlines(count, seed):
     """Examples made of templates and numbers, to try everything without a download."""
     random, rows = np.random.default_rng(seed), []
     for i in range(count):
-        label = ("negative", "neutral", "positive")[random.integers(3)]
-        a, b = sorted(int(n) for n in random.integers(2, 12, 2) + (0, 12))
+        label = sets.SENTIMENTS[random.integers(3)]
+        a, b = random.integers(2, 12, 2) + (0, 12)
         template = TEMPLATES[label][random.integers(4)]
         text = template.format(c=COMPANIES[random.integers(len(COMPANIES))], a=a, b=b)
-        rows.append(sentiment_row("made-up headlines", text, label, "news"))
+        rows.append(sets.sentiment_row("made-up headlines", text, label, "news"))
         rows[-1].index = i
     return rows

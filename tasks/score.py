@@ -45,6 +45,14 @@ def encode_pair(tokenizer, context, continuation):
     return given, (begin + tokenizer.encode(context + continuation))[len(given):]
 
 
+def shorten(prompt, room):
+    """A prompt's ids, at most `room` of them: without its middle, as the instruction stands first and
+    "Answer:" last. Finetuning and the tasks that are answered in writing cut here."""
+    if len(prompt) <= room:
+        return prompt
+    return prompt[:room - room // 2] + prompt[len(prompt) - room // 2:]
+
+
 @dataclass
 class Tree:
     """An example as tokens: the trunk, then the branches."""
@@ -53,7 +61,7 @@ class Tree:
     positions: list
     branch: list      # of each token: 0 the trunk, 1, 2, ...
     scored: list      # (slot in tokens, token to predict from there, choice) of each scored token
-    cut: int          # tokens that were cut from the left to fit the context
+    cut: int          # tokens that were left out to fit the context
 
     @property
     def prompt(self):
@@ -63,23 +71,19 @@ class Tree:
 
 def make_tree(example, tokenizer, context, room=None):
     """Lay out a prompt and its choices. What exceeds the context loses its first tokens, as in the harness;
-    with `room` the prompt itself is cut to that many tokens, so that it stays the same for all endings."""
+    with `room` the prompt is shortened to that many tokens, so that it stays the same for all endings."""
     pairs = [encode_pair(tokenizer, *pair) for pair in example.pairs()]
     for (_, ending), choice in zip(pairs, example.choices):
         if not ending:
             raise InputError(f"{example.task}, row {example.index}: the ending {choice!r} adds no token to "
                              "its text: mend the row")
-    if not pairs:  # a prompt whose last token predicts; a space at its end is left to the model
-        given, _ = encode_pair(tokenizer, example.prompt, "")
-        kept = given[-room:]
-        n = len(kept)
-        return Tree(example, kept, list(range(n)), [0] * n, [(n - 1, None, None)], len(given) - n)
-    texts = []
-    longest = max(len(ending) for _, ending in pairs)
+    if not pairs:  # only to be answered in writing: which token comes next is not known
+        pairs = [(encode_pair(tokenizer, example.prompt, "")[0], [None])]
+    longest, texts, cut = max(len(ending) for _, ending in pairs), [], 0
     for given, ending in pairs:
-        kept = given[-min(room, context + 1 - longest):] if room else given
+        kept = shorten(given, min(room, context + 1 - longest)) if room else given
         texts.append((kept + ending)[-(context + 1):])
-    cut = max(len(given) + len(ending) - len(text) for (given, ending), text in zip(pairs, texts))
+        cut = max(cut, len(given) + len(ending) - len(texts[-1]))
     trunk = common_length([text[:-1] for text in texts])
     tree = Tree(example, texts[0][:trunk], list(range(trunk)), [0] * trunk, [], cut)
     for choice, (text, (_, ending)) in enumerate(zip(texts, pairs)):
@@ -93,40 +97,28 @@ def make_tree(example, tokenizer, context, room=None):
     return tree
 
 
-def batches(items, length, budget, most):
-    """Items of similar length together, the longest first; at most `budget` tokens, padding counted."""
+def in_batches(trees, budget, most):
+    """Rows of similar length together, the longest first; at most `budget` tokens, padding counted."""
     batch = []
-    for item in sorted(items, key=length, reverse=True):
-        if batch and (len(batch) + 1) * length(batch[0]) > budget or len(batch) == most:
+    for tree in sorted(trees, key=lambda t: len(t.tokens), reverse=True):
+        if batch and (len(batch) + 1) * len(batch[0].tokens) > budget or len(batch) == most:
             yield batch
             batch = []
-        batch.append(item)
+        batch.append(tree)
     if batch:
         yield batch
 
 
 # ----------------------------------------------------------------------------- log-likelihoods
 
-def shared_tokens(trees):
-    """How many tokens all rows begin with, before any branch and before anything is predicted."""
-    if len(trees) < 2:
-        return 0
-    own = min(min(t.branch.count(0), min(t.scored)[0]) for t in trees)
-    return min(own, common_length([t.tokens for t in trees]))
-
-
-def in_batches(model, trees, device, most=256):
-    """Yields (rows of a batch, the PrefixCache of what all rows begin with), the longest rows first."""
-    whole, cut = [t for t in trees if not t.cut], [t for t in trees if t.cut]
-    for group in (whole, cut):  # a row that was cut has lost the prefix
-        if group:
-            shared = group[0].tokens[:shared_tokens(group)]
-            tokens = torch.tensor([shared], dtype=torch.long, device=device.torch_device)
-            with torch.inference_mode(), device.autocast():
-                prefix = PrefixCache(model, tokens)
-            budget = BATCH_TOKENS[device.torch_device.type]
-            for batch in batches(group, lambda t: len(t.tokens), budget, most):
-                yield batch, prefix
+def shared_prefix(model, trees, device):
+    """The PrefixCache of what all rows begin with, before any branch and before anything is predicted."""
+    length = 0
+    if len(trees) > 1:
+        length = common_length([t.tokens[:min(t.branch.count(0), min(t.scored)[0])] for t in trees])
+    tokens = torch.tensor([trees[0].tokens[:length]], dtype=torch.long, device=device.torch_device)
+    with torch.inference_mode(), device.autocast():
+        return PrefixCache(model, tokens)
 
 
 def padded(lists, fill, device):
@@ -200,19 +192,20 @@ def score_in_batches(model, tokenizer, examples, device, new_tokens=0):
     With new_tokens the model also writes so many after the prompt, at most half of its context; the prompt
     has what is left. Both come from one reading of the prompt.
     """
-    context = model.config.context
+    if not examples:
+        return
+    context, where = model.config.context, device.torch_device
     new_tokens = min(new_tokens, context // 2)
     room = context - new_tokens if new_tokens else None
     trees = [make_tree(e, tokenizer, context, room) for e in examples]
-    for batch, prefix in in_batches(model, trees, device, most=64 if new_tokens else 256):
-        if not new_tokens:
-            texts = [""] * len(batch)
-            scores = score_batch(model, batch, prefix, device)
-        else:
-            prompts = [t.prompt for t in batch]
+    prefix = shared_prefix(model, trees, device)
+    for batch in in_batches(trees, BATCH_TOKENS[where.type], most=64 if new_tokens else 256):
+        prompts, texts, cache = [t.prompt for t in batch], [""] * len(batch), None
+        if new_tokens:
             capacity = max(len(batch[0].tokens), max(map(len, prompts)) + new_tokens)
-            cache = KVCache(model.config, len(batch), capacity, device.torch_device)
-            scores = score_batch(model, batch, prefix, device, cache)
+            cache = KVCache(model.config, len(batch), capacity, where)
+        scores = score_batch(model, batch, prefix, device, cache)
+        if new_tokens:
             cache.lengths = [len(ids) - 1 for ids in prompts]  # the last one is read again, as it predicts
             texts = continued(model, prompts, cache, new_tokens, tokenizer, device)
         yield [(t.example, s, text, t.cut) for t, s, text in zip(batch, scores, texts)]
@@ -229,12 +222,14 @@ def label_scores(model, tokenizer, examples, device):
 # ----------------------------------------------------------------------------- metrics
 
 def confusion(labels, predictions, classes):
-    """Counts (classes, classes) of (right label, given label); metrics take tables (..., right, given)."""
-    cells = np.array(labels, int) * classes + np.array(predictions, int)
-    return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
+    """Rows (n, classes, classes), each a 1 at (right label, given label). Metrics take sums of such rows."""
+    rows = np.zeros((len(labels), classes, classes))
+    rows[np.arange(len(labels)), labels, predictions] = 1
+    return rows
 
 
 def accuracy(table):
+    """table (..., right, given) -> (...)."""
     return np.trace(table, axis1=-2, axis2=-1) / table.sum((-2, -1))
 
 
@@ -250,47 +245,40 @@ def entity_f1(counts):
     return 2 * counts[..., 0] / np.maximum(counts[..., 1] + counts[..., 2], 1)
 
 
-def majority(table, metric):
+def majority(rows, metric):
     """The score of always giving the commonest label."""
-    always = np.zeros_like(table)
-    always[:, table.sum(1).argmax()] = table.sum(1)
+    right = rows.sum((0, 2))  # (classes,): how often each label is right
+    always = np.zeros(rows.shape[1:])
+    always[:, right.argmax()] = right
     return float(metric(always))
 
 
-def bootstrap(table, metric, draws=2000, seed=0):
-    """95% interval: the metric of tables that are drawn anew from the rows of this one."""
-    n = int(table.sum())
-    cells = np.random.default_rng(seed).multinomial(n, (table / n).ravel(), size=draws)
-    return interval(metric(cells.reshape(draws, *table.shape)))
+def bootstrap(rows, metric, draws=2000, seed=0):
+    """95% interval of metric(sum of the rows), rows (n, ...): n rows are drawn anew, with repetition."""
+    random, flat = np.random.default_rng(seed), rows.reshape(len(rows), -1)
+    if (flat.sum(1) == 1).all():  # every row is one cell of a table: cells are drawn, which is faster
+        sums = random.multinomial(len(rows), flat.mean(0), size=draws)
+    else:
+        sums = random.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=draws) @ flat
+    return interval(metric(sums.reshape(draws, *rows.shape[1:])))
 
 
 def interval(values):
     return [float(q) for q in np.quantile(values, (0.025, 0.975))]
 
 
-def resampled(rows, draws, seed):
-    """(draws, n): how often each of n rows is there when n rows are drawn with repetition."""
-    return np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=draws)
-
-
-def bootstrap_rows(rows, metric, draws=2000, seed=0):
-    """95% interval of metric(sums over rows), rows (n, k): rows are drawn anew, with repetition."""
-    rows = np.asarray(rows, float)
-    return interval(metric(resampled(len(rows), draws, seed) @ rows))
-
-
 def paired_bootstrap(first, second, metric, draws=2000, seed=0):
     """(low, high, p) of the difference of two runs over the same rows: its 95% interval, and twice the share
     of draws in which it has the other sign."""
-    times = resampled(len(first), draws, seed)
-    difference = metric(times @ np.asarray(second, float)) - metric(times @ np.asarray(first, float))
+    times = np.random.default_rng(seed).multinomial(len(first), np.full(len(first), 1 / len(first)), draws)
+    one, other = (metric(np.tensordot(times, rows, 1)) for rows in (first, second))
+    difference = other - one
     p = 2 * min((difference <= 0).mean(), (difference >= 0).mean())
     return *interval(difference), float(min(1.0, p))
 
 
 def mcnemar(first, second):
     """Exact two-sided p of as uneven a split of the rows on which only one of two models is right."""
-    only_first = sum(bool(a and not b) for a, b in zip(first, second))
-    only_second = sum(bool(b and not a) for a, b in zip(first, second))
+    only_first, only_second = int((first > second).sum()), int((second > first).sum())
     n, k = only_first + only_second, min(only_first, only_second)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n)

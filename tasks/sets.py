@@ -26,14 +26,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.cli import InputError, say
-from tasks.sources import TEST_FILE, find_files
+from tasks.sources import PHRASES, TEST_FILE, find_files
 
 SENTIMENTS = ["negative", "neutral", "positive"]
 ASK_SENTIMENT = ("What is the sentiment of this {}? Please choose an answer from "
                  "{{negative/neutral/positive}}.")
 ASK_ENTITIES = ("Please extract entities and their types from the input sentence, entity types should be "
                 "chosen from {person/organization/location}.")
-ENTITIES = {"PER": "person", "ORG": "organization", "LOC": "location"}  # the files' MISC is not asked for
+ENTITIES = {"PER": "a person", "ORG": "an organization", "LOC": "a location"}  # MISC is not asked for
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Example:
     label: int = 0        # the right one of the choices
     ending: str = ""      # WinoGrande: what follows every choice and alone is scored
     words: list = field(default_factory=list)  # NER: the sentence
-    tags: list = field(default_factory=list)   # NER: B-PER, I-PER, ..., O for each word
+    tags: list = field(default_factory=list)   # NER: I-PER, B-PER, ..., O for each word
 
     def pairs(self):
         """(given text, text whose likelihood counts) of every choice."""
@@ -75,25 +75,23 @@ def boolq(folder):
 
 
 def piqa(folder):
-    path = folder / "valid-labels.lst"
-    labels = read_text(path).split()
-    for n, label in enumerate(labels, 1):
-        if label not in ("0", "1"):
-            raise malformed(path, n, f"the label must be 0 or 1, got {label!r}")
-    rows = list(read_jsonl(folder / "valid.jsonl", goal=str, sol1=str, sol2=str))
-    if len(rows) != len(labels):
-        raise InputError(f"{folder / 'valid.jsonl'} has {len(rows)} rows and {path} {len(labels)} labels: "
-                         "they must be of the same download")
-    for (row, _), label in zip(rows, map(int, labels)):
-        choices = [f" {row['sol1']}", f" {row['sol2']}"]
+    path, labels = folder / "valid.jsonl", folder / "valid-labels.lst"
+    rows, lines = list(read_jsonl(path, goal=str, sol1=str, sol2=str)), read_lines(labels)
+    if len(rows) != len(lines):
+        raise InputError(f"{path} has {len(rows)} rows and {labels} {len(lines)} labels: they must be of the "
+                         "same download")
+    for n, ((row, _), line) in enumerate(zip(rows, lines), 1):
+        if line.strip() not in ("0", "1"):
+            raise malformed(labels, n, f"the label must be 0 or 1, got {line!r}")
+        choices, label = [f" {row['sol1']}", f" {row['sol2']}"], int(line)
         yield Example("piqa", 0, f"Question: {row['goal']}\nAnswer:", choices[label], choices, label)
 
 
 def winogrande(folder):
     path = folder / "dev.jsonl"
     for row, line in read_jsonl(path, sentence=str, option1=str, option2=str, answer=str):
-        before, blank, after = row["sentence"].partition("_")
-        if not blank or not after.strip() or row["answer"] not in ("1", "2"):
+        before, _, after = row["sentence"].partition("_")
+        if not after.strip() or row["answer"] not in ("1", "2"):
             raise malformed(path, line, "it needs a _ with words after it, and the answer 1 or 2")
         choices, label = [row["option1"], row["option2"]], int(row["answer"]) - 1
         yield Example("winogrande", 0, before, choices[label], choices, label, ending=f" {after.strip()}")
@@ -101,21 +99,18 @@ def winogrande(folder):
 
 def fpb(folder):
     """The file is latin-1; some copies of it are UTF-8, which latin-1 never is by chance."""
-    path = folder / "FinancialPhraseBank-v1.0" / "Sentences_50Agree.txt"
-    for n, line in enumerate(read_lines(path, "latin-1"), 1):
+    for n, line in enumerate(read_lines(folder / PHRASES, "latin-1"), 1):
         text, at, label = line.rpartition("@")
         if not at or label not in SENTIMENTS:
-            raise malformed(path, n, f"it must end with @ and one of {', '.join(SENTIMENTS)}")
+            raise malformed(folder / PHRASES, n, f"it must end with @ and one of {', '.join(SENTIMENTS)}")
         yield sentiment_row("fpb", text, label, "news")
 
 
 def fiqa(folder):
+    """A row for each company that a text is about."""
     for kind, name in (("news", "headline"), ("tweet", "post")):
         path = folder / f"task1_{name}_ABSA_train.json"
-        try:
-            entries = json.loads(read_text(path))
-        except json.JSONDecodeError as e:
-            raise malformed(path, e.lineno, f"it is not JSON ({e.msg})") from None
+        entries = parse_json(read_text(path), path)
         if not isinstance(entries, dict):
             raise InputError(f"{path}: it must be an object whose values have sentence and info")
         for key, entry in entries.items():
@@ -127,13 +122,7 @@ def fiqa(folder):
             for score in scores:
                 if not -1 <= score <= 1:
                     raise InputError(f"{path}, entry {key!r}: sentiment_score must be in -1..1, got {score}")
-                yield sentiment_row("fiqa", text, sentiment_of_score(score), kind)
-
-
-def sentiment_of_score(score):
-    if score < -0.1:
-        return "negative"
-    return "neutral" if score < 0.1 else "positive"
+                yield sentiment_row("fiqa", text, SENTIMENTS[(score >= -0.1) + (score >= 0.1)], kind)
 
 
 def tfns(folder, name="sent_train.csv"):
@@ -156,40 +145,28 @@ def ner(folder, name="FIN5.txt"):
     path, words, tags = folder / name, [], []
     for n, line in enumerate([*read_lines(path), ""], 1):
         columns = line.split()
-        if columns and (len(columns) != 4 or not re.fullmatch(r"O|[BI]-(PER|ORG|LOC|MISC)", columns[3])):
-            raise malformed(path, n, "it must be a word, two columns more, and O or a tag such as I-ORG")
         if columns:
+            if len(columns) != 4 or not re.fullmatch(r"O|[BI]-(PER|ORG|LOC|MISC)", columns[3]):
+                raise malformed(path, n, "it must be a word, two columns more, and O or a tag such as I-ORG")
             words.append(columns[0])
             tags.append("O" if columns[3].endswith("MISC") else columns[3])
-            continue
-        if set(tags) - {"O"}:
-            tags = begun(tags)
-            found = [f"{' '.join(words[start:end])} is a{'n' * (kind == 'ORG')} {ENTITIES[kind]}"
-                     for kind, start, end in entities(tags)]
-            prompt = instruction_prompt(ASK_ENTITIES, " ".join(words))
-            yield Example("ner", 0, prompt, ", ".join(found) + ".", words=words, tags=tags)
-        words, tags = [], []
-
-
-def begun(tags):
-    """The files mark all words of an entity I-; here its first word is B-."""
-    result, before = [], "O"
-    for tag in tags:
-        continues = tag[0] == "I" and before[1:] == tag[1:]
-        result.append(tag if tag == "O" or continues else "B" + tag[1:])
-        before = tag
-    return result
+        else:
+            if set(tags) - {"O"}:
+                named = [f"{' '.join(words[i:end])} is {ENTITIES[kind]}" for kind, i, end in entities(tags)]
+                prompt = instruction_prompt(ASK_ENTITIES, " ".join(words))
+                yield Example("ner", 0, prompt, ", ".join(named) + ".", words=words, tags=tags)
+            words, tags = [], []
 
 
 def entities(tags):
-    """(type, start, end) of every entity of tags that begin with B-."""
-    found = []
-    for start, tag in enumerate(tags):
-        if tag[0] == "B":
-            end = start + 1
-            while end < len(tags) and tags[end][0] == "I":
-                end += 1
-            found.append((tag[2:], start, end))
+    """(type, start, end) of every entity: one begins at a B- or where the type changes, as in seqeval."""
+    found, before = [], "O"
+    for i, tag in enumerate(tags):
+        if tag[0] == "B" or tag != "O" and tag[2:] != before[2:]:
+            found.append((tag[2:], i, i + 1))
+        elif tag != "O":
+            found[-1] = (tag[2:], found[-1][1], i + 1)
+        before = tag
     return found
 
 
@@ -211,7 +188,7 @@ def read_entities(words, text):
     FinGPT's rule: words are compared in lower case; an entity takes its first occurrence that is still free.
     One of an unknown type gets the type O, which counts as an entity that is wrong."""
     words, tags, named = [w.lower() for w in words], ["O"] * len(words), False
-    types = {name: kind for kind, name in ENTITIES.items()}
+    types = {name.split()[1]: kind for kind, name in ENTITIES.items()}
     for part in text.lower().strip(".").split(","):
         match = re.match(r"^(.*) is an? (.*)$", part)
         entity = match[1].split() if match else []
@@ -236,24 +213,27 @@ def load(task, data_dir, split="test"):
     """The rows of a task: list[Example]. split: "train" or "test", which share no row."""
     if task not in TASKS:
         raise InputError(f"no task is called {task!r}: the tasks are {', '.join(TASKS)}")
-    if split not in ("train", "test"):
-        raise InputError(f"the split must be train or test, got {split!r}")
     if split == "train" and task not in TEST_SHARE:
         raise InputError(f"{task} has no training rows here: only its evaluation part is read")
-    folder = find_files(task, data_dir)
-    own_test = task in TEST_FILE and (folder / TEST_FILE[task]).exists()
-    file = [TEST_FILE[task]] if own_test and split == "test" else []
+    folder, file = find_files(task, data_dir), TEST_FILE.get(task)
+    if file and (folder / file).exists():
+        return read_all(task, folder, *([file] if split == "test" else []))
+    examples = read_all(task, folder)
+    if task not in TEST_SHARE:
+        return examples
+    if file and split == "test":
+        say(f"{task}: {file} is not in {folder}: a quarter of the training file is held out")
+    test, train = split_rows(len(examples), TEST_SHARE[task])
+    return [examples[i] for i in (test if split == "test" else train)]
+
+
+def read_all(task, folder, *file):
     examples = list(TASKS[task](folder, *file))
     if not examples:
         raise InputError(f"{task}: there is no row in {folder}")
     for i, example in enumerate(examples):
         example.index = i
-    if task not in TEST_SHARE or own_test:
-        return examples
-    if task in TEST_FILE and split == "test":
-        say(f"{task}: {TEST_FILE[task]} is not in {folder}: a quarter of the training file is held out")
-    test, train = split_rows(len(examples), TEST_SHARE[task])
-    return [examples[i] for i in (test if split == "test" else train)]
+    return examples
 
 
 def split_rows(count, share, seed=42):
@@ -291,16 +271,20 @@ def read_lines(path, otherwise=None):
 def read_jsonl(path, **fields):
     """(row, line number) of every line; each row must have these fields, of these types."""
     for n, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise malformed(path, n, f"it is not JSON ({e.msg})") from None
-        for name, kind in fields.items():
-            if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-                raise malformed(path, n, f"it needs {name!r}, a {kind.__name__}")
-        yield row, n
+        if line.strip():
+            row = parse_json(line, path, n)
+            for name, kind in fields.items():
+                if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+                    raise malformed(path, n, f"it needs {name!r}, a {kind.__name__}")
+            yield row, n
+
+
+def parse_json(text, path, line=1):
+    """The value of a JSON text that begins in this line of a file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise malformed(path, line + e.lineno - 1, f"it is not JSON ({e.msg}, column {e.colno})") from None
 
 
 def malformed(path, line, why):

@@ -98,7 +98,7 @@ def test_scores_are_those_of_the_predictions_written(finished, task_data):
         assert summary[task]["majority"] == max(ones, 1 - ones)
     by_character = [np.argmax([s / (len(c) - 1) for s, c in zip(r["scores"], sets.load("piqa", task_data)[r["index"]].choices)])
                     for r in predictions(out, "piqa")]
-    assert summary["piqa"]["accuracy_norm"] == np.mean([r["label"] == p for r, p in zip(predictions(out, "piqa"), by_character)])
+    assert summary["piqa"]["by_character"]["accuracy"] == np.mean([r["label"] == p for r, p in zip(predictions(out, "piqa"), by_character)])
     for task in ("fpb", "fiqa", "tfns"):
         rows = predictions(out, task)
         labels, read = [r["label"] for r in rows], [sets.read_sentiment(r["answer"]) for r in rows]
@@ -116,7 +116,7 @@ def test_entity_f1_of_right_and_wrong_answers_is_that_of_seqeval(task_data, monk
     answers = [examples[0].answer, "Acme is a person", "", examples[3].answer.split(",")[0]]
     batch = [(e, [], text, 0) for e, text in zip(examples, answers)]
     monkeypatch.setattr(evaluation.score, "score_in_batches", lambda *args: iter([batch]))
-    (rows,) = evaluation.task_rows(None, None, None, "ner", examples)
+    (rows,) = evaluation.measured_rows(None, None, None, "ner", examples)
     found = evaluation.score_task(None, None, None, "ner", examples)
     assert found["f1"] == pytest.approx(seqeval_f1([r["label"] for r in rows], [r["tags"] for r in rows])) and 0.3 < found["f1"] < 0.8
     assert found["parsed"] == 0.75

@@ -305,11 +305,12 @@ def test_alpaca_rows_of_a_file(base, tmp_path):
     file = tmp_path / "rows.json"
     rows = [dict(instruction=f"Add {i} and {i}.", input="" if i % 2 else "please", output=str(2 * i)) for i in range(40)]
     file.write_text(json.dumps(rows))
-    pairs = read_alpaca(file)
-    assert pairs[0] == ("Instruction: Add 0 and 0.\nInput: please\nAnswer: ", "0") and pairs[1] == ("Instruction: Add 1 and 1.\nAnswer: ", "2")
+    examples = read_alpaca(file)
+    assert [(e.prompt, e.answer) for e in examples[:2]] == [
+        ("Instruction: Add 0 and 0.\nInput: please\nAnswer: ", "0"), ("Instruction: Add 1 and 1.\nAnswer: ", "2")]
     lines = tmp_path / "rows.jsonl"
     lines.write_text("\n".join(json.dumps(r) for r in rows) + "\n")
-    assert read_alpaca(lines) == pairs
+    assert read_alpaca(lines) == examples
     assert call("--base", base, "--task", file, "--max-iters", 2, "--out-dir", tmp_path / "out", *QUIET) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["f1_after"] is None and summary["val_loss"] > 0
@@ -317,15 +318,15 @@ def test_alpaca_rows_of_a_file(base, tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "is empty: give rows"),
-    ("[]", "is empty: give rows"),
-    ('[{"instruction": "a", "output": "b"},\n {"instruction": "a", "output": ]', "rows.json is not JSON: line 2, column"),
-    ('{"instruction": "a", "output": "b"}\n{"instruction": ', "rows.json is not JSON: line 2, column"),
-    ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "rows.json, row 1 has no text as 'output'"),
+    ("", "has no row with text: give rows"),
+    ("[]", "has no row with text: give rows"),
+    ('[{"instruction": "a", "output": "b"},\n {"instruction": "a", "output": ]', "rows.json, line 2: it is not JSON"),
+    ('{"instruction": "a", "output": "b"}\n{"instruction": ', "rows.json, line 2: it is not JSON"),
+    ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "rows.json, row 1 has no text as 'output' but null: it should be"),
     ('[{"instruction": "a", "output": "b"}, 7]', "rows.json, row 1 is not an object but 7"),
-    ('[{"instruction": "a", "output": "b", "input": ["c"]}]', r"rows.json, row 0: 'input' is \[\"c\"\], it should be text"),
-    ('[{"instruction": " ", "output": "b"}]', "row 0 has no text as 'instruction'"),
-    ("instruction,output\na,b\n", "rows.json is not JSON: line 1"),
+    ('[{"instruction": "a", "output": "b", "input": ["c"]}]', r"rows.json, row 0 has no text as 'input' but \[\"c\"\]: it should"),
+    ('[{"instruction": " ", "output": "b"}]', "has no row with text: give rows"),
+    ("instruction,output\na,b\n", "rows.json, line 1: it is not JSON"),
 ])
 def test_malformed_rows_are_refused(text, message, tmp_path):
     (tmp_path / "rows.json").write_text(text)
@@ -337,15 +338,14 @@ def test_malformed_rows_are_refused(text, message, tmp_path):
     (["--task", "nonsense"], "--task nonsense: neither a file nor one of sentiment, alpaca, fpb, fiqa, tfns, ner"),
     (["--task", "piqa"], "piqa has no training rows here|piqa.* is not there"),
     (["--task", "alpaca"], "alpaca_data.json is not there"),
-    (["--targets", "q,wq"], "--targets q,wq: no layer is called 'wq', this model has down, gate, head, k, o, q, up, v"),
+    (["--targets", "q,wq"], "--targets q,wq: this model has layers called down, gate, head, k, o, q, up, v"),
     (["--bits", "5"], r"argument --bits: invalid choice: 5 \(choose from 4, 8, 16\)"),
     (["--rank", "0"], "argument --rank: must be a whole number, at least 1, got 0"),
     (["--rank", "100000"], r"rank must be in 1..32 for a 32x32 layer, got 100000"),
     (["--lr", "-1"], "argument --lr: must be a finite number above 0, got -1"),
     (["--lr", "nan"], "argument --lr: must be a finite number above 0, got nan"),
     (["--batch-size", "0"], "argument --batch-size: must be a whole number, at least 1, got 0"),
-    (["--shard"], "the integers of a --bits 8 base are none: leave it out .each process copies the base, which is small then., or give --bits 16"),
-    (["--shard", "--bits", "16"], "needs several processes: torchrun --nproc_per_node N finetune.py"),
+    (["--shard"], "needs several processes: torchrun --nproc_per_node N finetune.py"),
     (["--base", "nowhere"], "nowhere: no such folder or file, nor a known model"),
 ])
 def test_bad_arguments_are_refused(base, args, message, tmp_path):

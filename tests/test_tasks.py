@@ -1,4 +1,5 @@
 """tasks/sets.py: formats, labels, splits (against the `datasets` library), prompts, odd answers."""
+import json
 import shutil
 
 import datasets
@@ -51,9 +52,12 @@ def test_prompts_and_labels_of_fingpt(task_data):
 
 
 @pytest.mark.parametrize("value, label", [(-0.1001, "negative"), (-0.1, "neutral"), (0.0999, "neutral"),
-                                          (0.1, "positive"), (1, "positive")])
-def test_scores_of_fiqa(value, label):
-    assert sets.sentiment_of_score(value) == label
+                                          (0.1, "positive"), ("1", "positive"), (-1, "negative")])
+def test_scores_of_fiqa(value, label, data):
+    for name in ("headline", "post"):
+        entry = dict(sentence="x", info=[dict(sentiment_score=value)])
+        (data / "fiqa" / f"task1_{name}_ABSA_train.json").write_text(json.dumps({"7": entry}))
+    assert [e.answer for e in load("fiqa", data) + load("fiqa", data, "train")] == [label] * 2
 
 
 @pytest.mark.parametrize("count, share", [(4846, 0.25), (1213, 0.226), (954, 0.226), (10, 0.25), (7, 0.25)])
@@ -95,15 +99,16 @@ def test_entities_of_the_file(task_data):
                           "entity types should be chosen from {person/organization/location}.\n"
                           "Input: Ms Anna Koch1 of Acme Paris .\nAnswer: ")
     assert row.answer == "Anna Koch1 is a person, Acme is an organization, Paris is a location."
-    assert row.tags == ["O", "B-PER", "I-PER", "O", "B-ORG", "B-LOC", "O"]
-    assert read_entities(row.words, row.answer) == (row.tags, True)
+    assert row.tags == ["O", "I-PER", "I-PER", "O", "I-ORG", "I-LOC", "O"]
+    assert read_entities(row.words, row.answer) == (["O", "B-PER", "I-PER", "O", "B-ORG", "B-LOC", "O"], True)
     assert [(k, a, b - 1) for k, a, b in sets.entities(row.tags)] == get_entities(row.tags)
 
 
 @pytest.mark.parametrize("tags", [["I-PER", "I-PER", "O"], ["O", "I-LOC"], ["I-ORG", "I-LOC", "I-LOC"],
-                                  ["I-ORG", "B-ORG", "I-ORG"], ["B-PER", "I-PER", "I-ORG"]])
+                                  ["I-ORG", "B-ORG", "I-ORG"], ["B-PER", "I-PER", "I-ORG"],
+                                  ["B-O", "I-O", "B-O", "O", "I-O"]])
 def test_entities_are_those_of_seqeval(tags):
-    assert [(k, a, b - 1) for k, a, b in sets.entities(sets.begun(tags))] == get_entities(tags)
+    assert [(k, a, b - 1) for k, a, b in sets.entities(tags)] == get_entities(tags)
 
 
 @pytest.mark.parametrize("text, tags, named", [
@@ -139,7 +144,7 @@ def test_odd_sentiments(text, label, parsed):
     ("boolq", "dev.jsonl", '{"question": "a", "passage": "b", "answer": "yes"}',
      "dev.jsonl, line 1: it needs 'answer', a bool"),
     ("boolq", "dev.jsonl", "\n", "boolq: there is no row in"),
-    ("piqa", "valid-labels.lst", "0\n2\n", "valid-labels.lst, line 2: the label must be 0 or 1, got '2'"),
+    ("piqa", "valid-labels.lst", "0\n2\n" * 18, "valid-labels.lst, line 2: the label must be 0 or 1, got '2'"),
     ("piqa", "valid-labels.lst", "0\n1\n", "has 36 rows and .*valid-labels.lst 2 labels"),
     ("piqa", "valid.jsonl", "[]\n", "valid.jsonl, line 1: it needs 'goal', a str"),
     ("winogrande", "dev.jsonl", '{"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}',
@@ -182,5 +187,3 @@ def test_unknown_names(task_data):
         load("mmlu", task_data)
     with pytest.raises(InputError, match="boolq has no training rows here"):
         load("boolq", task_data, "train")
-    with pytest.raises(InputError, match="the split must be train or test"):
-        load("fpb", task_data, "dev")
