@@ -6,14 +6,13 @@
     python eval.py --model smollm2-135m --tasks perplexity --data wikitext2-valid.txt --limit 16384
 
 Every score has a 95% interval (bootstrap), and beside it what always giving the commonest answer would score.
-tasks/sets.py says what a model is asked, tasks/score.py how. A row that is longer than the model's context
-loses its first tokens; the count of such rows is in the table.
+tasks/sets.py says what a model is asked, tasks/score.py how. The table counts the rows that are longer than
+the model's context and were cut.
 
     OUT/run.json                  the model that the rows below belong to
-    OUT/predictions/piqa.jsonl    a line a row: log-likelihoods or the answer, the prediction, the right label
+    OUT/predictions/piqa.jsonl    a line a row, from which a run that was killed goes on
     OUT/summary.json              a key for each task
 
-A run that was killed goes on from those lines: the same command measures only rows that have no line yet.
 Perplexity is exp of the mean loss over windows of 1,024 tokens without overlap (of the context, if that is
 shorter): the first token of a window is given, the others are predicted. Bits per byte divide the same loss
 by the bytes of the predicted text, so that models with different tokenizers can be compared.
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from checkpoint import own_tensors
 from common import cli
 from common.adapters import base_id, load_adapter
-from common.cli import InputError, Parser, at_least_1, command, say, write_atomic
+from common.cli import Parser, at_least_1, command, refuse, say, write_atomic
 from common.data import first_tokens
 from common.device import peak_memory
 from common.loss import head_loss
@@ -74,8 +73,7 @@ Window = namedtuple("Window", "index ids")
 def text_windows(path, tokenizer, limit, length):
     """The windows of a text's first `limit` tokens (None: of all)."""
     ids = first_tokens(path, tokenizer, limit)
-    if len(ids) < 2:
-        raise InputError(f"{path} has {len(ids)} tokens: perplexity needs at least 2")
+    refuse(len(ids) < 2, f"{path} has {len(ids)} tokens: perplexity needs at least 2")
     return [Window(i, ids[start:start + length]) for i, start in enumerate(range(0, len(ids), length))]
 
 
@@ -176,15 +174,15 @@ def score_task(model, tokenizer, device, task, examples, file=None):
             start = time.perf_counter()
     if file is not None:
         write_rows(file, known | done)
-    return summed_up(task, [done[e.index] for e in examples])
+    result = summed_up(task, [done[e.index] for e in examples])
+    unseen = [done[e.index] for e in examples if task == "perplexity" or not e.seen]
+    if 0 < len(unseen) < len(examples):
+        result |= dict(seen=len(examples) - len(unseen), unseen=summed_up(task, unseen))
+    return result
 
 
 def write_rows(file, rows):
     write_atomic(file, "".join(json.dumps(rows[i]) + "\n" for i in sorted(rows)))
-
-
-def rows_file(folder, task):
-    return Path(folder) / "predictions" / f"{task}.jsonl"
 
 
 def claim(folder, settings):
@@ -200,20 +198,27 @@ def claim(folder, settings):
 # ----------------------------------------------------------------------------- tables
 
 def print_results(results):
-    lines, parsed = [], []
+    lines, parsed, seen = [], [], []
     for task, r in results.items():
-        name, counts = task, [f"{r['rows']:,}", f"{r['seconds']:.1f}", f"{r['cut']}"]
-        majority = f"{r['majority']:.3f}" if "majority" in r else ""
-        for part in [r, *(r[key] for key in OTHERS if key in r)]:
-            low, high = part["interval"]
-            lines.append([name, part["score"], f"{part[MEASURE.get(task, 'f1')]:.3f}",
-                          f"{low:.3f} to {high:.3f}", majority, *counts])
-            name, counts = "", [""] * 3  # only in a task's first line
+        parts = {task: r}
         if "parsed" in r:
             parsed.append(f"{task} {r['parsed']:.1%}")
+        if "seen" in r:
+            seen.append(f"{task} {r['seen']} of {r['rows']:,}")
+            parts[f"{task} unseen"] = r["unseen"]
+        for name, part in parts.items():
+            majority = f"{part['majority']:.3f}" if "majority" in part else ""
+            counts = [f"{part['rows']:,}", f"{part['seconds']:.1f}", part["cut"]]
+            for found in [part, *(part[key] for key in OTHERS if key in part)]:
+                value, (low, high) = found[MEASURE.get(task, "f1")], found["interval"]
+                limits = f"{low:.3f} to {high:.3f}"
+                lines.append([name, found["score"], f"{value:.3f}", limits, majority, *counts])
+                name, counts = "", [""] * 3  # only in the first line
     print(cli.markdown(["task", "score", "value", "95% interval", "majority", "rows", "s", "cut"], lines))
     if parsed:
         print(f"\nanswers that could be parsed (others are neutral, or name nobody): {', '.join(parsed)}")
+    if seen:
+        print(f"\nprompts that training rows have too (unseen: the scores without them): {', '.join(seen)}")
     if "perplexity" in results:
         r = results["perplexity"]
         print(f"\nperplexity: {r['perplexity']:.3f}, {r['bits_per_byte']:.3f} bits a byte, "
@@ -224,12 +229,12 @@ def compare(one, other):
     """A table of two runs over the rows that both have. p is McNemar's exact test where rows are right or
     wrong, else from the bootstrap."""
     for folder in (one, other):
-        if not (Path(folder) / "predictions").is_dir():
-            raise InputError(f"--compare {folder}: no predictions are there: give two --out-dir folders")
+        refuse(not (Path(folder) / "predictions").is_dir(),
+               f"--compare {folder}: no predictions are there: give two --out-dir folders")
     lines = []
     for task in TASKS:
-        first, second = ({(r["index"], r["row"]): r for r in read_metrics(rows_file(folder, task))}
-                         for folder in (one, other))
+        files = [Path(folder) / "predictions" / f"{task}.jsonl" for folder in (one, other)]
+        first, second = ({(r["index"], r["row"]): r for r in read_metrics(file)} for file in files)
         shared = sorted(first.keys() & second.keys())
         if not shared:
             continue
@@ -246,8 +251,7 @@ def compare(one, other):
                           f"{low:+.3f} to {high:+.3f}", f"{p:.3f}" if p >= 0.001 else "< 0.001",
                           "yes" if p >= 0.05 else "no"])
             task = ""
-    if not lines:
-        raise InputError(f"{one} and {other} have no row in common: run the same tasks on the same data")
+    refuse(not lines, f"{one} and {other} have no row in common: run the same tasks on the same data")
     header = ["task", "score", "rows", "A", "B", "B - A", "95% interval", "p", "chance?"]
     print(f"A = {one}\nB = {other}\n" + cli.markdown(header, lines))
 
@@ -256,22 +260,52 @@ def compare(one, other):
 
 def parse(argv):
     p = Parser(__doc__)
-    p.add_argument("--model", default="out/train", help="folder, file or known name (default: %(default)s)")
-    p.add_argument("--adapter", metavar="DIR", help="an adapter of finetune.py or PEFT (default: none)")
-    p.add_argument("--bits", type=int, default=16,
-                   help="8 or 4: quantize the weights while loading (default: %(default)s)")
-    p.add_argument("--tasks", default="perplexity",
-                   help=f"separated by commas: {', '.join(TASKS)} (default: %(default)s)")
-    p.add_argument("--data", default="builtin",
-                   help="text for perplexity: a file, a folder, or builtin (default: %(default)s)")
-    p.add_argument("--data-dir", default=os.environ.get("DATA_DIR", "data"),
-                   help="where the tasks' files are (default: $DATA_DIR, then data/)")
+    p.add_argument("--model", default="out/train", help="folder, file or known name")
+    p.add_argument("--adapter", metavar="DIR", help="an adapter of finetune.py or PEFT")
+    p.add_argument("--bits", type=int, default=16, help="8 or 4: quantize the weights while loading")
+    p.add_argument("--tasks", default="perplexity", help=f"separated by commas: {', '.join(TASKS)}")
+    p.add_argument("--data", default="builtin", help="text for perplexity: a file, a folder, or builtin")
+    p.add_argument("--data-dir", default=os.environ.get("DATA_DIR", "data"), help="where the sets are")
     p.add_argument("--limit", type=at_least_1, metavar="N",
                    help="rows of each task, a seeded sample; tokens of the text (default: all)")
-    p.add_argument("--out-dir", default="out/eval",
-                   help="where predictions and summary.json go (default: %(default)s)")
+    p.add_argument("--out-dir", default="out/eval", help="where predictions and summary.json go")
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="put two such folders side by side")
     return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.compare:
+        return compare(*args.compare)
+    refuse(world_size() > 1, f"eval.py is one process, got {world_size()}: leave torchrun out")
+    cli.check_folder(args.out_dir)
+    names, items = list(dict.fromkeys(args.tasks.split(","))), {}
+    for name in names:  # missing or malformed data is told before the model is loaded
+        refuse(name not in TASKS, f"no task is called {name!r}: the tasks are {', '.join(TASKS)}")
+        refuse(name == "perplexity" and args.limit == 1, "--limit must be at least 2 tokens, got 1")
+        if name != "perplexity":
+            items[name] = sets.draw(sets.load(name, args.data_dir), args.limit)
+    model, tokenizer, device = open_model(args.model, args.bits)
+    settings = add_adapter(model, args)
+    if "perplexity" in names:
+        length = min(WINDOW, model.config.context)
+        items["perplexity"] = text_windows(args.data, tokenizer, args.limit, length)
+    folder, results = Path(args.out_dir), {}
+    claim(folder, settings)
+    for name in names:
+        file = folder / "predictions" / f"{name}.jsonl"
+        results[name] = score_task(model, tokenizer, device, name, items[name], file)
+    print_results(results)
+    size = 0
+    for t in own_tensors(model).values():  # quantized integers as they are, everything else in 16 bit
+        size += t.numel() * (2 if t.is_floating_point() else t.element_size())
+    cost = dict(parameters=count_parameters(model), size_bytes=size,
+                peak_memory_bytes=peak_memory(device.torch_device))
+    print(f"\n{args.model}: {cost['parameters'] / 1e6:,.1f}M parameters, {cost['size_bytes'] / 1e6:,.1f} MB, "
+          f"peak memory {cost['peak_memory_bytes'] / 1e9:.2f} GB, {device.name}")
+    summary = dict(**results, **settings, **cost, device=device.name, arguments=vars(args))
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return 0
 
 
 def add_adapter(model, args):
@@ -284,45 +318,6 @@ def add_adapter(model, args):
         factors = b"".join(t.cpu().numpy().tobytes() for pair in adapter.factors.values() for t in pair)
         settings["factors"] = hashlib.sha256(factors).hexdigest()[:16]
     return settings
-
-
-def main(argv=None):
-    args = parse(argv)
-    if args.compare:
-        return compare(*args.compare)
-    if world_size() > 1:
-        raise InputError(f"eval.py is one process, got {world_size()}: leave torchrun out")
-    cli.check_folder(args.out_dir)
-    names, items = list(dict.fromkeys(args.tasks.split(","))), {}
-    for name in names:  # missing or malformed data is told before the model is loaded
-        if name not in TASKS:
-            raise InputError(f"no task is called {name!r}: the tasks are {', '.join(TASKS)}")
-        if name != "perplexity":
-            items[name] = sets.draw(sets.load(name, args.data_dir), args.limit)
-        elif args.limit == 1:
-            raise InputError("--limit must be at least 2 tokens, got 1")
-    model, tokenizer, device = open_model(args.model, args.bits)
-    settings = add_adapter(model, args)
-    if "perplexity" in names:
-        length = min(WINDOW, model.config.context)
-        items["perplexity"] = text_windows(args.data, tokenizer, args.limit, length)
-    folder = Path(args.out_dir)
-    claim(folder, settings)
-    results = {t: score_task(model, tokenizer, device, t, items[t], rows_file(folder, t)) for t in names}
-    print_results(results)
-    cost = dict(parameters=count_parameters(model), size_bytes=size_on_disk(model),
-                peak_memory_bytes=peak_memory(device.torch_device))
-    print(f"\n{args.model}: {cost['parameters'] / 1e6:,.1f}M parameters, {cost['size_bytes'] / 1e6:,.1f} MB, "
-          f"peak memory {cost['peak_memory_bytes'] / 1e9:.2f} GB, {device.name}")
-    summary = dict(**results, **settings, **cost, device=device.name, arguments=vars(args))
-    write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return 0
-
-
-def size_on_disk(model):
-    """Bytes: quantized integers as they are, everything else in 16 bit."""
-    tensors = own_tensors(model).values()
-    return sum(t.numel() * (2 if t.is_floating_point() else t.element_size()) for t in tensors)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@
     python finetune.py --resume                           go on after Ctrl-C, a kill or a power cut
 
 It leaves OUT/ as an adapter in PEFT's format (python sample.py --model BASE --bits 8 --adapter OUT), with
-metrics.jsonl, summary.json, loss.png, heldout.json (which rows were kept for testing) and the state to resume
-from.
+metrics.jsonl, summary.json, loss.png, heldout.json (the rows kept for testing) and the state to resume from.
 
 Why it fits: W never changes, so it needs no gradient and no moments and may be integers; A and B are a
 thousandth of it. Why it is fast:
@@ -18,9 +17,8 @@ thousandth of it. Why it is fast:
     logits of the prompt's tokens               the loss is on the answer: four of seventy tokens
     padding, the instruction again and again    tasks/rows.py
 
-Under torchrun every process has the base and its part of the batch; what is averaged is the gradients of A
-and B, 1.8 MB. With --bits 16 --shard the base is spread over the processes as well. `finetune` below reads
-straight down, as train.py does.
+Under torchrun every process has the base and its part of the batch; the gradients of A and B, 1.8 MB, are
+averaged. With --bits 16 --shard the base is spread, too. `finetune` reads straight down, as train.py does.
 """
 import json
 import os
@@ -34,7 +32,7 @@ import torch
 import eval as evaluation
 from checkpoint import load_model
 from common.adapters import adaptable, base_id, bits_of, load_adapter, save_adapter
-from common.cli import InputError, Parser, StopSignal, at_least_0, at_least_1, command, positive, say, seed
+from common.cli import Parser, StopSignal, at_least_0, at_least_1, command, positive, refuse, say, seed
 from common.device import find_device, peak_memory
 from common.loss import head_loss
 from common.optimizers import learning_rate, make_optimizers, moments_of, restore_moments, set_rate, step_all
@@ -69,41 +67,31 @@ FIXED = ("base", "bits", "rank", "targets", "task", "seed", "alpha", "dropout", 
 
 def make_parser():
     p = Parser(__doc__)
-    g = p.add_argument_group("model")
-    g.add_argument("--base", default="smollm2-135m",
-                   help="the pretrained model: a known name, a folder or a file (default: %(default)s)")
-    g.add_argument("--bits", type=int, choices=(4, 8, 16), default=8,
-                   help="of the base's weights (default: %(default)s)")
-    g.add_argument("--rank", type=at_least_1, default=8, help="r of A and B (default: %(default)s)")
-    g.add_argument("--targets", help="layers with an adapter, by their last names: q, k, v, o, gate, up, "
-                                     "down, of GPT-2 qkv, o, up, down (default: q,k,v or qkv)")
-    g = p.add_argument_group("data")
-    g.add_argument("--task", default="sentiment",
-                   help=f"sentiment (those of {', '.join(SENTIMENT)} that are at hand), "
-                        f"{', '.join(sets.TEST_SHARE)}, alpaca, or a JSON file in Alpaca's format (default: "
-                        "%(default)s)")
-    g.add_argument("--data-dir", default=os.environ.get("DATA_DIR", "data"),
-                   help="where the sets are (default: $DATA_DIR, then data/)")
-    g.add_argument("--batch-size", type=at_least_1, default=16,
-                   help="rows a step in each process (default: %(default)s)")
-    g = p.add_argument_group("optimization")
-    g.add_argument("--max-iters", type=at_least_1, default=150,
-                   help="steps of the schedule (default: %(default)s)")
-    g.add_argument("--lr", type=positive, default=1e-3, help="highest learning rate (default: %(default)s)")
-    g.add_argument("--seed", type=seed, default=1,
-                   help="of A, the batches and dropout (default: %(default)s)")
-    g = p.add_argument_group("machine")
-    g.add_argument("--recompute", choices=MODES, default="sdpa",
-                   help="what the backward pass computes again instead of keeping it (default: %(default)s)")
-    g.add_argument("--shard", action="store_true", help="spread a --bits 16 base over all processes")
-    g = p.add_argument_group("output")
-    g.add_argument("--out-dir", default="out/finetune", help="folder of this run (default: %(default)s)")
-    g.add_argument("--resume", action="store_true", help="continue the run in --out-dir")
-    g.add_argument("--eval-limit", type=at_least_0, default=500,
-                   help="held-out rows of each task to score before and after; 0: none "
-                        "(default: %(default)s)")
-    g.add_argument("--save-interval", type=at_least_1, default=50,
-                   help="steps between two checkpoints (default: %(default)s)")
+    add = p.add_argument_group("model").add_argument
+    add("--base", default="smollm2-135m", help="the pretrained model: a known name, a folder or a file")
+    add("--bits", type=int, choices=(4, 8, 16), default=8, help="of the base's weights")
+    add("--rank", type=at_least_1, default=8, help="r of A and B")
+    add("--targets", help="layers with an adapter, by their last names: q, k, v, o, gate, up, down, of GPT-2 "
+                          "qkv, o, up, down (default: q,k,v or qkv)")
+    add = p.add_argument_group("data").add_argument
+    add("--task", default="sentiment",
+        help=f"sentiment (those of {', '.join(SENTIMENT)} that are at hand), {', '.join(sets.TEST_SHARE)}, "
+             "alpaca, or a JSON file in Alpaca's form")
+    add("--data-dir", default=os.environ.get("DATA_DIR", "data"), help="where the sets are, or $DATA_DIR")
+    add("--batch-size", type=at_least_1, default=16, help="rows a step in each process")
+    add = p.add_argument_group("optimization").add_argument
+    add("--max-iters", type=at_least_1, default=150, help="steps of the schedule")
+    add("--lr", type=positive, default=1e-3, help="highest learning rate")
+    add("--seed", type=seed, default=1, help="of A, the batches and dropout")
+    add = p.add_argument_group("machine").add_argument
+    add("--recompute", choices=MODES, default="sdpa", help="what the backward pass computes again")
+    add("--shard", action="store_true", help="spread a --bits 16 base over all processes")
+    add = p.add_argument_group("output").add_argument
+    add("--out-dir", default="out/finetune", help="folder of this run")
+    add("--resume", action="store_true", help="continue the run in --out-dir")
+    add("--eval-limit", type=at_least_0, default=500,
+        help="held-out rows of each task to score before and after; 0: none")
+    add("--save-interval", type=at_least_1, default=50, help="steps between two checkpoints")
     return p
 
 
@@ -132,7 +120,6 @@ def finetune(args, given):
     own_id = base_id(args.base)
     if state is not None:
         load_adapter(model, state_folder, own_id)
-    model.train()
     data = Data(args, tokenizer, model.config.context)
 
     # What surrounds the model, the optimizer, and the folder of the run.
@@ -140,8 +127,7 @@ def finetune(args, given):
         return head_loss(model.head, batch.hidden(model), batch.targets)
 
     around = surround(model, loss_of, device, args.shard)
-    learning = around.own_parameters()
-    trainable = sum(p.numel() for p in learning)
+    trainable = sum(p.numel() for p in around.own_parameters())
     optimizers = make_optimizers(model, args.lr, args.weight_decay)
     restore_moments(model, optimizers, moments, around.own_part)
     rows = args.batch_size * args.grad_accum * around.replicas  # of a step, in all processes
@@ -152,8 +138,7 @@ def finetune(args, given):
         return 0
     if is_first():
         (folder.path / "heldout.json").write_text(json.dumps(data.indices) + "\n")
-    before = state["before"] if state else scores_of(around, tokenizer, data.test)
-    tell("before", before)
+    before = state["before"] if state else scores_of("before", around, tokenizer, data.test)
     tokens = []  # of each step's rows
     folder.begin()
 
@@ -185,17 +170,17 @@ def finetune(args, given):
             row = dict(loss=loss, lr=rate)
             if evaluates:
                 row["val_loss"] = held_out_loss(around, data, args, device)
-            row |= dict(tokens_per_second=speed(tokens, folder),
-                        peak_memory_bytes=peak_memory(device.torch_device))
-            folder.log(f"{row['tokens_per_second']:.0f} tok/s {row['peak_memory_bytes'] / 1e9:.1f} GB", **row)
+            row["tokens_per_second"] = speed(tokens, folder)
+            row["peak_memory_bytes"] = peak_memory(device.torch_device)
+            folder.log("{tokens_per_second:.0f} tok/s {gb:.1f} GB".format(
+                gb=row["peak_memory_bytes"] / 1e9, **row), **row)
         if stopped or step == last or step % args.save_interval == 0:
             save(folder, model, optimizers, around, args, rows, before, own_id)
         if stopped:
             return folder.say_stopped("finetune.py", stop.name)
 
     # The scores after, summary.json, and what to type next.
-    after = scores_of(around, tokenizer, data.test)
-    tell("after", after)
+    after = scores_of("after", around, tokenizer, data.test)
     folder.finish(
         device, base=args.base, base_id=own_id, bits=args.bits, rank=args.rank, f1_before=mean_f1(before),
         f1_after=mean_f1(after), scores_before=before, scores_after=after, trainable_parameters=trainable,
@@ -215,32 +200,30 @@ def fill_in(args):
         args.warmup = min(100, args.max_iters // 10)
     if args.eval_interval is None:
         args.eval_interval = -(-args.max_iters // 4)
-    if args.shard and world_size() == 1:
-        raise InputError("--shard needs several processes: torchrun --nproc_per_node N finetune.py --shard")
-    if args.task not in ("sentiment", "alpaca", *sets.TASKS) and not Path(args.task).is_file():
-        raise InputError(f"--task {args.task}: neither a file nor one of sentiment, alpaca, "
-                         f"{', '.join(sets.TEST_SHARE)}")
+    refuse(args.shard and world_size() == 1,
+           "--shard needs several processes: torchrun --nproc_per_node N finetune.py ... --shard")
+    refuse(args.task not in ("sentiment", "alpaca", *sets.TASKS) and not Path(args.task).is_file(),
+           f"--task {args.task}: neither a file nor one of sentiment, alpaca, {', '.join(sets.TEST_SHARE)}")
 
 
 def adapted_model(args, device):
     """The base, frozen and at its bits, with adapters that do nothing yet; and its tokenizer."""
     home = "cpu" if args.shard else device.torch_device  # a model to be sharded need not fit on one GPU
     model, tokenizer = load_model(args.base, home, device.dtype, args.bits)
-    layers = adaptable(model)
-    if args.shard and any(bits_of(layer) < 16 for layer in layers.values()):
-        raise InputError(f"--shard spreads parameters, and the integers of {args.base} are none: leave it "
-                         "out, or give a base in 16 bit and --bits 16")
-    if tokenizer is None:
-        raise InputError(f"{args.base} has no tokenizer beside its weights: put a tokenizer.json or "
-                         "tokenizer.model there")
-    names = {name.rsplit(".", 1)[-1] for name in layers}
+    names = set()
+    for name, layer in adaptable(model).items():
+        names.add(name.rsplit(".", 1)[-1])
+        refuse(args.shard and bits_of(layer) < 16, f"--shard spreads parameters, and the integers of "
+               f"{args.base} are none: leave it out, or give a base in 16 bit and --bits 16")
+    refuse(tokenizer is None, f"{args.base} has no tokenizer beside its weights: put a tokenizer.json or "
+           "tokenizer.model there")
     args.targets = args.targets or ("qkv" if "qkv" in names else "q,k,v")
     targets = args.targets.split(",")
-    if not names.issuperset(targets):
-        raise InputError(f"--targets {args.targets}: this model has layers called {', '.join(sorted(names))}")
+    refuse(not names.issuperset(targets),
+           f"--targets {args.targets}: this model has layers called {', '.join(sorted(names))}")
     torch.manual_seed(args.seed)
     say(attach_lora(model, args.rank, args.alpha, targets, args.dropout))
-    return use_recompute(model, args.recompute), tokenizer
+    return use_recompute(model, args.recompute).train(), tokenizer
 
 
 def batches_of(step_rows, args, around, device):
@@ -267,8 +250,7 @@ def read_task(task, data_dir):
         made = made_up_headlines(1200, seed=0)
         return made[300:], made[:300]
     path = Path(data_dir) / "alpaca" / "alpaca_data.json" if task == "alpaca" else Path(task)
-    if not path.is_file():
-        raise InputError(f"{path} is not there: put Alpaca's alpaca_data.json there, or give --data-dir")
+    refuse(not path.is_file(), f"{path} is not there: put Alpaca's file there, or give --data-dir")
     examples = read_alpaca(path)
     if len(examples) < 20:
         return examples, []
@@ -295,8 +277,7 @@ class Data:
             self.indices[task] = sorted(e.index for e in out)
             if args.eval_limit and labelled:
                 self.test[task] = sets.draw(out, args.eval_limit)
-        if not self.train:
-            raise InputError(f"--task {args.task} has no rows to learn from")
+        refuse(not self.train, f"--task {args.task} has no rows to learn from")
         self.held_out = [row(e.prompt, e.answer, group=task) for task, e in sets.draw(held, args.eval_rows)]
         length = sum(len(r.ids) for r in self.train) / len(self.train)
         say(f"data {', '.join(tasks)}: {len(self.train):,} rows to learn from, {len(held):,} held out, "
@@ -339,34 +320,24 @@ def save(folder, model, optimizers, around, args, rows, before, own_id):
     folder.saved()
 
 
-# ----------------------------------------------------------------------------- scores
-
 @torch.no_grad()
-def scores_of(around, tokenizer, test):
+def scores_of(when, around, tokenizer, test):
     """task -> weighted F1 of the likeliest label and of the generated answer, and chance beside them."""
     model, found = around.model.eval(), {}
     for task, examples in test.items():
         r = around.run(evaluation.score_task, model, tokenizer, around.device, task, examples)
         best = r.get("likeliest", r)  # NER is generated alone
-        found[task] = dict(f1=best["f1"], interval=best["interval"], rows=len(examples))
-        if best is not r:
-            found[task] |= dict(accuracy=best["accuracy"], f1_generated=r["f1"], answered=r["parsed"],
-                                majority=r["majority"])
+        found[task] = dict(f1=best["f1"], interval=best["interval"], rows=len(examples),
+                           f1_generated=r["f1"], answered=r["parsed"], majority=r["majority"])
+        say("{}: {} weighted F1 {f1:.3f} (95% {interval[0]:.3f} to {interval[1]:.3f}), generated "
+            "{f1_generated:.3f}, always the commonest label {majority:.3f}, {rows} rows".format(
+                when, task, **found[task]))
     model.train()
     return found
 
 
 def mean_f1(scores):
     return float(np.mean([s["f1"] for s in scores.values()])) if scores else None
-
-
-def tell(when, scores):
-    for task, s in scores.items():
-        low, high = s["interval"]
-        line = f"{when}: {task} weighted F1 {s['f1']:.3f} (95% {low:.3f} to {high:.3f})"
-        if "majority" in s:
-            line += f", generated {s['f1_generated']:.3f}, always the commonest label {s['majority']:.3f}"
-        say(f"{line}, {s['rows']} rows")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ A corpus is turned once into a folder of token files, which training reads throu
 Texts pass through in documents, some hundred at a time: a corpus never has to fit in memory.
 """
 import ast
+import codecs
+import gzip
 import hashlib
 import itertools
 import json
@@ -20,7 +22,9 @@ import re
 import shutil
 import sysconfig
 import tempfile
+import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -28,7 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.cli import InputError, cache_dir, say, write_atomic
+from common.cli import InputError, cache_dir, refuse, say, write_atomic
 from common.download import openwebtext
 from common.tokenizer import gpt2_tokenizer, load_tokenizer, train_tokenizer
 
@@ -37,6 +41,8 @@ BATCH = 256      # documents that are encoded together
 CALIBRATION_TOKENS, CALIBRATION_WINDOW = 16384, 512  # more text changes the second moments little
 NOT_TEXT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "pydoc_data", "lib2to3",
             "turtledemo"}
+SUFFIXES = (".txt", ".md", ".jsonl")  # of the files of a folder that are read, also with .gz behind
+PACKED = {b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "parquet", b"PK\3\4": "zip"}  # by their first bytes
 
 
 # ----------------------------------------------------------------------------- corpora
@@ -53,8 +59,7 @@ class Corpus:
 
 def open_corpus(data, data_dir):
     """The corpus that --data names: builtin, openwebtext, or a path."""
-    if not data:
-        raise InputError("--data is empty: builtin, openwebtext, or a path")
+    refuse(not data, "--data is empty: builtin, openwebtext, or a path")
     if data == "builtin":
         return Corpus("builtin", f"python{sysconfig.get_python_version()}", builtin_documents)
     if data == "openwebtext":  # 18 GB of tokens are no cache
@@ -94,37 +99,88 @@ def unwrap(text):
 
 
 def text_corpus(path):
-    """A text file, or all .txt and .md files below a folder, in the order of their names."""
-    if not path.exists():
-        raise InputError(f"--data {path}: there is no such file or folder (nor builtin, openwebtext)")
-    files = [path]
+    """A file, or all below a folder that are not hidden and have one of SUFFIXES, in the order of their names.
+    """
+    refuse(not path.exists(), f"--data {path}: there is no such file or folder (nor builtin, openwebtext)")
+    files, left_out = [path], 0
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
-    if not files:
-        raise InputError(f"--data {path}: the folder has no .txt or .md file")
-    if not any(f.stat().st_size for f in files):
-        raise InputError(f"--data {path}: the text is empty")
+        found = sorted(p for p in path.rglob("*") if p.is_file())
+        files = [p for p in found if suffix(p) in SUFFIXES and "/." not in f"/{p.relative_to(path)}"]
+        left_out = len(found) - len(files)
+    kinds = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+    refuse(not files, f"--data {path}: the folder has no {kinds} file")
+    refuse(not any(f.stat().st_size for f in files), f"--data {path}: the text is empty")
+    if left_out:
+        say(f"data {path}: {len(files):,} files are read; {left_out:,} are left out, as they are hidden or no "
+            f"{kinds}")
     digest = hashlib.sha256()  # of the text itself: names, sizes and times may be those of another one
     for file in files:
         with open(file, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
+        if suffix(file) == ".jsonl":
+            digest.update(b"jsonl")  # the same bytes are another text as .txt
     key = digest.hexdigest()[:12]
     return Corpus(path.stem, key, lambda: itertools.chain.from_iterable(map(read_documents, files)))
 
 
+def suffix(path):
+    """In small letters, and that before a .gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
 def read_documents(path):
-    """The documents of one UTF-8 file: cut at line ends, read as it goes."""
+    """The documents of a file, read as it goes: each row's text of .jsonl, else pieces cut at line ends."""
     try:
-        with open(path, encoding="utf-8-sig") as f:
-            while lines := f.readlines(DOCUMENT):
-                text = "".join(lines)
-                if "\0" in text:
-                    raise InputError(f"{path} is not text: it has zero bytes")
+        with open_text(path) as f:
+            pieces = map("".join, iter(partial(f.readlines, DOCUMENT), []))
+            for text in json_texts(f, path) if suffix(path) == ".jsonl" else pieces:
+                refuse("\0" in text, f"{path} is not text: it has zero bytes")
                 for start in range(0, len(text), 64 * DOCUMENT):  # a file without line ends is one line
                     yield text[start:start + 64 * DOCUMENT]
     except UnicodeDecodeError as e:
-        raise InputError(f"{path} is not UTF-8 text (byte {e.start} of a block is {e.object[e.start]:#x}): "
-                         "convert it, for example with iconv -f latin1 -t utf-8") from None
+        raise InputError(f"{path} is not {e.encoding.upper()} text (byte {e.start} of a block is "
+                         f"{e.object[e.start]:#x}): convert it, as with iconv -f latin1 -t utf-8") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise InputError(f"{path} can't be unpacked ({e}): get the whole file") from None
+
+
+def open_text(path):
+    """A text file, opened for reading: UTF-8, or UTF-16 by its first bytes; either may be in gzip."""
+    with open(path, "rb") as f:
+        opener = gzip.open if f.read(2) == b"\x1f\x8b" else open
+    with opener(path, "rb") as f:
+        start = f.read(4)
+    for magic, kind in PACKED.items():
+        refuse(start == magic, f"{path} is a {kind} file: unpack it, what is read is text, also in gzip")
+    return opener(path, "rt", encoding=encoding_of(start))
+
+
+def encoding_of(content):
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "utf-16" if marked else "utf-8-sig"
+
+
+def json_texts(lines, path):
+    for n, line in enumerate(lines, 1):
+        if line.strip():
+            row = parse_json(line, path, n)
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise malformed(path, n, 'a row of a text is {"text": ...}')
+            yield row["text"] + "\n"
+
+
+def parse_json(text, path, line=1):
+    """The value of a JSON text that begins in this line of a file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise malformed(path, line + e.lineno - 1, f"it is not JSON ({e.msg}, column {e.colno})") from None
+    except (ValueError, RecursionError) as e:  # a number of thousands of digits, a list a thousand deep
+        raise malformed(path, line, f"it is not JSON that can be read ({e})") from None
+
+
+def malformed(path, line, why):
+    return InputError(f"{path}, line {line}: {why}: mend the line or download the file again")
 
 
 # ----------------------------------------------------------------------------- token files
@@ -144,14 +200,14 @@ class TokenFiles:
     def map(self, split):
         path, dtype = self.folder / f"{split}.bin", np.dtype(self.meta["dtype"]).newbyteorder("<")
         size, wanted = path.stat().st_size, self.meta[split]["tokens"] * dtype.itemsize
-        if size != wanted or size == 0:
-            raise InputError(f"{path} has {size:,} bytes, meta.json says {wanted:,}: remove {self.folder}")
+        refuse(size != wanted or size == 0,
+               f"{path} has {size:,} bytes, meta.json says {wanted:,}: remove {self.folder}")
         return np.memmap(path, dtype=dtype, mode="r")
 
     def check_fits(self, vocab_size):
-        if self.meta["largest"] >= vocab_size:
-            raise InputError(f"the data has token {self.meta['largest']}, outside the model's vocabulary "
-                             f"0..{vocab_size - 1}: prepare it with the model's own tokenizer")
+        largest = self.meta["largest"]
+        refuse(largest >= vocab_size, f"the data has token {largest}, outside the model's vocabulary "
+               f"0..{vocab_size - 1}: prepare it with the model's own tokenizer")
 
 
 def prepare(corpus, tokenizer=None, vocabulary=4096, own=False):
@@ -185,9 +241,8 @@ def write_tokens(corpus, tokenizer, folder):
         write_atomic(partial / "meta.json", json.dumps(meta, indent=2) + "\n")
         try:
             os.replace(partial, folder)
-        except OSError:
-            if not (folder / "meta.json").exists():  # else another process was faster
-                raise InputError(f"{folder} is there but has no meta.json: remove it") from None
+        except OSError:  # another process was faster?
+            refuse(not (folder / "meta.json").exists(), f"{folder} is there but has no meta.json: remove it")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -214,9 +269,8 @@ def encode_corpus(corpus, tokenizer, folder):
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         meta[split] = {"tokens": path.stat().st_size // dtype.itemsize, "sha256": digest}
     counts = meta["train"]["tokens"], meta["val"]["tokens"]
-    if min(counts) < 2:
-        raise InputError(f"the text of {corpus.name} has {sum(counts)} tokens, too few to train on and to "
-                         "validate with: give more text")
+    refuse(min(counts) < 2, f"the text of {corpus.name} has {sum(counts)} tokens, too few to train on and to "
+           "validate with: give more text")
     return meta
 
 
@@ -224,8 +278,10 @@ def encode_in_order(corpus, tokenizer):
     """Ids of each document; a batch of documents is encoded on all cores."""
     documents = iter(tqdm(corpus.documents(), desc=f"tokenizing {corpus.name}", total=corpus.total,
                           unit=" documents", disable=None, leave=False))
-    while batch := list(itertools.islice(documents, BATCH)):
+    batch = list(itertools.islice(documents, BATCH))
+    while batch:
         yield from tokenizer.encode_batch(batch)
+        batch = list(itertools.islice(documents, BATCH))
 
 
 # ----------------------------------------------------------------------------- batches
@@ -237,9 +293,8 @@ def windows(tokens, starts, length):
 
 
 def check_length(tokens, length, what):
-    if len(tokens) < length + 1:
-        raise InputError(f"the {what} text has {len(tokens)} tokens, a window of {length} needs "
-                         f"{length + 1}: give more text or a smaller --seq-len")
+    refuse(len(tokens) < length + 1, f"the {what} text has {len(tokens)} tokens, a window of {length} needs "
+           f"{length + 1}: give more text or a smaller --seq-len")
 
 
 def train_batch(tokens, length, rows, seed, step, first=0, count=None):
@@ -274,10 +329,8 @@ def first_tokens(name, tokenizer, count=None):
 
 def calibration_batches(text, tokenizer, context, count=CALIBRATION_TOKENS):
     """The first tokens of a text, in windows: a list of (1, T) tensors."""
-    if tokenizer is None:
-        raise InputError("--calibration needs the model's tokenizer, and there is none beside the weights")
+    refuse(tokenizer is None, "--calibration needs the model's tokenizer, and none is beside the weights")
     ids = first_tokens(text, tokenizer, count)
     length = min(CALIBRATION_WINDOW, context)
-    if len(ids) < length:
-        raise InputError(f"--calibration {text} has {len(ids)} tokens: at least {length} are needed")
+    refuse(len(ids) < length, f"--calibration {text} has {len(ids)} tokens: at least {length} are needed")
     return [row[None] for row in torch.tensor(ids).split(length) if len(row) == length]

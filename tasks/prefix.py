@@ -1,8 +1,8 @@
 """A prefix that many rows share is read once (finetuning and scoring, section VI).
 
 All prompts of a task begin with the same instruction, a third of their tokens. Keys and values of a token
-depend only on the tokens before it, so those of the common prefix are equal in all rows. One row computes
-them, and every row of a batch attends to them and to its own (equation 1 with K = [K_prefix; K_row]):
+depend only on the tokens before it, so one row computes those of the common prefix, and every row of a batch
+attends to them and to its own (equation 1 with K = [K_prefix; K_row]):
 
     prefix   Instruction: What is the sentiment ... Input:          (1, P), read once
     rows     Profit rose by 3 % . Answer: positive                  (B, T), padded at the right
@@ -27,13 +27,11 @@ def common_length(lists):
 
 
 class PrefixCache(Cache):
-    """Keys and values of a prefix. What a batch reads after it is not stored here, so batches may follow each
-    other; only `read` may use this cache."""
+    """Keys and values of a prefix, tokens (1, P), P may be 0. What a batch reads after it is not stored here,
+    so batches may follow each other; only `read` may use this cache."""
 
     def __init__(self, model, prefix):
-        """prefix: tokens (1, P); P may be 0."""
-        self.model, self.length, self.device = model, prefix.shape[1], prefix.device
-        self.end = 0
+        self.model, self.length, self.device, self.end = model, prefix.shape[1], prefix.device, 0
         self.layers = []  # keys and values of each layer: two of (1, kv_heads, P, d)
         self.given_positions = self.given_mask = self.store = None
         if self.length:

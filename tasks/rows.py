@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from common.cli import InputError, say
+from common.data import parse_json
 from tasks import sets
 from tasks.prefix import PrefixCache, common_length
 from tasks.score import encode_pair, shorten
@@ -100,7 +101,7 @@ def read_alpaca(path):
     if first.startswith("{") and first.endswith("}"):
         rows = [row for row, _ in sets.read_jsonl(path)]
     elif first:
-        rows = [sets.parse_json(text, path)]
+        rows = [parse_json(text, path)]
     if len(rows) == 1:
         rows = rows[0]
         if isinstance(rows, dict) and "data" in rows:

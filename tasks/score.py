@@ -13,10 +13,9 @@ Here a row is read once, as a trunk with branches:
 The branches lie behind one another; RoPE or the position table gets the positions above, and attention sees a
 key if it is in the trunk or in the query's own branch, and not after it. The last token of an ending is not
 read, since nothing is predicted from it: where endings are one token (BoolQ's yes and no) there is no branch.
-The common prefix of all rows, a task's instruction, is read once (prefix.py). Rows are sorted by length and
-batched by count of tokens, so there is hardly any padding, and the head, a fifth of a small model's work, is
-applied only where a scored token is predicted. PIQA on SmolLM2 takes 0.66 of the multiplications of reading
-every pair. A written answer goes on from the keys and values of the same reading.
+The common prefix of all rows, a task's instruction, is read once (prefix.py). Rows of similar length make a
+batch, and the head is applied only where a scored token is predicted. PIQA on SmolLM2 takes 0.66 of the
+multiplications of reading every pair. A written answer goes on from the same reading's keys and values.
 """
 import math
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.cli import InputError
+from common.cli import refuse
 from common.generate import generate
 from model import KVCache
 from tasks.prefix import PrefixCache, common_length
@@ -32,8 +31,6 @@ from tasks.prefix import PrefixCache, common_length
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # of a batch; more is no faster on a CPU and takes memory
 HEAD_ROWS = {"cpu": 128, "cuda": 4096}       # predicted tokens whose logits exist at the same time
 
-
-# ----------------------------------------------------------------------------- from text to tokens
 
 def encode_pair(tokenizer, context, continuation):
     """Ids of a text and of what follows it, by the harness's rule: both are encoded as one text, and what
@@ -74,9 +71,8 @@ def make_tree(example, tokenizer, context, room=None):
     with `room` the prompt is shortened to that many tokens, so that it stays the same for all endings."""
     pairs = [encode_pair(tokenizer, *pair) for pair in example.pairs()]
     for (_, ending), choice in zip(pairs, example.choices):
-        if not ending:
-            raise InputError(f"{example.task}, row {example.index}: the ending {choice!r} adds no token to "
-                             "its text: mend the row")
+        refuse(not ending, f"{example.task}, row {example.index}: the ending {choice!r} adds no token to its "
+               "text: mend the row")
     if not pairs:  # only to be answered in writing: which token comes next is not known
         pairs = [(encode_pair(tokenizer, example.prompt, "")[0], [None])]
     longest, texts, cut = max(len(ending) for _, ending in pairs), [], 0
@@ -89,8 +85,7 @@ def make_tree(example, tokenizer, context, room=None):
     for choice, (text, (_, ending)) in enumerate(zip(texts, pairs)):
         shift = len(tree.tokens) - trunk  # of this branch's tokens, behind those of earlier branches
         for i in range(max(len(text) - len(ending), 1), len(text)):  # from 1: an ending may fill the context
-            slot = i - 1 if i <= trunk else i - 1 + shift
-            tree.scored.append((slot, text[i], choice))
+            tree.scored.append((i - 1 + shift * (i > trunk), text[i], choice))
         tree.tokens += text[trunk:-1]
         tree.positions += range(trunk, len(text) - 1)
         tree.branch += [choice + 1] * (len(text) - 1 - trunk)
@@ -141,35 +136,23 @@ def read_trees(trees, prefix, store=None):
     return prefix.read(tokens, positions, mask, store)
 
 
-def log_probabilities(head, h, targets, rows):
-    """log p of targets (M,) under head(h), h (M, C); logits of `rows` tokens at a time."""
-    parts = []
-    for x, t in zip(h.split(rows), targets.split(rows)):
-        logits = head(x).float()  # (rows, V)
-        parts.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1))
-    return torch.cat(parts)
-
-
 @torch.inference_mode()
 def score_batch(model, trees, prefix, device, store=None):
     """log p of every choice of every row: a list of lists."""
-    P = prefix.length
     with device.autocast():
-        h = read_trees(trees, prefix, store)
+        h, entries = read_trees(trees, prefix, store), []  # (B, T, C)
         if not trees[0].example.choices:
             return [[] for _ in trees]
-        wanted = set()  # a token that several choices share counts once
         for b, tree in enumerate(trees):
-            wanted |= {(b, slot - P, token) for slot, token, _ in tree.scored}
-        wanted = sorted(wanted)
-        b, slot, token = torch.tensor(wanted, device=h.device).T
-        logp = log_probabilities(model.head, h[b, slot], token, HEAD_ROWS[h.device.type])
-    known = dict(zip(wanted, logp.tolist()))
-    result = [[0.0] * len(tree.example.choices) for tree in trees]
-    for b, tree in enumerate(trees):
-        for slot, token, choice in tree.scored:
-            result[b][choice] += known[b, slot - P, token]
-    return result
+            entries += [(b, choice, slot - prefix.length, token) for slot, token, choice in tree.scored]
+        b, choice, slot, token = torch.tensor(entries, device=h.device).T
+        logp, rows = [], HEAD_ROWS[h.device.type]
+        for x, t in zip(h[b, slot].split(rows), token.split(rows)):
+            logits = model.head(x).float()  # (rows, V)
+            logp.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1))
+    sums = torch.zeros(len(trees), int(choice.max()) + 1, dtype=torch.float64, device=h.device)
+    sums.index_put_((b, choice), torch.cat(logp).double(), accumulate=True)
+    return [row[:len(t.example.choices)] for row, t in zip(sums.tolist(), trees)]
 
 
 @torch.inference_mode()
@@ -247,8 +230,7 @@ def entity_f1(counts):
 
 def majority(rows, metric):
     """The score of always giving the commonest label."""
-    right = rows.sum((0, 2))  # (classes,): how often each label is right
-    always = np.zeros(rows.shape[1:])
+    right, always = rows.sum((0, 2)), np.zeros(rows.shape[1:])  # (classes,): how often each label is right
     always[:, right.argmax()] = right
     return float(metric(always))
 
@@ -264,7 +246,7 @@ def bootstrap(rows, metric, draws=2000, seed=0):
 
 
 def interval(values):
-    return [float(q) for q in np.quantile(values, (0.025, 0.975))]
+    return np.quantile(values, (0.025, 0.975)).tolist()
 
 
 def paired_bootstrap(first, second, metric, draws=2000, seed=0):

@@ -18,14 +18,14 @@ reading of an answer.
 """
 import csv
 import io
-import json
 import math
 import re
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from common.cli import InputError, say
+from common.cli import InputError, refuse, say
+from common.data import encoding_of, malformed, parse_json
 from tasks.sources import PHRASES, TEST_FILE, find_files
 
 SENTIMENTS = ["negative", "neutral", "positive"]
@@ -48,6 +48,7 @@ class Example:
     ending: str = ""      # WinoGrande: what follows every choice and alone is scored
     words: list = field(default_factory=list)  # NER: the sentence
     tags: list = field(default_factory=list)   # NER: I-PER, B-PER, ..., O for each word
+    seen: bool = field(default=False, repr=False, compare=False)  # there is a training row like this test row
 
     def pairs(self):
         """(given text, text whose likelihood counts) of every choice."""
@@ -77,9 +78,8 @@ def boolq(folder):
 def piqa(folder):
     path, labels = folder / "valid.jsonl", folder / "valid-labels.lst"
     rows, lines = list(read_jsonl(path, goal=str, sol1=str, sol2=str)), read_lines(labels)
-    if len(rows) != len(lines):
-        raise InputError(f"{path} has {len(rows)} rows and {labels} {len(lines)} labels: they must be of the "
-                         "same download")
+    refuse(len(rows) != len(lines), f"{path} has {len(rows)} rows, {labels} {len(lines)} labels: they must "
+           "be of the same download")
     for n, ((row, _), line) in enumerate(zip(rows, lines), 1):
         if line.strip() not in ("0", "1"):
             raise malformed(labels, n, f"the label must be 0 or 1, got {line!r}")
@@ -111,17 +111,18 @@ def fiqa(folder):
     for kind, name in (("news", "headline"), ("tweet", "post")):
         path = folder / f"task1_{name}_ABSA_train.json"
         entries = parse_json(read_text(path), path)
-        if not isinstance(entries, dict):
-            raise InputError(f"{path}: it must be an object whose values have sentence and info")
+        refuse(not isinstance(entries, dict), f"{path}: it must be an object of entries")
         for key, entry in entries.items():
+            where = f"{path}, entry {key!r}"
             try:
-                text, scores = entry["sentence"], [float(about["sentiment_score"]) for about in entry["info"]]
+                text, scores = entry["sentence"], [str(about["sentiment_score"]) for about in entry["info"]]
+                scores = [float(score) for score in scores]  # of a text: True is no number
             except (KeyError, TypeError, ValueError) as e:
-                raise InputError(f"{path}, entry {key!r}: it needs a sentence and for each info a "
-                                 f"sentiment_score ({type(e).__name__}: {e})") from None
+                raise InputError(f"{where}: it needs a sentence and for each info a sentiment_score "
+                                 f"({type(e).__name__}: {e})") from None
+            refuse(not isinstance(text, str) or not scores, f"{where}: it needs a sentence and an info")
             for score in scores:
-                if not -1 <= score <= 1:
-                    raise InputError(f"{path}, entry {key!r}: sentiment_score must be in -1..1, got {score}")
+                refuse(not -1 <= score <= 1, f"{where}: sentiment_score must be in -1..1, got {score}")
                 yield sentiment_row("fiqa", text, SENTIMENTS[(score >= -0.1) + (score >= 0.1)], kind)
 
 
@@ -144,7 +145,7 @@ def ner(folder, name="FIN5.txt"):
     """Sentences with a person, organization or location, as in FinGPT's set; the answer names them."""
     path, words, tags = folder / name, [], []
     for n, line in enumerate([*read_lines(path), ""], 1):
-        columns = line.split()
+        columns = words_of(line)
         if columns:
             if len(columns) != 4 or not re.fullmatch(r"O|[BI]-(PER|ORG|LOC|MISC)", columns[3]):
                 raise malformed(path, n, "it must be a word, two columns more, and O or a tag such as I-ORG")
@@ -156,6 +157,11 @@ def ner(folder, name="FIN5.txt"):
                 prompt = instruction_prompt(ASK_ENTITIES, " ".join(words))
                 yield Example("ner", 0, prompt, ", ".join(named) + ".", words=words, tags=tags)
             words, tags = [], []
+
+
+def words_of(text):
+    """Words end at spaces and tabs alone: a no-break space is part of one."""
+    return re.findall(r"[^ \t]+", text)
 
 
 def entities(tags):
@@ -191,7 +197,7 @@ def read_entities(words, text):
     types = {name.split()[1]: kind for kind, name in ENTITIES.items()}
     for part in text.lower().strip(".").split(","):
         match = re.match(r"^(.*) is an? (.*)$", part)
-        entity = match[1].split() if match else []
+        entity = words_of(match[1]) if match else []
         if not entity:
             continue
         named, n = True, len(entity)
@@ -210,27 +216,31 @@ TEST_SHARE = {"fpb": 0.25, "fiqa": 0.226, "tfns": 0.25, "ner": 0.25}
 
 
 def load(task, data_dir, split="test"):
-    """The rows of a task: list[Example]. split: "train" or "test", which share no row."""
-    if task not in TASKS:
-        raise InputError(f"no task is called {task!r}: the tasks are {', '.join(TASKS)}")
-    if split == "train" and task not in TEST_SHARE:
-        raise InputError(f"{task} has no training rows here: only its evaluation part is read")
+    """The rows of a task: list[Example]. split: "train" or "test"; a test row is marked as `seen` if a
+    training row has the same prompt, as some have in the published sets."""
+    refuse(task not in TASKS, f"no task is called {task!r}: the tasks are {', '.join(TASKS)}")
+    refuse(split == "train" and task not in TEST_SHARE,
+           f"{task} has no training rows here: only its evaluation part is read")
     folder, file = find_files(task, data_dir), TEST_FILE.get(task)
+    rows = read_all(task, folder)
     if file and (folder / file).exists():
-        return read_all(task, folder, *([file] if split == "test" else []))
-    examples = read_all(task, folder)
-    if task not in TEST_SHARE:
-        return examples
-    if file and split == "test":
-        say(f"{task}: {file} is not in {folder}: a quarter of the training file is held out")
-    test, train = split_rows(len(examples), TEST_SHARE[task])
-    return [examples[i] for i in (test if split == "test" else train)]
+        splits = dict(train=rows, test=read_all(task, folder, file))
+    elif task in TEST_SHARE:
+        test, train = split_rows(len(rows), TEST_SHARE[task])
+        splits = dict(train=[rows[i] for i in train], test=[rows[i] for i in test])
+        if file and split == "test":
+            say(f"{task}: {file} is not in {folder}: a quarter of the training file is held out")
+    else:
+        splits = dict(train=[], test=rows)
+    learned = {example.prompt for example in splits["train"]}
+    for example in splits["test"]:
+        example.seen = example.prompt in learned
+    return splits[split]
 
 
 def read_all(task, folder, *file):
     examples = list(TASKS[task](folder, *file))
-    if not examples:
-        raise InputError(f"{task}: there is no row in {folder}")
+    refuse(not examples, f"{task}: there is no row in {folder}")
     for i, example in enumerate(examples):
         example.index = i
     return examples
@@ -252,10 +262,10 @@ def draw(examples, limit, seed=0):
 
 
 def read_text(path, otherwise=None):
-    """The text of a UTF-8 file. otherwise: the encoding of one that is not."""
+    """The text of a UTF-8 or marked UTF-16 file. otherwise: the encoding of one that is neither."""
     content = path.read_bytes()
     try:
-        return content.decode("utf-8-sig")
+        return content.decode(encoding_of(content))
     except UnicodeDecodeError as e:
         if otherwise:
             return content.decode(otherwise)
@@ -277,15 +287,3 @@ def read_jsonl(path, **fields):
                 if not isinstance(row, dict) or not isinstance(row.get(name), kind):
                     raise malformed(path, n, f"it needs {name!r}, a {kind.__name__}")
             yield row, n
-
-
-def parse_json(text, path, line=1):
-    """The value of a JSON text that begins in this line of a file."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise malformed(path, line + e.lineno - 1, f"it is not JSON ({e.msg}, column {e.colno})") from None
-
-
-def malformed(path, line, why):
-    return InputError(f"{path}, line {line}: {why}: mend the line or download the file again")

@@ -149,7 +149,7 @@ def test_bad_text_is_refused(tmp_path, tokenizer):
     (tmp_path / "latin.txt").write_bytes("caf\xe9 cr\xe8me\n".encode("latin-1"))
     (tmp_path / "nothing").mkdir()
     for path, message in (("missing.txt", "there is no such file"), ("empty.txt", "the text is empty"),
-                          ("nothing", "no .txt or .md file")):
+                          ("nothing", "no .txt, .md or .jsonl file")):
         with pytest.raises(InputError, match=message):
             open_corpus(str(tmp_path / path), "data")
     for path, message in (("zero.txt", "is not text: it has zero bytes"),

@@ -145,7 +145,7 @@ def test_odd_sentiments(text, label, parsed):
      "dev.jsonl, line 1: it needs 'answer', a bool"),
     ("boolq", "dev.jsonl", "\n", "boolq: there is no row in"),
     ("piqa", "valid-labels.lst", "0\n2\n" * 18, "valid-labels.lst, line 2: the label must be 0 or 1, got '2'"),
-    ("piqa", "valid-labels.lst", "0\n1\n", "has 36 rows and .*valid-labels.lst 2 labels"),
+    ("piqa", "valid-labels.lst", "0\n1\n", "has 36 rows, .*valid-labels.lst 2 labels"),
     ("piqa", "valid.jsonl", "[]\n", "valid.jsonl, line 1: it needs 'goal', a str"),
     ("winogrande", "dev.jsonl", '{"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}',
      "line 1: it needs a _"),
