@@ -27,10 +27,11 @@ from common.cli import InputError, Parser, at_least_0, check_folder, command, wr
 from common.data import calibration_batches
 from common.device import give_back_memory
 from common.download import HUB, fetch_smollm2, hub_snapshot
-from common.formats import Source, check_tensors, export, open_source, read_headers
+from common.formats import Source, export, make_config, open_source, read_headers
 from common.storage import read_tensors, replaced, sharded, sync_folder, write_tensors
+from common.tokenizer import read_json
 from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, merge_lora, replace_linears, swap_layers
-from model import CONFIGS, Config, Layer, Transformer, config_for, count_parameters
+from model import CONFIGS, Layer, Transformer, config_for, count_parameters
 
 FORMAT = "fingpt-hpc"
 KINDS = {"lowrank": LowRankLinear, "blended": BlendedLinear, "lowrank embedding": LowRankEmbedding}
@@ -91,7 +92,7 @@ def save_model(folder, model, tokenizer=None, tensors=None):
     """Write a model folder, new or about to be renamed, of the model's own tensors or of those given."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = own_tensors(model) if tensors is None else tensors
+    tensors = tensors or own_tensors(model)
     files = sharded({name: tensors[name].nbytes for name in sorted(tensors)})
     for file, names in files.items():
         write_tensors(folder / file, {name: tensors[name] for name in names})
@@ -115,17 +116,11 @@ def write_config(folder, config, layers, files, **more):
 
 def read_config(folder):
     """config.json of a model folder of this project; None of any other path."""
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise InputError(f"{path} is damaged ({e})") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    config = read_json(Path(folder) / "config.json")
+    if config.get("format") != FORMAT:
         return None
     if config.get("version") != 1:
-        raise InputError(f"{path} is of version {config.get('version')}, this program reads version 1: "
+        raise InputError(f"{folder} is of version {config.get('version')}, this program reads version 1: "
                          "use the program that wrote it")
     return config
 
@@ -141,18 +136,12 @@ class FolderSource(Source):
     """A model folder of this project, read as common/formats.py reads those of others."""
 
     def __init__(self, path, config):
-        self.path, self.layers = path, config["layers"]
-        try:
-            self.config = Config(**config["architecture"])
-            model = build(self.config, self.layers)
-        except (TypeError, KeyError) as e:
-            raise InputError(f"{path}/config.json is damaged or of another version ({e})") from None
-        self.files = [path / file for file in config["files"]]
-        self.stored = read_headers(self.files)
+        self.path, self.files = path, [path / file for file in config["files"]]
+        self.config, self.layers = make_config(path / "config.json", config["architecture"]), config["layers"]
+        model, stored = build(self.config, self.layers), read_headers(self.files)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
-        check_tensors(path, self.shapes, self.stored, self.config.kind)
+        self.find(stored, self.shapes)
         self.bytes = sum(file.stat().st_size for file in self.files)
-        self.bits = {name: stored.bits for name, stored in self.stored.items()}
 
     def get(self, name, rows=None):
         tensor = self.stored[name].read()
@@ -252,19 +241,16 @@ def place(model, name, tensor, device, dtype):
 
 def random_model(name, rank=0, bits=16, group=None, device="cpu", dtype=torch.bfloat16):
     """A known name with random weights, made and quantized a layer at a time: to measure sizes and speeds."""
+    def values(shapes):
+        for key, shape in shapes.items():
+            value = torch.full(shape, float(key.endswith("weight")), device=device)
+            yield key, value if len(shape) == 1 else value.normal_(std=0.02)
     with torch.device("meta"):
         model = Transformer(config_for(name))
         if rank:
             replace_linears(model, rank)
-
-    def values():
-        for key, p in own_tensors(model).items():
-            value = torch.empty(p.shape, device=device)
-            if p.dim() > 1:
-                yield key, value.normal_(std=0.02)
-            else:
-                yield key, value.fill_(float(key.endswith("weight")))
-    return fill(model, values(), device, dtype, bits, group)
+    shapes = {key: tensor.shape for key, tensor in own_tensors(model).items()}
+    return fill(model, values(shapes), device, dtype, bits, group)
 
 
 def quantize(args):

