@@ -8,7 +8,6 @@
 What is compared is timed in turn (a, b, c, a, b, c, ...) in one run, and medians are quoted: shared machines
 drift by more than most differences. Ratios carry over to other machines, absolute times do not.
 """
-import argparse
 import importlib
 import json
 import re
@@ -19,28 +18,15 @@ from pathlib import Path
 
 import torch
 
-from common.cli import InputError, check_folder, command, write_atomic
+from benches.common import FLAGS
+from common.cli import InputError, Parser, check_folder, command, write_atomic
 
-BENCHES = {
-    "train": "training GPT-2: full rank against r = 192, 96, 48",
-    "memory": "Tables III and IV: bytes of a training step, counted without running it",
-    "recompute": "what recomputation costs in time and saves in bytes",
-    "pipeline": "utilization of GPipe and 1F1B, beside the formula and torch's",
-    "decompose": "decomposing all layers, against a loop of torch.linalg.svd",
-    "decode": "tokens a second at batch 1: ranks, bits, with and without the cache",
-    "kernels": "each CUDA kernel against the copy bandwidth and its peers (needs a GPU)",
-    "quant": "perplexity of each way to round the weights to 8 and 4 bits",
-    "paper": "Tables V, VI and IX on the device at hand",
-    "finetune": "LoRA on a quantized base, against transformers + peft",
-    "serve": "one after another, batched, paged; one adapter and sixteen",
-    "quality": "the loss of full rank, plain low rank, and what is meant to help, on the same tokens",
-    "scores": "the seven tasks at 16, 8 and 4 bit",
-    "chance": "the paper's accuracies, with what chance alone does",
-    "eval": "PIQA, against EleutherAI's lm-evaluation-harness",
-}
+FILES = [f for f in sorted(Path(__file__).parent.glob("benches/*.py")) if f.stem not in ("account", "common")]
+BENCHES = {f.stem: f.read_text().split("\n")[0].strip('"') for f in FILES}  # name -> its first line
+RESULTS = Path(__file__).parent / "results"
 
 
-def tables(text, folder=Path(__file__).parent / "results"):
+def tables(text, folder=RESULTS):
     """The text with every block `<!-- FILE.json -->...<!-- end -->` made anew: the table of that record and
     its origin."""
     def block(match):
@@ -56,35 +42,38 @@ def tables(text, folder=Path(__file__).parent / "results"):
     return re.sub(r"<!-- (\S+\.json) -->.*?<!-- end -->", block, text, flags=re.S)
 
 
+def parse(name, module, argv):
+    """The arguments of one bench: its DEFAULTS say which flags it has, benches/common.py what they are."""
+    p = Parser(module.__doc__, prog=f"bench.py {name}")
+    for flag, default in module.DEFAULTS.items():
+        kind, what = FLAGS[flag]
+        how = dict(action="store_true") if kind is bool else dict(type=kind, default=default)
+        p.add_argument("--" + flag.replace("_", "-"), help=f"{what} (default: %(default)s)", **how)
+    p.add_argument("--json", help="write the rows to this file too")
+    return p.parse_args(argv)
+
+
 def main(argv=None):
-    listing = "\n".join(f"  {name:<12}{what}" for name, what in BENCHES.items())
-    parser = argparse.ArgumentParser(usage="bench.py NAME [options]", description=__doc__,
-                                     epilog="NAME is one of\n" + listing,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=[*BENCHES, "tables"], metavar="NAME")
     argv = sys.argv[1:] if argv is None else argv
+    listing = "\n".join(f"  {name:<12}{what}" for name, what in BENCHES.items())
+    parser = Parser(__doc__, usage="bench.py NAME [options]", epilog="NAME is one of\n" + listing)
+    parser.add_argument("name", choices=[*BENCHES, "tables"], metavar="NAME")
     name = parser.parse_args(argv[:1]).name
     if name == "tables":
-        readme = Path(__file__).parent / "results" / "README.md"
-        return write_atomic(readme, tables(readme.read_text()))
+        return write_atomic(RESULTS / "README.md", tables((RESULTS / "README.md").read_text()))
     module = importlib.import_module(f"benches.{name}")
-    p = argparse.ArgumentParser(prog=f"bench.py {name}", description=module.__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    module.arguments(p)
-    p.add_argument("--json", help="write the rows to this file too")
-    args = p.parse_args(argv[1:])
+    args = parse(name, module, argv[1:])
     if args.json:
         check_folder(Path(args.json).parent)
     device, rows = module.bench(args)
     print(module.report(rows))
     if args.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
-                                text=True).stdout.strip()
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
         # another machine has other folders
         words = [Path(word).name if Path(word).is_absolute() else word for word in argv]
         record = dict(command=" ".join(["python bench.py", *words]), device=device.name,
-                      torch=torch.__version__, commit=commit,
-                      date=time.strftime("%Y-%m-%d"), rows=rows)
+                      torch=torch.__version__, commit=git.stdout.strip(), date=time.strftime("%Y-%m-%d"),
+                      rows=rows)
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.json, json.dumps(record, indent=1) + "\n")
     return 0

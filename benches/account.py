@@ -19,6 +19,7 @@ Each storage is counted once, however many views of it are kept, and parameters 
 import copy
 import weakref
 from collections import Counter
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -33,46 +34,37 @@ from recompute import use_recompute
 KINDS = ("parameter", "gradient", "optimizer", "activation", "transient")
 
 
-# ----------------------------------------------------------------------------- tensors that come and go
-
 class Watch(TorchDispatchMode):
-    """Adds up the bytes of the storages that were made inside and are alive; `peak` is the most there was."""
+    """Adds up the bytes of the storages that were made inside and are alive; `peak` is the most there was.
 
-    def __init__(self):
+    fake: for fake tensors. They have no numbers: code that reads one, to branch on it, gets True.
+    """
+
+    def __init__(self, fake=False):
         super().__init__()
-        self.alive = self.peak = 0
+        self.alive, self.peak, self.fake = 0, 0, fake
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for t in tree_iter((args, kwargs)):
-            if isinstance(t, torch.Tensor):
-                t.untyped_storage().watched = True  # not made in here, if not seen before
+        if self.fake and function is torch.ops.aten._local_scalar_dense.default:
+            return True
+        for storage in storages((args, kwargs)):
+            storage.watched = True  # not made in here, if not seen before
         out = function(*args, **(kwargs or {}))
-        for t in tree_iter(out):
-            if isinstance(t, torch.Tensor):
-                self.see(t.untyped_storage())
+        for storage in storages(out):
+            if not hasattr(storage, "watched"):
+                storage.watched, size = True, storage.nbytes()
+                self.alive += size
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self.gone, size)
         return out
-
-    def see(self, storage):
-        if not hasattr(storage, "watched"):
-            storage.watched, size = True, storage.nbytes()
-            self.alive += size
-            self.peak = max(self.peak, self.alive)
-            weakref.finalize(storage, self.gone, size)
 
     def gone(self, size):
         self.alive -= size
 
 
-class FakeWatch(Watch):
-    """For fake tensors. They have no numbers: code that reads one, to branch on it, gets True."""
+def storages(things):
+    return [t.untyped_storage() for t in tree_iter(things) if isinstance(t, torch.Tensor)]
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
-            return True
-        return super().__torch_dispatch__(function, types, args, kwargs)
-
-
-# ----------------------------------------------------------------------------- what is kept
 
 # The paper's names of what a module of this name reads and writes.
 READS = {"": "x^e", "o": "heads", "norm2": "x^o", "down": "input of W^D", "norm": "x^d"}
@@ -104,17 +96,16 @@ class Kept:
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
         if isinstance(module, Attention):
-            attend = module.attend
+            module.__dict__["attend"] = partial(self.attend, module.attend)
 
-            def named_attend(q, k, v, *rest):
-                for t, label in ((q, "q"), (k, "k"), (v, "v")):
-                    self.label(t, label)
-                self.path.append(("attend", None))
-                y = attend(q, k, v, *rest)
-                self.path.pop()
-                self.label(y, "heads")
-                return y
-            module.__dict__["attend"] = named_attend
+    def attend(self, attend, q, k, v, *rest):
+        for t, label in ((q, "q"), (k, "k"), (v, "v")):
+            self.label(t, label)
+        self.path.append(("attend", None))
+        y = attend(q, k, v, *rest)
+        self.path.pop()
+        self.label(y, "heads")
+        return y
 
     def label(self, tensor, label):
         storage = tensor.untyped_storage()
@@ -134,16 +125,16 @@ class Kept:
 
     @staticmethod
     def place(t, name, module):
-        if name == "attend":
-            return "s" if t.dim() > 2 and t.shape[-1] == t.shape[-2] else "inside attention"
+        if name == "attend" and t.dim() > 2 and t.shape[-1] == t.shape[-2]:
+            return "s"
+        if name == "attend" or isinstance(module, Attention):
+            return "inside attention"
         if isinstance(module, nn.Dropout):
             return "dropout masks"
         if is_linear(module):
             return "inside linear layers"
         if isinstance(module, FeedForward):
             return "silu(x^g)"
-        if isinstance(module, Attention):
-            return "inside attention"
         return "inside norms" if name.startswith("norm") else "embedding and loss"
 
     def totals(self):
@@ -153,8 +144,6 @@ class Kept:
             sizes[getattr(storage, "label", self.inside[key])] += storage.nbytes()
         return sizes
 
-
-# ----------------------------------------------------------------------------- the account
 
 def fake_copy(model, dtype=None):
     """The model with fake tensors in place of its own, parameters in `dtype`. Within a FakeTensorMode."""
@@ -167,7 +156,7 @@ def fake_copy(model, dtype=None):
 
 def measure(piece, x, kept):
     """Run piece(x) and its backward pass: (name -> bytes kept, the most that exists beside them, result)."""
-    with FakeWatch() as watch:
+    with Watch(fake=True) as watch:
         x = torch.empty_like(x).requires_grad_(x.requires_grad)
         with kept.hooks():
             y = piece(x)
@@ -187,8 +176,7 @@ def activations(model, batch, length, dtype=None, recompute=None):
             use_recompute(model, recompute)
         tokens, parameters = torch.empty(batch, length, dtype=torch.int64), list(model.parameters())
         _, rope, _ = model.begin(tokens)
-        outside, head = nn.Module(), nn.ModuleDict({"norm": model.norm})
-        kept, ends, x = measure(lambda tokens: model.begin(tokens)[0], tokens, Kept(outside, parameters))
+        kept, ends, x = measure(lambda tokens: model.begin(tokens)[0], tokens, Kept(nn.Module(), parameters))
         largest, seen = 0, {}
         for block in model.blocks:
             tensors = [*block.parameters(), *block.buffers()]
@@ -197,8 +185,8 @@ def activations(model, batch, length, dtype=None, recompute=None):
                 seen[kind] = measure(lambda x, block=block: block(x, rope), x, Kept(block, parameters))
             more, working, x = seen[kind]
             kept, largest = kept + more, max(largest, working)
-        more, working, _ = measure(lambda x: head_loss(model.head, model.norm(x), tokens), x,
-                                   Kept(head, parameters, model.head.parameters()))
+        outside = Kept(nn.ModuleDict({"norm": model.norm}), parameters, model.head.parameters())
+        more, working, _ = measure(lambda x: head_loss(model.head, model.norm(x), tokens), x, outside)
     return kept + more, largest, max(ends, working)
 
 
@@ -219,8 +207,7 @@ def account(model, batch, length, dtype=None, recompute=None, optimizer_bytes=No
     rows = [("parameters", "parameter", size([*model.parameters(), *model.buffers()])),
             ("gradients", "gradient", size(learn)), ("AdamW", "optimizer", optimizer),
             *((name, "activation", n) for name, n in kept.items()),
-            ("working set of a block", "transient", block),
-            ("working set of the loss", "transient", ends)]
+            ("working set of a block", "transient", block), ("working set of the loss", "transient", ends)]
     return [dict(name=name, kind=kind, bytes=n) for name, kind, n in rows]
 
 

@@ -1,15 +1,56 @@
-"""What the benchmarks share: timing in turn, runs of the scripts that are not repeated, and tables."""
+"""What the benches share: flags, the paper's figures, timing in turn, processes, runs of scripts, tables."""
+import importlib
 import json
+import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common.cli import InputError, markdown
+from common.cli import InputError, at_least_0, at_least_1, markdown, positive
+from common.run import NOT_RESTORED
+
+DATA_DIR = os.environ.get("DATA_DIR", "data")
+PAPER = json.loads(Path(__file__).with_name("paper_figures.json").read_text())  # its tables
+
+
+def words(text):
+    return text.split(",")
+
+
+def numbers(text):
+    return [at_least_0(word) for word in words(text)]
+
+
+FLAGS = {  # name -> (type, help); each bench has defaults for those that it takes
+    "base": (str, "the pretrained model"), "model": (str, "a known name, a folder or a file"),
+    "batch": (at_least_1, "sequences of a step"), "batch_size": (at_least_1, "sequences or rows of a step"),
+    "batches": (at_least_1, "batches of a round"), "blocks": (at_least_1, "blocks of GPT-2"),
+    "bits": (numbers, "of weights"), "calibration": (str, "text of the activations: file, folder or builtin"),
+    "data": (str, "text to train on, as for train.py"), "data_dir": (str, "where the tasks' files are"),
+    "dtype": (str, "float32, bfloat16, or auto: the faster here"), "dtypes": (words, "of matrix products"),
+    "eval_limit": (at_least_1, "with --quality: rows of each task that are scored"),
+    "jobs": (at_least_1, "runs at a time"), "lengths": (numbers, "the shortest and the longest prompt"),
+    "limit": (at_least_0, "rows of each task, or tokens of the text; 0: all"),
+    "max_iters": (at_least_1, "steps of each run"), "models": (words, "separated by commas"),
+    "nanogpt": (str, "also time nanoGPT's 124M, from this checkout of its repository"),
+    "new_tokens": (at_least_1, "written after each prompt"), "quality": (bool, "scores in place of times"),
+    "out_dir": (str, "folders of the runs; a stopped run goes on, a finished one is not repeated"),
+    "rank": (at_least_0, "0: full rank"), "ranks": (numbers, "separated by commas; 0: full rank"),
+    "rate": (positive, "learning rate at which the search begins"), "rounds": (at_least_1, "timed rounds"),
+    "recompute": (str, "a mode of train.py --recompute, or all"), "seeds": (numbers, "separated by commas"),
+    "seq": (at_least_1, "tokens of each sequence"), "seq_len": (at_least_1, "tokens of each sequence"),
+    "sequences": (at_least_1, "prompts"), "stages": (at_least_1, "processes"),
+    "task": (str, "where the rows are from; made-up headlines where it is not at hand"),
+    "tasks": (str, "separated by commas"), "text": (str, "text to measure: a file, a folder or builtin"),
+}
 
 
 def interleaved(steps, rounds):
@@ -26,35 +67,96 @@ def interleaved(steps, rounds):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def finished(folder):
-    """summary.json of a run that went to its end, else None."""
-    file = Path(folder) / "summary.json"
-    summary = json.loads(file.read_text()) if file.exists() else dict(stopped_by="nothing yet")
-    return None if summary.get("stopped_by") else summary
+class Worker(ProcessPoolExecutor):
+    """A process of its own, for its peak memory: make(*job) there gives a function, and ask(x) its result."""
+
+    def __init__(self, make, *job):
+        super().__init__(1, multiprocessing.get_context("spawn"), Worker.begin, (make, job))
+
+    @staticmethod
+    def begin(make, job):
+        Worker.function = make(*job)
+
+    @staticmethod
+    def answer(x):
+        return Worker.function(x)
+
+    def ask(self, x):
+        try:
+            return self.submit(Worker.answer, x).result()
+        except BrokenProcessPool:
+            raise InputError("a process of the benchmark ended (its own lines above say why; with too little "
+                             "memory: fewer --bits or --models at once)") from None
 
 
 def call(script, *flags, settings=None, env=None, quiet=False):
     """Run a script of the project. settings: what has no flag, for its main(argv, **settings)."""
     head = [script]
     if settings:
-        code = (f"import sys, {script[:-3]} as m; from common.cli import command; "
-                f"command(lambda: m.main(sys.argv[1:], **{settings!r}))")
-        head = ["-c", code]
+        head = ["-c", f"import sys, {script[:-3]} as m; from common.cli import command; "
+                      f"command(lambda: m.main(sys.argv[1:], **{settings!r}))"]
     done = subprocess.run([sys.executable, *head, *map(str, flags)], env=env, capture_output=quiet, text=True)
     if done.returncode:
         why = (done.stderr.strip() or "killed").splitlines()[-1] if quiet else "its own lines above say why"
         raise InputError(f"{script} ended with {done.returncode}: {why}")
 
 
-def run_once(script, folder, *flags, **how):
-    """`python SCRIPT FLAGS --out-dir FOLDER`, resumed where it was stopped, unless it is done. Returns its
-    summary."""
-    if finished(folder) is None:
-        resume = (Path(folder) / "state").exists()
-        call(script, *(["--resume"] if resume else flags), "--out-dir", folder, **how)
-    return finished(folder)
+def read_json(folder, name="summary.json"):
+    """A file of a run, {} where there is none."""
+    file = Path(folder) / name
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def arguments_of(script, flags, settings):
+    """name -> value: all arguments of a script that is called with these flags, its defaults included."""
+    module, flags = importlib.import_module(script[:-3]), [str(flag) for flag in flags]
+    if script in ("train.py", "finetune.py"):
+        return vars(module.make_parser().parse_args(flags)) | module.SETTINGS | settings
+    return vars(module.parse(flags))
+
+
+def run_once(script, folder, *flags, settings=None, **how):
+    """`python SCRIPT FLAGS --out-dir FOLDER`; a stopped run goes on, a finished one is not repeated. Either
+    is refused if any argument is another than now; None and "auto" stand for the script's choice.
+
+    Returns summary.json.
+    """
+    summary, state = read_json(folder), read_json(folder, "state/state.json")
+    state = state or read_json(folder, "state.previous/state.json")
+    there = summary.get("arguments") or state.get("args")
+    for name, value in arguments_of(script, flags, settings or {}).items():
+        fixed = value not in (None, "auto") and name not in NOT_RESTORED
+        if there and fixed and there.get(name) != value:
+            raise InputError(f"{folder} holds a run with {name} {there.get(name)}, and {value} is asked for: "
+                             "remove it, or choose another --out-dir")
+    if not summary or summary.get("stopped_by"):
+        call(script, *(["--resume"] if state else flags), "--out-dir", folder, settings=settings, **how)
+    return read_json(folder)
 
 
 def table(rows, columns):
-    """Rows as a Markdown table; columns: title -> function of a row."""
-    return markdown(list(columns), [[f(r) for f in columns.values()] for r in rows], left=0)
+    """Rows as a Markdown table. columns: title -> a key of the rows, (key, format), or (key, format, unit to
+    divide by). None leaves the cell empty."""
+    def cell(row, key, form="{}", unit=1):
+        if row[key] is None:
+            return ""
+        if isinstance(row[key], bool):
+            return "yes" if row[key] else "no"
+        return form.format(row[key] / unit if unit != 1 else row[key])
+    lines = []
+    for row in rows:
+        lines.append([cell(row, c) if isinstance(c, str) else cell(row, *c) for c in columns.values()])
+    return markdown(list(columns), lines, left=0)
+
+
+def own_columns(rows):
+    """Rows of text as a table: their keys are the titles."""
+    return table(rows, {title: title for title in rows[0]})
+
+
+def shown(rows, **more):
+    """Copies of the rows for a table: rank 0 as "full", and each of `more` a function of a row."""
+    copies = [dict(row, rank=row.get("rank") or "full") for row in rows]
+    for row, copy in zip(rows, copies):
+        copy |= {key: function(row) for key, function in more.items()}
+    return copies

@@ -1,12 +1,12 @@
 """Decomposition (section IV.B): time and error against a loop of torch.linalg.svd, and perplexity.
 
-    python bench.py decompose        all matrices of smollm2-135m and of GPT-2's shapes, a third of the ranks
+    python bench.py decompose        all matrices of smollm2-135m and random ones of GPT-2's shapes
     python bench.py decompose --quality --text wikitext2-valid.txt --calibration fiction/
                                      perplexity after 80, 60 and 40%, and after recovery by methods 2 and 3
 
-The loop takes W, or W C where inputs count (H = C C^T their second moments), and is given C; ours has to
-compute it. Gathering H is not timed. error_over_optimum is the largest over all matrices, of the Frobenius
-norm of (W - B A) C over that of the best possible, in float64.
+All at a third of the ranks. The loop takes W, or W C where inputs count (H = C C^T their second moments), and
+is given C; ours has to compute it. Gathering H is not timed. error_over_optimum is the largest over all
+matrices, of the Frobenius norm of (W - B A) C over that of the best possible, in float64.
 """
 import time
 from collections import defaultdict
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benches.common import call, finished, run_once, table
+from benches.common import run_once, shown, table
 from beyond.activations import Moments, second_moments, walk
 from checkpoint import load_model
 from common.cli import InputError
@@ -25,6 +25,8 @@ from lowrank import svd_factors
 from model import config_for
 
 STEPS, RECOVERED = 200, 0.6  # of 2 x 256 tokens; the share from which recovery is measured
+RANDOM = "gpt2"  # the name of the rows of random matrices
+DEFAULTS = dict(quality=False, text=None, calibration=None, out_dir="out/bench_decompose")
 
 
 # ----------------------------------------------------------------------------- matrices
@@ -48,7 +50,7 @@ def smollm2(device):
     return W, H, groups
 
 
-def gpt2(device):
+def random_matrices(device):
     """Random matrices of GPT-2's shapes (flat spectra), and inputs whose deviations fall as 1/sqrt(i)."""
     config = config_for("gpt2")
     n, m = config.width, config.ffn
@@ -64,12 +66,13 @@ def gpt2(device):
 
 # ----------------------------------------------------------------------------- time and error
 
-def timed(function):
-    if torch.cuda.is_available():
+def timed(function, *args):
+    gpu = torch.cuda.is_available()
+    if gpu:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    result = function()
-    if torch.cuda.is_available():
+    result = function(*args)
+    if gpu:
         torch.cuda.synchronize()
     return result, time.perf_counter() - start
 
@@ -92,11 +95,10 @@ def compare(W, H, groups, ours, describe):
     seconds, worst = [0.0, 0.0], 0.0
     for n, group in enumerate(tqdm([groups[0], *groups], desc=describe, disable=None, leave=False)):
         matrices = [W[name] for name in group]
-        ranks = [min(M.shape) // 3 for M in matrices]
-        factors, mine = timed(lambda matrices=matrices, ranks=ranks, H=H[group[0]]: ours(matrices, ranks, H))
         C = Moments(H[group[0]]).C if ours is activations else None
         targets = matrices if C is None else [(M.double() @ C).float() for M in matrices]
-        values, loop = timed(lambda targets=targets: loop_of_svd(targets))
+        factors, mine = timed(ours, matrices, [min(M.shape) // 3 for M in matrices], H[group[0]])
+        values, loop = timed(loop_of_svd, targets)
         if n:  # the first group is done twice: it warms up
             seconds = [seconds[0] + mine, seconds[1] + loop]
         for M, (B, A), S in zip(matrices, factors, values):
@@ -108,7 +110,7 @@ def compare(W, H, groups, ours, describe):
 
 def speed(device):
     rows = []
-    for model, matrices in (("smollm2-135m", smollm2), ("gpt2", gpt2)):
+    for model, matrices in (("smollm2-135m", smollm2), (RANDOM, random_matrices)):
         W, H, sharing = matrices(device.torch_device)
         kinds = defaultdict(list)
         for name in W:
@@ -118,34 +120,29 @@ def speed(device):
             seconds, loop, worst = compare(W, H, groups, ours, f"{model}, {ours.__name__}")
             rows.append(dict(model=model, method=ours.__name__, matrices=len(W), seconds=seconds,
                              seconds_loop=loop, speedup=loop / seconds, error_over_optimum=worst))
-    print(f"All matrices of the blocks, rank a third of the smaller side, {device.name}")
     return rows
 
 
 # ----------------------------------------------------------------------------- what is left of a model
 
 def quality(args):
-    """Perplexity of smollm2-135m decomposed, and after recovery. A stopped run goes on in --work."""
+    """Perplexity of smollm2-135m decomposed, and after recovery. A stopped run goes on in --out-dir."""
     if not args.text or not args.calibration:
         raise InputError("--quality needs --text (perplexity is measured on it) and --calibration (for the "
                          "activations and for recovery)")
-    work, rows = Path(args.work), []
+    work, rows = Path(args.out_dir), []
 
     def add(method, ratio, steps, model):
-        out = work / f"perplexity-{Path(model).name}"
-        flags = "--model", model, "--tasks", "perplexity", "--data", args.text, "--limit", 16384
-        value = run_once("eval.py", out, *flags, quiet=True)["perplexity"]["perplexity"]
-        rows.append(dict(method=method, ratio=ratio, steps=steps, perplexity=value))
+        s = run_once("eval.py", work / f"perplexity-{Path(model).name}", "--model", model,
+                     "--tasks", "perplexity", "--data", args.text, "--limit", 16384, quiet=True)
+        rows.append(dict(method=method, ratio=ratio, steps=steps, perplexity=s["perplexity"]["perplexity"]))
         print(rows[-1], flush=True)
 
     add("dense", 1.0, 0, "smollm2-135m")
     for ratio in (0.8, RECOVERED, 0.4):
-        for method in ("plain", "activations"):
+        for method, text in (("plain", []), ("activations", ["--calibration", args.calibration])):
             folder = work / f"{method}-{ratio}"
-            text = ["--calibration", args.calibration] if method == "activations" else []
-            if finished(folder) is None:
-                flags = "--model", "smollm2-135m", "--ratio", ratio, *text, "--out-dir", folder
-                call("decompose.py", *flags, quiet=True)
+            run_once("decompose.py", folder, "--model", "smollm2-135m", "--ratio", ratio, *text, quiet=True)
             add(method, ratio, 0, folder)
     for method in (2, 3):
         out = work / f"method-{method}"
@@ -156,30 +153,20 @@ def quality(args):
     return rows
 
 
-# ----------------------------------------------------------------------------- python bench.py decompose
-
-def report(rows):
-    if "perplexity" in rows[0]:
-        return table(rows, {"method": lambda r: r["method"], "kept": lambda r: f"{r['ratio']:.0%}",
-                            "steps of recovery": lambda r: r["steps"],
-                            "perplexity": lambda r: f"{r['perplexity']:,.1f}"})
-    return table(rows, {"model": lambda r: r["model"], "method": lambda r: r["method"],
-                        "seconds": lambda r: f"{r['seconds']:.1f}",
-                        "loop of svd": lambda r: f"{r['seconds_loop']:.1f}",
-                        "speedup": lambda r: f"{r['speedup']:.1f}x",
-                        "error over optimum": lambda r: f"{r['error_over_optimum']:.5f}"})
-
-
-def arguments(p):
-    p.add_argument("--quality", action="store_true",
-                   help="instead of the time, perplexity of smollm2-135m decomposed (an hour on two cores)")
-    p.add_argument("--text", help="with --quality: the text perplexity is measured on")
-    p.add_argument("--calibration", help="with --quality: the text of the activations and of recovery")
-    p.add_argument("--work", default="out/bench_decompose",
-                   help="where the models are made; a stopped run goes on there (default: %(default)s)")
-
-
 def bench(args):
     device = find_device("float32")
     torch.set_float32_matmul_precision("highest")
     return device, quality(args) if args.quality else speed(device)
+
+
+def report(rows):
+    if "perplexity" in rows[0]:
+        return table(rows, {"method": "method", "kept": ("ratio", "{:.0%}"), "steps of recovery": "steps",
+                            "perplexity": ("perplexity", "{:,.1f}")})
+
+    names = {RANDOM: "random, as GPT-2"}
+    rows = shown(rows, model=lambda r: names.get(r["model"], r["model"]))
+    return table(rows, {
+        "matrices of": "model", "method": "method", "seconds": ("seconds", "{:.1f}"),
+        "loop of svd": ("seconds_loop", "{:.1f}"), "speedup": ("speedup", "{:.1f}x"),
+        "error over optimum": ("error_over_optimum", "{:.5f}")})

@@ -7,11 +7,7 @@ All engines train on the same rows, with the same batch, rank and dtype; tokens 
 padding, for every engine. peft's batches are what its users have: rows in random order, padded to the
 longest, logits of all tokens. Ours are tasks.rows.Batch.
 """
-import gc
 import importlib.util
-import json
-import multiprocessing
-import os
 import statistics
 import tempfile
 import time
@@ -20,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benches.common import run_once, table
+from benches.common import DATA_DIR, Worker, run_once, shown, table
 from checkpoint import load_model
 from common.cli import InputError, say
 from common.device import find_device, peak_memory
@@ -34,9 +30,12 @@ from tasks.rows import Batch, encode, pick
 
 TARGETS = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
 # Table VIII of the paper: weighted F1 of Llama2-7B untuned and after 8-bit LoRA
-PAPER = {"fpb": (0.518, 0.850), "fiqa": (0.686, 0.860), "tfns": (0.809, 0.894)}
+PAPER = {"fpb": "0.518 -> 0.850", "fiqa": "0.686 -> 0.860", "tfns": "0.809 -> 0.894"}
 QUALITY = [("fpb", 8, 8), ("fpb", 4, 8), ("fpb", 16, 8), ("fpb", 16, 4), ("fpb", 16, 16), ("fiqa", 8, 8),
            ("tfns", 8, 8)]  # task, bits, rank
+DEFAULTS = dict(base="smollm2-135m", bits="16,8,4", rank=8, task="fpb", data_dir=DATA_DIR, batch_size=16,
+                batches=6, rounds=3, dtype="auto", quality=False, max_iters=150, eval_limit=2000,
+                out_dir="out/quality")
 
 
 # ----------------------------------------------------------------------------- one engine, in its own process
@@ -74,13 +73,11 @@ def peft_steps(args, folder, rows, device):
     def step(n):
         mine = [rows[k] for k in order[n * args.batch_size:(n + 1) * args.batch_size]]
         shape = len(mine), max(len(r.ids) for r in mine)
-        ids, attention = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
-        labels = torch.full(shape, -100)
+        ids, attention, labels = (torch.full(shape, x, device=device.torch_device) for x in (0, 0, -100))
         for i, r in enumerate(mine):
             ids[i, :len(r.ids)] = torch.tensor(r.ids)
             labels[i, r.start:len(r.ids)] = torch.tensor(r.ids[r.start:])
             attention[i, :len(r.ids)] = 1
-        ids, attention, labels = (t.to(device.torch_device) for t in (ids, attention, labels))
         model(input_ids=ids, attention_mask=attention, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -88,29 +85,28 @@ def peft_steps(args, folder, rows, device):
     return step
 
 
-def engine(connection, args, name, bits, folder, rows):
-    """Answers each number with (seconds, tokens) of that batch, and None with the peak memory; then ends."""
-    torch.set_num_threads(args.threads)
+def engine(args, name, bits, folder, rows):
+    """For a Worker: a function of a batch's number, which gives (seconds, tokens, peak memory)."""
     torch.manual_seed(0)
     device = find_device(args.dtype)
     step = our_steps(args, bits, rows, device) if name == "ours" else peft_steps(args, folder, rows, device)
-    gc.collect()
-    while (i := connection.recv()) is not None:
+
+    def measure(i):
         start = time.perf_counter()
         tokens = step(i)
         if device.torch_device.type == "cuda":
             torch.cuda.synchronize()
-        connection.send((time.perf_counter() - start, tokens))
-    connection.send(peak_memory(device.torch_device))
+        return time.perf_counter() - start, tokens, peak_memory(device.torch_device)
+    return measure
 
 
 # ----------------------------------------------------------------------------- all of them, in turn
 
 def bench(args):
+    device = find_device("float32" if args.quality else args.dtype)
     if args.quality:
-        return find_device("float32"), quality(args)
-    device = find_device(args.dtype)
-    args.dtype, args.threads = str(device.dtype)[6:], torch.get_num_threads()
+        return device, quality(args)
+    args.dtype = str(device.dtype)[6:]
     engines = [("ours", bits) for bits in args.bits]
     if importlib.util.find_spec("peft"):
         engines.append(("peft", 16))
@@ -127,8 +123,8 @@ def prepare(args, folder):
     """The base for transformers, and the rows of all engines."""
     model, tokenizer = load_model(args.base)
     export(model, tokenizer, folder)
-    examples, _ = read_task(args.task if (Path(args.data_dir) / args.task).is_dir() else "made-up",
-                            args.data_dir)
+    there = (Path(args.data_dir) / args.task).is_dir()
+    examples, _ = read_task(args.task if there else "made-up", args.data_dir)
     count = args.batches * args.batch_size
     if len(examples) < count:
         raise InputError(f"--batches {args.batches} of {args.batch_size} rows are more than {len(examples)} "
@@ -138,103 +134,56 @@ def prepare(args, folder):
 
 
 def measure(args, engines, folder, rows):
-    spawn, running = multiprocessing.get_context("spawn"), {}
-    for name, bits in engines:
-        here, there = spawn.Pipe()
-        process = spawn.Process(target=engine, args=(there, args, name, bits, folder, rows), daemon=True)
-        process.start()
-        running[name, bits] = here
-        ask(here, 0)  # a warm-up, and loading does not disturb the others
-    times, tokens = {key: [0.0] * args.rounds for key in running}, {}
+    workers = {}
+    for key in engines:
+        workers[key] = Worker(engine, args, *key, folder, rows)
+        workers[key].ask(0)  # a warm-up, and loading does not disturb the others
+    times = {key: [0.0] * args.rounds for key in workers}
     for r in range(args.rounds):
-        tokens = dict.fromkeys(running, 0)
+        tokens, peaks = dict.fromkeys(workers, 0), {}
         for i in range(args.batches):
-            for key, connection in running.items():
-                seconds, count = ask(connection, i)
+            for key, worker in workers.items():
+                seconds, count, peaks[key] = worker.ask(i)
                 times[key][r] += seconds
                 tokens[key] += count
     if len(set(tokens.values())) != 1:
         raise InputError(f"the engines did not see the same tokens: {tokens}")
-    return [dict(engine=name, base=args.base, bits=bits, rank=args.rank, dtype=args.dtype,
-                 batch=args.batch_size, tokens=tokens[name, bits],
-                 tokens_per_second=tokens[name, bits] / statistics.median(times[name, bits]),
-                 peak_memory_bytes=ask(connection, None))
-            for (name, bits), connection in running.items()]
-
-
-def ask(connection, what):
-    connection.send(what)
-    try:
-        return connection.recv()
-    except EOFError:
-        raise InputError("a process of the benchmark ended (its own lines above say why; with too little "
-                         "memory: fewer --bits at once)") from None
-
-
-# ----------------------------------------------------------------------------- Table VIII
-
-def tuned(task, bits, rank, args):
-    """The folder of a run of finetune.py; one that is there already is not repeated."""
-    out = Path(args.out_dir) / f"{task}-{bits}bit-r{rank}-{args.max_iters}steps-{args.eval_limit}rows"
-    run_once("finetune.py", out, "--base", args.base, "--task", task, "--bits", bits, "--rank", rank,
-             "--eval-limit", args.eval_limit, "--max-iters", args.max_iters, "--data-dir", args.data_dir)
-    return out
+    return [dict(engine=key[0], base=args.base, bits=key[1], rank=args.rank, dtype=args.dtype,
+                 batch=args.batch_size, tokens=tokens[key], peak_memory_bytes=peaks[key],
+                 tokens_per_second=tokens[key] / statistics.median(times[key])) for key in engines]
 
 
 def quality(args):
-    """A run for each line of the table."""
+    """Table VIII: a run of finetune.py for each line."""
     rows = []
     for task, bits, rank in QUALITY:
-        s = json.loads((tuned(task, bits, rank, args) / "summary.json").read_text())
+        out = Path(args.out_dir) / f"{task}-{bits}bit-r{rank}-{args.max_iters}steps-{args.eval_limit}rows"
+        s = run_once("finetune.py", out, "--base", args.base, "--task", task, "--bits", bits, "--rank", rank,
+                     "--eval-limit", args.eval_limit, "--max-iters", args.max_iters,
+                     "--data-dir", args.data_dir)
         before, after = s["scores_before"][task], s["scores_after"][task]
-        rows.append(dict(task=task, bits=bits, rank=rank, f1_before=before["f1"], f1_after=after["f1"],
-                         interval=after["interval"], generated_before=before["f1_generated"],
-                         generated_after=after["f1_generated"], majority=after["majority"],
-                         rows=after["rows"],
-                         trainable_parameters=s["trainable_parameters"], seconds=s["seconds"],
-                         peak_memory_bytes=s["peak_memory_bytes"]))
+        rows.append(dict(
+            task=task, bits=bits, rank=rank, f1_before=before["f1"], f1_after=after["f1"],
+            interval=after["interval"], generated_before=before["f1_generated"],
+            generated_after=after["f1_generated"], majority=after["majority"], rows=after["rows"],
+            trainable_parameters=s["trainable_parameters"], seconds=s["seconds"],
+            peak_memory_bytes=s["peak_memory_bytes"]))
     return rows
 
 
 def report(rows):
     if "f1_after" in rows[0]:
+        rows = shown(rows, interval=lambda r: "{:.3f} to {:.3f}".format(*r["interval"]),
+                     generated=lambda r: f"{r['generated_before']:.3f} -> {r['generated_after']:.3f}",
+                     paper=lambda r: PAPER[r["task"]] if r["bits"] == 8 else "")
         return table(rows, {
-            "task": lambda r: r["task"], "bits": lambda r: r["bits"], "rank": lambda r: r["rank"],
-            "learned": lambda r: f"{r['trainable_parameters'] / 1e6:.2f}M",
-            "untuned": lambda r: f"{r['f1_before']:.3f}",
-            "tuned": lambda r: f"{r['f1_after']:.3f}",
-            "95%": lambda r: "{:.3f} to {:.3f}".format(*r["interval"]),
-            "generated": lambda r: f"{r['generated_before']:.3f} -> {r['generated_after']:.3f}",
-            "commonest": lambda r: f"{r['majority']:.3f}",
-            "paper": lambda r: "{:.3f} -> {:.3f}".format(*PAPER[r["task"]]) if r["bits"] == 8 else ""})
-    peer = next((r["tokens_per_second"] for r in rows if r["engine"] == "peft"), None)
+            "task": "task", "bits": "bits", "rank": "rank",
+            "learned": ("trainable_parameters", "{:.2f}M", 1e6), "untuned": ("f1_before", "{:.3f}"),
+            "tuned": ("f1_after", "{:.3f}"), "95%": "interval",
+            "generated": "generated", "commonest": ("majority", "{:.3f}"), "paper": "paper"})
+    peers = [r["tokens_per_second"] for r in rows if r["engine"] == "peft"]
+    rows = shown(rows, over=lambda r: f"{r['tokens_per_second'] / peers[0]:.2f}x" if peers else "-")
     return table(rows, {
-        "engine": lambda r: r["engine"], "bits": lambda r: r["bits"], "rank": lambda r: r["rank"],
-            "dtype": lambda r: r["dtype"],
-        "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}",
-            "over peft": lambda r: f"{r['tokens_per_second'] / peer:.2f}x" if peer else "-",
-        "peak GB": lambda r: f"{r['peak_memory_bytes'] / 1e9:.2f}"})
-
-
-def arguments(p):
-    p.add_argument("--base", default="smollm2-135m", help="the model (default: %(default)s)")
-    p.add_argument("--bits", type=lambda s: [int(b) for b in s.split(",")], default=[16, 8, 4],
-                   help="of our bases (default: 16,8,4)")
-    p.add_argument("--rank", type=int, default=8, help="of the adapters (default: %(default)s)")
-    p.add_argument("--task", default="fpb", help="where the rows are from; made-up headlines where it is not "
-                                                 "at hand (default: %(default)s)")
-    p.add_argument("--data-dir", default=os.environ.get("DATA_DIR", "data"),
-                   help="where the sets are (default: $DATA_DIR, then data/)")
-    p.add_argument("--batch-size", type=int, default=16, help="rows (default: %(default)s)")
-    p.add_argument("--batches", type=int, default=6, help="of a round (default: %(default)s)")
-    p.add_argument("--rounds", type=int, default=3,
-                   help="over the same rows; the median counts (default: %(default)s)")
-    p.add_argument("--dtype", default="auto",
-                   help="float32, bfloat16, or auto: the faster one here (default: %(default)s)")
-    p.add_argument("--quality", action="store_true", help="scores instead of speed")
-    p.add_argument("--max-iters", type=int, default=150,
-                   help="with --quality: steps of each run (default: %(default)s)")
-    p.add_argument("--eval-limit", type=int, default=2000,
-                   help="with --quality: rows that are scored, of each task (default: %(default)s)")
-    p.add_argument("--out-dir", default="out/quality",
-                   help="with --quality: the folders of the runs (default: %(default)s)")
+        "engine": "engine", "bits": "bits", "rank": "rank", "dtype": "dtype",
+        "tokens/s": ("tokens_per_second", "{:.0f}"), "over peft": "over",
+        "peak GB": ("peak_memory_bytes", "{:.2f}", 1e9)})

@@ -1,5 +1,5 @@
 """Each kernel of kernels.cu at the shapes of Llama2-7B and of its factors of rank 512: time, GB/s, share of
-the copy bandwidth.
+the copy bandwidth; beside torch's products in 16 bit and bitsandbytes, where it is installed.
 
     python bench.py kernels --json results/kernels.json    # needs a GPU and nvcc, else exit code 2
 
@@ -22,6 +22,7 @@ from quant import QuantMatrix, load_kernels
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (512, 4096), (4096, 512)]  # (out, in)
 RANK, ROWS = 512, (1, 4, 8, 16, 32, 64)
 L2_BYTES = 256 << 20  # more than the L2 of any GPU
+DEFAULTS = {}
 
 
 def graph_seconds(calls, rounds=20):
@@ -57,75 +58,78 @@ class Measurement:
         b = torch.empty_like(a)
         self.copy = 2 * a.nbytes / seconds([lambda: b.copy_(a)] * 3)  # bytes a second
 
-    def add(self, kernel, engine, shape, rows, bits, size, call, things):
-        """Time call(thing) over things, which take `size` bytes each."""
-        s = self.seconds([partial(call, thing) for thing in things])
-        self.rows.append(dict(kernel=kernel, engine=engine, shape="x".join(map(str, shape)), rows=rows,
-                              bits=bits, us=s * 1e6, gb_s=size / s / 1e9,
-                              share_of_copy=size / s / self.copy))
-
     def random(self, *shape):
         return 0.02 * torch.randn(*shape, device=self.device, dtype=torch.bfloat16)
-
-    def matrix(self, out, width, bits):
-        return QuantMatrix.of(self.random(out, width), bits)
 
     def enough(self, make, size):
         """So many different ones that the L2 can't hold them."""
         return [make() for _ in range(max(2, -(-self.l2_bytes // size)))]
 
+    def matrices(self, out, width, bits):
+        return self.enough(lambda: QuantMatrix.of(self.random(out, width), bits), out * width * bits // 8)
+
+    def add(self, kernel, engine, shape, rows, bits, size, call, things):
+        """Time call(thing) over things, which take `size` bytes each."""
+        s = self.seconds([partial(call, thing) for thing in things])
+        self.rows.append(dict(kernel=kernel, engine=engine, shape="x".join(map(str, shape)), rows=rows,
+                              bits=bits, us=s * 1e6, gb_s=size / s / 1e9, share_of_copy=size / s / self.copy))
+
     def products(self, out, width, bits):
         """x W^T, W x + s B (A x), quantize, dequantize, and what torch takes for the 16-bit matrix."""
         k, size, dense_size, shape = self.kernels, out * width * bits // 8, 2 * out * width, (out, width)
-        Ws = self.enough(lambda: self.matrix(out, width, bits), size)
+        Ws = self.matrices(out, width, bits)
         dense = self.enough(lambda: self.random(out, width), dense_size)
+        A, B = self.random(8, width), self.random(out, 8)
+
+        def dequantize(W):
+            return k.dequantize(*W.parts(), width, torch.bfloat16)
         for M in ROWS:
-            x, kernel = self.random(M, width), "matvec" if M <= 16 else "matmul"
+            x, kernel = self.random(M, width), name_of(M)
             self.add(kernel, "ours", shape, M, bits, size, lambda W, x=x: k.product(x, *W.parts()), Ws)
             self.add(kernel, "torch", shape, M, 16, dense_size, lambda W, x=x: x @ W.T, dense)
-            self.add(kernel, "torch, dequantized first", shape, M, bits, size, lambda W,
-                     x=x: x @ k.dequantize(*W.parts(), width, x.dtype).T, Ws)
-        x = self.random(1, width)
-        self.add("matvec", "ours, a warp a row", shape, 1, bits, size, lambda W,
-                 x=x: k.product(x, *W.parts(), 1), Ws)
+            self.add(kernel, "torch, dequantized first", shape, M, bits, size,
+                     lambda W, x=x: x @ dequantize(W).T, Ws)
+            if M == 1:
+                self.add(kernel, "ours, a warp a row", shape, M, bits, size,
+                         lambda W, x=x: k.product(x, *W.parts(), 1), Ws)
+            if M in (1, 8):
+                self.add("lora", "ours", shape, M, bits, size,
+                         lambda W, x=x: k.lora(x, *W.parts(), A, B, 4.0), Ws)
+                self.add("lora", "ours, launch by launch", shape, M, bits, size,
+                         lambda W, x=x: k.product(x, *W.parts()) + 4.0 * (x @ A.T @ B.T), Ws)
         self.add("quantize", "ours", shape, out, bits, dense_size + size,
                  lambda W: k.quantize(W, bits, Ws[0].group), dense)
-        self.add("dequantize", "ours", shape, out, bits, dense_size + size, lambda W,
-                 x=x: k.dequantize(*W.parts(), width, x.dtype), Ws)
-        A, B = self.random(8, width), self.random(out, 8)
-        for M in (1, 8):
-            x = self.random(M, width)
-            self.add("lora", "ours", shape, M, bits, size, lambda W, x=x: k.lora(x, *W.parts(), A, B, 4.0),
-                     Ws)
-            self.add("lora", "ours, launch by launch", shape, M, bits, size,
-                     lambda W, x=x: k.product(x, *W.parts()) + 4.0 * (x @ A.T @ B.T), Ws)
+        self.add("dequantize", "ours", shape, out, bits, dense_size + size, dequantize, Ws)
 
     def factors(self, out, width, rank, bits):
         """B (A x) in one launch and in two."""
         k, size, shape = self.kernels, rank * (out + width) * bits // 8, (out, rank, width)
-        pairs = self.enough(lambda: (self.matrix(rank, width, bits), self.matrix(out, rank, bits)), size)
+        pairs = list(zip(self.matrices(rank, width, bits), self.matrices(out, rank, bits)))
         for M in (1, 8, 16):
             x = self.random(M, width)
-            self.add("lowrank", "ours", shape, M, bits, size, lambda AB,
-                     x=x: k.lowrank(x, *AB[0].parts(), *AB[1].parts()), pairs)
+            self.add("lowrank", "ours", shape, M, bits, size,
+                     lambda AB, x=x: k.lowrank(x, *AB[0].parts(), *AB[1].parts()), pairs)
             self.add("lowrank", "ours, two launches", shape, M, bits, size,
                      lambda AB, x=x: k.product(k.product(x, *AB[0].parts()), *AB[1].parts()), pairs)
 
-    def bitsandbytes(self, out, width):
+    def bitsandbytes(self, out, width, bits):
         """The peer's products with 4-bit (nf4, groups of 64) and 8-bit weights."""
         import bitsandbytes as bnb
-        for bits in (4, 8):
-            def make(bits=bits):
-                layer = bnb.nn.Linear4bit(width, out, bias=False, compute_dtype=torch.bfloat16,
-                                          quant_type="nf4") if bits == 4 else \
-                    bnb.nn.Linear8bitLt(width, out, bias=False, has_fp16_weights=False)
-                return layer.to(self.device)
-            size = out * width * bits // 8
-            layers = self.enough(make, size)
-            for M in (1, 16, 64):
-                x = self.random(M, width) if bits == 4 else self.random(M, width).half()
-                self.add("matvec" if M <= 16 else "matmul", "bitsandbytes", (out, width), M, bits, size,
-                         lambda layer, x=x: layer(x), layers)
+
+        def make():
+            if bits == 8:
+                return bnb.nn.Linear8bitLt(width, out, bias=False, has_fp16_weights=False).to(self.device)
+            how = dict(compute_dtype=torch.bfloat16, quant_type="nf4")
+            return bnb.nn.Linear4bit(width, out, bias=False, **how).to(self.device)
+        size = out * width * bits // 8
+        layers = self.enough(make, size)
+        for M in (1, 16, 64):
+            x = self.random(M, width).to(torch.bfloat16 if bits == 4 else torch.float16)
+            self.add(name_of(M), "bitsandbytes", (out, width), M, bits, size, lambda f, x=x: f(x), layers)
+
+
+def name_of(rows):
+    return "matvec" if rows <= 16 else "matmul"
 
 
 def measure(m, shapes=SHAPES, rank=RANK):
@@ -138,13 +142,12 @@ def measure(m, shapes=SHAPES, rank=RANK):
             m.products(out, width, bits)
             if min(out, width) > rank:
                 m.factors(out, width, rank, bits)
-        if peer:
-            m.bitsandbytes(out, width)
+            if peer:
+                m.bitsandbytes(out, width, bits)
     return m.rows
 
 
 def bench(args):
-    """The table and the rows."""
     if not torch.cuda.is_available():
         raise InputError("bench.py kernels needs a GPU: here tests/test_kernels.py can only run the kernels, "
                          "which says nothing of their speed")
@@ -160,13 +163,6 @@ def bench(args):
 
 
 def report(rows):
-    return table(rows,
-                 {"kernel": lambda r: r["kernel"], "engine": lambda r: r["engine"],
-                  "shape": lambda r: r["shape"], "rows": lambda r: r["rows"],
-                        "bits": lambda r: r["bits"], "us": lambda r: f"{r['us']:.1f}",
-                  "GB/s": lambda r: f"{r['gb_s']:.0f}",
-                        "of copy": lambda r: f"{r['share_of_copy']:.0%}"})
-
-
-def arguments(p):
-    """None but --json."""
+    return table(rows, {
+        "kernel": "kernel", "engine": "engine", "shape": "shape", "rows": "rows", "bits": "bits",
+        "us": ("us", "{:.1f}"), "GB/s": ("gb_s", "{:.0f}"), "of copy": ("share_of_copy", "{:.0%}")})

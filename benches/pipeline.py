@@ -1,8 +1,8 @@
 """Utilization of GPipe and 1F1B (Fig. 3), beside M / (N + M - 1) and torch.distributed.pipelining.
 
-A stage is a process whose work is a timed wait, so that stages wait for each other and not for a processor.
-
     python bench.py pipeline
+
+A stage is a process whose work is a wait of 50 ms, so that stages wait for each other, not for a processor.
 """
 import json
 import statistics
@@ -14,43 +14,32 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from benches.common import table
-from common.cli import at_least_1
+from benches.common import shown, table
 from common.device import find_device
 from pipeline import SCHEDULES, Grid, Wires, execute, schedule, utilization
 
-
-class Pause(torch.autograd.Function):
-    """Takes `seconds` in each direction without the processor; record(kind, start, end) is told when."""
-
-    @staticmethod
-    def forward(ctx, x, seconds, record):
-        ctx.seconds, ctx.record = seconds, record
-        return Pause.work(x, "F", seconds, record)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return Pause.work(dy, "B", ctx.seconds, ctx.record), None, None
-
-    @staticmethod
-    def work(x, kind, seconds, record):
-        start = time.time()
-        time.sleep(seconds)
-        record(kind, start, time.time())
-        return x.clone()
+DEFAULTS = dict(stages=4)
 
 
 class TimedStage(nn.Module):
+    """Waits in each direction, and notes in `rows` when: (stage, kind, microbatch, start, end)."""
+
     def __init__(self, stage, seconds):
         super().__init__()
         self.stage, self.seconds, self.rows = stage, seconds, []
         self.weight = nn.Parameter(torch.ones(()))
 
-    def record(self, kind, start, end):
-        self.rows.append((self.stage, kind, sum(row[1] == kind for row in self.rows), start, end))
+    def wait(self, kind):
+        start = time.time()
+        time.sleep(self.seconds)
+        self.rows.append((self.stage, kind, sum(row[1] == kind for row in self.rows), start, time.time()))
 
     def forward(self, x):
-        return Pause.apply(x * self.weight, self.seconds, self.record)
+        self.wait("F")
+        y = x * self.weight
+        if y.requires_grad:
+            y.register_hook(lambda dy: self.wait("B"))
+        return y
 
 
 def engines(grid, module, kind, microbatches):
@@ -71,7 +60,6 @@ def engines(grid, module, kind, microbatches):
     def ours():
         wires.begin(steps, inputs[0].shape, inputs[0].dtype)
         execute(steps, forward, wires)
-
     if kind == "1f1b" and microbatches < grid.stages:  # torch's 1F1B refuses these
         return {"ours": ours}
     stage = PipelineStage(module, grid.stage, grid.stages, device, group=grid.pipe)
@@ -86,14 +74,15 @@ def member(rank, folder, stages, cases, seconds, rounds):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=stages)
     grid, results = Grid(stages), []
     for kind, microbatches in cases:
-        module, times = TimedStage(grid.stage, seconds), {}
+        module = TimedStage(grid.stage, seconds)
         steps = engines(grid, module, kind, microbatches)
+        times = {name: [] for name in steps}
         for _ in range(rounds + 1):
             for name, step in steps.items():
                 dist.barrier()
                 module.rows = []
                 step()
-                times.setdefault(name, []).append(module.rows)
+                times[name].append(module.rows)
         results.append({name: rows[1:] for name, rows in times.items()})
     (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
     dist.barrier()
@@ -117,19 +106,12 @@ def measure(stages=4, counts=(1, 4, 8, 16), seconds=0.05, rounds=3):
 
 
 def bench(args):
-    print(f"{args.stages} processes on this machine, a stage's work is a wait of 50 ms")
     return find_device("float32"), measure(args.stages)
 
 
 def report(rows):
-    return table(rows, {
-        "schedule": lambda r: r["schedule"],
-        "stages": lambda r: r["stages"],
-        "microbatches": lambda r: r["microbatches"],
-        "utilization": lambda r: f"{r['utilization']:.3f}",
-        "M/(N+M-1)": lambda r: f"{r['theory']:.3f}",
-        "torch": lambda r: f"{r['torch_utilization']:.3f}" if r["torch_utilization"] else "refuses"})
-
-
-def arguments(p):
-    p.add_argument("--stages", type=at_least_1, default=4, help="processes (default: %(default)s)")
+    def torchs(r):
+        return f"{r['torch_utilization']:.3f}" if r["torch_utilization"] else "refuses"
+    return table(shown(rows, torch=torchs), {
+        "schedule": "schedule", "stages": "stages", "microbatches": "microbatches",
+        "utilization": ("utilization", "{:.3f}"), "M/(N+M-1)": ("theory", "{:.3f}"), "torch": "torch"})

@@ -1,8 +1,8 @@
 """Does low rank cost accuracy? Full rank, plain low rank, and what is meant to help, on the same tokens and
 seeds.
 
-    python bench.py quality              about two hours on two cores; a stopped run goes on where it was
-    python bench.py quality --steps 40   a quick look
+    python bench.py quality                  about two hours on two cores; a stopped run goes on
+    python bench.py quality --max-iters 40   a quick look
 
 Every variant has its own learning rate: a factor of 2 up or down until the validation loss gets no better.
 AdamW's search begins low, because beyond its best rate it falls to a plateau on which a still larger rate may
@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from benches.common import run_once, table
+from benches.common import run_once, shown, table
 from common.device import find_device
 from common.run import read_metrics
+from model import config_for
 
 # name -> (share of the width that is the rank (0: full), method, optimizer, settings of train.py)
 VARIANTS = {
@@ -34,29 +35,30 @@ VARIANTS = {
     "Muon, blended (method 3)": (1 / 4, 3, "muon", {}),
 }
 MAIN = list(VARIANTS)[:5]  # of several seeds; the others have one
-WIDTH = {"small": 256, "gpt2": 768}
+GPU = torch.cuda.is_available()
+DEFAULTS = dict(
+    data="builtin", model="gpt2" if GPU else "small", max_iters=2000 if GPU else 120, seeds="1,2,3",
+    batch_size=16 if GPU else 8, seq_len=1024 if GPU else 256, rate=7.5e-4, jobs=1 if GPU else 2,
+    out_dir="out/quality")
 
 
 def train(name, rate, seed, args):
     """One run, or what it left the last time. Returns its row."""
     share, method, optimizer, settings = VARIANTS[name]
     word = "".join(c if c.isalnum() else "-" for c in name)
-    folder = Path(args.work) / f"{word}-{rate:g}-seed{seed}-{args.steps}steps"
+    folder = Path(args.out_dir) / f"{word}-{rate:g}-seed{seed}-{args.max_iters}steps"
     threads = str(max(1, torch.get_num_threads() // args.jobs))
     s = run_once(
-        "train.py", folder, "--model", args.model, "--rank", int(share * WIDTH[args.model]), "--method",
-                 method,
-        "--optimizer", optimizer, "--data", args.data, "--batch-size", args.batch_size, "--seq-len",
-                 args.seq_len,
-        "--lr", rate, "--seed", seed, "--max-iters", args.steps, "--save-interval", 100, quiet=True,
-        settings=dict(settings, eval_tokens=32768, vocabulary=args.vocabulary),
-        env=dict(os.environ, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads))
+        "train.py", folder, "--model", args.model, "--rank", int(share * config_for(args.model).width),
+        "--method", method, "--optimizer", optimizer, "--data", args.data, "--batch-size", args.batch_size,
+        "--seq-len", args.seq_len, "--lr", rate, "--seed", seed, "--max-iters", args.max_iters,
+        "--save-interval", 100, quiet=True, env=dict(os.environ, OMP_NUM_THREADS=threads),
+        settings=dict(settings, eval_tokens=32768, vocabulary=0 if args.model == "gpt2" else 4096))
     rows = read_metrics(folder / "metrics.jsonl")
-    print(f"{name}, rate {rate:g}, seed {seed}, {args.steps} steps: {s['val_loss']:.4f}", flush=True)
-    return dict(model=s["model"], rank=s["rank"], variant=name, seed=seed, lr=rate, steps=args.steps,
+    print(f"{name}, rate {rate:g}, seed {seed}, {args.max_iters} steps: {s['val_loss']:.4f}", flush=True)
+    return dict(model=s["model"], rank=s["rank"], variant=name, seed=seed, lr=rate, steps=args.max_iters,
                 parameters=s["parameters"], share=s["parameters"] / s["parameters_full_rank"],
-                tokens=s["tokens"],
-                val_loss=s["val_loss"],
+                tokens=s["tokens"], val_loss=s["val_loss"],
                 curve=[(r["tokens"], r["val_loss"]) for r in rows if r.get("val_loss")])
 
 
@@ -74,30 +76,23 @@ def climb(name, args):
 
 
 def bench(args):
-    device = find_device()
     with ThreadPoolExecutor(args.jobs) as pool:
-        searches = pool.map(lambda name: climb(name, args), VARIANTS)
-        rows = [row for search in searches for row in search]
-        best = {name: min((r for r in rows if r["variant"] == name), key=lambda r: r["val_loss"])["lr"]
-                for name in MAIN}
-        others = [(name, seed) for seed in args.seeds[1:] for name in MAIN]
-        rows += pool.map(lambda job: train(job[0], best[job[0]], job[1], args), others)
-    print(f"{device.name}: {args.model}, {args.steps} steps of {args.batch_size} sequences, "
-          f"{Path(args.data).name}")
-    return device, rows
+        rows = sum(pool.map(lambda name: climb(name, args), VARIANTS), [])
+        best = {line["variant"]: line["lr"] for line in summary(rows)}
+        others = [(name, best[name], seed, args) for seed in args.seeds[1:] for name in MAIN]
+        rows += pool.map(lambda job: train(*job), others)
+    return find_device(), rows
 
 
 def summary(rows):
     """A line for each variant: its best rate, the mean and the range over the seeds. Runs of another length
     are left out."""
-    rows = [r for r in rows if not r.get("equal_seconds")]
-    lines = []
+    rows, lines = [r for r in rows if not r.get("equal_seconds")], []
     for variant in dict.fromkeys(r["variant"] for r in rows):
         runs = [r for r in rows if r["variant"] == variant]
-        first = [r for r in runs if r["seed"] == runs[0]["seed"]]
-        rate = min(first, key=lambda r: r["val_loss"])["lr"]
-        losses = [r["val_loss"] for r in runs if r["lr"] == rate]
-        lines.append(dict(runs[0], lr=rate, mean=statistics.fmean(losses), low=min(losses), high=max(losses),
+        best = min((r for r in runs if r["seed"] == runs[0]["seed"]), key=lambda r: r["val_loss"])
+        losses = [r["val_loss"] for r in runs if r["lr"] == best["lr"]]
+        lines.append(dict(best, mean=statistics.fmean(losses), low=min(losses), high=max(losses),
                           runs=len(losses)))
     return lines
 
@@ -105,34 +100,10 @@ def summary(rows):
 def report(rows):
     lines = summary(rows)
     base = {r["variant"]: r["mean"] for r in lines}
-
-    def over(r, name):
-        return f"{r['mean'] - base.get(name, math.nan):+.3f}"
+    lines = shown(lines, adamw=lambda r: r["mean"] - base.get("full rank, AdamW", math.nan),
+                  muon=lambda r: r["mean"] - base.get("full rank, Muon", math.nan),
+                  seeds=lambda r: f"{r['low']:.3f} to {r['high']:.3f}" if r["runs"] > 1 else "one")
     return table(lines, {
-        "variant": lambda r: r["variant"], "r": lambda r: r["rank"] or "full",
-        "parameters": lambda r: f"{r['share']:.2f}x", "rate": lambda r: f"{r['lr']:g}",
-        "val loss": lambda r: f"{r['mean']:.3f}",
-        "seeds": lambda r: f"{r['low']:.3f} to {r['high']:.3f}" if r["runs"] > 1 else "one",
-        "over full rank, AdamW": lambda r: over(r, "full rank, AdamW"),
-                         "Muon": lambda r: over(r, "full rank, Muon"),
-        "M tokens": lambda r: f"{r['tokens'] / 1e6:.2f}"})
-
-
-def arguments(p):
-    gpu = torch.cuda.is_available()
-    p.add_argument("--data", default="builtin", help="as for train.py (default: %(default)s)")
-    p.add_argument("--model", default="gpt2" if gpu else "small", choices=tuple(WIDTH),
-                   help="default: %(default)s")
-    p.add_argument("--vocabulary", type=int, default=0 if gpu else 4096,
-                   help="pieces of the tokenizer; 0: GPT-2's (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=2000 if gpu else 120, help="default: %(default)s")
-    p.add_argument("--batch-size", type=int, default=16 if gpu else 8,
-                   help="sequences a step (default: %(default)s)")
-    p.add_argument("--seq-len", type=int, default=1024 if gpu else 256,
-                   help="tokens of each (default: %(default)s)")
-    p.add_argument("--rate", type=float, default=7.5e-4,
-                   help="where the search begins (default: %(default)s)")
-    p.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1, 2, 3],
-                   help="default: 1,2,3")
-    p.add_argument("--jobs", type=int, default=1 if gpu else 2, help="runs at a time (default: %(default)s)")
-    p.add_argument("--work", default="out/quality", help="folder of the runs (default: %(default)s)")
+        "variant": "variant", "r": "rank", "parameters": ("share", "{:.2f}x"), "rate": ("lr", "{:g}"),
+        "val loss": ("mean", "{:.3f}"), "seeds": "seeds", "over full rank, AdamW": ("adamw", "{:+.3f}"),
+        "Muon": ("muon", "{:+.3f}"), "M tokens": ("tokens", "{:.2f}", 1e6)})

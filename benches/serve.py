@@ -2,8 +2,8 @@
 
     python bench.py serve
 
-All engines write the same number of greedy tokens for the same prompts of mixed lengths, with one adapter or
-sixteen. Bytes of keys and values are those at the moment when most were reserved: for contiguous rows room
+All engines, transformers too, write as many greedy tokens for the same prompts of mixed lengths, with no
+adapter, one or sixteen. Bytes of keys and values are those when most were reserved: for contiguous rows room
 for the longest from the start, for pages the blocks handed out. Also the paper's count of what a cache saves.
 """
 import random
@@ -15,20 +15,20 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from benches.common import table
+from benches.account import meta_model
+from benches.common import shown, table
 from beyond.batching import Adapters, Engine, Request
 from beyond.paged_cache import SIZE, Pool, bytes_per_token
 from common.cli import InputError
 from common.formats import export
 from common.generate import generate
 from lowrank import replace_linears
-from model import Transformer, config_for, count_parameters
+from model import count_parameters
 from sample import open_model
 
 TARGETS, RANK = ("q", "k", "v", "qkv"), 8  # of the random adapters
+DEFAULTS = dict(model="smollm2-135m", sequences=32, lengths="16,200", new_tokens=24, rounds=2)
 
-
-# ----------------------------------------------------------------------------- what a cache saves, counted
 
 def generation_cost(model, prompt, new, use_cache):
     """(tokens read, operations by weights, operations of attention) to write `new` tokens after `prompt`.
@@ -49,21 +49,18 @@ def paper_counts():
     """Section III.C.2's example: model, cache, tokens, TFLOP by weights and of attention, the paper's."""
     rows = []
     for rank, name, paper in ((0, "Llama2-7B", "210"), (512, "Llama2-7B, r = 512", "40")):
-        with torch.device("meta"):
-            model = Transformer(config_for("llama2-7b"))
-            if rank:
-                replace_linears(model, rank, embedding_rank=rank)
-        for use_cache in (False, True):
-            tokens, weights, attention = generation_cost(model, 100, 100, use_cache)
-            rows.append(dict(model=name, cache=use_cache, tokens=tokens, weights=weights / 1e12,
-                             attention=attention / 1e12, paper="" if use_cache else paper))
+        model = meta_model("llama2-7b")
+        if rank:
+            replace_linears(model, rank, embedding_rank=rank)
+        for cache in (False, True):
+            tokens, weights, attention = generation_cost(model, 100, 100, cache)
+            rows.append(dict(model=name, cache=cache, tokens=tokens, weights=weights / 1e12,
+                             attention=attention / 1e12, paper="" if cache else paper))
     return rows
 
 
-# ----------------------------------------------------------------------------- the engines
-
 def mixed_prompts(tokenizer, count, shortest, longest):
-    """Pieces of real text (Python's own documentation), of lengths drawn evenly from a range."""
+    """Stretches of the language's documentation, of lengths drawn evenly from a range."""
     from pydoc_data.topics import topics
     ids = tokenizer.encode("\n".join(topics[k] for k in sorted(topics))[:400_000])
     draw = random.Random(0)
@@ -85,18 +82,13 @@ def random_adapter(model, seed):
 # Each engine returns (tokens of each prompt, slots of keys and values reserved at most, slots used then).
 
 def sequential(model, adapters, prompts, names, new):
-    tokens = []
-    for prompt, name in zip(prompts, names):
-        adapters.select([name])
-        tokens.append([step[0] for step in generate(model, [prompt], new, temperature=0)])
-    longest = max(map(len, prompts)) + new
-    return tokens, longest, longest - 1
+    found = [contiguous(model, adapters, [p], [name], new) for p, name in zip(prompts, names)]
+    return [tokens for (tokens,), _, _ in found], max(n for _, n, _ in found), max(n for _, _, n in found)
 
 
 def contiguous(model, adapters, prompts, names, new):
     adapters.select(names)
-    steps = list(generate(model, prompts, new, temperature=0))
-    tokens = [list(row) for row in zip(*steps)]
+    tokens = [list(row) for row in zip(*generate(model, prompts, new, temperature=0))]
     return tokens, len(prompts) * (max(map(len, prompts)) + new), sum(len(p) + new - 1 for p in prompts)
 
 
@@ -131,26 +123,16 @@ def transformers_engine(model, device):
     return transformers
 
 
-# ----------------------------------------------------------------------------- the run
-
-def check(args, config):
-    for flag in ("sequences", "new_tokens", "rounds"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
+def bench(args):
+    model, tokenizer, device = open_model(args.model, 16)
     if len(args.lengths) != 2 or not 1 <= args.lengths[0] <= args.lengths[1]:
         raise InputError("--lengths must be the shortest and the longest prompt, as 16,200, got "
                          f"{args.lengths}")
-    if args.lengths[1] + args.new_tokens > config.context:
+    if args.lengths[1] + args.new_tokens > model.config.context:
         raise InputError(f"{args.lengths[1]} + {args.new_tokens} tokens do not fit the context of "
-                         f"{config.context}: lower --lengths or --new-tokens")
-
-
-def bench(args):
-    model, tokenizer, device = open_model(args.model, 16)
-    check(args, model.config)
+                         f"{model.config.context}: lower --lengths or --new-tokens")
     prompts = mixed_prompts(tokenizer, args.sequences, *args.lengths)
-    cases = [(sequential, 1), (contiguous, 0), (contiguous, 1), (contiguous, 16), (paged, 0), (paged, 1),
-             (paged, 16)]
+    cases = [(sequential, 1), *((engine, count) for engine in (contiguous, paged) for count in (0, 1, 16))]
     try:
         cases.insert(0, (transformers_engine(model, device.torch_device), 0))
     except ImportError:
@@ -165,50 +147,35 @@ def bench(args):
         return engine(model, adapters, prompts, names, args.new_tokens)
     for case in cases:  # warm up
         run(*case, prompts[:1])
-    seconds, found = {case: [] for case in cases}, {}
+    seconds, found, rows = {case: [] for case in cases}, {}, []
     for case in tqdm(cases * args.rounds, disable=None, leave=False):
         start = time.perf_counter()
         found[case] = run(*case, prompts)
         seconds[case].append(time.perf_counter() - start)
-    size, rows = bytes_per_token(model.config), []
+    size, tokens = bytes_per_token(model.config), len(prompts) * args.new_tokens
     for (engine, count), (_, reserved, used) in found.items():
-        rate = len(prompts) * args.new_tokens / statistics.median(seconds[engine, count])
         rows.append(dict(engine=engine.__name__, adapters=count, sequences=len(prompts),
-                         tokens_per_second=rate, kv_bytes_reserved=reserved * size,
-                         kv_bytes_used=used * size))
+                         tokens_per_second=tokens / statistics.median(seconds[engine, count]),
+                         kv_bytes_reserved=reserved * size, kv_bytes_used=used * size))
     for count, engines in ((1, (sequential, contiguous, paged)), (16, (contiguous, paged))):
         written = zip(*(found[engine, count][0] for engine in engines))
-        same = sum(all(tokens == row[0] for tokens in row) for row in written)
+        same = sum(row.count(row[0]) == len(row) for row in written)
         print(f"{count} adapters: {len(engines)} engines wrote the same tokens for {same} of {len(prompts)} "
               "prompts")
-    lengths = sorted(map(len, prompts))
-    print(f"{args.model}, {len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens, {args.new_tokens} "
-          f"new tokens each, float32, {device.name}")
+    print(f"{args.model}, {args.new_tokens} new tokens for each prompt, float32, {device.name}")
     return device, rows
 
 
 def report(rows):
     rows = [r for r in rows if "tokens_read" not in r]
     base = next(r["tokens_per_second"] for r in rows if r["engine"] == "sequential")
+    rows = shown(rows, over=lambda r: r["tokens_per_second"] / base,
+                 room=lambda r: r["kv_bytes_reserved"] / r["kv_bytes_used"])
     engines = table(rows, {
-        "engine": lambda r: r["engine"], "adapters": lambda r: r["adapters"],
-        "sequences": lambda r: r["sequences"],
-        "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}",
-        "over sequential": lambda r: f"{r['tokens_per_second'] / base:.2f}x",
-        "KV reserved MB": lambda r: f"{r['kv_bytes_reserved'] / 1e6:.1f}",
-        "used MB": lambda r: f"{r['kv_bytes_used'] / 1e6:.1f}",
-        "reserved / used": lambda r: f"{r['kv_bytes_reserved'] / r['kv_bytes_used']:.2f}"})
-    counted = table(paper_counts(), {
-        "100 + 100 tokens": lambda r: r["model"], "cache": lambda r: "yes" if r["cache"] else "no",
-        "tokens read": lambda r: f"{r['tokens']:,}", "TFLOP by weights": lambda r: f"{r['weights']:.1f}",
-        "attention": lambda r: f"{r['attention']:.2f}", "paper": lambda r: r["paper"]})
-    return f"{engines}\n\n{counted}"
-
-
-def arguments(p):
-    p.add_argument("--model", default="smollm2-135m", help="folder, file or name (default: %(default)s)")
-    p.add_argument("--sequences", type=int, default=32, help="prompts (default: %(default)s)")
-    p.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default=[16, 200],
-                   help="shortest and longest prompt (default: 16,200)")
-    p.add_argument("--new-tokens", type=int, default=24, help="for each prompt (default: %(default)s)")
-    p.add_argument("--rounds", type=int, default=2, help="timed rounds (default: %(default)s)")
+        "engine": "engine", "adapters": "adapters", "sequences": "sequences",
+        "tokens/s": ("tokens_per_second", "{:.0f}"), "over sequential": ("over", "{:.2f}x"),
+        "KV reserved MB": ("kv_bytes_reserved", "{:.1f}", 1e6), "used MB": ("kv_bytes_used", "{:.1f}", 1e6),
+        "reserved / used": ("room", "{:.2f}")})
+    return engines + "\n\n" + table(paper_counts(), {
+        "100 + 100 tokens": "model", "cache": "cache", "tokens read": ("tokens", "{:,}"),
+        "TFLOP by weights": ("weights", "{:.1f}"), "attention": ("attention", "{:.2f}"), "paper": "paper"})

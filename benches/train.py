@@ -3,28 +3,30 @@
     python bench.py train
     python bench.py train --model gpt2-xl --ranks 0,384,192,96
     python bench.py train --nanogpt DIR          DIR: a checkout of nanoGPT's repository, the peer
+
+All in turn in one process, on random tokens. MFU is against the rate of matrix products of the same run.
 """
 import importlib.util
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benches.common import interleaved, table
-from common.device import find_device, matmul_rate
+from benches.common import Worker, interleaved, shown, table
+from common.device import find_device, matmul_rate, peak_memory
 from common.loss import head_loss
 from common.optimizers import make_optimizers
 from lowrank import replace_linears
 from model import Transformer, config_for, count_parameters, flops_per_token
 
 # Speedup over full rank, Tables VI and VII.
-PAPER = {("gpt2", 192): 1.14, ("gpt2", 96): 1.18, ("gpt2", 48): 1.19, ("gpt2-xl", 384): 1.31}
+PAPER = {("gpt2", 192): "1.14x", ("gpt2", 96): "1.18x", ("gpt2", 48): "1.19x", ("gpt2-xl", 384): "1.31x"}
+DEFAULTS = dict(model="gpt2", ranks="0,192,96,48", dtypes="bfloat16,float32", batch_size=4, seq_len=256,
+                rounds=5, nanogpt=None)
 
 
-def timed_step(device, loss_of, model, optimizer, vocabulary, batch, length):
+def timed_step(device, loss_of, model, optimizer, batch, length, vocabulary=50257):
     """step(dtype): forward, backward, clip and update on random tokens."""
     tokens = torch.randint(vocabulary, (batch, length + 1), device=device.torch_device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -41,11 +43,10 @@ def timed_step(device, loss_of, model, optimizer, vocabulary, batch, length):
 
 def training_step(model, device, batch, length):
     """A step as `train.py --optimizer adamw` makes it."""
-    optimizer, = make_optimizers(model, 1e-4, 0.1)
-
     def loss_of(x, y):
         return head_loss(model.head, model.hidden(x), y)
-    return timed_step(device, loss_of, model, optimizer, model.config.vocab_size, batch, length)
+    optimizer, = make_optimizers(model, 1e-4, 0.1)
+    return timed_step(device, loss_of, model, optimizer, batch, length, model.config.vocab_size)
 
 
 def nanogpt_step(folder, device, batch, length):
@@ -56,90 +57,78 @@ def nanogpt_step(folder, device, batch, length):
     config = theirs.GPTConfig(block_size=1024, vocab_size=50257, dropout=0.0, bias=True)
     model = theirs.GPT(config).to(device.torch_device)
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.torch_device.type)
-
-    def loss_of(x, y):
-        return model(x, y)[1]
-    return timed_step(device, loss_of, model, optimizer, 50257, batch, length), model
+    return timed_step(device, lambda x, y: model(x, y)[1], model, optimizer, batch, length)
 
 
-def gpt2_of_rank(name, rank, device):
-    torch.manual_seed(0)
+def shapes_of_rank(name, rank):
+    """A model without numbers."""
     with torch.device("meta"):
         model = Transformer(config_for(name))
         if rank:
             replace_linears(model, rank)
-    model.materialize(device.torch_device).init_weights()
     return model
 
 
-def peak_of_one(name, rank, dtype, batch, length):
-    """Peak bytes of two steps in a process of their own: resident memory on a CPU, allocated memory on a GPU.
-    """
-    code = (f"import benches.train as bench; from common.device import find_device, peak_memory; "
-            f"d = find_device({dtype!r}); m = bench.gpt2_of_rank({name!r}, {rank}, d); "
-            f"s = bench.training_step(m, d, {batch}, {length}); s(d.dtype); s(d.dtype); "
-            "print(peak_memory(d.torch_device))")
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    return int(done.stdout.split()[-1])
+def gpt2_of_rank(name, rank, device):
+    torch.manual_seed(0)
+    model = shapes_of_rank(name, rank).materialize(device.torch_device)
+    model.init_weights()
+    return model
+
+
+def two_steps(name, rank, dtype, batch, length):
+    """For a Worker: a function that makes two steps and says the peak of memory, resident on a CPU, allocated
+    on a GPU."""
+    device = find_device(dtype)
+    step = training_step(gpt2_of_rank(name, rank, device), device, batch, length)
+
+    def peak(_):
+        step(device.dtype)
+        step(device.dtype)
+        return peak_memory(device.torch_device)
+    return peak
+
+
+def peak_of_one(*job):
+    with Worker(two_steps, *job) as worker:
+        return worker.ask(None)
 
 
 def bench(args):
-    """Tokens a second at each rank and dtype, and MFU against the rate of matrix products of the same run."""
-    device = find_device("float32")
-    batch, length, dtypes = args.batch_size, args.seq_len, args.dtypes.split(",")
-    rates = {d: matmul_rate(device.torch_device, getattr(torch, d)) for d in dtypes}
-    models, steps = {}, {}
-    for rank in args.ranks:
-        models[args.model, rank] = gpt2_of_rank(args.model, rank, device)
-        steps[args.model, rank] = training_step(models[args.model, rank], device, batch, length)
-    flops = {key: flops_per_token(model, length, training=True) for key, model in models.items()}
+    """A row for each rank and dtype."""
+    device, batch, length = find_device("float32"), args.batch_size, args.seq_len
+    dtypes = {d: getattr(torch, d) for d in args.dtypes}
+    rates = {d: matmul_rate(device.torch_device, dtype) for d, dtype in dtypes.items()}
+    shapes = {(args.model, rank): shapes_of_rank(args.model, rank) for rank in args.ranks}
+    steps = {key: training_step(gpt2_of_rank(*key, device), device, batch, length) for key in shapes}
     if args.nanogpt:
-        steps["nanoGPT", 0], models["nanoGPT", 0] = nanogpt_step(args.nanogpt, device, batch, length)
-        with torch.device("meta"):
-            flops["nanoGPT", 0] = flops_per_token(Transformer(config_for("gpt2")), length, training=True)
-    timed = {(*key, d): partial(step, getattr(torch, d)) for key, step in steps.items() for d in dtypes}
-    seconds = interleaved(timed, args.rounds)
+        shapes["nanoGPT", 0] = shapes_of_rank("gpt2", 0)  # the same
+        steps["nanoGPT", 0] = nanogpt_step(args.nanogpt, device, batch, length)
+    timed = {(*key, d): partial(step, dtype) for key, step in steps.items() for d, dtype in dtypes.items()}
     rows = []
-    for (name, rank, d), s in seconds.items():
+    for (name, rank, d), s in interleaved(timed, args.rounds).items():
+        model = shapes[name, rank]
         # the first time may have been a busy one
-        rate = max(rates[d], matmul_rate(device.torch_device, getattr(torch, d)))
-        ours = name == args.model
-        rows.append(dict(
-            model=name, rank=rank, dtype=d, tokens_per_second=batch * length / s, step_ms=s * 1e3,
-            parameters=count_parameters(models[name, rank]),
-                         mfu=flops[name, rank] * batch * length / s / rate,
-            matmul_tflops=rate / 1e12, peak_memory_bytes=peak_of_one(name, rank, d, batch, length) if ours
-                         else None))
+        rate = max(rates[d], matmul_rate(device.torch_device, dtypes[d]))
+        mfu = flops_per_token(model, length, training=True) * batch * length / s / rate
+        peak = peak_of_one(name, rank, d, batch, length) if name == args.model else None
+        rows.append(dict(model=name, rank=rank, dtype=d, tokens_per_second=batch * length / s,
+                         step_ms=s * 1e3, parameters=count_parameters(model), mfu=mfu,
+                         matmul_tflops=rate / 1e12, peak_memory_bytes=peak))
     print(f"{args.model}, batch {batch} x {length} tokens, {device.name}")
     return device, rows
 
 
 def report(rows):
+    speed = {(r["model"] == "nanoGPT", r["rank"], r["dtype"]): r["tokens_per_second"] for r in rows}
+
     def over(r, peer):
-        for q in rows:
-            if q["dtype"] == r["dtype"] and peer(q):
-                return f"{r['tokens_per_second'] / q['tokens_per_second']:.2f}x"
-        return "-"
+        base = speed.get((peer, 0, r["dtype"]))
+        return f"{r['tokens_per_second'] / base:.2f}x" if base else "-"
     rows = sorted(rows, key=lambda r: (r["dtype"], r["model"] != "nanoGPT"))
+    rows = shown(rows, full=partial(over, peer=False), peer=partial(over, peer=True),
+                 paper=lambda r: PAPER.get((r["model"], r["rank"]), ""))
     return table(rows, {
-        "model": lambda r: r["model"], "rank": lambda r: r["rank"] or "full", "dtype": lambda r: r["dtype"],
-        "parameters": lambda r: f"{r['parameters'] / 1e6:.1f}M",
-                        "tokens/s": lambda r: f"{r['tokens_per_second']:.0f}",
-        "over full rank": lambda r: over(r, lambda q: q["rank"] == 0 and q["model"] != "nanoGPT"),
-        "over nanoGPT": lambda r: over(r, lambda q: q["model"] == "nanoGPT"),
-        "mfu": lambda r: f"{r['mfu']:.0%}",
-        "peak GB": lambda r: f"{r['peak_memory_bytes'] / 1e9:.1f}" if r["peak_memory_bytes"] else "-",
-        "paper": lambda r: f"{PAPER[r['model'], r['rank']]:.2f}x" if (r["model"], r["rank"]) in PAPER
-                        else ""})
-
-
-def arguments(p):
-    p.add_argument("--model", default="gpt2", help="architecture (default: %(default)s)")
-    p.add_argument("--ranks", type=lambda s: [int(r) for r in s.split(",")], default=[0, 192, 96, 48],
-                   help="0 is full rank (default: 0,192,96,48)")
-    p.add_argument("--dtypes", default="bfloat16,float32", help="default: %(default)s")
-    p.add_argument("--batch-size", type=int, default=4, help="sequences (default: %(default)s)")
-    p.add_argument("--seq-len", type=int, default=256, help="tokens of each (default: %(default)s)")
-    p.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
-    p.add_argument("--nanogpt", metavar="DIR",
-                   help="also time nanoGPT's 124M from a checkout of its repository")
+        "model": "model", "rank": "rank", "dtype": "dtype", "parameters": ("parameters", "{:.1f}M", 1e6),
+        "tokens/s": ("tokens_per_second", "{:.0f}"), "over full rank": "full", "over nanoGPT": "peer",
+        "mfu": ("mfu", "{:.0%}"), "peak GB": ("peak_memory_bytes", "{:.1f}", 1e9), "paper": "paper"})

@@ -95,6 +95,11 @@ def test_probabilities_by_chance_are_those_of_drawn_samples():
     assert chance.by_chance(50, 50, 100) == 1
 
 
+def test_holms_correction_is_that_of_statistics_books():
+    assert chance.holm([0.01, 0.04, 0.03, 0.005]) == 2  # 0.005 <= 0.05/4, 0.01 <= 0.05/3, 0.03 > 0.05/2
+    assert chance.holm([0.2]) == 0 and chance.holm([0.05, 0.001]) == 2
+
+
 def test_the_papers_tables_have_its_figures_in_brackets_and_a_star_where_nothing_ran():
     rows = [dict(table="V", what="int8", quantity="TFLOPS", value=1.5, paper=624, how="measured"),
             dict(table="VI", what="gpt2 r48", quantity="training speed", value=3.9, paper=[1.192, 1.197], how="counted"),
@@ -104,17 +109,70 @@ def test_the_papers_tables_have_its_figures_in_brackets_and_a_star_where_nothing
     assert ["int8", "1.5 (624)"] in cells and ["gpt2 r48", "3.9* (1.192 / 1.197)", "52.5"] in cells and ["gpt2 r96", "", "62 (58.5)"] in cells
 
 
-def test_a_run_that_was_stopped_is_gone_on_with_and_a_finished_one_is_not_repeated(tmp_path, monkeypatch):
+SCRIPT = """
+import argparse, json, pathlib, sys
+SETTINGS = dict(dropout=0.1, warmup=None)
+def make_parser():
+    p = argparse.ArgumentParser()
+    p.add_argument("--eval-limit", type=int, default=500)
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--out-dir")
+    p.add_argument("--resume", action="store_true")
+    return p
+def main():
+    args = make_parser().parse_args()
+    out = pathlib.Path(args.out_dir)
+    (out / "state").mkdir(parents=True, exist_ok=True)
+    arguments = dict(SETTINGS, warmup=15, **vars(args))
+    if args.resume:
+        arguments = json.loads((out / "state/state.json").read_text())["args"]
+    (out / "state/state.json").write_text(json.dumps(dict(args=arguments)))
+    stopped = None if args.resume else "SIGINT"
+    (out / "summary.json").write_text(json.dumps(dict(stopped_by=stopped, arguments=arguments, argv=sys.argv[1:])))
+    sys.exit("error: no" if args.seed == 13 else 0)
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture
+def once(tmp_path, monkeypatch):
+    """run_once of a small script that takes the part of finetune.py."""
+    (tmp_path / "finetune.py").write_text(SCRIPT)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "script.py").write_text(
-        "import json, pathlib, sys\n"
-        "out = pathlib.Path(sys.argv[-1]); (out / 'state').mkdir(parents=True, exist_ok=True)\n"
-        "stopped = None if '--resume' in sys.argv else 'SIGINT'\n"
-        "(out / 'summary.json').write_text(json.dumps(dict(stopped_by=stopped, argv=sys.argv[1:])))\n"
-        "sys.exit('error: no' if '--bad' in sys.argv else 0)\n")
-    assert common.run_once("script.py", "out", "--lr", 1) is None, "it was stopped"
-    assert common.run_once("script.py", "out", "--lr", 1)["argv"] == ["--resume", "--out-dir", "out"]
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "finetune", raising=False)
+    yield lambda *args, **more: common.run_once("finetune.py", *args, **more)
+    sys.modules.pop("finetune", None)
+
+
+def test_a_run_that_was_stopped_is_gone_on_with_and_a_finished_one_is_not_repeated(once, tmp_path):
+    assert once("out", "--eval-limit", 100)["stopped_by"] == "SIGINT"
+    assert once("out", "--eval-limit", 100)["argv"] == ["--resume", "--out-dir", "out"]
     before = (tmp_path / "out" / "summary.json").stat().st_mtime_ns
-    assert common.run_once("script.py", "out", "--lr", 1)["stopped_by"] is None and (tmp_path / "out" / "summary.json").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match="script.py ended with 1: error: no"):
-        common.run_once("script.py", "other", "--bad", quiet=True)
+    assert once("out", "--eval-limit", 100)["stopped_by"] is None
+    assert (tmp_path / "out" / "summary.json").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="finetune.py ended with 1: error: no"):
+        once("other", "--seed", 13, quiet=True)
+
+
+@pytest.mark.parametrize("flags, settings, words", [
+    (["--eval-limit", 200], {}, "eval_limit 100, and 200"), ([], {}, "eval_limit 100, and 500"),
+    (["--eval-limit", 100, "--seed", 2], {}, "seed 1, and 2"),
+    (["--eval-limit", 100], dict(dropout=0.0), "dropout 0.1, and 0.0")])
+@pytest.mark.parametrize("runs", [1, 2], ids=["stopped", "finished"])
+def test_a_run_with_another_argument_is_not_reused(runs, flags, settings, words, once, tmp_path):
+    for _ in range(runs):
+        once("out", "--eval-limit", 100)
+    before = (tmp_path / "out" / "summary.json").read_text()
+    with pytest.raises(InputError, match=f"out holds a run with {words}.*--out-dir"):
+        once("out", *flags, settings=settings)
+    assert (tmp_path / "out" / "summary.json").read_text() == before
+
+
+def test_the_arguments_of_each_script_are_all_that_its_summary_says():
+    for script, flags in (("train.py", ["--lr", 2e-4]), ("finetune.py", ["--rank", 4]),
+                          ("eval.py", ["--limit", 16384]), ("decompose.py", ["--model", "tiny", "--ratio", 0.8])):
+        found = common.arguments_of(script, flags, dict(dropout=0.3) if script == "train.py" else {})
+        assert found[flags[-2][2:].replace("-", "_")] == flags[-1] and found["out_dir"]
+    assert common.arguments_of("train.py", [], dict(dropout=0.3))["dropout"] == 0.3

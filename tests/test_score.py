@@ -1,5 +1,4 @@
 """score.py: log-likelihoods against a plain float64 pass over each text and against lm-evaluation-harness, metrics against scikit-learn and seqeval."""
-import json
 import math
 from dataclasses import replace
 
@@ -7,11 +6,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from harness import harness, harness_model, harness_rows
 from seqeval.metrics import f1_score as seqeval_f1
 from sklearn.metrics import accuracy_score, f1_score
 
-from bench import main as bench_main
-from benches.eval import harness, harness_model, harness_rows
 from checkpoint import load_model, save_model
 from common.cli import InputError
 from common.device import find_device
@@ -170,17 +168,6 @@ def test_the_harness_finds_the_same(task, task_data, tokenizer, device, tmp_path
     if task == "piqa":
         lengths = np.array([[len(c) - 1 for c in e.choices] for e in examples])
         assert metrics["acc_norm"] == np.mean((found / lengths).argmax(1) == labels)
-
-
-def test_bench_eval_puts_both_side_by_side(task_data, tokenizer, tmp_path, capsys):
-    save_model(tmp_path / "model", random_model(), tokenizer)
-    bench_main(["eval", "--model", str(tmp_path / "model"), "--tasks", "piqa,winogrande", "--limit", "9", "--data-dir", str(task_data), "--dtype", "float32",
-                "--peer-dtypes", "float32", "--json", str(tmp_path / "rows.json")])
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [(r["engine"], r["task"], r["rows"]) for r in rows] == [(e, t, 9) for t in ("piqa", "winogrande") for e in ("ours", "lm-eval")]
-    assert all(r["largest_difference"] < 1e-3 and r["seconds"] > 0 for r in rows)
-    assert all(a["accuracy"] == b["accuracy"] and a["accuracy_norm"] == b["accuracy_norm"] for a, b in zip(rows[::2], rows[1::2]))
-    assert "| lm-eval |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
