@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from benches.common import FLAGS
 from common.cli import InputError, Parser, check_folder, command, write_atomic
 
 FILES = [f for f in sorted(Path(__file__).parent.glob("benches/*.py")) if f.stem not in ("account", "common")]
@@ -42,17 +41,6 @@ def tables(text, folder=RESULTS):
     return re.sub(r"<!-- (\S+\.json) -->.*?<!-- end -->", block, text, flags=re.S)
 
 
-def parse(name, module, argv):
-    """The arguments of one bench: its DEFAULTS say which flags it has, benches/common.py what they are."""
-    p = Parser(module.__doc__, prog=f"bench.py {name}")
-    for flag, default in module.DEFAULTS.items():
-        kind, what = FLAGS[flag]
-        how = dict(action="store_true") if kind is bool else dict(type=kind, default=default)
-        p.add_argument("--" + flag.replace("_", "-"), help=f"{what} (default: %(default)s)", **how)
-    p.add_argument("--json", help="write the rows to this file too")
-    return p.parse_args(argv)
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     listing = "\n".join(f"  {name:<12}{what}" for name, what in BENCHES.items())
@@ -61,6 +49,7 @@ def main(argv=None):
     name = parser.parse_args(argv[:1]).name
     if name == "tables":
         return write_atomic(RESULTS / "README.md", tables((RESULTS / "README.md").read_text()))
+    from benches.common import parse
     module = importlib.import_module(f"benches.{name}")
     args = parse(name, module, argv[1:])
     if args.json:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.cli import InputError, at_least_0, at_least_1, markdown, positive
+from common.cli import InputError, Parser, at_least_0, at_least_1, markdown, positive
 from common.run import NOT_RESTORED
 
 DATA_DIR = os.environ.get("DATA_DIR", "data")
@@ -51,6 +51,17 @@ FLAGS = {  # name -> (type, help); each bench has defaults for those that it tak
     "task": (str, "where the rows are from; made-up headlines where it is not at hand"),
     "tasks": (str, "separated by commas"), "text": (str, "text to measure: a file, a folder or builtin"),
 }
+
+
+def parse(name, module, argv):
+    """The arguments of one bench: its DEFAULTS say which flags it has."""
+    p = Parser(module.__doc__, prog=f"bench.py {name}")
+    for flag, default in module.DEFAULTS.items():
+        kind, what = FLAGS[flag]
+        how = dict(action="store_true") if kind is bool else dict(type=kind, default=default)
+        p.add_argument("--" + flag.replace("_", "-"), help=f"{what} (default: %(default)s)", **how)
+    p.add_argument("--json", help="write the rows to this file too")
+    return p.parse_args(argv)
 
 
 def interleaved(steps, rounds):

@@ -15,7 +15,7 @@ from beyond.rounding import clip_rows, quantize_calibrated
 from checkpoint import load_model
 from common.data import calibration_batches
 from common.device import find_device
-from eval import WINDOW, text_windows, window_result, window_rows
+from eval import WINDOW, score_task, text_windows
 from quant import quantize, quantize_rows, stored_bytes
 
 MODEL, MINMAX, CLIPPED = "smollm2-135m", "to the nearest, min-max", "clipped"
@@ -38,8 +38,7 @@ def bench(args):
             quantize(model, bits, group, rounding=clip_rows if how == CLIPPED else quantize_rows)
         seconds = time.perf_counter() - start
         windows = text_windows(args.text, tokenizer, args.limit or None, WINDOW)
-        losses = [row for batch in window_rows(model, tokenizer, device, windows) for row in batch]
-        value = window_result("perplexity", losses)["perplexity"]
+        value = score_task(model, tokenizer, device, "perplexity", windows)["perplexity"]
         first = rows[0]["perplexity"] if rows else value
         rows.append(dict(model=MODEL, bits=bits, group=group, rounding=how, perplexity=value,
                          calibration=Path(args.calibration).name if how in (FEEDBACK, SWEPT) else None,
