@@ -11,13 +11,14 @@ a request that ended leaves it and gives its blocks back (paged_cache.py), the n
 
 A prompt that begins as the text of a running request does (the same instructions, say) shares its blocks.
 When the pool is full the request that came last gives its blocks up; it is read again later, with the tokens
-that it has. The tokens of a request are what they would be alone: a row of a product does not know of the
-others, and each request draws from a random generator of its own.
+that it has. Each request draws from a random generator of its own, and a row of a product does not know of
+the others. So in float32 its tokens are what they would be alone. In bfloat16 they may differ: products of
+more rows add up in another order, and the rounding decides between tokens that are nearly as likely.
 
     adapters = Adapters(model, {"news": "out/news", "tweets": "out/tweets"})
     engine = Engine(model, Pool(model.config, blocks=512), adapters=adapters)
     for request in engine.run([Request([1, 2, 3], adapter="news"), Request([4, 5])]):    # as they end
-        print(request.tokens, request.error)
+        print(request.tokens)
 """
 import os
 import time
@@ -42,9 +43,10 @@ class Request:
     top_p: float = 1.0
     seed: int = 1
     adapter: str = None         # None: the bare base
-    ends: object = None         # called with the answer's tokens after each: whether it is complete
     tokens: list = field(default_factory=list)  # the answer
-    error: str = None           # why there is none
+    cancelled: bool = False     # set it at any time: the request ends before the next step
+    sequence: object = None     # its keys and values, while it is in the batch
+    generator: object = None    # of its draws
     started: float = None       # when its prompt was first read
     first: float = None         # when its first token was there
     ended: float = None
@@ -146,45 +148,31 @@ class Adapters:
 
 # ---------------------------------------------------------------------------------- the engine
 
-@dataclass(eq=False)
-class Row:
-    """A request in the batch."""
-    request: Request
-    sequence: Sequence          # its keys and values
-    generator: torch.Generator  # of its draws
-
-
 class Engine:
     """Requests in, tokens out: `step` reads prompts of requests that may join, then a token of each."""
 
     def __init__(self, model, pool, stop=(), vocabulary=None, adapters=None, batch_size=32):
         self.model, self.pool, self.stop, self.vocabulary = model, pool, stop, vocabulary
         self.adapters, self.batch_size = adapters or Adapters(model), batch_size
-        self.waiting = deque()  # (request, its generator)
-        self.running = []       # Rows, in the order of joining
+        self.waiting = deque()
+        self.running = []       # in the order of joining
         self.peak = (0, 0)      # bytes of the cache reserved and used, when most were reserved
 
     def run(self, requests):
         """Yield each request when it has ended."""
         for request in requests:
-            if not self.submit(request):
-                yield request
+            self.submit(request)
         while self.waiting or self.running:
             yield from self.step()
 
     def submit(self, request):
-        """Queue a request; or say in request.error why it can never be answered, and return False."""
-        try:
-            if request.error is None:
-                self.check(request)
-        except InputError as e:
-            request.error = str(e)
-        if request.error is not None:
-            return False
-        self.waiting.append((request, torch.Generator(self.pool.device).manual_seed(request.seed)))
-        return True
+        """Queue a request."""
+        self.check(request)
+        request.generator = torch.Generator(self.pool.device).manual_seed(request.seed)
+        self.waiting.append(request)
 
     def check(self, request):
+        """Refuse what can never be answered."""
         check_sampling(request.temperature, 0, request.top_p, request.max_new_tokens)
         check_prompt(request.prompt, self.model.config)
         self.adapters.check(request.adapter)
@@ -200,82 +188,79 @@ class Engine:
     @torch.inference_mode()
     def step(self):
         """One step of every running request; returns those that ended."""
-        ended = []
+        ended = self.leave()
         while self.waiting and len(self.running) < self.batch_size and self.join():
             ended += self.leave()
         if self.running:
             self.make_room()
-            self.advance(self.running, [[row.request.tokens[-1]] for row in self.running])
-            self.peak = max(self.peak, usage([row.sequence for row in self.running]))
+            self.advance(self.running, [r.tokens[-1:] for r in self.running])
+            self.peak = max(self.peak, usage([r.sequence for r in self.running]))
             ended += self.leave()
         return ended
 
     def join(self):
         """Read the prompt of the request that waits longest, if there is room for it and for the next block
         of each running one that will need one."""
-        request, generator = self.waiting[0]
+        request = self.waiting[0]
         text, sequence = request.text, self.with_shared_prefix(request)
-        others = sum(self.will_grow(row) for row in self.running)
+        others = sum(map(self.will_grow, self.running))
         if self.running and sequence.needs(len(text) - sequence.length) + others > len(self.pool.free):
             sequence.cut()
             return False
-        self.waiting.popleft()
-        request.started = request.started or time.perf_counter()
-        row = Row(request, sequence, generator)
-        self.running.append(row)
-        self.advance([row], [text[sequence.length:]])
+        self.running.append(self.waiting.popleft())
+        request.sequence, request.started = sequence, request.started or time.perf_counter()
+        self.advance([request], [text[sequence.length:]])
         return True
 
-    def will_grow(self, row):
-        return self.pool.blocks_for(self.longest(row.request)) > len(row.sequence.table) \
-            or row.sequence.writes_shared()
+    def will_grow(self, request):
+        sequence = request.sequence
+        return self.pool.blocks_for(self.longest(request)) > len(sequence.table) or sequence.writes_shared()
 
     def with_shared_prefix(self, request):
         """A sequence with as much of the request's text as a running one with the same adapter has in its
         blocks, if that is a block or more. At least one token is left to read: the answer is drawn from
         it."""
         best, length = None, self.pool.size - 1
-        for row in self.running:
-            if row.request.adapter == request.adapter:
-                known = row.request.text[:row.sequence.length]
-                n = len(os.path.commonprefix([request.text[:-1], known]))
-                if n > length:
-                    best, length = row.sequence, n
+        for other in self.running:
+            known = other.text[:other.sequence.length]
+            n = len(os.path.commonprefix([request.text[:-1], known]))
+            if n > length and other.adapter == request.adapter:
+                best, length = other.sequence, n
         return best.share(length) if best else Sequence(self.pool)
 
     def make_room(self):
         """Every running request needs a slot for its next token: while blocks are missing, the one that
         joined last gives its own back."""
-        while sum(row.sequence.needs(1) for row in self.running) > len(self.pool.free):
-            row = self.running.pop()
-            row.sequence.cut()
-            self.waiting.appendleft((row.request, row.generator))
+        while sum(r.sequence.needs(1) for r in self.running) > len(self.pool.free):
+            request = self.running.pop()
+            request.sequence.cut()
+            self.waiting.appendleft(request)
 
-    def advance(self, rows, tokens):
-        """Read the next tokens of these rows, T of each, and draw what follows with each row's generator."""
-        self.adapters.select([row.request.adapter for row in rows])
+    def advance(self, requests, tokens):
+        """Read the next tokens of these requests, T of each, and draw what follows."""
+        self.adapters.select([r.adapter for r in requests])
         tokens = torch.tensor(tokens, device=self.pool.device)  # (B, T)
-        h = self.model.hidden(tokens, PagedCache([row.sequence for row in rows]))[:, -1]  # (B, C)
+        h = self.model.hidden(tokens, PagedCache([r.sequence for r in requests]))[:, -1]  # (B, C)
         logits = self.model.head(h)[:, :self.vocabulary]
-        greedy = logits.argmax(-1).tolist()
-        for i, row in enumerate(rows):
-            r, token = row.request, greedy[i]
-            if r.temperature > 0:
-                token = sample(logits[i:i + 1], r.temperature, 0, r.top_p, row.generator).item()
-            r.tokens.append(token)
-            r.first = r.first or time.perf_counter()
+        for request, likeliest, row in zip(requests, logits.argmax(-1).tolist(), logits.split(1)):
+            if request.temperature > 0:
+                likeliest = sample(row, request.temperature, 0, request.top_p, request.generator).item()
+            request.tokens.append(likeliest)
+            request.first = request.first or time.perf_counter()
 
     def is_over(self, request):
-        """At a stop token, at max_new_tokens, where the context is full, or where the request says so."""
-        return request.tokens[-1] in self.stop or len(request.tokens) == request.max_new_tokens \
-            or len(request.text) > self.model.config.context \
-            or request.ends is not None and request.ends(request.tokens)
+        """At a stop token, at max_new_tokens, where the context is full, or when it was cancelled."""
+        tokens, full = request.tokens, len(request.text) > self.model.config.context
+        stopped = len(tokens) > 0 and tokens[-1] in self.stop
+        return request.cancelled or full or stopped or len(tokens) == request.max_new_tokens
 
     def leave(self):
         """Take out what has ended."""
-        ended = [row for row in self.running if self.is_over(row.request)]
-        self.running = [row for row in self.running if row not in ended]
-        for row in ended:
-            row.sequence.cut()
-            row.request.ended = time.perf_counter()
-        return [row.request for row in ended]
+        ended = [r for r in [*self.running, *self.waiting] if self.is_over(r)]
+        self.running = [r for r in self.running if r not in ended]
+        self.waiting = deque(r for r in self.waiting if r not in ended)
+        for request in ended:
+            if request.sequence:
+                request.sequence.cut()
+            request.ended = time.perf_counter()
+        return ended

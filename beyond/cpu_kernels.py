@@ -43,26 +43,22 @@ def load():
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)
             partial = library.with_suffix(f".{os.getpid()}")
-            command = ["g++", *FLAGS, source, "-o", partial]
-            subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+            subprocess.run(["g++", *FLAGS, source, "-o", partial], check=True, capture_output=True, text=True)
             os.replace(partial, library)
         kernels = ctypes.CDLL(str(library))
     except (OSError, subprocess.CalledProcessError) as e:
-        why = e.stderr if isinstance(e, subprocess.CalledProcessError) else str(e)
-        why = why.strip().splitlines()[0][:200]
+        why = str(e.stderr if isinstance(e, subprocess.CalledProcessError) else e).strip().splitlines()[0][:200]
         say(f"kernels_cpu.cpp is not used, which is slower: g++ could not build it ({why})")
         return None
     pointer, number, matrix = ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Matrix)
-    kernels.product.argtypes = [pointer, number, matrix, matrix, number, number, pointer, pointer]
+    kernels.product.argtypes = [pointer, number, matrix, matrix, number, pointer, pointer]
     kernels.step.argtypes = [pointer, pointer]
-    kernels.product.restype = kernels.step.restype = None
     return kernels
 
 
 class HugePages:
-    """Memory in pages of 2 MiB. A CPU remembers the addresses of only so many pages; with small ones it looks
-    them up all the time while it reads a model. Huge ones are a tenth faster. A matrix is smaller than such a
-    page, so many share a slab, which is freed with the last of them."""
+    """Memory in pages of 2 MiB: with small ones the CPU spends a tenth of the time looking addresses up. A
+    matrix is smaller than such a page, so many share a slab, which is freed with the last of them."""
 
     def __init__(self):
         self.slab, self.used = b"", 0
@@ -87,14 +83,14 @@ structs = weakref.WeakKeyDictionary()  # QuantMatrix -> the addresses of its ten
 
 def struct_of(W):
     """The Matrix of a QuantMatrix, whose tensors move to huge pages; made anew when one was replaced."""
+    def addresses():
+        return own["q"].data_ptr(), own["scale"].data_ptr(), own["offset"].data_ptr()
     own = W._buffers  # W.q would look through three dictionaries
-    addresses = own["q"].data_ptr(), own["scale"].data_ptr(), own["offset"].data_ptr()
     known, struct = structs.get(W, (None, None))
-    if addresses != known:
+    if known != addresses():
         own.update({name: huge_pages.copy(own[name]) for name in ("q", "scale", "offset")})
-        addresses = own["q"].data_ptr(), own["scale"].data_ptr(), own["offset"].data_ptr()
-        struct = Matrix(*addresses, W.out_features, W.in_features, W.group, own["q"].shape[1])
-        structs[W] = addresses, struct
+        struct = Matrix(*addresses(), W.out_features, W.in_features, W.group, own["q"].shape[1])
+        structs[W] = addresses(), struct
     return struct
 
 
@@ -109,13 +105,9 @@ def product(x, A, B=None, bias=None):
     few = x.numel() <= FEW_ROWS * x.shape[-1]
     if not few or load() is None or not takes(A) or B is not None and not takes(B):
         return None
-    dtype = x.dtype
-    if dtype not in (torch.bfloat16, torch.float32):
-        return product(x.float(), A, B, bias).to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    x = x.contiguous()
-    y = torch.empty(*x.shape[:-1], (A if B is None else B).out_features, dtype=dtype)
-    second, to_add = None if B is None else struct_of(B), None if bias is None else bias.data_ptr()
-    load().product(x.data_ptr(), x.numel() // A.in_features, struct_of(A), second, A.bits,
-                   dtype is torch.float32, to_add, y.data_ptr())
-    return y
+    rows = x.float().contiguous()
+    bias = None if bias is None else bias.float()
+    y = torch.empty(*x.shape[:-1], (A if B is None else B).out_features)
+    load().product(rows.data_ptr(), rows.numel() // A.in_features, struct_of(A), B and struct_of(B), A.bits,
+                   None if bias is None else bias.data_ptr(), y.data_ptr())
+    return y.to(x.dtype)

@@ -11,11 +11,10 @@ import ctypes
 import weakref
 
 import torch
-import torch.nn as nn
 
 from beyond.cpu_kernels import FEW_ROWS, Matrix, load, struct_of, takes
 from common.cli import say
-from model import Attention, Block, FeedForward, attend
+from model import Attention, Block, FeedForward, attend, is_linear
 from quant import QuantLinear, QuantLowRank, matrices
 
 POINTER, MATRIX, INT = ctypes.c_void_p, ctypes.POINTER(Matrix), ctypes.c_int
@@ -65,9 +64,7 @@ def is_plain(block):
     """Whether the block is model.py's, with quantized layers on a CPU, and nothing is attached to it."""
     if [type(m) for m in (block, block.attention, block.mlp)] != [Block, Attention, FeedForward]:
         return False
-    gate = [] if block.mlp.gate is None else [block.mlp.gate]
-    layers = [*inputs(block.attention), block.attention.o, *gate, block.mlp.up, block.mlp.down]
-    quantized = all(type(layer) in (QuantLinear, QuantLowRank) for layer in layers)
+    quantized = all(type(m) in (QuantLinear, QuantLowRank) for m in block.modules() if is_linear(m))
     readable = all(takes(W) and not W.q.is_cuda for W in matrices(block))
     own = any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in block.modules())
     return quantized and readable and not own and block.attention.attend is attend
@@ -91,8 +88,8 @@ class CPUStep:
                            self.layer(m.up), self.layer(m.down), k.data_ptr(), v.data_ptr())
 
     def norm(self, norm):
-        bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
-        return NormStruct(self.address(norm.weight), self.address(bias))
+        values = dict(norm.named_parameters())
+        return NormStruct(self.address(values["weight"]), self.address(values.get("bias")))
 
     def layer(self, layer):
         Ws = matrices(layer)  # W, or A and B
@@ -106,6 +103,9 @@ class CPUStep:
         self.kept.append(tensor.detach().float().contiguous())
         return self.kept[-1].data_ptr()
 
+    def __call__(self, tokens, lengths):
+        return self.model.head(self.hidden(tokens, lengths))
+
     def hidden(self, tokens, lengths):
         """tokens (B,) -> what the head reads, (B, C)."""
         x, rope, _ = self.model.begin(tokens[:, None], self.cache)  # (B, 1, C)
@@ -116,9 +116,6 @@ class CPUStep:
             self.network.cos, self.network.sin = cos.data_ptr(), sin.data_ptr()
         load().step(ctypes.addressof(self.network), x.data_ptr())
         return self.model.norm(x.to(dtype))[:, -1]
-
-    def __call__(self, tokens, lengths):
-        return self.model.head(self.hidden(tokens, lengths))
 
     def is_right(self):
         """Whether a step is what the layers make of it: model.py may have been changed. It is tried at the

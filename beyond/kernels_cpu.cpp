@@ -90,15 +90,12 @@ struct Input {
   std::vector<int16_t> x;
   std::vector<float> scale, sums;
 
-  template <int BITS, class T> void round(const T* from, int width, int group) {
+  template <int BITS> void round(const float* from, int width, int group) {
     int chunks = (width + CHUNK - 1) / CHUNK;
     x.resize((size_t)chunks * CHUNK), scale.resize(chunks), sums.assign(width / group, 0);
     for (int c = 0; c < chunks; c++) {
       float v[CHUNK] = {};
-      if ((c + 1) * CHUNK <= width)
-        for (int i = 0; i < CHUNK; i++) v[i] = to_float(from[c * CHUNK + i]);
-      else
-        for (int i = 0; i < width % CHUNK; i++) v[i] = to_float(from[c * CHUNK + i]);
+      memcpy(v, from + c * CHUNK, sizeof(float) * std::min(CHUNK, width - c * CHUNK));
       uint32_t most = 0;  // floats without a sign are in order as integers; infinity and NaN are the largest
       for (int i = 0; i < CHUNK; i++) most = std::max(most, bits_of(v[i]) & 0x7fffffff);
       float largest = as_float(most), inverse = largest > 0 ? 32767 / largest : 0;
@@ -165,10 +162,9 @@ static void multiply(const Matrix& W, int n, const Input* in, float (*y)[4]) {
     }
 }
 
-// This thread's share of y (M, rows) = x W^T + bias: four rows of W by four rows of x at a time, then what is
-// left.
-template <int BITS, class T, class Y>
-static void share(const Matrix& W, const std::vector<Input>& in, const T* bias, Y* y) {
+// This thread's share of y (M, rows) = x W^T + bias: four rows of W by four of x at a time, then the rest.
+template <int BITS>
+static void share(const Matrix& W, const std::vector<Input>& in, const float* bias, float* y) {
   int thread = omp_get_thread_num(), threads = omp_get_num_threads(), fours = (W.rows + 3) / 4, M = in.size();
   int first = (long)fours * thread / threads * 4, last = (long)fours * (thread + 1) / threads * 4;
   for (int n = first; n < last && n < W.rows; n += 4)
@@ -181,18 +177,18 @@ static void share(const Matrix& W, const std::vector<Input>& in, const T* bias, 
         else (count == 4 ? multiply<BITS, 1, 4> : multiply<BITS, 1, 1>)(W, n + r, &in[m], sum);
         for (int i = 0; i < count; i++)
           for (int j = n + r; j < n + r + rows; j++)
-            store(y[(size_t)(m + i) * W.rows + j], sum[i][j - n - r] + (bias ? to_float(bias[j]) : 0));
+            y[(size_t)(m + i) * W.rows + j] = sum[i][j - n - r] + (bias ? bias[j] : 0);
       }
     }
 }
 
-template <int BITS, class T>
-static void run(const T* x, int M, const Matrix* A, const Matrix* B, const T* bias, T* y) {
+template <int BITS>
+static void run(const float* x, int M, const Matrix* A, const Matrix* B, const float* bias, float* y) {
   static thread_local std::vector<Input> in, middle;
   static thread_local std::vector<float> h;
-  auto round = [&](std::vector<Input>& to, auto* from, const Matrix* W) {
+  auto round = [&](std::vector<Input>& to, const float* from, const Matrix* W) {
     to.resize(M);
-    for (int m = 0; m < M; m++) to[m].template round<BITS>(from + (size_t)m * W->width, W->width, W->group);
+    for (int m = 0; m < M; m++) to[m].round<BITS>(from + (size_t)m * W->width, W->width, W->group);
   };
   round(in, x, A);
   if (B) h.resize((size_t)M * A->rows);
@@ -200,7 +196,7 @@ static void run(const T* x, int M, const Matrix* A, const Matrix* B, const T* bi
   float* hidden = h.data();
 #pragma omp parallel
   if (B) {
-    share<BITS>(*A, inputs, (const T*)nullptr, hidden);
+    share<BITS>(*A, inputs, nullptr, hidden);
 #pragma omp barrier
     round(middle, hidden, B);  // every thread for itself: that is quicker than waiting for one that does it
     share<BITS>(*B, middle, bias, y);
@@ -208,14 +204,10 @@ static void run(const T* x, int M, const Matrix* A, const Matrix* B, const T* bi
     share<BITS>(*A, inputs, bias, y);
 }
 
-// y (M, rows) = x W^T + bias, W = A, or B A if B is not null. x, bias (or null), y: all float32 or bfloat16.
-extern "C" void product(const void* x, int M, const Matrix* A, const Matrix* B, int bits, int is_float,
-                        const void* bias, void* y) {
-  auto with = [&](auto t) {
-    using T = decltype(t);
-    (bits == 8 ? run<8, T> : run<4, T>)((const T*)x, M, A, B, (const T*)bias, (T*)y);
-  };
-  is_float ? with(float()) : with(bfloat16());
+// y (M, rows) = x W^T + bias, W = A, or B A if B is not null; bias may be null.
+extern "C" void product(const float* x, int M, const Matrix* A, const Matrix* B, int bits, const float* bias,
+                        float* y) {
+  (bits == 8 ? run<8> : run<4>)(x, M, A, B, bias, y);
 }
 
 // ------------------------------------------- a whole step: one token of each row through all blocks (Fig. 2)
@@ -311,7 +303,7 @@ extern "C" void step(const Network* network, float* x) {
   const size_t all = q_size + 2 * kv_size;
   std::vector<float> a(rows * net.width), b(rows * all), y(rows * q_size), up(rows * net.ffn), gate(up);
   auto times = [&](const Layer& l, const std::vector<float>& from, float* to) {
-    product(from.data(), rows, l.A, l.B, l.bits, 1, l.bias, to);
+    product(from.data(), rows, l.A, l.B, l.bits, l.bias, to);
   };
   auto add = [&](const std::vector<float>& y) { for (size_t i = 0; i < y.size(); i++) x[i] += y[i]; };
 

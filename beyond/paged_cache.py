@@ -19,8 +19,7 @@ over pieces allows: for block j with scores s_j,
 
     m = max_j max(s_j),   z = sum_j sum exp(s_j - m),   y = sum_j exp(s_j - m) V_j / z
 
-so that the pool is read where it lies and no sequence is padded to the longest. A block that at least half of
-the sequences share (the instruction of a task, say) is read once for all of them, in one product.
+so that the pool is read where it lies and no sequence is padded to the longest.
 
     pool = Pool(model.config, blocks=512)
     cache = PagedCache([Sequence(pool) for _ in prompts])   # for model.hidden and generate
@@ -28,7 +27,6 @@ the sequences share (the instruction of a task, say) is read once for all of the
 """
 import heapq
 import math
-from collections import Counter
 
 import torch
 
@@ -165,39 +163,25 @@ class PagedCache(KVCache):
 
     def prepare_blocks(self):
         """For attention by blocks: which blocks (used), the row that each belongs to (owner), and -inf at
-        slots beyond its row's end (beyond). Blocks that many rows share are apart (shared): they answer all
-        rows at once, with -inf for a row that lacks them (lacks)."""
-        size, rows = self.pool.size, self.sequences
-        count = Counter(block for s in rows for block in s.table)
-        shared = [block for block, n in count.items() if n > 1 and 2 * n >= len(rows)]
-        lacks = torch.tensor([[block not in s.table for block in shared] for s in rows], dtype=torch.bool)
-        self.shared = torch.tensor(shared, dtype=torch.long, device=self.device)
-        self.lacks = self.minus_infinity(lacks.repeat_interleave(size, 1))  # (B, 1, 1, S)
-        parts = []  # (block, row, slots of the block that the row has)
-        for row, s in enumerate(rows):
-            for i, block in enumerate(s.table):
-                if block not in shared:
-                    parts.append((block, row, min(size, s.length + 1 - i * size)))
+        slots beyond its row's end (beyond). A block that rows share is there once for each."""
+        size, parts = self.pool.size, []  # (block, row, slots of the block that the row has)
+        for row, s in enumerate(self.sequences):
+            parts += [(block, row, min(size, s.length + 1 - i * size)) for i, block in enumerate(s.table)]
         once = {part[0]: part for part in parts}
         high = max(once) + 1
         if len(once) == len(parts) and high <= 1.25 * len(parts):  # read the pool as it lies, without a copy,
             self.used = slice(high)                                # with the few blocks of others in between
             parts = [once.get(block, (block, 0, 0)) for block in range(high)]
-        else:  # a block that few rows share is there once for each
+        else:
             self.used = torch.tensor([block for block, *_ in parts], device=self.device)
-        _, owner, filled = zip(*parts)
-        self.owner = torch.tensor(owner, device=self.device)
-        beyond = torch.arange(size) >= torch.tensor(filled)[:, None]  # (E, size)
-        self.beyond = self.minus_infinity(beyond)
-
-    def minus_infinity(self, where):
-        """0, and -inf where `where` (n, m) holds: (n, 1, 1, m)."""
-        return torch.zeros(where.shape).masked_fill_(where, -math.inf)[:, None, None].to(self.device)
+        _, owner, filled = torch.tensor(parts, device=self.device).T
+        self.owner = owner
+        beyond = torch.arange(size, device=self.device) >= filled[:, None]  # (E, size)
+        self.beyond = torch.zeros(beyond.shape, device=self.device).masked_fill_(beyond, -math.inf)[:, None, None]
 
     def update(self, layer, k, v):
         """Store k, v (B, kv_heads, T, d). Returns what `attend` reads: for one token the blocks in use,
-        (E, kv_heads, size, d), and those of many rows, (kv_heads, S, d); else all keys and values in order,
-        (B, kv_heads, S, d)."""
+        (E, kv_heads, size, d), else all keys and values in order, (B, kv_heads, S, d)."""
         T = k.shape[2]
         if not self.prepared:
             self.prepare(T)
@@ -205,8 +189,7 @@ class PagedCache(KVCache):
         store[0][self.block, :, self.offset] = k.transpose(1, 2)
         store[1][self.block, :, self.offset] = v.transpose(1, 2)
         if T == 1:
-            shared = store[:, self.shared].transpose(1, 2).flatten(2, 3)
-            return zip((store[0][self.used], store[1][self.used]), shared)
+            return store[0][self.used], store[1][self.used]
         if self.end == 0:
             return k, v
         by_head = store.transpose(1, 2)  # (2, kv_heads, blocks, size, d)
@@ -217,23 +200,15 @@ class PagedCache(KVCache):
         """Equation 1 for one query of each row. q (B, h, 1, d); k, v as `update` returns them."""
         if q.shape[2] > 1:
             return attend(q, k, v, mask)
-        (k, k_shared), (v, v_shared), owner = k, v, self.owner
         B, h, _, d = q.shape
-        q = (q * d ** -0.5).reshape(B, k.shape[1], -1, d)  # (B, kv_heads, g, d): g queries a key head
-        s = (q[owner] @ k.transpose(2, 3)).float().add_(self.beyond)  # (E, kv_heads, g, size)
+        owner, q = self.owner, (q * d ** -0.5).reshape(B, k.shape[1], -1, d)  # (B, kv_heads, g, d): g queries
+        s = (q[owner] @ k.transpose(2, 3)).float().add_(self.beyond)          # a key head; (E, kv_heads, g, size)
         part = s.amax(-1)
         top = part.new_full(q.shape[:3], -math.inf)
         top.scatter_reduce_(0, owner[:, None, None].expand_as(part), part, "amax")
-        if len(self.shared):
-            s_shared = torch.einsum("bhgd,hsd->bhgs", q, k_shared).float().add_(self.lacks)
-            top = torch.maximum(top, s_shared.amax(-1))
         p = s.sub_(top[owner][..., None]).exp_()
         total = torch.zeros_like(top).index_add_(0, owner, p.sum(-1))
         y = torch.zeros_like(q, dtype=torch.float32).index_add_(0, owner, (p.to(v.dtype) @ v).float())
-        if len(self.shared):
-            p = s_shared.sub_(top[..., None]).exp_()
-            total += p.sum(-1)
-            y += torch.einsum("bhgs,hsd->bhgd", p.to(v.dtype), v_shared)
         return (y / total[..., None]).to(q.dtype).reshape(B, h, 1, d)
 
 

@@ -39,7 +39,7 @@ def test_each_request_gets_what_it_would_get_alone(config, blocks, batch):
     engine = Engine(model, Pool(config, blocks, 4), batch_size=batch)
     requests = mixed_requests(14) + [Request([5] * 40, 30)]  # the last one ends at the context
     done = list(engine.run(requests))
-    assert {id(r) for r in done} == {id(r) for r in requests} and all(r.error is None for r in requests)
+    assert {id(r) for r in done} == {id(r) for r in requests}
     for request in requests:
         assert request.tokens == alone(model, request)
         assert request.started <= request.first <= request.ended
@@ -214,19 +214,36 @@ def test_wrong_adapters_are_refused(folders):
         Adapters(model, {"none": folders / "nowhere"})
 
 
-def test_what_can_never_run_is_refused_and_the_others_run(folders):
+@pytest.mark.parametrize("request_, message", [
+    (Request([1] * 49, 5), "a prompt has 49 tokens: the model reads 1 to 48"),
+    (Request([1] * 15, 10), "15 tokens and up to 10 new ones need 6 blocks of 4, the pool has 5: ask for fewer"),
+    (Request([], 5), "a prompt has 0 tokens: the model reads 1 to 48"),
+    (Request([200], 5), "token 200 is outside the vocabulary 0..100: is this the model's tokenizer?"),
+    (Request([1], 5, adapter="news"), r"no adapter is called 'news' \(a0\): give --adapter news=DIR"),
+    (Request([1], 5, temperature=-1.0), "temperature must be at least 0, got -1.0")])
+def test_what_can_never_run_is_refused(request_, message, folders):
     model, _ = pair(LLAMA)
     engine = Engine(model, Pool(LLAMA, 5, 4), adapters=Adapters(model, {"a0": folders / "a0"}))
-    requests = [Request([1] * 49, 5), Request([1, 2], 5), Request([1] * 15, 10), Request([], 5), Request([200], 5), Request([1], 5, adapter="news"),
-                Request([1], 5, temperature=-1.0), Request([3], 5, adapter="a0")]
-    list(engine.run(requests))
-    wanted = ["a prompt has 49 tokens: the model reads 1 to 48", None,
-              "15 tokens and up to 10 new ones need 6 blocks of 4, the pool has 5: ask for fewer",
-              "a prompt has 0 tokens: the model reads 1 to 48",
-              "token 200 is outside the vocabulary 0..100: is this the model's tokenizer?",
-              "no adapter is called 'news' (a0): give --adapter news=DIR", "temperature must be at least 0, got -1.0", None]
-    assert [r.error for r in requests] == wanted
-    assert [len(r.tokens) for r in requests] == [0, 5, 0, 0, 0, 0, 0, 5]
+    with pytest.raises(InputError, match=message):
+        engine.submit(request_)
+    assert not engine.waiting
+
+
+@pytest.mark.parametrize("when", [0, 1, 5])
+def test_a_cancelled_request_gives_its_blocks_back_and_the_others_do_not_notice(when):
+    """While it waits, after its first token, in the middle; the last request is in the queue until then."""
+    model, _ = pair(LLAMA)
+    engine = Engine(model, Pool(LLAMA, 60, 4), batch_size=2)
+    requests = [Request([i, 2, 3], 12) for i in (5, 6, 7)]
+    for request in requests:
+        engine.submit(request)
+    for _ in range(when):
+        engine.step()
+    requests[1].cancelled = True
+    done = list(engine.run([]))
+    assert done[0] is requests[1] and len(requests[1].tokens) == (when + 1 if when else 0)
+    assert [requests[i].tokens for i in (0, 2)] == [alone(model, requests[i]) for i in (0, 2)]
+    assert len(engine.pool.free) == 60
 
 
 @pytest.mark.slow
