@@ -9,7 +9,7 @@ a request that ended leaves it and gives its blocks back (paged_cache.py), the n
     request b     P    t    .                        t: one more token, in one product with all other rows
     request c     waits     P    t    t    t    t
 
-A prompt that begins as the text of a running request does (the same instructions, say) shares its blocks.
+A prompt that begins as the text of a running request does (the same instructions, say) shares those blocks.
 When the pool is full the request that came last gives its blocks up; it is read again later, with the tokens
 that it has. Each request draws from a random generator of its own, and a row of a product does not know of
 the others. So in float32 its tokens are what they would be alone. In bfloat16 they may differ: products of
@@ -26,7 +26,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from beyond.paged_cache import PagedCache, Sequence, usage
 from common.adapters import read_adapter
@@ -77,29 +77,18 @@ class ManyLoRALinear(Layer):
 
     def select(self, names):
         """names: of the adapter of each row, None for the bare base. One name serves a batch of any size."""
-        if not set(names) & set(self.factors):
-            self.chosen = None
-        elif len(set(names)) == 1:
-            self.chosen = self.factors[names[0]]  # (r, in), (r, out)
-        else:
-            rank = max(len(A) for A, _ in self.factors.values())
-            none = [torch.zeros_like(f[:0]) for f in next(iter(self.factors.values()))]
-            rows = [self.factors.get(name, none) for name in names]
-            self.chosen = [torch.stack([F.pad(row[i], (0, 0, 0, rank - len(row[i]))) for row in rows])
-                           for i in range(2)]  # (B, r, in), (B, r, out)
+        self.chosen = None
+        if set(names) & set(self.factors):
+            names = names[:1] if len(set(names)) == 1 else names
+            none = [f[:0] for f in next(iter(self.factors.values()))]
+            factors = zip(*[self.factors.get(name, none) for name in names])
+            self.chosen = [pad_sequence(rows, batch_first=True) for rows in factors]
 
     def forward(self, x):
         if self.chosen is None:
             return self.base(x)
-        A, Bt = self.chosen
-        if A.dim() == 3:
-            h = torch.bmm(x, A.transpose(1, 2))  # (B, T, in) (B, in, r) -> (B, T, r)
-            return torch.baddbmm(self.base(x), h, Bt)  # + (B, T, r) (B, r, out) -> (B, T, out)
-        if isinstance(self.base, Layer):  # a quantized base on a GPU: one launch for a few rows
-            y = self.base.with_lora(x, A, Bt.T, 1.0)
-            if y is not None:
-                return y
-        return self.base(x) + x @ A.T @ Bt
+        A, Bt = self.chosen  # (B or 1, r, in), (B or 1, r, out)
+        return self.base(x) + x @ A.transpose(1, 2) @ Bt  # (B, T, in) -> (B, T, r) -> (B, T, out)
 
     @property
     def multiplications(self):
@@ -213,20 +202,18 @@ class Engine:
         return True
 
     def will_grow(self, request):
-        sequence = request.sequence
-        return self.pool.blocks_for(self.longest(request)) > len(sequence.table) or sequence.writes_shared()
+        return self.pool.blocks_for(self.longest(request)) > len(request.sequence.table)
 
     def with_shared_prefix(self, request):
-        """A sequence with as much of the request's text as a running one with the same adapter has in its
-        blocks, if that is a block or more. At least one token is left to read: the answer is drawn from
-        it."""
-        best, length = None, self.pool.size - 1
+        """A sequence with the blocks of the request's text that a running one with the same adapter has. At
+        least one token is left to read: the answer is drawn from it."""
+        best, most = Sequence(self.pool), 0
         for other in self.running:
             known = other.text[:other.sequence.length]
-            n = len(os.path.commonprefix([request.text[:-1], known]))
-            if n > length and other.adapter == request.adapter:
-                best, length = other.sequence, n
-        return best.share(length) if best else Sequence(self.pool)
+            blocks = len(os.path.commonprefix([request.text[:-1], known])) // self.pool.size
+            if blocks > most and other.adapter == request.adapter:
+                best, most = other.sequence, blocks
+        return best.share(most)
 
     def make_room(self):
         """Every running request needs a slot for its next token: while blocks are missing, the one that
@@ -240,8 +227,8 @@ class Engine:
         """Read the next tokens of these requests, T of each, and draw what follows."""
         self.adapters.select([r.adapter for r in requests])
         tokens = torch.tensor(tokens, device=self.pool.device)  # (B, T)
-        h = self.model.hidden(tokens, PagedCache([r.sequence for r in requests]))[:, -1]  # (B, C)
-        logits = self.model.head(h)[:, :self.vocabulary]
+        h = self.model.hidden(tokens, PagedCache([r.sequence for r in requests]))[:, -1:]  # (B, 1, C)
+        logits = self.model.head(h)[:, 0, :self.vocabulary]
         for request, likeliest, row in zip(requests, logits.argmax(-1).tolist(), logits.split(1)):
             if request.temperature > 0:
                 likeliest = sample(row, request.temperature, 0, request.top_p, request.generator).item()

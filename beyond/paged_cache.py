@@ -9,9 +9,8 @@ the pool's, and takes a block when its last one is full.
     sequence b   "The capital of France is large"    table [0, 1, 3]
     pool         | 0 The capital | 1 of France | 2 is Paris | 3 is large | 4 free | ...   (two words each)
 
-At most size - 1 slots a sequence are unused. Sequences that begin alike share blocks, counted in `users`; one
-that is about to write into a shared block gets a copy of its own first (copy on write): above, b had block 2
-from a until it wrote "large".
+At most size - 1 slots a sequence are unused. Sequences that begin alike share full blocks, which nobody
+writes any more; `users` counts who has a block.
 
 Attention for one new token of each sequence never gathers a sequence's keys into one piece. Every block
 answers the query of its sequence, all blocks in one batched product, and the parts are joined as a softmax
@@ -75,13 +74,6 @@ class Pool:
         if self.users[block] == 0:
             heapq.heappush(self.free, block)
 
-    def copy(self, block):
-        """A block of one's own in place of a shared one."""
-        new = self.take()
-        self.kv[:, :, new] = self.kv[:, :, block]
-        self.release(block)
-        return new
-
 
 class Sequence:
     """One text's part of the pool: its tokens i * size and following are in the pool's block table[i]."""
@@ -89,27 +81,19 @@ class Sequence:
     def __init__(self, pool):
         self.pool, self.table, self.length = pool, [], 0
 
-    def writes_shared(self):
-        """Whether the next token falls into a block that another sequence reads too."""
-        block = self.length // self.pool.size
-        return block < len(self.table) and self.pool.users[self.table[block]] > 1
-
     def needs(self, T):
         """Blocks to take before T more tokens can be written."""
-        return max(0, self.pool.blocks_for(self.length + T) - len(self.table)) + self.writes_shared()
+        return max(0, self.pool.blocks_for(self.length + T) - len(self.table))
 
     def reserve(self, T):
         """Make room for T more tokens."""
-        if self.writes_shared():
-            last = self.length // self.pool.size
-            self.table[last] = self.pool.copy(self.table[last])
-        while len(self.table) * self.pool.size < self.length + T:
-            self.table.append(self.pool.take())
+        self.table += [self.pool.take() for _ in range(self.needs(T))]
 
-    def share(self, length):
-        """A new sequence that begins with this one's first `length` tokens, in the same blocks."""
+    def share(self, blocks):
+        """A new sequence that begins with this one's first blocks, which are full. It is never cut within
+        them, for then it would write what the other reads."""
         other = Sequence(self.pool)
-        other.table, other.length = self.table[:self.pool.blocks_for(length)], length
+        other.table, other.length = self.table[:blocks], blocks * self.pool.size
         for block in other.table:
             self.pool.users[block] += 1
         return other

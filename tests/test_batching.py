@@ -92,8 +92,8 @@ def test_a_shared_prefix_is_read_and_stored_once():
     list(engine.run(requests))
     hook.remove()
     assert [r.tokens for r in requests] == wanted
-    assert reads[:6] == [(1, 24)] + [(1, 2)] * 5, "the others read what is their own"
-    assert engine.peak[0] == (5 + 6 * 3) * engine.pool.block_bytes, "five full blocks for all, and the rest (22..31) of each"
+    assert reads[:6] == [(1, 24)] + [(1, 4)] * 5, "the others read what follows the five full blocks"
+    assert engine.peak[0] == (5 + 6 * 3) * engine.pool.block_bytes, "five blocks for all, three more of each"
 
 
 def test_prompts_alike_share_nothing_across_adapters():
@@ -146,6 +146,17 @@ def test_rows_with_their_own_adapters_give_the_logits_of_merged_models(config):
         for i, name in enumerate(names):  # one name serves any batch
             adapters.select([name])
             assert (model(tokens[i:i + 1].expand(3, -1)) - wanted[i]).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_an_adapter_of_the_head_in_the_engine():
+    model, _ = pair(LLAMA)
+    adapters, made = Adapters(model), [random_adapter(model, rank, ["head", "up"], rank) for rank in (2, 3)]
+    for name, adapter in zip("ab", made):
+        adapters.add(name, adapter)
+    requests = [Request([1, 2, 3], 8, adapter=name) for name in ("a", "b", None)]
+    list(Engine(model, Pool(LLAMA, 40, 4), adapters=adapters).run(requests))
+    singles = [merged(LLAMA, made[0]), merged(LLAMA, made[1]), pair(LLAMA)[0]]
+    assert [r.tokens for r in requests] == [alone(single, r) for single, r in zip(singles, requests)]
 
 
 def test_adapters_on_quantized_layers():
