@@ -64,16 +64,15 @@ class HugePages:
         self.slab, self.used = b"", 0
 
     def copy(self, tensor):
-        if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
-            return tensor
-        if self.used + tensor.nbytes > len(self.slab):
+        size = -(-tensor.nbytes // 64) * 64 + 64  # the kernels read up to 63 bytes beyond a matrix
+        if self.used + size > len(self.slab):
             private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory has small pages
-            self.slab, self.used = mmap.mmap(-1, max(SLAB, tensor.nbytes), private), 0
-            with contextlib.suppress(OSError):  # a kernel without huge pages
+            self.slab, self.used = mmap.mmap(-1, max(SLAB, size), private), 0
+            with contextlib.suppress(OSError, AttributeError):  # a kernel without huge pages
                 self.slab.madvise(mmap.MADV_HUGEPAGE)
             give_back_memory()  # the originals of the last slab are free by now: no model is there twice
         moved = torch.frombuffer(self.slab, dtype=tensor.dtype, count=tensor.numel(), offset=self.used)
-        self.used += -(-tensor.nbytes // 64) * 64
+        self.used += size
         return moved.view(tensor.shape).copy_(tensor)
 
 

@@ -108,45 +108,34 @@ struct Input {
   }
 };
 
-// y[m][r] = row n + r of W times row m of x. A group is a multiple of 64, or the whole row.
+// y[m][r] = row n + r of W times row m of x. A group is a multiple of 64, or the whole row, whose last chunk may
+// end beyond it: there x is 0, and cpu_kernels.py keeps all that is read inside its memory.
 template <int BITS, int ROWS, int M>
 static void multiply(const Matrix& W, int n, const Input* in, float (*y)[4]) {
   constexpr int BYTES = CHUNK * BITS / 8, AHEAD = 4096;
-  const int groups = W.width / W.group, whole = W.width / CHUNK, in_group = W.group / CHUNK;  // chunks
+  const int groups = W.width / W.group, in_group = (W.group + CHUNK - 1) / CHUNK;
   const int next = (AHEAD / (ROWS * W.row_bytes) + 1) * ROWS * W.row_bytes;  // some rows ahead
   const uint8_t* q[ROWS];
   const shorts* x[M];
-  const float* scale[M];
   floats sum[ROWS][M] = {}, of_group[ROWS][M];
   for (int r = 0; r < ROWS; r++) q[r] = W.q + (size_t)(n + r) * W.row_bytes;
-  for (int m = 0; m < M; m++) x[m] = (const shorts*)in[m].x.data(), scale[m] = in[m].scale.data();
+  for (int m = 0; m < M; m++) x[m] = (const shorts*)in[m].x.data();
 
-  auto add = [&](const uint8_t* const* at, int c) {
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) {
-      shorts w[2] = {weights<BITS>(at[r], 0), weights<BITS>(at[r], 1)};
-#pragma GCC unroll 4
-      for (int m = 0; m < M; m++) {
-        ints sum = dot(dot(ints{}, w[0], x[m][2 * c]), w[1], x[m][2 * c + 1]);
-        of_group[r][m] += __builtin_convertvector(sum, floats) * scale[m][c];
-      }
-    }
-  };
   for (int g = 0; g < groups; g++) {
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS * M; i++) of_group[i / M][i % M] = floats{};
     for (int c = g * in_group; c < (g + 1) * in_group; c++) {
-      const uint8_t* at[ROWS];
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; r++) at[r] = q[r] + c * BYTES, __builtin_prefetch(at[r] + next);
-      add(at, c);
-    }
-    if (W.width % CHUNK) {  // the last numbers of a whole row
-      uint8_t rest[ROWS][BYTES];
-      const uint8_t* at[ROWS];
-      for (int r = 0; r < ROWS; r++)
-        at[r] = (const uint8_t*)memcpy(rest[r], q[r] + whole * BYTES, W.row_bytes - whole * BYTES);
-      add(at, whole);
+      for (int r = 0; r < ROWS; r++) {
+        const uint8_t* at = q[r] + c * BYTES;
+        __builtin_prefetch(at + next);
+        shorts w[2] = {weights<BITS>(at, 0), weights<BITS>(at, 1)};
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) {
+          ints sum = dot(dot(ints{}, w[0], x[m][2 * c]), w[1], x[m][2 * c + 1]);
+          of_group[r][m] += __builtin_convertvector(sum, floats) * in[m].scale[c];
+        }
+      }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++)
@@ -156,9 +145,8 @@ static void multiply(const Matrix& W, int n, const Input* in, float (*y)[4]) {
   for (int r = 0; r < ROWS; r++)
     for (int m = 0; m < M; m++) {
       const _Float16* o = W.offset + (size_t)(n + r) * groups;
-      float total = add_up(sum[r][m]);
-      for (int g = 0; g < groups; g++) total += (float)o[g] * in[m].sums[g];
-      y[m][r] = total;
+      y[m][r] = add_up(sum[r][m]);
+      for (int g = 0; g < groups; g++) y[m][r] += (float)o[g] * in[m].sums[g];
     }
 }
 
