@@ -3,40 +3,162 @@
     python serve.py --model smollm2-135m --bits 8 --adapter news=out/a --adapter tweets=out/b
     curl localhost:8000/v1/completions -d '{"model": "news", "prompt": "Profit rose.", "max_tokens": 20}'
 
-    GET  /health                 {"status": "ok", "running": 2, "waiting": 0}
-    GET  /v1/models              the base and its adapters; a request's "model" is one of their names
-    POST /v1/completions         prompt: a text
+    POST /v1/completions         prompt: a text, or token ids
     POST /v1/chat/completions    messages: [{"role": "user", "content": "..."}], by the model's own template
+    GET  /v1/models              the base and its adapters; a request's "model" is one of their names
+    GET  /health  /metrics       whether it works; what it does, in the text form of Prometheus
 
-Both also take max_tokens, temperature (0: greedy), top_p, seed and stop (a text or a list of texts, where the
-answer ends). Wrong requests get status 400 or 404 and one line. Answers come whole: "stream" is refused.
+The `openai` client works as it is. What a request asks for and can't have is refused, never ignored.
 
-Handlers only queue requests. One thread owns the model: before each step it moves what is queued into the
-engine (beyond/batching.py), so that requests that come at different times share every product, each with its
-adapter. Needs `pip install fastapi uvicorn`. There is no password: it listens on this machine alone, unless
---host says otherwise.
+One thread owns the model. Before each step it moves the requests that came into the engine
+(beyond/batching.py), so that requests of different times and adapters share every product; after it, their
+handlers send what is new. Models are in float32 here, where an answer does not depend on the others in the
+batch. A client that leaves cancels its request. After SIGTERM only what was begun is finished.
+
+Needs `pip install fastapi uvicorn`. It listens on this machine alone: another --host needs an --api-key.
 """
 import asyncio
+import contextlib
+import hmac
+import ipaddress
 import json
 import queue
 import random
+import socket
 import threading
 import time
-from concurrent.futures import Future
+from collections import Counter
 
 from common.adapters import base_id
-from common.cli import InputError, Parser, at_least_1, command
-from common.tokenizer import render_chat
+from common.cli import InputError, Parser, at_least_1, command, say
+from common.tokenizer import render_chat, valid
 from sample import make_pool, named_folders, open_model, with_begin
 
+WAITING = 256       # requests beside those in the batch; a client that comes then is told to come later
+MAX_BODY = 1 << 20  # bytes of a request: more than any context holds
+
 # field of a request -> types of its value, the value where there is none
-FIELDS = dict(model=([str], None), prompt=([str], None), messages=([list], None), max_tokens=([int], 256),
-              temperature=([int, float], 1.0), top_p=([int, float], 1.0), seed=([int], None),
-              stop=([str, list], []), stream=([bool], False), n=([int], 1))
+FIELDS = dict(model=([str], None), max_tokens=([int], 256), temperature=([int, float], 1.0),
+              top_p=([int, float], 1.0), seed=([int], None), stop=([str, list], []), stream=([bool], False),
+              stream_options=([dict], {}), user=([str], None))
+OF_COMPLETIONS = dict(prompt=([str, list], None), logprobs=([int], None))
+OF_CHATS = dict(messages=([list], None), max_completion_tokens=([int], None), logprobs=([bool], False),
+                top_logprobs=([int], 0))
+FIXED = dict(n=1, best_of=1, echo=False, frequency_penalty=0, presence_penalty=0)  # no other value
 
 
-class NotFound(InputError):
-    """The model of a request is not here."""
+class Refusal(InputError):
+    """With a status of HTTP other than 400."""
+
+    def __init__(self, status, message):
+        super().__init__(message)
+        self.status_code = status
+
+
+def error(e):
+    return dict(error=dict(message=valid(str(e)), type="invalid_request_error", param=None, code=None))
+
+
+class Answer:
+    """A request on its way. The engine's thread makes its tokens; its handler makes text of them."""
+
+    def __init__(self, request, tokenizer, stop, chat):
+        self.request, self.tokenizer, self.stop, self.chat = request, tokenizer, stop, chat
+        self.loop, self.news, self.came = asyncio.get_running_loop(), asyncio.Event(), time.perf_counter()
+        self.read, self.finish, self.failure = 0, None, None  # tokens that are text; why it ended
+
+    def wake(self):
+        """From any thread: there is something to read."""
+        with contextlib.suppress(RuntimeError):  # a loop that was closed: the server has ended
+            self.loop.call_soon_threadsafe(self.news.set)
+
+    async def watch(self, http):
+        """Cancel the request when its client leaves."""
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        self.request.cancelled = True
+
+    async def pieces(self):
+        """Yield (text, the places of its tokens) until the answer ends. What may be the beginning of a stop
+        text is held back."""
+        request, stream, text, sent, shown = self.request, self.tokenizer.stream(), "", 0, 0
+        try:
+            while not self.finish:
+                await self.news.wait()
+                self.news.clear()
+                if self.failure:
+                    raise Refusal(500, f"the engine has failed: {self.failure}")
+                over = request.ended  # asked before the tokens are read, or the last one could be missed
+                while self.read < len(request.tokens) and not self.finish:
+                    token = request.tokens[self.read]
+                    ends = token in self.tokenizer.stop_ids
+                    text += stream.decoder.decode(b"", True) if ends else stream.feed(token)
+                    if self.read == 0 and self.tokenizer.adds_space:
+                        text = text.removeprefix(" ")
+                    found = [text.index(s) for s in self.stop if s in text]
+                    text = text[:min(found, default=None)]
+                    self.finish = "stop" if ends or found else None
+                    self.read += 1
+                if over and not self.finish:
+                    text, self.finish = text + stream.decoder.decode(b"", True), "length"
+                end = len(text) if self.finish else len(text) - self.held_back(text)
+                if end > sent or self.finish:
+                    yield text[sent:end], range(shown, self.read)
+                    sent, shown = end, self.read
+        finally:
+            request.cancelled = True
+
+    def held_back(self, text):
+        """The length of the longest end of the text with which a stop text begins."""
+        return max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+
+    def choice(self, text, places, key):
+        """A piece of the answer in OpenAI's form. key: delta or message, for a chat."""
+        content = dict(text=text)
+        if self.chat:
+            role = dict(role="assistant") if places.start == 0 else {}
+            content = {key: dict(content=text) | role}
+        return content | dict(index=0, finish_reason=self.finish, logprobs=self.logprobs(places))
+
+    def logprobs(self, places):
+        """Of the tokens there, in the form of chats or of completions; None if nobody asked."""
+        def entry(token, logprob):
+            piece = self.tokenizer.piece(token)
+            logprob = max(logprob, -9999.0)  # JSON has no infinity
+            return dict(token=piece.decode("utf-8", "replace"), logprob=logprob, bytes=list(piece))
+        if self.request.top is None:
+            return None
+        rows = []
+        for i in places:
+            logprob, best = self.request.scores[i]
+            row = entry(self.request.tokens[i], logprob)
+            rows.append(row | dict(top_logprobs=[entry(*likely) for likely in best]))
+        if self.chat:
+            return dict(content=rows)
+        best = [{likely["token"]: likely["logprob"] for likely in row["top_logprobs"]} for row in rows]
+        return dict(tokens=[row["token"] for row in rows], token_logprobs=[row["logprob"] for row in rows],
+                    top_logprobs=best)
+
+    def usage(self):
+        prompt = len(self.request.prompt)
+        return dict(prompt_tokens=prompt, completion_tokens=self.read, total_tokens=prompt + self.read)
+
+    async def whole(self, head):
+        text = "".join([text async for text, _ in self.pieces()])
+        return head | dict(choices=[self.choice(text, range(self.read), "message")], usage=self.usage())
+
+    async def events(self, head, with_usage):
+        """Server-sent events: a line of JSON for each piece."""
+        def event(content):
+            return f"data: {json.dumps(content)}\n\n"
+        try:
+            async for text, places in self.pieces():
+                yield event(head | dict(choices=[self.choice(text, places, "delta")]))
+            if with_usage:
+                yield event(head | dict(choices=[], usage=self.usage()))
+            yield "data: [DONE]\n\n"
+        except Refusal as e:
+            yield event(error(e))
 
 
 class EngineThread(threading.Thread):
@@ -44,71 +166,95 @@ class EngineThread(threading.Thread):
 
     def __init__(self, engine):
         super().__init__(daemon=True)
-        self.engine, self.incoming, self.futures, self.failure = engine, queue.Queue(), {}, None
+        self.engine, self.incoming, self.answers, self.failure = engine, queue.Queue(), {}, None
+        self.totals = Counter(requests=0, prompt_tokens=0, tokens=0, first_tokens=0, first_token_seconds=0)
         self.start()
 
-    def submit(self, request):
-        """A Future of the request that has ended."""
-        future = Future()
-        self.incoming.put((request, future))
+    def submit(self, answer):
+        if self.waiting() >= WAITING:
+            raise Refusal(429, f"{WAITING} requests are waiting already: try again later")
+        self.incoming.put(answer)
         if self.failure:
-            self.refuse_all()
-        return future
+            self.give_up()
+
+    def waiting(self):
+        return len(self.answers) + self.incoming.qsize() - len(self.engine.running)
 
     def run(self):
         try:
             while True:
-                while not self.incoming.empty() or not self.futures:  # with nothing to do, wait for a request
-                    request, future = self.incoming.get()
-                    if future.set_running_or_notify_cancel():
-                        self.engine.submit(request)
-                        self.futures[request] = future
-                for request in self.engine.step():
-                    self.futures.pop(request).set_result(request)
+                while not self.incoming.empty() or not self.answers:  # with nothing to do, wait for a request
+                    self.take(self.incoming.get())
+                ended = self.engine.step()
+                for request in [*self.engine.running, *ended]:
+                    self.answers[request].wake()
+                for request in ended:
+                    self.count(request, self.answers.pop(request))
         except Exception as e:  # out of memory, say: nobody is left waiting
             self.failure = e
-            for future in self.futures.values():
-                future.set_exception(e)
-            self.refuse_all()
+            self.give_up()
             raise
 
-    def refuse_all(self):
-        try:
-            while True:
-                self.incoming.get_nowait()[1].set_exception(self.failure)
-        except queue.Empty:
-            return
+    def take(self, answer):
+        self.answers[answer.request] = answer
+        self.engine.submit(answer.request)
+
+    def count(self, request, answer):
+        self.totals.update(requests=1, prompt_tokens=len(request.prompt), tokens=len(request.tokens))
+        if request.first:
+            self.totals.update(first_tokens=1, first_token_seconds=request.first - answer.came)
+
+    def give_up(self):
+        while not self.incoming.empty():
+            self.take(self.incoming.get())
+        for answer in [*self.answers.values()]:
+            answer.failure = self.failure
+            answer.wake()
 
 
-def checked(body, names):
-    """The fields of a request's body, each of its type, with defaults for those that are not there."""
+def checked(body, own, names):
+    """The fields of a request's body, each of its type, with defaults for those that are not there. own: the
+    fields of its endpoint."""
     if not isinstance(body, dict):
         raise InputError("the body must be a JSON object")
-    unknown = sorted(set(body) - set(FIELDS))
-    if unknown:
-        raise InputError(f"{unknown[0]!r} is not supported: fields are {', '.join(FIELDS)}")
-    values = {}
-    for name, (types, default) in FIELDS.items():
+    fields, values = FIELDS | own, {}
+    for name, value in body.items():
+        if name not in fields and value not in (None, FIXED.get(name)):
+            only = f" with another value than {FIXED[name]}" if name in FIXED else ""
+            raise InputError(f"{name!r} is not supported{only}: fields are {', '.join(fields)}")
+    for name, (types, default) in fields.items():
         values[name] = default if body.get(name) is None else body[name]
         if values[name] is not default and type(values[name]) not in types:
             raise InputError(f"{name} must be of type {' or '.join(t.__name__ for t in types)}")
-    if values["stream"] or values["n"] != 1:
-        raise InputError("there is one answer, and it comes whole: leave stream and n out")
     if values["model"] not in (None, *names):
-        raise NotFound(f"no model is called {values['model']!r}: there are {', '.join(names)}")
+        raise Refusal(404, f"no model is called {values['model']!r}: there are {', '.join(names)}")
     if isinstance(values["stop"], str):
         values["stop"] = [values["stop"]]
     if not all(isinstance(s, str) and s for s in values["stop"]):
         raise InputError("stop must be a text or a list of texts")
-    if values["seed"] is None:
-        values["seed"] = random.getrandbits(31)
-    if not 0 <= values["seed"] < 1 << 62:
-        raise InputError(f"seed must be in 0..2^62, got {values['seed']}")
+    values["top"] = values["logprobs"]
+    if own is OF_CHATS:
+        values["top"] = values["top_logprobs"] if values["logprobs"] else None
+        values["max_tokens"] = values["max_completion_tokens"] or values["max_tokens"]
+    for name, value, most in (("seed", values["seed"], 1 << 62), ("temperature", values["temperature"], 2),
+                              ("the number of logprobs", values["top"], 20)):
+        if not 0 <= (value or 0) <= most:
+            raise InputError(f"{name} must be in 0..{most}, got {value}")
     return values
 
 
+def text_of(message):
+    """The content of a message; it may come in parts."""
+    content = message["content"]
+    if isinstance(content, list) and all(part["type"] == "text" for part in content):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(message["role"] + content, str) or set(message) - {"role", "content", "name"}:
+        raise TypeError
+    return content
+
+
 class Api:
-    """Bodies of requests to requests of the engine, and its answers to bodies."""
+    """Bodies of requests to requests of the engine."""
 
     def __init__(self, name, model, tokenizer, folders):
         from beyond.batching import Adapters, Engine
@@ -117,84 +263,111 @@ class Api:
         self.engine = Engine(model, make_pool(model), tokenizer.stop_ids, tokenizer.vocab_size, adapters)
         self.thread = EngineThread(self.engine)
 
-    def ids(self, values, key):
+    def ids(self, values):
+        chat = "messages" in values
         try:
-            if key == "messages":
-                messages = values["messages"]
-                if not messages or not all(isinstance(m["role"] + m["content"], str) for m in messages):
-                    raise TypeError
-                text = render_chat(self.tokenizer, messages)
-                return self.tokenizer.encode(text, special=True)
+            if chat:
+                messages = [dict(role=m["role"], content=text_of(m)) for m in values["messages"] or [None]]
+                return self.tokenizer.encode(render_chat(self.tokenizer, messages), special=True)
+            if isinstance(values["prompt"], list) and all(type(token) is int for token in values["prompt"]):
+                return values["prompt"]
             return with_begin(self.tokenizer, values["prompt"])
         except (TypeError, KeyError, AttributeError):
-            form = dict(prompt="a text", messages='[{"role": "user", "content": "a text"}, ...]')[key]
-            raise InputError(f"{key} must be {form}") from None
+            raise InputError('messages must be [{"role": "user", "content": "a text"}, ...]' if chat else
+                             "prompt must be a text or a list of token ids") from None
 
-    def cut(self, tokens, stop):
-        """(text before the first of the stop texts, whether one was there)."""
-        text = self.tokenizer.decode([t for t in tokens if t not in self.tokenizer.stop_ids])
-        found = [text.index(s) for s in stop if s in text]
-        return text[:min(found)] if found else text, bool(found)
-
-    async def answer(self, body, key):
-        """key: prompt or messages."""
+    def submit(self, body, own, http):
+        """(Answer, the values of the body) of a request that is on its way."""
         from beyond.batching import Request
-        values = checked(body, self.names)
-        name, stop = values["model"] or self.names[0], values["stop"]
-
-        def ends(tokens):
-            return self.cut(tokens, stop)[1]
-        request = Request(self.ids(values, key), values["max_tokens"], values["temperature"], values["top_p"],
-                          values["seed"], name if name in self.names[1:] else None, ends if stop else None)
+        values = checked(body, own, self.names)
+        adapter = values["model"] if values["model"] in self.names[1:] else None
+        seed = random.getrandbits(31) if values["seed"] is None else values["seed"]
+        request = Request(self.ids(values), values["max_tokens"], values["temperature"], values["top_p"], seed,
+                          adapter, values["top"])
         self.engine.check(request)
-        await asyncio.wrap_future(self.thread.submit(request))
-        text, found = self.cut(request.tokens, stop)
-        ended = found or request.tokens[-1] in self.tokenizer.stop_ids
-        choice = dict(index=0, finish_reason="stop" if ended else "length")
-        choice |= dict(text=text) if key == "prompt" else dict(message=dict(role="assistant", content=text))
-        read, written = len(request.prompt), len(request.tokens)
-        return dict(id=f"answer-{random.getrandbits(64):016x}", created=int(time.time()), model=name,
-                    object="text_completion" if key == "prompt" else "chat.completion", choices=[choice],
-                    usage=dict(prompt_tokens=read, completion_tokens=written, total_tokens=read + written))
+        answer = Answer(request, self.tokenizer, values["stop"], own is OF_CHATS)
+        self.thread.submit(answer)
+        answer.watching = asyncio.create_task(answer.watch(http))  # kept, or it would be collected
+        return answer, values
+
+    def metrics(self):
+        pool, running = self.engine.pool, len(self.engine.running)
+        now = dict(running=running, waiting=self.thread.waiting(), cache_blocks=len(pool.users),
+                   cache_blocks_used=len(pool.users) - len(pool.free))
+        rows = [(f"{name}_total", "counter", n) for name, n in self.thread.totals.items()]
+        rows += [(name, "gauge", n) for name, n in now.items()]
+        return "".join(f"# TYPE fingpt_{name} {kind}\nfingpt_{name} {n}\n" for name, kind, n in rows)
 
 
-def make_app(api):
-    from fastapi import FastAPI, Request
-    from fastapi.responses import JSONResponse
-    app = FastAPI()
+def make_app(api, api_key=None):
+    from fastapi import Depends, FastAPI, Request
+    from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+
+    async def allowed(http: Request):
+        given, wanted = http.headers.get("authorization", "").encode(), f"Bearer {api_key}".encode()
+        if api_key and http.url.path != "/health" and not hmac.compare_digest(given, wanted):
+            raise Refusal(401, "this server wants its --api-key: Authorization: Bearer KEY")
+    app = FastAPI(dependencies=[Depends(allowed)], docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(InputError)
-    async def refuse(request, error):
-        status = 404 if isinstance(error, NotFound) else 400
-        return JSONResponse(dict(error=dict(message=str(error), type="invalid_request_error")), status)
+    @app.exception_handler(HTTPException)
+    @app.exception_handler(ClientDisconnect)
+    async def refuse(http, e):
+        return JSONResponse(error(e), e.status_code if isinstance(e, (Refusal, HTTPException)) else 400)
 
     @app.get("/health")
     def health():
-        failure, engine = api.thread.failure, api.engine
-        state = dict(status=f"failed: {failure}" if failure else "ok", running=len(engine.running),
-                     waiting=len(engine.waiting))
+        failure = api.thread.failure
+        state = dict(status=f"failed: {failure}" if failure else "ok", running=len(api.engine.running),
+                     waiting=api.thread.waiting())
         return JSONResponse(state, 500 if failure else 200)
+
+    @app.get("/metrics")
+    def metrics():
+        return PlainTextResponse(api.metrics(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     def models():
         rows = [dict(id=name, object="model", created=0, owned_by="local") for name in api.names]
         return dict(object="list", data=rows)
 
-    async def answered(request, key):
+    async def answered(http, own, kind):
+        size = http.headers.get("content-length", "")
+        if not size.isdigit() or int(size) > MAX_BODY:
+            raise Refusal(413, f"the body must have a Content-Length of at most {MAX_BODY}, got {size!r}")
         try:
-            body = json.loads(await request.body())
-        except ValueError as e:
+            body = json.loads(await http.body())
+        except (ValueError, RecursionError) as e:
             raise InputError(f"the body is not JSON: {e}") from None
-        return await api.answer(body, key)
+        answer, values = api.submit(body, own, http)
+        head = dict(id=f"answer-{random.getrandbits(64):016x}", object=kind, created=int(time.time()),
+                    model=values["model"] or api.names[0])
+        if not values["stream"]:
+            return JSONResponse(await answer.whole(head))
+        head["object"] = kind.replace("chat.completion", "chat.completion.chunk")
+        events = answer.events(head, values["stream_options"].get("include_usage"))
+        return StreamingResponse(events, media_type="text/event-stream")
 
     @app.post("/v1/completions")
-    async def completions(request: Request):
-        return await answered(request, "prompt")
+    async def completions(http: Request):
+        return await answered(http, OF_COMPLETIONS, "text_completion")
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request):
-        return await answered(request, "messages")
+    async def chat_completions(http: Request):
+        return await answered(http, OF_CHATS, "chat.completion")
     return app
+
+
+def listen(host, port, api_key):
+    """The socket; where others can reach it, only with a key."""
+    try:
+        if not api_key and not ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
+            raise InputError(f"--host {host} is open to others: give an --api-key that they must know")
+        return socket.create_server((host, port))
+    except OSError as e:
+        raise InputError(f"can't listen at {host}, port {port}: {e.strerror}; choose another") from None
 
 
 def main(argv=None):
@@ -206,15 +379,18 @@ def main(argv=None):
                    help="an adapter of finetune.py or PEFT, any number of times (default: none)")
     p.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
     p.add_argument("--port", type=at_least_1, default=8000, help="(default: %(default)s)")
+    p.add_argument("--api-key", help="what clients must send to be answered (default: none)")
     args = p.parse_args(argv)
     try:
         import fastapi  # noqa: F401
         import uvicorn
     except ImportError as e:
         raise InputError(f"serve.py needs FastAPI and uvicorn ({e}): pip install fastapi uvicorn") from None
-    folders = named_folders(args.adapter)
+    listener, folders = listen(args.host, args.port, args.api_key), named_folders(args.adapter)
     model, tokenizer, _ = open_model(args.model, args.bits)
-    uvicorn.run(make_app(Api(args.model, model, tokenizer, folders)), host=args.host, port=args.port)
+    app = make_app(Api(args.model, model, tokenizer, folders), args.api_key)
+    say(f"serving {', '.join([args.model, *folders])} at http://{args.host}:{args.port}/v1")
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ class Request:
     top_p: float = 1.0
     seed: int = 1
     adapter: str = None         # None: the bare base
+    top: int = None             # note each token's log-probability, and the likeliest `top` at its place
     tokens: list = field(default_factory=list)  # the answer
+    scores: list = field(default_factory=list)  # of each token: (logprob, [(token, logprob), ...])
     cancelled: bool = False     # set it at any time: the request ends before the next step
     sequence: object = None     # its keys and values, while it is in the batch
     generator: object = None    # of its draws
@@ -229,10 +231,14 @@ class Engine:
         tokens = torch.tensor(tokens, device=self.pool.device)  # (B, T)
         h = self.model.hidden(tokens, PagedCache([r.sequence for r in requests]))[:, -1:]  # (B, 1, C)
         logits = self.model.head(h)[:, 0, :self.vocabulary]
-        for request, likeliest, row in zip(requests, logits.argmax(-1).tolist(), logits.split(1)):
+        for request, token, row in zip(requests, logits.argmax(-1).tolist(), logits.split(1)):
             if request.temperature > 0:
-                likeliest = sample(row, request.temperature, 0, request.top_p, request.generator).item()
-            request.tokens.append(likeliest)
+                token = sample(row, request.temperature, 0, request.top_p, request.generator).item()
+            if request.top is not None:
+                logprobs = row[0].float().log_softmax(-1)
+                best, place = logprobs.topk(min(request.top, len(logprobs)))
+                request.scores.append((logprobs[token].item(), list(zip(place.tolist(), best.tolist()))))
+            request.tokens.append(token)
             request.first = request.first or time.perf_counter()
 
     def is_over(self, request):

@@ -1,15 +1,22 @@
-"""serve.py over HTTP: an answer is sample.py's greedy text, adapters answer as alone, wrong requests get one line."""
+"""serve.py over HTTP by the openai client: answers are those of the model alone, whoever else asks, leaves or errs."""
+import functools
+import http.client
 import json
+import random
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import openai
 import pytest
 import torch
-from fastapi.testclient import TestClient  # noqa: E402
+import uvicorn
+from fastapi.testclient import TestClient
 
 import serve
 from checkpoint import load_model, save_model
@@ -22,20 +29,25 @@ from model import Config, Transformer
 from sample import open_model
 
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}<|assistant|>"
+NAMES = ("news", "tweets", "mail", "law")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, text_file):
-    """A model and two adapters of it."""
+    """A model and four adapters of it."""
     path = tmp_path_factory.mktemp("serve")
     torch.manual_seed(0)
     config = Config("llama", vocab_size=500, context=64, blocks=2, heads=4, kv_heads=2, width=32, ffn=48)
     tokenizer = train_tokenizer([text_file.read_text(encoding="utf-8")], 500)
     tokenizer.chat_template = TEMPLATE
-    save_model(path / "model", Transformer(config), tokenizer)
-    for seed, name in enumerate(("news", "tweets")):
+    model = Transformer(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8 if p.dim() > 1 else 1)  # so that no two tokens are nearly as likely
+    save_model(path / "model", model, tokenizer)
+    for seed, name in enumerate(NAMES):
         model, _ = load_model(path / "model")
-        attach_lora(model, r=4, alpha=8, targets=("q", "v"))
+        attach_lora(model, r=2 + seed, alpha=8, targets=("q", "v"))
         with torch.no_grad():
             for key, p in model.named_parameters():
                 if key.endswith(".B"):
@@ -45,155 +57,351 @@ def folder(tmp_path_factory, text_file):
 
 
 @pytest.fixture(scope="module")
-def api(folder):
+def alone(folder):
+    """What the model alone writes, greedily: its text, its prompt and its tokens."""
+    @functools.cache
+    def model_of(adapter):
+        model, tokenizer = load_model(folder / "model")
+        if adapter:
+            load_adapter(model, folder / adapter)
+        return model, tokenizer
+
+    @functools.cache
+    def write(text, adapter=None, count=12, special=False):
+        model, tokenizer = model_of(adapter)
+        ids = tokenizer.encode(text, special=special)
+        tokens = [s[0] for s in generate(model, [ids], count, temperature=0, stop=tokenizer.stop_ids)]
+        text = tokenizer.decode([t for t in tokens if t not in tokenizer.stop_ids])
+        return SimpleNamespace(text=text, ids=ids, tokens=tokens, model=model)
+    return write
+
+
+def make_api(folder, names=NAMES):
     model, tokenizer, _ = open_model(str(folder / "model"), 16)
-    return serve.Api(str(folder / "model"), model, tokenizer, {n: folder / n for n in ("news", "tweets")})
+    return serve.Api(str(folder / "model"), model, tokenizer, {name: folder / name for name in names})
 
 
 @pytest.fixture(scope="module")
-def client(api):
-    with TestClient(serve.make_app(api)) as client:
-        yield client
+def api(folder):
+    return make_api(folder)
 
 
-def alone(folder, text, adapter=None, count=12, special=False):
-    """(text, tokens) that the model alone writes, greedily."""
-    model, tokenizer = load_model(folder / "model")
-    if adapter:
-        load_adapter(model, folder / adapter)
-    ids = tokenizer.encode(text, special=special)
-    tokens = [s[0] for s in generate(model, [ids], count, temperature=0, stop=tokenizer.stop_ids)]
-    return tokenizer.decode([t for t in tokens if t not in tokenizer.stop_ids]), len(ids), len(tokens)
+@pytest.fixture(scope="module")
+def port(api):
+    """A server in a thread of this process."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(serve.make_app(api), log_level="error"))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    yield listener.getsockname()[1]
+    server.should_exit = True
+    thread.join()
 
 
-def complete(client, **body):
-    answer = client.post("/v1/completions", json=dict(dict(max_tokens=12, temperature=0), **body))
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+@pytest.fixture(scope="module")
+def client(port):
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
 
 
-def test_a_completion_is_the_greedy_text(folder, client):
-    text, read, written = alone(folder, "The statement")
-    body = complete(client, prompt="The statement")
-    assert body["choices"] == [dict(index=0, finish_reason="length", text=text)] and body["object"] == "text_completion"
-    assert body["usage"] == dict(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
-    assert body["model"] == str(folder / "model") and body["id"] and body["created"] > 1e9
+def complete(client, prompt, model="", **more):
+    model = model or client.models.list().data[0].id
+    return client.completions.create(model=model, prompt=prompt, **dict(dict(max_tokens=12, temperature=0), **more))
 
 
-def test_requests_at_once_are_answered_as_alone(folder, client):
-    """Twenty requests with their own lengths and adapters, from ten threads."""
-    prompts = ["The statement " * (1 + i % 3) + str(i) for i in range(20)]
-    names = [(None, "news", "tweets")[i % 3] for i in range(20)]
-    with ThreadPoolExecutor(10) as threads:
-        answers = list(threads.map(lambda p, n: complete(client, prompt=p, model=n), prompts, names))
-    texts = [answer["choices"][0]["text"] for answer in answers]
-    assert texts == [alone(folder, p, n)[0] for p, n in zip(prompts, names)]
-    assert [answer["model"] for answer in answers] == [n or str(folder / "model") for n in names]
+def test_a_completion_is_the_greedy_text(folder, client, alone):
+    wanted, answer = alone("The statement"), complete(client, "The statement")
+    assert answer.choices[0].text == wanted.text and answer.choices[0].finish_reason == "length"
+    usage = answer.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(wanted.ids), 12) and answer.created > 1e9
+    assert usage.total_tokens == len(wanted.ids) + 12 and answer.model == str(folder / "model")
+    assert complete(client, wanted.ids).choices[0].text == wanted.text, "a prompt may be token ids"
 
 
-def test_a_chat_is_the_models_own_format(folder, client):
+def test_models_and_health_and_metrics(folder, client, port):
+    assert [row.id for row in client.models.list()] == [str(folder / "model"), *NAMES]
+    complete(client, "a b c", max_tokens=3)
+    assert get(port, "/health") == (200, '{"status":"ok","running":0,"waiting":0}')
+    status, text = get(port, "/metrics")
+    assert status == 200 and "# TYPE fingpt_requests_total counter\n" in text
+    values = {name: float(value) for name, value in (row.split() for row in text.splitlines() if row[0] != "#")}
+    assert values["fingpt_tokens_total"] >= 3 and values["fingpt_first_token_seconds_total"] > 0
+    assert values["fingpt_cache_blocks_used"] == values["fingpt_running"] == 0 < values["fingpt_cache_blocks"]
+
+
+def get(port, path, **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("GET", path, headers=headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+@pytest.mark.parametrize("content", ["One?", [dict(type="text", text="One"), dict(type="text", text="?")]])
+def test_a_chat_is_the_models_own_format(folder, client, content, alone):
     messages = [dict(role="user", content="One?")]
-    prompt = render_chat(load_model(folder / "model")[1], messages)
-    answer = client.post("/v1/chat/completions", json=dict(messages=messages, max_tokens=12, temperature=0)).json()
-    text, read, _ = alone(folder, prompt, special=True)
-    assert answer["choices"][0]["message"] == dict(role="assistant", content=text)
-    assert answer["object"] == "chat.completion" and answer["usage"]["prompt_tokens"] == read
+    wanted = alone(render_chat(load_model(folder / "model")[1], messages), special=True)
+    asked = dict(model=str(folder / "model"), messages=[dict(role="user", content=content)], temperature=0)
+    answer = client.chat.completions.create(**asked, max_tokens=12)
+    assert answer.choices[0].message.content == wanted.text and answer.choices[0].message.role == "assistant"
+    assert answer.usage.prompt_tokens == len(wanted.ids)
+    answer = client.chat.completions.create(**asked, max_completion_tokens=5)
+    assert answer.usage.completion_tokens == 5
 
 
-def test_an_answer_ends_before_a_stop_text(folder, client):
-    text, *_ = alone(folder, "The statement")
-    stop = text[4:7]
-    body = complete(client, prompt="The statement", stop=["never there", stop])
-    assert body["choices"][0]["text"] == text[:text.index(stop)] and body["choices"][0]["finish_reason"] == "stop"
-    assert body["usage"]["completion_tokens"] < 12
+def test_streams_carry_the_same_text_and_the_usage(folder, client, alone):
+    wanted = alone("The statement")
+    parts = list(complete(client, "The statement", stream=True, stream_options=dict(include_usage=True)))
+    assert "".join(p.choices[0].text for p in parts[:-1]) == wanted.text and len(parts) > 2
+    assert [p.choices[0].finish_reason for p in parts[:-1]] == [None] * (len(parts) - 2) + ["length"]
+    assert parts[-1].choices == [] and parts[-1].usage.completion_tokens == 12
+    chat = dict(model=str(folder / "model"), messages=[dict(role="user", content="One?")], max_tokens=12, seed=5)
+    parts = list(client.chat.completions.create(**chat, stream=True))
+    assert [p.choices[0].delta.role for p in parts] == ["assistant"] + [None] * (len(parts) - 1)
+    assert {p.object for p in parts} == {"chat.completion.chunk"}
+    whole = client.chat.completions.create(**chat).choices[0].message.content
+    assert "".join(p.choices[0].delta.content for p in parts) == whole
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_before_a_stop_text(client, stream, alone):
+    """Of several tokens, of which a stream must not show the first."""
+    text = alone("The statement").text
+    stop = text[3:9]
+    answer = complete(client, "The statement", stop=["never there", stop], stream=stream)
+    parts = [part.choices[0] for part in answer] if stream else answer.choices
+    assert "".join(part.text for part in parts) == text[:text.index(stop)] and parts[-1].finish_reason == "stop"
+    assert stream or answer.usage.completion_tokens < 12
 
 
 def test_a_seed_gives_the_same_draws(client):
-    texts = [complete(client, prompt="a", temperature=1.5, seed=s)["choices"][0]["text"] for s in (1, 1, 2)]
+    texts = [complete(client, "a", temperature=1.5, top_p=0.95, seed=s).choices[0].text for s in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_health_and_models(folder, client):
-    assert client.get("/health").json() == dict(status="ok", running=0, waiting=0)
-    rows = client.get("/v1/models").json()["data"]
-    assert [row["id"] for row in rows] == [str(folder / "model"), "news", "tweets"]
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_are_those_of_the_models_logits(folder, client, stream, alone):
+    wanted = alone("The statement", "law")
+    with torch.inference_mode():
+        logits = wanted.model(torch.tensor([wanted.ids + wanted.tokens]))[0, len(wanted.ids) - 1:-1].double()
+    exact = logits.log_softmax(-1)
+    chosen = exact[torch.arange(12), wanted.tokens]
+    asked = dict(model="law", max_tokens=12, temperature=0, stream=stream)
+    answer = client.completions.create(prompt="The statement", logprobs=2, **asked)
+    found = [part.choices[0].logprobs for part in answer] if stream else [answer.choices[0].logprobs]
+    values = torch.tensor([p for logprobs in found for p in logprobs.token_logprobs], dtype=torch.double)
+    assert (values - chosen).abs().max() < 1e-5
+    best = torch.tensor([sorted(p.values()) for logprobs in found for p in logprobs.top_logprobs])
+    assert (best - exact.topk(2).values.flip(-1)).abs().max() < 1e-5
+    answer = client.chat.completions.create(messages=[dict(role="user", content="One?")], logprobs=True,
+                                            top_logprobs=3, **asked)
+    choices = [part.choices[0] for part in answer] if stream else answer.choices
+    rows = [row for choice in choices for row in choice.logprobs.content]
+    assert len(rows) == 12 and all(len(row.top_logprobs) == 3 and row.logprob <= 0 for row in rows)
+    assert all(row.top_logprobs[0].token == row.token for row in rows), "greedy"
+
+
+def test_thirty_two_clients_with_four_adapters_are_answered_as_alone(client, alone):
+    """Each as it would be alone in float32, whole and streamed, with lengths and adapters of their own."""
+    jobs = [("The statement " * (1 + i % 3) + str(i % 11), (None, *NAMES)[i % 5]) for i in range(64)]
+    wanted = [alone(*job).text for job in jobs]
+
+    def ask(i):
+        answer = complete(client, *jobs[i], stream=i % 2 == 1)
+        return "".join(part.choices[0].text for part in (answer if i % 2 else [answer]))
+    with ThreadPoolExecutor(32) as threads:
+        assert list(threads.map(ask, range(64))) == wanted
+    assert len(set(wanted)) > 30
+
+
+def post(port, body, path="/v1/completions"):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", path, body)
+    return connection
+
+
+def test_clients_that_vanish_or_err_leave_nothing_behind(api, port, alone):
+    """300 requests, many at a time: good ones, some whose clients leave at once or in the middle of a stream, prompts
+    that are too long, broken JSON, half a body. Blocks in use return to where they began, no good request is lost."""
+    draw, free = random.Random(0), len(api.engine.pool.free)
+    kinds = [draw.choice(["good", "good", "leaves", "leaves a stream", "long", "broken", "half"]) for _ in range(300)]
+
+    def ask(job):
+        i, kind = job
+        name = (None, *NAMES)[i % 5]
+        body = dict(prompt=f"The statement {i % 11}", model=name, max_tokens=12, temperature=0)
+        if kind == "good":
+            answer = post(port, json.dumps(body)).getresponse()
+            return answer.status == 200 and json.load(answer)["choices"][0]["text"] == alone(body["prompt"], name).text
+        if kind == "long":
+            return post(port, json.dumps(body | dict(prompt="word " * 500))).getresponse().status == 400
+        if kind == "broken":
+            return post(port, json.dumps(body)[:-3]).getresponse().status == 400
+        if kind == "half":
+            connection = http.client.HTTPConnection("127.0.0.1", port)
+            connection.putrequest("POST", "/v1/completions")
+            connection.putheader("Content-Length", "100")
+            connection.endheaders(b'{"prompt"')
+        else:
+            stream = kind == "leaves a stream"
+            connection = post(port, json.dumps(body | dict(max_tokens=50, stream=stream)))
+            if stream:
+                connection.getresponse().readline()
+        connection.close()
+        return True
+    for i in range(11):
+        for name in (None, *NAMES):
+            alone(f"The statement {i}", name)
+    with ThreadPoolExecutor(24) as threads:
+        results = list(threads.map(ask, enumerate(kinds)))
+    assert all(results), [kind for kind, result in zip(kinds, results) if not result]
+    end = time.monotonic() + 20
+    while api.thread.answers and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not api.thread.answers and len(api.engine.pool.free) == free and not any(api.engine.pool.users)
+
+
+def test_a_client_that_leaves_is_noticed_before_its_answer_ends(api, port):
+    """Whole or streamed, running or waiting: most of what it asked for is never computed."""
+    before, step = api.thread.totals["tokens"], api.engine.step
+    api.engine.step = lambda: time.sleep(0.02) or step()
+    try:
+        body = json.dumps(dict(prompt="The statement", max_tokens=50, temperature=0))
+        connections = [post(port, body) for _ in range(40)]
+        time.sleep(0.1)
+        for connection in connections:
+            connection.close()
+        end = time.monotonic() + 20
+        while api.thread.waiting() + len(api.engine.running) and time.monotonic() < end:
+            time.sleep(0.02)
+    finally:
+        api.engine.step = step
+    assert not api.engine.running and not any(api.engine.pool.users)
+    assert api.thread.totals["tokens"] - before < 40 * 25
+
+
+def test_a_full_queue_sends_clients_away(api, client, monkeypatch):
+    monkeypatch.setattr(serve, "WAITING", 3)
+    monkeypatch.setattr(api.engine, "batch_size", 2)
+    step = api.engine.step
+    monkeypatch.setattr(api.engine, "step", lambda: time.sleep(0.02) or step())
+
+    def ask(i):
+        try:
+            return len(complete(client, "The statement", model="law", max_tokens=10).choices)
+        except openai.RateLimitError as e:
+            assert "3 requests are waiting already" in e.message
+            return 0
+    with ThreadPoolExecutor(20) as threads:
+        assert 0 < sum(threads.map(ask, range(20))) < 20
+    assert ask(0) == 1
 
 
 @pytest.mark.parametrize("body, status, message", [
     ("nonsense", 400, "the body is not JSON"),
+    ("[" * 100_000, 400, "the body is not JSON"),
     ("[1]", 400, "the body must be a JSON object"),
-    (dict(), 400, "prompt must be a text"),
-    (dict(prompt=5), 400, "prompt must be of type str"),
+    (" " * (1 << 21), 413, "the body must have a Content-Length of at most 1048576"),
+    (dict(), 400, "prompt must be a text or a list of token ids"),
+    (dict(prompt=5), 400, "prompt must be of type str or list"),
+    (dict(prompt=["a"]), 400, "prompt must be a text or a list of token ids"),
+    (dict(prompt=[10 ** 30]), 400, "is outside the vocabulary 0..499"),
     (dict(prompt=""), 400, "a prompt has 0 tokens: the model reads 1 to 64"),
     (dict(prompt="word " * 100), 400, "the model reads 1 to 64"),
-    (dict(prompt="a", model="nobody"), 404, "no model is called 'nobody': there are"),
+    (dict(prompt="a", model="nobody\ud800"), 404, "no model is called 'nobody\\ud800': there are"),
     (dict(prompt="a", max_tokens=0), 400, "max-new-tokens must be at least 1, got 0"),
     (dict(prompt="a", max_tokens=True), 400, "max_tokens must be of type int"),
-    (dict(prompt="a", temperature=-1), 400, "temperature must be at least 0, got -1"),
+    (dict(prompt="a", temperature=-1), 400, "temperature must be in 0..2, got -1"),
+    (dict(prompt="a", temperature=10 ** 400), 400, "temperature must be in 0..2, got 1000"),
+    (dict(prompt="a", temperature=float("nan")), 400, "temperature must be in 0..2, got nan"),
     (dict(prompt="a", top_p=2), 400, "top-p must be in 0..1"),
-    (dict(prompt="a", seed=-1), 400, "seed must be in 0..2^62"),
+    (dict(prompt="a", seed=-1), 400, "seed must be in 0..46"),
     (dict(prompt="a", stop=[1]), 400, "stop must be a text or a list of texts"),
-    (dict(prompt="a", stream=True), 400, "leave stream and n out"),
+    (dict(prompt="a", logprobs=21), 400, "the number of logprobs must be in 0..20, got 21"),
+    (dict(prompt="a", n=2), 400, "'n' is not supported with another value than 1"),
     (dict(prompt="a", logit_bias={}), 400, "'logit_bias' is not supported")])
-def test_wrong_requests(body, status, message, client):
+def test_wrong_requests(body, status, message, port):
     text = body if isinstance(body, str) else json.dumps(body)
-    answer = client.post("/v1/completions", content=text)
-    assert answer.status_code == status and message in answer.json()["error"]["message"], answer.text
+    answer = post(port, text).getresponse()
+    error = json.load(answer)["error"]
+    assert answer.status == status and message in error["message"] and "\n" not in error["message"], error
+    assert set(error) == {"message", "type", "param", "code"}
 
 
-@pytest.mark.parametrize("messages", [None, [], ["a"], [dict(role="user")], [dict(role="user", content=5)]])
-def test_wrong_messages(messages, client):
-    answer = client.post("/v1/chat/completions", json=dict(messages=messages))
-    assert answer.status_code == 400 and "messages must be [{" in answer.json()["error"]["message"]
+@pytest.mark.parametrize("messages", [None, [], ["a"], [dict(role="user")], [dict(role="user", content=5)],
+                                      [dict(role="user", content=[dict(type="image_url")])]])
+def test_wrong_messages(messages, port):
+    answer = post(port, json.dumps(dict(messages=messages)), "/v1/chat/completions").getresponse()
+    assert answer.status == 400 and "messages must be [{" in json.load(answer)["error"]["message"]
+
+
+def test_the_openai_clients_own_errors(client, port):
+    with pytest.raises(openai.NotFoundError, match="no model is called 'gpt-4o'"):
+        complete(client, "a", model="gpt-4o")
+    with pytest.raises(openai.BadRequestError, match="'tools' is not supported: fields are model, max_tokens"):
+        client.chat.completions.create(model="law", messages=[], tools=[dict(type="function", function={})])
+    assert get(port, "/v1/nowhere") == (404, json.dumps(serve.error("404: Not Found"), separators=(",", ":")))
+
+
+def test_a_key(folder):
+    with TestClient(serve.make_app(make_api(folder, ()), "a secret")) as client:
+        for headers, status in (({}, 401), (dict(Authorization="Bearer a secre"), 401),
+                                (dict(Authorization="Bearer a secret"), 200)):
+            assert client.get("/v1/models", headers=headers).status_code == status
+            body = dict(prompt="a", max_tokens=1)
+            assert client.post("/v1/completions", json=body, headers=headers).status_code == status
+            assert client.get("/health", headers=headers).status_code == 200
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_broken_engine_leaves_nobody_waiting(folder):
-    model, tokenizer, _ = open_model(str(folder / "model"), 16)
-    api = serve.Api(str(folder / "model"), model, tokenizer, {})
+    api = make_api(folder, ())
 
     def broken():
         raise RuntimeError("out of memory")
     api.engine.step = broken
-    with TestClient(serve.make_app(api), raise_server_exceptions=False) as client:
+    with TestClient(serve.make_app(api)) as client:
         for _ in range(2):
-            assert client.post("/v1/completions", json=dict(prompt="a")).status_code == 500
+            answer = client.post("/v1/completions", json=dict(prompt="a"))
+            assert answer.status_code == 500 and "out of memory" in answer.json()["error"]["message"]
+        assert "out of memory" in client.post("/v1/completions", json=dict(prompt="a", stream=True)).text
         assert client.get("/health").status_code == 500
         assert client.get("/health").json()["status"] == "failed: out of memory"
 
 
-def test_the_command(folder, run):
-    """As a user runs it, on a free port; the help needs no FastAPI."""
+def test_the_command_and_sigterm(folder, run, alone):
+    """As a user runs it; the help needs no FastAPI. SIGTERM in the middle of answers: they are finished."""
     assert len(run("serve.py", "--help").stdout) > 200
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as s:
         port = s.getsockname()[1]
     command = [sys.executable, "serve.py", "--model", folder / "model", "--adapter", f"news={folder / 'news'}",
                "--port", port]
     process = subprocess.Popen([str(word) for word in command], cwd=serve.__file__.rpartition("/")[0],
-                               stderr=subprocess.DEVNULL)
+                               stdout=subprocess.PIPE, text=True)
     try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
-                break
-            except OSError:
-                assert process.poll() is None
-                time.sleep(0.1)
-        body = json.dumps(dict(model="news", prompt="The statement", max_tokens=12, temperature=0)).encode()
-        answer = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/completions", body, timeout=60))
-        assert answer["choices"][0]["text"] == alone(folder, "The statement", "news")[0]
+        assert f"news at http://127.0.0.1:{port}/v1" in process.stdout.readline()
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        streams = [complete(client, "The statement", model="news", max_tokens=50, stream=True) for _ in range(20)]
+        first = [next(stream).choices[0].text for stream in streams]
+        process.send_signal(signal.SIGTERM)
+        wanted = alone("The statement", "news", 50).text
+        assert [a + "".join(part.choices[0].text for part in s) for a, s in zip(first, streams)] == [wanted] * 20
+        process.wait(timeout=60)
+        with pytest.raises(OSError):
+            get(port, "/health")
     finally:
-        process.terminate()
+        process.kill()
         process.wait()
 
 
 def test_bad_input(folder, monkeypatch):
-    for args, message in ((["--adapter", "a="], "--adapter a= has no folder"),
-                          (["--port", "0"], "argument --port: must be a whole number, at least 1"),
-                          (["--model", "/nowhere"], "no such folder or file")):
-        with pytest.raises(InputError, match=message):
-            serve.main(["--model", str(folder / "model"), *args])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for args, message in ((["--adapter", "a="], "--adapter a= has no folder"),
+                              (["--port", "0"], "argument --port: must be a whole number, at least 1"),
+                              (["--port", str(taken.getsockname()[1])], "can't listen at 127.0.0.1, port .*in use"),
+                              (["--host", "0.0.0.0"], "--host 0.0.0.0 is open to others: give an --api-key"),
+                              (["--host", "no such host"], "can't listen at no such host"),
+                              (["--model", "/nowhere"], "no such folder or file")):
+            with pytest.raises(InputError, match=message):
+                serve.main(["--model", str(folder / "model"), *args])
     monkeypatch.setitem(sys.modules, "fastapi", None)
     with pytest.raises(InputError, match="pip install fastapi uvicorn"):
         serve.main(["--model", str(folder / "model")])
