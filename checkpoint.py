@@ -207,8 +207,7 @@ def fill(model, tensors, device, dtype, bits=16, group=None):
     forms, freed = {}, 0
     if bits < 16:
         import quant
-        forms = {name: quant.bits_and_group(model, m, bits, group)
-                 for name, m in model.named_modules() if quant.takes(model, m)}
+        forms = quant.formats(model, bits, group)
     for name, tensor in tensors:
         place(model, name, tensor, device, dtype)
         del tensor

@@ -6,83 +6,72 @@
     python train.py --method 2 --init-from out/decomposed                    recover what was lost
 
 The output is a model folder (eval.py, sample.py and train.py --init-from read it) with spectra.png and
-summary.json. Run a killed command again: it goes on from the layers that were finished.
+summary.json.
 
-Plain: every matrix is replaced by the nearest one of its rank (lowrank.svd_factors). The matrices of a
-kind, of all layers, are one batch; batches go to different processes, which need nothing from each other.
+Plain: every matrix is replaced by the nearest one of its rank (lowrank.svd_factors). Processes need nothing from
+each other: each has a share of the matrices, and leaves in OUT.work what it is done with.
 With --calibration: by the one whose outputs for a text are nearest, block by block (beyond/activations.py).
 
 Ranks (--ratio): one budget of parameters for all matrices, spent where a parameter saves most. Without a text
 each matrix counts the same: its eigenvalues are taken relative to their sum.
 """
-import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import build, locate, open_dense, write_config
+from checkpoint import build, open_dense, write_config
 from common.cli import InputError, Parser, at_least_1, check_folder, command, say, share, write_atomic
-from common.data import calibration_batches, open_corpus
+from common.data import calibration_batches
 from common.device import find_device, peak_memory
 from common.processes import barrier, in_turn, is_first, process_group, rank, world_size
 from common.storage import read_tensors, write_tensors
 from lowrank import gram, millions, svd_factors
 from model import Transformer, count_parameters
 
-BATCH_BYTES = 1 << 30  # matrices that are decomposed at once, with their eigenvectors
-
-
 # ----------------------------------------------------------------------------- what is done, and by whom
 
 class Work:
-    """OUT/work: a JSON file for each part that is done, and beside it its tensors. `plan` says of what."""
+    """OUT.work: a JSON file for each part that a process is done with, and a layer's factors beside it."""
 
-    def __init__(self, source, out, plan):
-        self.source, self.out, self.folder = source, Path(out), Path(out) / "work"
-        file = self.folder / "plan.json"
-        if file.exists():
-            old = json.loads(file.read_text())
-            for key in plan:
-                if old.get(key) != plan[key]:
-                    raise InputError(f"{out} holds an unfinished run with {key} {old.get(key)}, not "
-                                     f"{plan[key]}: finish it, remove it, or choose another --out-dir")
-            say(f"{out} holds an unfinished run: going on with it")
-        elif self.out.exists() and any(self.out.iterdir()):
-            raise InputError(f"{out} is not empty: choose a new folder")
-        barrier()  # every process has looked
+    def __init__(self, source, out):
+        self.source, self.out, self.started = source, Path(out), time.perf_counter()
+        self.folder = self.out.with_name(f"{self.out.name}.work")
         if is_first():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, json.dumps(plan) + "\n")
+            shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
+            self.folder.mkdir(parents=True)
         barrier()
 
-    def has(self, part):
-        return (self.folder / f"{part}.json").exists()
+    def save(self, part, value):
+        write_atomic(self.folder / f"{part}.json", json.dumps(value))
 
     def read(self, part):
         return json.loads((self.folder / f"{part}.json").read_text())
 
-    def save(self, part, value):
-        write_atomic(self.folder / f"{part}.json", json.dumps(value) + "\n")
-
-    def save_layer(self, name, r, factors, values, seconds):
+    def save_layer(self, name, r, factors, values):
         """What is kept of a layer: its factors (B, A), in its weight's dtype, if r > 0, and a row."""
         if r:
             dtype = self.source.get(f"{name}.weight").dtype
             tensors = {f"{name}.{k}": t.to(dtype).cpu() for k, t in zip("BA", factors)}
             write_tensors(self.folder / f"{name}.safetensors", tensors)
-        total, kept = values.sum().item(), values[:r or None].sum().item()
-        spectrum = [float(f"{v:.4g}") for v in values.tolist()]
-        self.save(name, dict(rank=r, kept=kept / total if total else 1.0, seconds=seconds, spectrum=spectrum))
+        kept = values[:r or None].sum() / values.sum().clamp_min(1e-300)
+        self.save(name, dict(rank=r, kept=kept.item(), spectrum=values.tolist()))
 
     def factors(self, name):
-        """{"A": (r, in), "B": (out, r)} of a layer that is done."""
-        return {key.rsplit(".", 1)[1]: t for key, t in read_tensors(self.folder / f"{name}.safetensors")}
+        """{NAME.A: (r, in), NAME.B: (out, r)} of a layer that is done."""
+        return dict(read_tensors(self.folder / f"{name}.safetensors"))
+
+    def spectra(self, names):
+        """What every process saved as spectrum-NAME: name -> (m,)."""
+        barrier()
+        return {name: torch.tensor(self.read(f"spectrum-{name}"), dtype=torch.float64) for name in names}
 
     def read_tensor(self, name):
         tensor = self.source.get(name)
@@ -103,48 +92,26 @@ class Work:
 
 
 class Plain:
-    """Decompose the weights as they are, a batch of matrices of one kind at a time."""
+    """Decompose the weights as they are."""
 
     def __init__(self, work, shapes):
         self.work, self.shapes = work, shapes
-        kinds = defaultdict(list)
-        for name in shapes:
-            kinds[kind_of(name)].append(name)
-        self.batches = {}
-        for names in kinds.values():
-            a, b = shapes[names[0]]
-            count = max(1, BATCH_BYTES // (4 * (a * b + 6 * min(a, b) ** 2)))
-            self.batches |= {names[i]: names[i:i + count] for i in range(0, len(names), count)}
 
-    def mine(self, doing, prefix, device):
-        """(names, W (L, out, in)) of this process's batches that are not yet done."""
-        first = self.work.mine({name: self.shapes[name] for name in self.batches})
-        for names in self.work.bar([self.batches[name] for name in first], doing):
-            if not all(self.work.has(prefix + name) for name in names):
-                weights = [self.work.read_tensor(f"{name}.weight").to(device).float() for name in names]
-                yield names, torch.stack(weights)
+    def weights(self, doing, device):
+        for name in self.work.bar(self.work.mine(self.shapes), doing):
+            yield name, self.work.read_tensor(f"{name}.weight").to(device).float()
 
     def losses(self, device):
         """What it costs to cut off each eigenvalue of each matrix: name -> (m,), largest first."""
-        for names, W in self.mine("spectra", "spectrum-", device):
+        for name, W in self.weights("spectra", device):
             values = torch.linalg.eigvalsh(gram(W.double())).flip(-1).clamp_min(0)
-            for name, v in zip(names, values.tolist()):
-                self.work.save(f"spectrum-{name}", v)
-        barrier()
-        spectra = {n: torch.tensor(self.work.read(f"spectrum-{n}"), dtype=torch.float64) for n in self.shapes}
-        return {name: v / v.sum().clamp_min(1e-300) for name, v in spectra.items()}
+            self.work.save(f"spectrum-{name}", values.tolist())
+        return {name: v / v.sum().clamp_min(1e-300) for name, v in self.work.spectra(self.shapes).items()}
 
     def decompose(self, ranks, device):
-        for names, W in self.mine("decomposing", "", device):
-            start = time.perf_counter()
-            factors, values = svd_factors(W, [ranks[name] or 1 for name in names])
-            seconds = (time.perf_counter() - start) / len(names)
-            for name, f, v in zip(names, factors, values):
-                self.work.save_layer(name, ranks[name], f, v, seconds)
-
-
-def kind_of(name):
-    return name.rsplit(".", 1)[1]
+        for name, W in self.weights("decomposing", device):
+            factors, values = svd_factors(W, ranks[name] or 1)
+            self.work.save_layer(name, ranks[name], factors, values)
 
 
 # ----------------------------------------------------------------------------- ranks under one budget
@@ -189,7 +156,7 @@ def choose_ranks(losses, shapes, ratio):
         loss = losses[name].double() / everything
         lost = (loss.sum() - loss.cumsum(0))[:dense_from((a, b)) - 1].clamp_min(0)
         paid = (a + b) * torch.arange(1, len(lost) + 1, dtype=torch.float64)
-        curves[name] = torch.cat((lost, torch.zeros(1))), torch.cat((paid, torch.tensor([float(a * b)])))
+        curves[name] = F.pad(lost, (0, 1)), F.pad(paid, (0, 1), value=a * b)
 
     def buy(log_price):
         price = math.exp(log_price)
@@ -216,37 +183,35 @@ def choose_ranks(losses, shapes, ratio):
 
 # ----------------------------------------------------------------------------- the result
 
-def finish(work, shapes, args, device, seconds):
+def finish(work, shapes, args, device):
     """From what is done: the shards of the model, config.json, spectra.png and summary.json."""
-    source, out = work.source, work.out
-    rows = [dict(name=n, kind=kind_of(n), shape=shape, **work.read(n)) for n, shape in shapes.items()]
-    ranks = {row["name"]: row["rank"] for row in rows}
-    files = write_shards(work, ranks)
+    source, out, rows = work.source, work.folder / "model", {name: work.read(name) for name in shapes}
+    layers = {name: dict(kind="lowrank", rank=row["rank"]) for name, row in rows.items() if row["rank"]}
+    out.mkdir()
+    files = write_shards(work, layers, out)
     tokenizer = source.tokenizer()
     if tokenizer is not None:
         tokenizer.save(out)
-    layers = {name: dict(kind="lowrank", rank=r) for name, r in ranks.items() if r}
     path = Path(args.model)
     model = str(path.resolve()) if path.exists() else args.model  # train.py finds it wherever it is started
     write_config(out, source.config, layers, files, decomposed_from=model)
-    how = "activations" if args.calibration else "weights"
-    plot_spectra(out / "spectra.png", rows, f"{args.model}, {how}")
-    print_table(rows)
+    plot_spectra(out / "spectra.png", rows, f"{args.model}, {'activations' if args.calibration else 'weights'}")
     with torch.device("meta"):
         before = count_parameters(Transformer(source.config))
     after = count_parameters(build(source.config, layers))
-    kept = sum(size(s, ranks[n]) for n, s in shapes.items()) / sum(size(s, 0) for s in shapes.values())
+    kept = sum(size(s, rows[n]["rank"]) for n, s in shapes.items()) / sum(size(s, 0) for s in shapes.values())
     say(f"{len(layers)} of {len(rows)} matrices low-rank, {millions(before)} -> {millions(after)} parameters "
-        f"({before / after:.2f}x), {kept:.1%} of the blocks' matrices: {out}")
-    summary = dict(parameters=after, parameters_full_rank=before, compression=before / after,
-                   block_share=kept, ranks=ranks, kept={row["name"]: row["kept"] for row in rows},
-                   seconds=seconds, peak_memory_bytes=peak_memory(device), processes=world_size(),
-                   device=str(device), arguments=vars(args))
+        f"({before / after:.2f}x), {kept:.1%} of the blocks' matrices: {work.out}")
+    summary = dict(parameters=after, parameters_full_rank=before, compression=before / after, block_share=kept,
+                   ranks={name: row["rank"] for name, row in rows.items()},
+                   kept={name: row["kept"] for name, row in rows.items()},
+                   seconds=time.perf_counter() - work.started, peak_memory_bytes=peak_memory(device),
+                   processes=world_size(), device=str(device), arguments=vars(args))
     write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    shutil.rmtree(work.folder)
+    os.replace(out, work.out)
 
 
-def write_shards(work, ranks):
+def write_shards(work, layers, out):
     """One for each block, and one for the rest: factors where there are any, else what there was."""
     shards = defaultdict(list)
     for name in work.source.shapes:
@@ -255,49 +220,31 @@ def write_shards(work, ranks):
         tensors = {}
         for name in names:
             layer, _, kind = name.rpartition(".")
-            if kind == "weight" and ranks.get(layer):
-                tensors |= {f"{layer}.{key}": t for key, t in work.factors(layer).items()}
-            else:
-                tensors[name] = work.source.get(name)
-        write_tensors(work.out / f"model-{shard}.safetensors", tensors)
+            factored = kind == "weight" and layer in layers
+            tensors |= work.factors(layer) if factored else {name: work.source.get(name)}
+        write_tensors(out / f"model-{shard}.safetensors", tensors)
     return [f"model-{shard}.safetensors" for shard in shards]
 
 
-def by_kind(rows):
-    kinds = defaultdict(list)
-    for row in rows:
-        kinds[row["kind"]].append(row)
-    return kinds
-
-
-def print_table(rows):
-    say("kind  matrices dense        shape  rank least  most  energy kept   least  seconds")
-    for kind, group in by_kind(rows).items():
-        shape, kept = "x".join(map(str, group[0]["shape"])), [row["kept"] for row in group]
-        ranks = [row["rank"] for row in group if row["rank"]]
-        dense, mean = len(group) - len(ranks), sum(ranks) / max(1, len(ranks))
-        say(f"{kind:5} {len(group):8} {dense:5} {shape:>12} {mean:5.0f} {min(ranks, default=0):5} "
-            f"{max(ranks, default=0):5} {sum(kept) / len(kept):12.2%} {min(kept):7.2%} "
-            f"{sum(row['seconds'] for row in group):8.2f}")
-
-
 def plot_spectra(path, rows, title):
-    """For each kind of matrix the singular values of all layers, the first layer dark, each curve relative to
-    its largest value; a dot at the rank."""
+    """For each kind of matrix the singular values of all layers over the largest, the first layer dark; a dot at
+    the rank."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    kinds = by_kind(rows)
+    kinds = defaultdict(list)
+    for name, row in rows.items():
+        kinds[name.rsplit(".", 1)[1]].append(row)
     fig, axes = plt.subplots(1, len(kinds), figsize=(2.6 * len(kinds), 2.8), dpi=110, squeeze=False,
                              sharey=True, layout="constrained")
     for ax, (kind, group) in zip(axes[0], kinds.items()):
         for i, row in enumerate(group):
-            color = plt.cm.viridis(i / max(1, len(group) - 1))
-            values = [max(v / max(row["spectrum"][0], 1e-300), 1e-12) ** 0.5 for v in row["spectrum"]]
+            color, values = plt.cm.viridis(i / len(group)), torch.tensor(row["spectrum"], dtype=torch.float64)
+            values = (values / values[0].clamp_min(1e-300)).clamp_min(1e-12).sqrt()
             ax.semilogy(range(1, len(values) + 1), values, lw=0.7, color=color)
             if row["rank"]:
                 ax.plot(row["rank"], values[row["rank"] - 1], "o", ms=2.5, color=color)
-        ax.set_title(f"{kind} {'x'.join(map(str, group[0]['shape']))}", fontsize=9)
+        ax.set_title(f"{kind}: {sum(row['kept'] for row in group) / len(group):.1%} kept", fontsize=9)
         ax.grid(alpha=0.3)
     fig.suptitle(f"singular values over the largest, {title}")
     fig.savefig(path)
@@ -309,51 +256,39 @@ def plot_spectra(path, rows, title):
 def parse(argv):
     p = Parser(__doc__)
     p.add_argument("--model", required=True, help="a known name, a folder or a file; dense")
-    p.add_argument("--rank", type=at_least_1, help="one rank for every linear layer of the blocks; a matrix "
-                   "that this would not make smaller stays dense")
+    p.add_argument("--rank", type=at_least_1, help="one rank for every linear layer of the blocks; a matrix that "
+                   "this would not make smaller stays dense")
     p.add_argument("--ratio", type=share,
                    help="or: the share of the blocks' matrices to keep, with ranks chosen under this budget")
-    p.add_argument("--calibration", metavar="TEXT", help="keep the outputs for this text, not the weights, "
-                                                         "as "
+    p.add_argument("--calibration", metavar="TEXT", help="keep the outputs for this text, not the weights, as "
                    "they are: a file, a folder or builtin (default: none, plain SVD)")
-    p.add_argument("--out-dir", default="out/decomposed",
-                   help="the new model folder; a killed run in it is continued (default: %(default)s)")
+    p.add_argument("--out-dir", default="out/decomposed", help="the new model folder (default: %(default)s)")
     args = p.parse_args(argv)
     if (args.rank is None) == (args.ratio is None):
         raise InputError("give either --rank R or --ratio S, S the share of parameters to keep")
-    check_folder(args.out_dir)
+    check_folder(args.out_dir, new=True)
     return args
 
 
 def decompose(args, source, device):
-    started = time.perf_counter()
     shapes = {n[:-7]: s for n, s in source.shapes.items() if n.startswith("blocks.") and len(s) == 2}
     if args.ratio:
         check_ratio(shapes, args.ratio)
     ranks = same_ranks(shapes, args.rank) if args.rank else None
-    plan = {key: str(getattr(args, key)) for key in ("model", "rank", "ratio", "calibration")}
-    plan["the model's files"] = stamp(locate(args.model))
     if args.calibration:
         from beyond.activations import Calibrated
         windows = calibration_batches(args.calibration, source.tokenizer(), source.config.context)
-        plan["the text"] = open_corpus(args.calibration, "data").key
-    work = Work(source, args.out_dir, plan)
-    method = Calibrated(work, shapes, windows) if args.calibration else Plain(work, shapes)
-    if ranks is None:
-        ranks = choose_ranks(method.losses(device), shapes, args.ratio)
-    method.decompose(ranks, device)
-    barrier()
-    if is_first():
-        finish(work, shapes, args, device, time.perf_counter() - started)
-    barrier()
-
-
-def stamp(path):
-    """Of the weights in a folder or file: another one when they were written anew."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    weights = [f for f in files if f.suffix in (".safetensors", ".bin", ".pth", ".gguf")]
-    facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+    work = Work(source, args.out_dir)
+    try:
+        method = Calibrated(work, shapes, windows) if args.calibration else Plain(work, shapes)
+        ranks = ranks or choose_ranks(method.losses(device), shapes, args.ratio)
+        method.decompose(ranks, device)
+        barrier()
+        if is_first():
+            finish(work, shapes, args, device)
+        barrier()
+    finally:
+        shutil.rmtree(work.folder, ignore_errors=True)
 
 
 @torch.no_grad()

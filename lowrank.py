@@ -185,7 +185,7 @@ def init_factors(A, B, std, start="normal"):
     """
     out, r, width = *B.shape, A.shape[1]
     if start == "svd":
-        [(b, a)], _ = svd_factors(A.new_empty(1, out, width).normal_(std=std), [r])
+        (b, a), _ = svd_factors(A.new_empty(out, width).normal_(std=std), r)
         A.copy_(a)
         B.copy_(b)
     elif start == "orthogonal":
@@ -197,41 +197,34 @@ def init_factors(A, B, std, start="normal"):
         B.normal_(std=s)
 
 
-def svd_factors(W, ranks):
-    """The truncated SVD U S V^T of W (L, out, in), a rank for each: [(U S^1/2, S^1/2 V^T)], S^2 (L, m). From
-    the eigenproblem of the smaller side, W W^T = U S^2 U^T (then A ~ U^T W) or W^T W = V S^2 V^T (then
-    B ~ W V): several times as fast as the SVD of W itself."""
+def svd_factors(W, r):
+    """The truncated SVD U S V^T of W (out, in): (U S^1/2, S^1/2 V^T) and S^2 (m,). From the eigenproblem of the
+    smaller side, W W^T = U S^2 U^T (then A ~ U^T W) or W^T W = V S^2 V^T (then B ~ W V): several times as fast
+    as the SVD of W itself."""
     W = W.detach().float()
-    values, vectors = eigen(W, ranks, gram)
-    factors = []
-    for w, V, r in zip(W, vectors, ranks):
-        V = V[:, :r]
-        B, A = (V, V.T @ w) if W.shape[1] <= W.shape[2] else (w @ V, V.T)
-        factors.append(balanced(B, A))
-    return factors, values
+    values, vectors = eigen(W, r, gram)
+    V = vectors[:, :r]
+    B, A = (V, V.T @ W) if W.shape[0] <= W.shape[1] else (W @ V, V.T)
+    return balanced(B, A), values
 
 
 def gram(W):
-    """W W^T or W^T W, whichever is smaller: W (L, out, in) -> (L, m, m)."""
-    return W @ W.mT if W.shape[1] <= W.shape[2] else W.mT @ W
+    """W W^T or W^T W, whichever is smaller: W (out, in) -> (m, m)."""
+    return W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
 
 
-def eigen(W, ranks, gram):
-    """Eigenvalues (L, m), largest first, and eigenvectors, the columns of (L, m, m), of gram(W).
-    An eigenvalue below 1e-7 of the largest is lost in float32. That matters only if what is cut off at
-    `ranks` is so small: below 1e-3, a matrix is done again in float64, which costs twice the time.
-    """
+def eigen(W, r, gram):
+    """Eigenvalues (m,) in float64, largest first, and eigenvectors, the columns of (m, m), of gram(W).
+    An eigenvalue below 1e-7 of the largest is lost in float32. That matters only if what is cut off at r is so
+    small: below 1e-3, it is done again in float64, which costs twice the time."""
     def solve(W):
         values, vectors = torch.linalg.eigh(gram(W))
         return values.flip(-1).clamp_min(0).double(), vectors.flip(-1)
 
     values, vectors = solve(W)
-    cut = torch.stack([v[r:].sum() for v, r in zip(values, ranks)])
-    again = (cut < FLOAT32_IS_ENOUGH * values[:, 0]).nonzero().flatten()
-    if len(again):
-        exact_values, exact_vectors = solve(W[again].double())
-        values[again], vectors[again] = exact_values, exact_vectors.float()
-    return values, vectors
+    if values[r:].sum() < FLOAT32_IS_ENOUGH * values[0]:
+        values, vectors = solve(W.double())
+    return values, vectors.float()
 
 
 def balanced(B, A):
@@ -294,7 +287,7 @@ def low_rank_layer(dense, rank, method, start):
     with torch.device(W.device):
         layer = LowRankLinear(dense.in_features, dense.out_features, rank, dense.bias is not None, start)
     if method > 1 and not W.is_meta:
-        [(B, A)], _ = svd_factors(W[None], [rank])
+        (B, A), _ = svd_factors(W, rank)
         layer.A.data, layer.B.data = A.to(W.dtype), B.to(W.dtype)
         if dense.bias is not None:
             layer.bias.data.copy_(dense.bias.data)
@@ -306,7 +299,7 @@ def low_rank_embedding(dense, rank, method):
     with torch.device(W.device):
         layer = LowRankEmbedding(*W.shape, rank)
     if method > 1 and not W.is_meta:
-        [(A, Bt)], _ = svd_factors(W[None], [rank])  # W (vocabulary, n) = A B^T
+        (A, Bt), _ = svd_factors(W, rank)  # W (vocabulary, n) = A B^T
         layer.A.data, layer.B.data = A.to(W.dtype), Bt.T.to(W.dtype).contiguous()
     return layer.train(dense.training)
 

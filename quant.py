@@ -31,25 +31,25 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from common.cli import InputError, say
-from lowrank import BlendedLinear, LowRankLinear, swap_layers
+from lowrank import BlendedLinear, LowRankLinear
 from model import Layer
 
-DEFAULT_GROUP = {8: 0, 4: 64}  # 0: the whole row is one vector
-SMALLEST_HALF = 2.0 ** -24     # a vector of equal numbers has no range; its scale must not be 0
-MATVEC_ROWS = 16               # kernels.cu reads a matrix once for up to 16 rows of x
-MANY_ROWS = 128                # with more, a GPU is faster with a dequantized W
+SMALLEST_HALF = 2.0 ** -24  # a vector of equal numbers has no range; its scale must not be 0
+MATVEC_ROWS = 16            # kernels.cu reads a matrix once for up to 16 rows of x
+MANY_ROWS = 128             # with more, a GPU is faster with a dequantized W
 
 
 def check_format(bits, group, width):
-    """The length of a vector. group: numbers, 0 for a whole row, or None for the default of these bits."""
-    if bits not in DEFAULT_GROUP:
+    """The length of a vector. group: numbers, 0 for a whole row, or None: the largest power of two up to 64 that
+    divides the row, if that is worth a scale; a whole row at 8 bits."""
+    if bits not in (4, 8):
         raise InputError(f"bits must be 4 or 8, got {bits}")
-    if group is None:  # the largest power of two up to 64 that divides the row, if that is worth a scale
-        group = math.gcd(DEFAULT_GROUP[bits], width)
-        group = group if group >= 16 else 0
-    if group < 0 or width % (group or width):
+    if group is None:
+        group = math.gcd(64, width) if bits == 4 and width % 16 == 0 else width
+    group = group or width
+    if group < 0 or width % group:
         raise InputError(f"groups of {group} do not divide a row of {width}: choose a divisor, or 0 (a row)")
-    return group or width
+    return group
 
 
 def scale_and_offset(low, high, bits):
@@ -78,14 +78,13 @@ def decode(q, scale, offset):
 def quantize_rows(weight, bits, group):
     """Plain min-max: weight (out, in) -> q int8 (out, in), s and o float16 (out, in / group)."""
     w = weight.detach().float()
-    vectors = w.unflatten(-1, (-1, group))  # (out, groups, group)
-    scale, offset = scale_and_offset(vectors.amin(-1), vectors.amax(-1), bits)
+    low, high = w.unflatten(-1, (-1, group)).aminmax(dim=-1)  # (out, groups)
+    scale, offset = scale_and_offset(low, high, bits)
     return encode(w, scale, offset, bits), scale, offset
 
 
 def pack(q, bits):
     """q int8 (out, in) -> rows of bytes, padded to a multiple of 16 so that a GPU can load 16 at a time.
-
     Eight int4, as q + 8, share a 32-bit word, in the order in which kernels.cu takes them out:
 
         bits    31..28  27..24  23..20  19..16  15..12  11..8   7..4    3..0
@@ -109,6 +108,8 @@ def unpack(packed, bits, width):
     return pairs.flatten(1).view(torch.int16)[:, :width].to(torch.int8).sub_(8)
 
 
+# ------------------------------------------------------------------------- a matrix, and products with it
+
 class QuantMatrix(nn.Module):
     """W (out, in) as integers. Not a layer: `times(x)` is x W^T, `rows(i)` some rows, `dense()` all of W."""
 
@@ -131,9 +132,8 @@ class QuantMatrix(nn.Module):
             return matrix
         if not torch.isfinite(weight).all():
             raise InputError(f"a weight of {tuple(weight.shape)} is not finite: it can't be quantized")
-        q, scale, offset = rounding(weight, bits, matrix.group)
-        matrix.q = pack(q.contiguous(), bits)
-        matrix.scale, matrix.offset = scale.contiguous(), offset.contiguous()
+        q, scale, offset = (t.contiguous() for t in rounding(weight, bits, matrix.group))
+        matrix.q, matrix.scale, matrix.offset = pack(q, bits), scale, offset
         return matrix
 
     def parts(self):
@@ -142,8 +142,7 @@ class QuantMatrix(nn.Module):
     def rows(self, index):
         """Rows of W in float32: index (...) -> (..., in)."""
         q, scale, offset = (part[index.flatten()] for part in self.parts())
-        w = decode(unpack(q, self.bits, self.in_features), scale, offset)
-        return w.view(*index.shape, self.in_features)
+        return decode(unpack(q, self.bits, self.in_features), scale, offset).view(*index.shape, -1)
 
     def dense(self, dtype=torch.float32):
         """W (out, in)."""
@@ -196,11 +195,8 @@ def on_cpu(x, A, B=None, bias=None):
     """x A^T, or x A^T B^T + bias, from integers. None for many rows, in training and without a compiler."""
     if x.is_cuda or torch.is_grad_enabled():
         return None
-    try:
-        from beyond import cpu_kernels
-    except ImportError:
-        return None
-    return cpu_kernels.product(x, A, B, bias)
+    from beyond.cpu_kernels import product
+    return product(x, A, B, bias)
 
 
 def on_gpu(kernel, x, *args):
@@ -216,19 +212,6 @@ def one_launch(x, *matrices):
         return False
     groups_fit = all(m.group == m.in_features or m.group % (128 // m.bits) == 0 for m in matrices)
     return groups_fit and load_kernels() is not None
-
-
-@functools.cache
-def load_kernels():
-    """kernels.cu as a module, compiled at the first use; None, said once, where that can't be."""
-    from torch.utils.cpp_extension import load
-    say("kernels.cu: compiling, or loading what was compiled before (a minute the first time) ...")
-    try:
-        return load("fingpt_kernels", [str(Path(__file__).with_name("kernels.cu"))])
-    except (RuntimeError, OSError, ImportError) as e:
-        why = str(e).strip().splitlines()[0][:200]
-        say(f"kernels.cu is not used, which is slower: it needs nvcc and ninja ({why})")
-        return None
 
 
 # ------------------------------------------------------------------------- layers
@@ -315,23 +298,6 @@ def matrices(layer):
     return [m for m in layer.modules() if isinstance(m, QuantMatrix)]
 
 
-def describe(layer):
-    """What config.json says of a quantized layer."""
-    kind = next(kind for kind, cls in KINDS.items() if type(layer) is cls)
-    form = dict(kind=kind, bits=matrices(layer)[0].bits, group=[m.group for m in matrices(layer)])
-    return form | dict(rank=layer.rank) if kind == "quant lowrank" else form
-
-
-def from_description(form, dense):
-    """An empty layer of the form that describe() gave, in the place of `dense`: nn.Linear or nn.Embedding."""
-    out, width = dense.weight.shape
-    shapes = [(form["rank"], width), (out, form["rank"])] if "rank" in form else [(out, width)]
-    parts = [QuantMatrix(*shape, form["bits"], group) for shape, group in zip(shapes, form["group"])]
-    if isinstance(dense, nn.Linear) and dense.bias is not None:
-        parts.append(nn.Parameter(torch.empty(out)))
-    return KINDS[form["kind"]](*parts)
-
-
 def quantize_layer(layer, bits, group=None, rounding=quantize_rows):
     """The quantized layer that takes the place of a dense or low-rank one."""
     of = functools.partial(QuantMatrix.of, bits=bits, group=group)
@@ -354,31 +320,28 @@ def tie(model):
             model.head = QuantLinear(model.embed.W)
 
 
-def takes(model, module):
-    """What quantize() quantizes: linear layers and a dense W^E. Position table and norms stay in 16 bit."""
-    linear = isinstance(module, (nn.Linear, LowRankLinear, BlendedLinear))
-    return linear or isinstance(module, nn.Embedding) and module is model.embed
-
-
-def bits_and_group(model, layer, bits, group):
-    """Of one layer. Where W^E and W^H are one matrix, which every token meets twice, it stays at 8 bits."""
-    head, embed = model.head, model.embed
+def formats(model, bits, group=None):
+    """name -> (bits, group) of what is quantized: linear layers and a dense W^E. Position table and norms stay
+    in 16 bit. Where W^E and W^H are one matrix, which every token meets twice, it stays at 8 bits."""
+    embed, head = model.embed, model.head
     tied = isinstance(head, nn.Linear) and isinstance(embed, nn.Embedding) and head.weight is embed.weight
-    return (8, None) if tied and bits == 4 and layer in (head, embed) else (bits, group)
+    forms = {}
+    for name, m in model.named_modules():
+        if isinstance(m, (nn.Linear, LowRankLinear, BlendedLinear)) or m is embed and isinstance(m, nn.Embedding):
+            forms[name] = (8, None) if tied and bits == 4 and m in (embed, head) else (bits, group)
+    return forms
 
 
 def quantize(model, bits, group=None, rounding=quantize_rows):
-    """Quantize the layers that takes() accepts, in place. rounding(W, bits, group) chooses the integers of
-    linear layers: quantize_rows, or one of beyond/rounding.py. Returns a line that says what was done."""
-    before = stored_bytes(model) / 1e6
-    forms = {n: bits_and_group(model, m, bits, group) for n, m in model.named_modules() if takes(model, m)}
-
-    def make(name, layer):
-        return quantize_layer(layer, *forms[name], rounding)
-
-    count = len(swap_layers(model, make, wanted=functools.partial(takes, model)))
+    """Quantize the layers of formats(), in place. rounding(W, bits, group) chooses the integers of linear
+    layers: quantize_rows, or one of beyond/rounding.py. Returns a line that says what was done."""
+    before, forms = stored_bytes(model), formats(model, bits, group)
+    for name, form in forms.items():
+        layer = model.get_submodule(name)
+        model.set_submodule(name, quantize_layer(layer, *form, rounding).train(layer.training))
     tie(model)
-    return f"quantized {count} layers to {bits} bit: {before:,.1f} -> {stored_bytes(model) / 1e6:,.1f} MB"
+    return (f"quantized {len(forms)} layers to {bits} bit: {before / 1e6:,.1f} -> "
+            f"{stored_bytes(model) / 1e6:,.1f} MB")
 
 
 def stored_bytes(model):
@@ -412,8 +375,41 @@ def rounded_forward(layer, x):
 def attach_fake_quantization(model, bits, group=None):
     """Every layer that quantize() would take computes with rounded matrices; the parameters stay. Training
     sees the loss of the model that quantize(model, bits, group) will make. Returns how many layers."""
-    def attach(name, layer):
-        layer.rounded_to = bits_and_group(model, layer, bits, group)
+    forms = formats(model, bits, group)
+    for name, form in forms.items():
+        layer = model.get_submodule(name)
+        layer.rounded_to = form
         layer.forward = MethodType(rounded_forward, layer)
-        return layer
-    return len(swap_layers(model, attach, wanted=functools.partial(takes, model)))
+    return len(forms)
+
+
+# ------------------------------------------------------------------------- kernels and config.json
+
+@functools.cache
+def load_kernels():
+    """kernels.cu as a module, compiled at the first use; None, said once, where that can't be."""
+    from torch.utils.cpp_extension import load
+    say("kernels.cu: compiling, or loading what was compiled before (a minute the first time) ...")
+    try:
+        return load("fingpt_kernels", [str(Path(__file__).with_name("kernels.cu"))])
+    except (RuntimeError, OSError, ImportError) as e:
+        why = str(e).strip().splitlines()[0][:200]
+        say(f"kernels.cu is not used, which is slower: it needs nvcc and ninja ({why})")
+        return None
+
+
+def describe(layer):
+    """What config.json says of a quantized layer."""
+    kind = next(kind for kind, cls in KINDS.items() if type(layer) is cls)
+    form = dict(kind=kind, bits=matrices(layer)[0].bits, group=[m.group for m in matrices(layer)])
+    return form | dict(rank=layer.rank) if kind == "quant lowrank" else form
+
+
+def from_description(form, dense):
+    """An empty layer of the form that describe() gave, in the place of `dense`: nn.Linear or nn.Embedding."""
+    out, width = dense.weight.shape
+    shapes = [(form["rank"], width), (out, form["rank"])] if "rank" in form else [(out, width)]
+    parts = [QuantMatrix(*shape, form["bits"], group) for shape, group in zip(shapes, form["group"])]
+    if isinstance(dense, nn.Linear) and dense.bias is not None:
+        parts.append(nn.Parameter(torch.empty(out)))
+    return KINDS[form["kind"]](*parts)

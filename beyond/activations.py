@@ -26,7 +26,6 @@ square of g from a backward pass over a few windows (`sensitivities`).
 """
 import functools
 import math
-import time
 from collections import defaultdict
 
 import torch
@@ -47,7 +46,7 @@ SENSITIVITY_WINDOWS = 8  # of the text
 # ----------------------------------------------------------------------------- the factors for given inputs
 
 class Moments:
-    """H = X X^T (in, in) with a ridge, without which fewer tokens than inputs give no inverse."""
+    """H = X X^T (in, in) = C C^T, with a ridge, without which fewer tokens than inputs give no inverse."""
 
     def __init__(self, H):
         self.H = H.to(torch.float64, copy=True)
@@ -55,31 +54,29 @@ class Moments:
 
     @functools.cached_property
     def C(self):
-        """H = C C^T."""
         return torch.linalg.cholesky(self.H)
 
     def gram(self, W):
-        """The matrices (L, m, m) whose eigenvectors are wanted, m the smaller side of W (L, out, in)."""
-        if W.shape[1] <= W.shape[2]:
-            return W @ self.H.to(W.dtype) @ W.mT
+        """The matrix (m, m) whose eigenvectors are wanted, m the smaller side of W (out, in)."""
+        if W.shape[0] <= W.shape[1]:
+            return W @ self.H.to(W.dtype) @ W.T
         C = self.C.to(W.dtype)
-        return C.mT @ (W.mT @ W) @ C
+        return C.T @ (W.T @ W) @ C
 
     def eigenvalues(self, W):
         """Of gram(W), W (out, in), in float64: (m,), largest first."""
-        return torch.linalg.eigvalsh(self.gram(W[None].double()))[0].flip(-1).clamp_min(0)
+        return torch.linalg.eigvalsh(self.gram(W.double())).flip(-1).clamp_min(0)
 
     def factors(self, W, r):
         """B (out, r) and A (r, in) whose B A X is nearest to W X, in float32; and the eigenvalues (m,)."""
         W = W.detach().float()
-        values, vectors = eigen(W[None], [r], self.gram)
-        V = vectors[0, :, :r]
+        values, vectors = eigen(W, r, self.gram)
+        V = vectors[:, :r]
         if W.shape[0] <= W.shape[1]:
-            B, A = V, V.T @ W
-        else:
-            B = W @ (self.C.float() @ V)
-            A = torch.linalg.solve_triangular(self.C.T, V.double(), upper=True).T.float()  # V^T C^-1
-        return balanced(B, A), values[0]
+            return balanced(V, V.T @ W), values
+        B = W @ (self.C.float() @ V)
+        A = torch.linalg.solve_triangular(self.C.T, V.double(), upper=True).T.float()  # V^T C^-1
+        return balanced(B, A), values
 
 
 def second_moments(inputs, width, device):
@@ -175,65 +172,54 @@ class Calibrated:
         self.work, self.shapes, self.windows = work, shapes, windows
 
     def walk(self, doing, change, device):
+        """change(layers, moments, mine), with the moments of the layers' inputs and this process's share of them.
+        """
+        def with_moments(layers, inputs):
+            width = next(iter(layers.values())).in_features
+            moments = Moments(second_moments(inputs, width, device))
+            return change(layers, moments, self.work.mine({name: self.shapes[name] for name in layers}))
+
         lazy = LazyModel(self.work, device)
-        streams = lazy.begin(self.windows[rank()::world_size()])
-        walk(lazy.blocks(doing), streams, change)
-
-    def moments(self, layers, inputs, device):
-        return Moments(second_moments(inputs, next(iter(layers.values())).in_features, device))
-
-    def mine(self, layers):
-        return self.work.mine({name: self.shapes[name] for name in layers})
+        walk(lazy.blocks(doing), lazy.begin(self.windows[rank()::world_size()]), with_moments)
 
     def losses(self, device):
         """What it costs to cut off each eigenvalue of each layer: name -> (m,), largest first."""
-        work, parts = self.work, {name: f"spectrum-{name}" for name in self.shapes}
-
-        def look(layers, inputs):
-            if not all(work.has(parts[name]) for name in layers):
-                moments = self.moments(layers, inputs, device)
-                for name in self.mine(layers):
-                    work.save(parts[name], moments.eigenvalues(layers[name].weight).tolist())
+        def look(layers, moments, mine):
+            for name in mine:
+                self.work.save(f"spectrum-{name}", moments.eigenvalues(layers[name].weight).tolist())
             return {}
 
-        if not all(map(work.has, parts.values())):
-            self.walk("spectra", look, device)
+        self.walk("spectra", look, device)
         weights = self.sensitivities(device)
-        spectra = {name: torch.tensor(work.read(part), dtype=torch.float64) for name, part in parts.items()}
-        return {name: weights[name] * values for name, values in spectra.items()}
+        return {name: weights[name] * values for name, values in self.work.spectra(self.shapes).items()}
 
     def sensitivities(self, device):
         """name -> the sum over the windows, in one order, whichever process found what."""
-        work, count = self.work, min(len(self.windows), SENSITIVITY_WINDOWS)
-        mine = [n for n in range(rank(), count, world_size()) if not work.has(f"sensitivities-{n}")]
-        if mine:
-            found = sensitivities(LazyModel(work, device), [self.windows[n] for n in mine])
-            for i, n in enumerate(mine):
-                work.save(f"sensitivities-{n}", {name: values[i] for name, values in found.items()})
+        count = min(len(self.windows), SENSITIVITY_WINDOWS)
+        mine = range(rank(), count, world_size())
+        found = sensitivities(LazyModel(self.work, device), [self.windows[n] for n in mine])
+        for i, n in enumerate(mine):
+            self.work.save(f"sensitivities-{n}", {name: values[i] for name, values in found.items()})
         barrier()
-        rows = [work.read(f"sensitivities-{n}") for n in range(count)]
+        rows = [self.work.read(f"sensitivities-{n}") for n in range(count)]
         return {name: sum(sorted(row[name] for row in rows)) for name in self.shapes}
 
     def decompose(self, ranks, device):
         """Each layer is decomposed for the inputs it now has; then the text goes on through its factors."""
-        work = self.work
-
-        def change(layers, inputs):
-            if not all(map(work.has, layers)):
-                moments = self.moments(layers, inputs, device)
-                for name in self.mine(layers):
-                    start = time.perf_counter()
-                    factors, values = moments.factors(layers[name].weight, ranks[name] or 1)
-                    work.save_layer(name, ranks[name], factors, values, time.perf_counter() - start)
-                barrier()
-            return {n: self.low_rank(n, layer, ranks[n]) for n, layer in layers.items() if ranks[n]}
+        def change(layers, moments, mine):
+            for name in mine:
+                self.work.save_layer(name, ranks[name], *moments.factors(layers[name].weight, ranks[name] or 1))
+            barrier()
+            return {name: self.low_rank(name, dense) for name, dense in layers.items() if ranks[name]}
 
         self.walk("decomposing", change, device)
 
-    def low_rank(self, name, dense, r):
+    def low_rank(self, name, dense):
         """The layer as it was saved: in the dtype of the model's files."""
-        layer = LowRankLinear(dense.in_features, dense.out_features, r, bias=False)
-        layer.load_state_dict(self.work.factors(name))
+        factors = self.work.factors(name)
+        A, B = (factors[f"{name}.{key}"] for key in "AB")
+        layer = LowRankLinear(dense.in_features, dense.out_features, len(A), bias=False)
+        layer.load_state_dict(dict(A=A, B=B))
         layer.bias = dense.bias
         return layer.to(dense.weight.device)
 

@@ -21,6 +21,7 @@ import functools
 import math
 
 import torch
+from tqdm import tqdm
 
 import quant
 from beyond.activations import second_moments, walk
@@ -31,21 +32,15 @@ from quant import QuantMatrix, decode, encode, nearest, scale_and_offset
 def choose_range(w, bits, group):
     """s and o (..., in / group) of w (..., in), with ranges shrunk as far as that lowers the squared error of
     a vector."""
-    vectors = w.unflatten(-1, (-1, group))
-    low, high = vectors.amin(-1), vectors.amax(-1)
-    best_error = torch.full_like(low, math.inf)
-    best_scale, best_offset = scale_and_offset(low, high, bits)
+    low, high = w.unflatten(-1, (-1, group)).aminmax(dim=-1)
+    best, best_error = scale_and_offset(low, high, bits), torch.full_like(low, math.inf)
     for shrink in torch.linspace(1, 0.5, 26).tolist():
-        scale, offset = scale_and_offset(low * shrink, high * shrink, bits)
-        error = (decode(encode(w, scale, offset, bits), scale, offset) - w).square_().unflatten(-1,
-                                                                                                (-1,
-                                                                                                 group)).sum(
-                                                                                                     -1)
+        tried = scale_and_offset(low * shrink, high * shrink, bits)
+        error = (decode(encode(w, *tried, bits), *tried) - w).square_().unflatten(-1, (-1, group)).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-        best_offset = torch.where(better, offset, best_offset)
-    return best_scale, best_offset
+        best = [torch.where(better, new, old) for new, old in zip(tried, best)]
+    return best
 
 
 def clip_rows(weight, bits, group):
@@ -121,21 +116,16 @@ def fit_scale(q, target, h, scale, offset):
 # ----------------------------------------------------------------------------- a model
 
 @torch.no_grad()
-def quantize_calibrated(model, bits, batches, group=None, sweeps=3, progress=lambda blocks: blocks):
-    """quant.quantize with error feedback in the blocks. Embedding and head are rounded to the nearest.
-    Returns the line that says what was done."""
-    before = quant.stored_bytes(model)
-
+def quantize_calibrated(model, bits, batches, group=None, sweeps=3):
+    """quant.quantize with error feedback in the blocks. Embedding and head are rounded to the nearest."""
     def change(layers, inputs):
         width = next(iter(layers.values())).in_features
         moments = second_moments(inputs, width, inputs[0].device).float()
         return {name: round_layer(layer, bits, group, moments, sweeps) for name, layer in layers.items()}
 
-    walk(enumerate(progress(model.blocks)), [model.begin(tokens) for tokens in batches], change)
+    blocks = tqdm(model.blocks, desc="rounding", unit=" blocks", disable=None, leave=False)
+    walk(enumerate(blocks), [model.begin(tokens) for tokens in batches], change)
     quant.quantize(model, bits, group)
-    count = sum(isinstance(m, tuple(quant.KINDS.values())) for m in model.modules())
-    after = quant.stored_bytes(model)
-    return f"quantized {count} layers to {bits} bit: {before / 1e6:,.1f} -> {after / 1e6:,.1f} MB"
 
 
 def round_layer(layer, bits, group, moments, sweeps=3):
