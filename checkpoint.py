@@ -14,14 +14,12 @@ common/formats.py, a tensor at a time as well.
     python checkpoint.py merge out/finetune out/merged             the base with an adapter multiplied into it
     python checkpoint.py export out/train out/hf                   a dense Hugging Face folder
 """
-import functools
 import itertools
 import json
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from common.cli import InputError, Parser, at_least_0, check_folder, command, write_atomic
 from common.data import calibration_batches
@@ -264,8 +262,7 @@ def quantize(args):
         from beyond.rounding import quantize_calibrated
         model, tokenizer = load_model(args.model)
         batches = calibration_batches(args.calibration, tokenizer, model.config.context)
-        bar = functools.partial(tqdm, desc="rounding", unit=" blocks", disable=None, leave=False)
-        quantize_calibrated(model, args.bits, batches, args.group, progress=bar)
+        quantize_calibrated(model, args.bits, batches, args.group)
     else:
         model, tokenizer = load_model(args.model, bits=args.bits, group=args.group)
     replace_model(args.out, model.bfloat16(), tokenizer)

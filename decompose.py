@@ -41,9 +41,9 @@ from model import Transformer, count_parameters
 class Work:
     """OUT.work: a JSON file for each part that a process is done with, and a layer's factors beside it."""
 
-    def __init__(self, source, out):
-        self.source, self.out, self.started = source, Path(out), time.perf_counter()
-        self.folder = self.out.with_name(f"{self.out.name}.work")
+    def __init__(self, source, out, shapes):
+        self.source, self.out, self.shapes = source, Path(out), shapes
+        self.folder, self.started = self.out.with_name(f"{self.out.name}.work"), time.perf_counter()
         if is_first():
             shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
             self.folder.mkdir(parents=True)
@@ -59,19 +59,19 @@ class Work:
         """What is kept of a layer: its factors (B, A), in its weight's dtype, if r > 0, and a row."""
         if r:
             dtype = self.source.get(f"{name}.weight").dtype
-            tensors = {f"{name}.{k}": t.to(dtype).cpu() for k, t in zip("BA", factors)}
+            tensors = {key: t.to(dtype).cpu() for key, t in zip("BA", factors)}
             write_tensors(self.folder / f"{name}.safetensors", tensors)
         kept = values[:r or None].sum() / values.sum().clamp_min(1e-300)
         self.save(name, dict(rank=r, kept=kept.item(), spectrum=values.tolist()))
 
     def factors(self, name):
-        """{NAME.A: (r, in), NAME.B: (out, r)} of a layer that is done."""
+        """{"A": (r, in), "B": (out, r)} of a layer that is done."""
         return dict(read_tensors(self.folder / f"{name}.safetensors"))
 
-    def spectra(self, names):
-        """What every process saved as spectrum-NAME: name -> (m,)."""
+    def spectra(self):
+        """What the processes saved as spectrum-NAME: name -> (m,)."""
         barrier()
-        return {name: torch.tensor(self.read(f"spectrum-{name}"), dtype=torch.float64) for name in names}
+        return {n: torch.tensor(self.read(f"spectrum-{n}"), dtype=torch.float64) for n in self.shapes}
 
     def read_tensor(self, name):
         tensor = self.source.get(name)
@@ -79,26 +79,24 @@ class Work:
             raise InputError(f"{self.source.path}: {name} has numbers that are not finite: get it again")
         return tensor
 
-    @staticmethod
-    def mine(shapes):
-        """This process's share of some matrices. They are dealt out, the most expensive first."""
+    def mine(self, names):
+        """This process's share of some layers. They are dealt out, the most expensive first."""
         def cost(name):
-            return min(shapes[name]) ** 2 * max(shapes[name])
-        return sorted(shapes, key=cost, reverse=True)[rank()::world_size()]
+            return min(self.shapes[name]) ** 2 * max(self.shapes[name])
+        return sorted(names, key=cost, reverse=True)[rank()::world_size()]
 
-    @staticmethod
-    def bar(items, doing):
+    def bar(self, items, doing):
         return tqdm(items, desc=doing, disable=None if is_first() else True, leave=False, dynamic_ncols=True)
 
 
 class Plain:
     """Decompose the weights as they are."""
 
-    def __init__(self, work, shapes):
-        self.work, self.shapes = work, shapes
+    def __init__(self, work):
+        self.work = work
 
     def weights(self, doing, device):
-        for name in self.work.bar(self.work.mine(self.shapes), doing):
+        for name in self.work.bar(self.work.mine(self.work.shapes), doing):
             yield name, self.work.read_tensor(f"{name}.weight").to(device).float()
 
     def losses(self, device):
@@ -106,12 +104,11 @@ class Plain:
         for name, W in self.weights("spectra", device):
             values = torch.linalg.eigvalsh(gram(W.double())).flip(-1).clamp_min(0)
             self.work.save(f"spectrum-{name}", values.tolist())
-        return {name: v / v.sum().clamp_min(1e-300) for name, v in self.work.spectra(self.shapes).items()}
+        return {name: v / v.sum().clamp_min(1e-300) for name, v in self.work.spectra().items()}
 
     def decompose(self, ranks, device):
         for name, W in self.weights("decomposing", device):
-            factors, values = svd_factors(W, ranks[name] or 1)
-            self.work.save_layer(name, ranks[name], factors, values)
+            self.work.save_layer(name, ranks[name], *svd_factors(W, ranks[name] or 1))
 
 
 # ----------------------------------------------------------------------------- ranks under one budget
@@ -133,13 +130,6 @@ def same_ranks(shapes, r):
         largest = max(map(dense_from, shapes.values())) - 1
         raise InputError(f"--rank {r} would make no matrix smaller: the largest rank that does is {largest}")
     return ranks
-
-
-def check_ratio(shapes, ratio):
-    least, total = sum(map(sum, shapes.values())), sum(a * b for a, b in shapes.values())
-    if ratio * total < least:
-        raise InputError(f"--ratio {ratio} leaves {ratio * total:,.0f} parameters, less than rank 1 "
-                         f"everywhere: at least {least / total:.4f} is needed")
 
 
 def choose_ranks(losses, shapes, ratio):
@@ -183,9 +173,9 @@ def choose_ranks(losses, shapes, ratio):
 
 # ----------------------------------------------------------------------------- the result
 
-def finish(work, shapes, args, device):
+def finish(work, args, device):
     """From what is done: the shards of the model, config.json, spectra.png and summary.json."""
-    source, out, rows = work.source, work.folder / "model", {name: work.read(name) for name in shapes}
+    source, out, rows = work.source, work.folder / "model", {name: work.read(name) for name in work.shapes}
     layers = {name: dict(kind="lowrank", rank=row["rank"]) for name, row in rows.items() if row["rank"]}
     out.mkdir()
     files = write_shards(work, layers, out)
@@ -199,7 +189,8 @@ def finish(work, shapes, args, device):
     with torch.device("meta"):
         before = count_parameters(Transformer(source.config))
     after = count_parameters(build(source.config, layers))
-    kept = sum(size(s, rows[n]["rank"]) for n, s in shapes.items()) / sum(size(s, 0) for s in shapes.values())
+    whole = sum(size(shape, 0) for shape in work.shapes.values())
+    kept = sum(size(shape, rows[name]["rank"]) for name, shape in work.shapes.items()) / whole
     say(f"{len(layers)} of {len(rows)} matrices low-rank, {millions(before)} -> {millions(after)} parameters "
         f"({before / after:.2f}x), {kept:.1%} of the blocks' matrices: {work.out}")
     summary = dict(parameters=after, parameters_full_rank=before, compression=before / after, block_share=kept,
@@ -220,8 +211,10 @@ def write_shards(work, layers, out):
         tensors = {}
         for name in names:
             layer, _, kind = name.rpartition(".")
-            factored = kind == "weight" and layer in layers
-            tensors |= work.factors(layer) if factored else {name: work.source.get(name)}
+            if kind == "weight" and layer in layers:
+                tensors |= {f"{layer}.{key}": t for key, t in work.factors(layer).items()}
+            else:
+                tensors[name] = work.source.get(name)
         write_tensors(out / f"model-{shard}.safetensors", tensors)
     return [f"model-{shard}.safetensors" for shard in shards]
 
@@ -272,20 +265,21 @@ def parse(argv):
 
 def decompose(args, source, device):
     shapes = {n[:-7]: s for n, s in source.shapes.items() if n.startswith("blocks.") and len(s) == 2}
-    if args.ratio:
-        check_ratio(shapes, args.ratio)
+    least = sum(map(sum, shapes.values())) / sum(a * b for a, b in shapes.values())
+    if args.ratio and args.ratio < least:
+        raise InputError(f"--ratio {args.ratio} is less than rank 1 everywhere, which is {least:.4f}")
     ranks = same_ranks(shapes, args.rank) if args.rank else None
     if args.calibration:
         from beyond.activations import Calibrated
         windows = calibration_batches(args.calibration, source.tokenizer(), source.config.context)
-    work = Work(source, args.out_dir)
+    work = Work(source, args.out_dir, shapes)
     try:
-        method = Calibrated(work, shapes, windows) if args.calibration else Plain(work, shapes)
+        method = Calibrated(work, windows) if args.calibration else Plain(work)
         ranks = ranks or choose_ranks(method.losses(device), shapes, args.ratio)
         method.decompose(ranks, device)
         barrier()
         if is_first():
-            finish(work, shapes, args, device)
+            finish(work, args, device)
         barrier()
     finally:
         shutil.rmtree(work.folder, ignore_errors=True)

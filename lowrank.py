@@ -62,7 +62,7 @@ class LowRankLinear(Layer):
             nn.init.zeros_(self.bias)
 
     def forward(self, x):
-        h = F.linear(x, self.A)  # (..., r)
+        h = F.linear(x, self.A)                # (..., r)
         return F.linear(h, self.B, self.bias)  # (..., out)
 
     def last_product(self, x, dtype):
@@ -202,8 +202,7 @@ def svd_factors(W, r):
     smaller side, W W^T = U S^2 U^T (then A ~ U^T W) or W^T W = V S^2 V^T (then B ~ W V): several times as fast
     as the SVD of W itself."""
     W = W.detach().float()
-    values, vectors = eigen(W, r, gram)
-    V = vectors[:, :r]
+    values, V = eigen(W, r, gram)
     B, A = (V, V.T @ W) if W.shape[0] <= W.shape[1] else (W @ V, V.T)
     return balanced(B, A), values
 
@@ -214,17 +213,13 @@ def gram(W):
 
 
 def eigen(W, r, gram):
-    """Eigenvalues (m,) in float64, largest first, and eigenvectors, the columns of (m, m), of gram(W).
-    An eigenvalue below 1e-7 of the largest is lost in float32. That matters only if what is cut off at r is so
-    small: below 1e-3, it is done again in float64, which costs twice the time."""
-    def solve(W):
-        values, vectors = torch.linalg.eigh(gram(W))
-        return values.flip(-1).clamp_min(0).double(), vectors.flip(-1)
-
-    values, vectors = solve(W)
-    if values[r:].sum() < FLOAT32_IS_ENOUGH * values[0]:
-        values, vectors = solve(W.double())
-    return values, vectors.float()
+    """All eigenvalues (m,) of gram(W) in float64, largest first, and r eigenvectors, the columns of (m, r). One
+    below 1e-7 of the largest is lost in float32. That matters only if what is cut off is so small: below 1e-3,
+    all is done again in float64, which costs twice the time."""
+    values, vectors = torch.linalg.eigh(gram(W))
+    if values[:-r].clamp_min(0).sum() < FLOAT32_IS_ENOUGH * values[-1]:
+        values, vectors = torch.linalg.eigh(gram(W.double()))
+    return values.flip(-1).clamp_min(0).double(), vectors.flip(-1)[:, :r].float()
 
 
 def balanced(B, A):
@@ -352,15 +347,15 @@ def finish_blend(model):
 def attach_lora(model, r=8, alpha=32, targets=("q", "k", "v", "qkv"), dropout=0.0):
     """Freeze the model and put a LoRALinear around each layer whose last name is in `targets`."""
     def make(name, layer):
+        names.add(name.rsplit(".", 1)[-1])
         return LoRALinear(layer, r, alpha, dropout) if name.rsplit(".", 1)[-1] in targets else None
 
-    names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if is_linear(m)})
-    if not set(names) & set(targets):
-        raise InputError(f"no layer is called {', '.join(targets)}: this model has {', '.join(names)}")
+    names = set()
     model.requires_grad_(False)
-    wrapped = swap_layers(model, make)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    base = count_parameters(model) - trainable
+    base, wrapped = count_parameters(model), swap_layers(model, make)
+    if not wrapped:
+        raise InputError(f"no layer is called {', '.join(targets)}: this model has {', '.join(sorted(names))}")
+    trainable = count_parameters(model) - base
     return (f"attached {len(wrapped)} adapters: {trainable:,} trainable parameters "
             f"({trainable / base:.2%} of the base's {millions(base)})")
 

@@ -108,8 +108,6 @@ def unpack(packed, bits, width):
     return pairs.flatten(1).view(torch.int16)[:, :width].to(torch.int8).sub_(8)
 
 
-# ------------------------------------------------------------------------- a matrix, and products with it
-
 class QuantMatrix(nn.Module):
     """W (out, in) as integers. Not a layer: `times(x)` is x W^T, `rows(i)` some rows, `dense()` all of W."""
 
@@ -199,11 +197,14 @@ def on_cpu(x, A, B=None, bias=None):
     return product(x, A, B, bias)
 
 
-def on_gpu(kernel, x, *args):
-    """kernel(rows of x in 16 bit, *args) for x (..., n)."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    rows = rows if x.dtype in (torch.float16, torch.bfloat16) else rows.bfloat16()
-    return kernel(rows, *args).view(*x.shape[:-1], -1).to(x.dtype)
+def half(x):
+    return torch.float16 if x.dtype == torch.float16 else torch.bfloat16
+
+
+def on_gpu(kernel, x, *args, bias=None):
+    """kernel(rows of x in 16 bit, *args) + bias for x (..., n)."""
+    rows = x.reshape(-1, x.shape[-1]).to(half(x)).contiguous()
+    return add_bias(kernel(rows, *args).view(*x.shape[:-1], -1).to(x.dtype), bias)
 
 
 def one_launch(x, *matrices):
@@ -212,6 +213,18 @@ def one_launch(x, *matrices):
         return False
     groups_fit = all(m.group == m.in_features or m.group % (128 // m.bits) == 0 for m in matrices)
     return groups_fit and load_kernels() is not None
+
+
+@functools.cache
+def load_kernels():
+    """kernels.cu as a module, compiled at the first use; None, said once, where that can't be."""
+    from torch.utils.cpp_extension import load
+    say("kernels.cu: compiling, or loading what was compiled before (a minute the first time) ...")
+    try:
+        return load("fingpt_kernels", [str(Path(__file__).with_name("kernels.cu"))])
+    except (RuntimeError, OSError, ImportError) as e:
+        say(f"kernels.cu is not used, which is slower: it needs nvcc and ninja ({str(e).strip()[:200]!r})")
+        return None
 
 
 # ------------------------------------------------------------------------- layers
@@ -236,9 +249,8 @@ class QuantLinear(Layer):
     def with_lora(self, x, A, B, scale):
         if not one_launch(x, self.W):
             return None
-        dtype = x.dtype if x.dtype is torch.float16 else torch.bfloat16
-        A, B = A.to(dtype).contiguous(), B.to(dtype).contiguous()
-        return add_bias(on_gpu(load_kernels().lora, x, *self.W.parts(), A, B, scale), self.bias)
+        A, B = A.to(half(x)).contiguous(), B.to(half(x)).contiguous()
+        return on_gpu(load_kernels().lora, x, *self.W.parts(), A, B, scale, bias=self.bias)
 
     def last_product(self, x, dtype):
         return x, self.W.dense(dtype)
@@ -262,8 +274,7 @@ class QuantLowRank(Layer):
 
     def forward(self, x):
         if one_launch(x, self.A, self.B):
-            y = on_gpu(load_kernels().lowrank, x, *self.A.parts(), *self.B.parts())
-            return add_bias(y, self.bias)
+            return on_gpu(load_kernels().lowrank, x, *self.A.parts(), *self.B.parts(), bias=self.bias)
         y = None if torch.is_autocast_enabled(x.device.type) else on_cpu(x, self.A, self.B, self.bias)
         return add_bias(self.B.times(self.A.times(x)), self.bias) if y is None else y  # (..., out)
 
@@ -297,6 +308,25 @@ KINDS = {"quant": QuantLinear, "quant lowrank": QuantLowRank, "quant embedding":
 def matrices(layer):
     return [m for m in layer.modules() if isinstance(m, QuantMatrix)]
 
+
+def describe(layer):
+    """What config.json says of a quantized layer."""
+    kind = next(kind for kind, cls in KINDS.items() if type(layer) is cls)
+    form = dict(kind=kind, bits=matrices(layer)[0].bits, group=[m.group for m in matrices(layer)])
+    return form | dict(rank=layer.rank) if kind == "quant lowrank" else form
+
+
+def from_description(form, dense):
+    """An empty layer of the form that describe() gave, in the place of `dense`: nn.Linear or nn.Embedding."""
+    out, width = dense.weight.shape
+    shapes = [(form["rank"], width), (out, form["rank"])] if "rank" in form else [(out, width)]
+    parts = [QuantMatrix(*shape, form["bits"], group) for shape, group in zip(shapes, form["group"])]
+    if isinstance(dense, nn.Linear) and dense.bias is not None:
+        parts.append(nn.Parameter(torch.empty(out)))
+    return KINDS[form["kind"]](*parts)
+
+
+# ------------------------------------------------------------------------- a model
 
 def quantize_layer(layer, bits, group=None, rounding=quantize_rows):
     """The quantized layer that takes the place of a dense or low-rank one."""
@@ -381,35 +411,3 @@ def attach_fake_quantization(model, bits, group=None):
         layer.rounded_to = form
         layer.forward = MethodType(rounded_forward, layer)
     return len(forms)
-
-
-# ------------------------------------------------------------------------- kernels and config.json
-
-@functools.cache
-def load_kernels():
-    """kernels.cu as a module, compiled at the first use; None, said once, where that can't be."""
-    from torch.utils.cpp_extension import load
-    say("kernels.cu: compiling, or loading what was compiled before (a minute the first time) ...")
-    try:
-        return load("fingpt_kernels", [str(Path(__file__).with_name("kernels.cu"))])
-    except (RuntimeError, OSError, ImportError) as e:
-        why = str(e).strip().splitlines()[0][:200]
-        say(f"kernels.cu is not used, which is slower: it needs nvcc and ninja ({why})")
-        return None
-
-
-def describe(layer):
-    """What config.json says of a quantized layer."""
-    kind = next(kind for kind, cls in KINDS.items() if type(layer) is cls)
-    form = dict(kind=kind, bits=matrices(layer)[0].bits, group=[m.group for m in matrices(layer)])
-    return form | dict(rank=layer.rank) if kind == "quant lowrank" else form
-
-
-def from_description(form, dense):
-    """An empty layer of the form that describe() gave, in the place of `dense`: nn.Linear or nn.Embedding."""
-    out, width = dense.weight.shape
-    shapes = [(form["rank"], width), (out, form["rank"])] if "rank" in form else [(out, width)]
-    parts = [QuantMatrix(*shape, form["bits"], group) for shape, group in zip(shapes, form["group"])]
-    if isinstance(dense, nn.Linear) and dense.bias is not None:
-        parts.append(nn.Parameter(torch.empty(out)))
-    return KINDS[form["kind"]](*parts)

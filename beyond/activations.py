@@ -70,8 +70,7 @@ class Moments:
     def factors(self, W, r):
         """B (out, r) and A (r, in) whose B A X is nearest to W X, in float32; and the eigenvalues (m,)."""
         W = W.detach().float()
-        values, vectors = eigen(W, r, self.gram)
-        V = vectors[:, :r]
+        values, V = eigen(W, r, self.gram)
         if W.shape[0] <= W.shape[1]:
             return balanced(V, V.T @ W), values
         B = W @ (self.C.float() @ V)
@@ -168,30 +167,28 @@ class LazyModel:
 class Calibrated:
     """Decompose a model for the inputs that the windows [(1, T)] of a text give. work: a decompose.Work."""
 
-    def __init__(self, work, shapes, windows):
-        self.work, self.shapes, self.windows = work, shapes, windows
+    def __init__(self, work, windows):
+        self.work, self.windows = work, windows
 
     def walk(self, doing, change, device):
-        """change(layers, moments, mine), with the moments of the layers' inputs and this process's share of them.
-        """
+        """change(layers, moments): the Moments of the inputs that the layers share."""
         def with_moments(layers, inputs):
             width = next(iter(layers.values())).in_features
-            moments = Moments(second_moments(inputs, width, device))
-            return change(layers, moments, self.work.mine({name: self.shapes[name] for name in layers}))
+            return change(layers, Moments(second_moments(inputs, width, device)))
 
         lazy = LazyModel(self.work, device)
         walk(lazy.blocks(doing), lazy.begin(self.windows[rank()::world_size()]), with_moments)
 
     def losses(self, device):
         """What it costs to cut off each eigenvalue of each layer: name -> (m,), largest first."""
-        def look(layers, moments, mine):
-            for name in mine:
+        def look(layers, moments):
+            for name in self.work.mine(layers):
                 self.work.save(f"spectrum-{name}", moments.eigenvalues(layers[name].weight).tolist())
             return {}
 
         self.walk("spectra", look, device)
         weights = self.sensitivities(device)
-        return {name: weights[name] * values for name, values in self.work.spectra(self.shapes).items()}
+        return {name: weights[name] * values for name, values in self.work.spectra().items()}
 
     def sensitivities(self, device):
         """name -> the sum over the windows, in one order, whichever process found what."""
@@ -202,26 +199,24 @@ class Calibrated:
             self.work.save(f"sensitivities-{n}", {name: values[i] for name, values in found.items()})
         barrier()
         rows = [self.work.read(f"sensitivities-{n}") for n in range(count)]
-        return {name: sum(sorted(row[name] for row in rows)) for name in self.shapes}
+        return {name: sum(sorted(row[name] for row in rows)) for name in self.work.shapes}
 
     def decompose(self, ranks, device):
-        """Each layer is decomposed for the inputs it now has; then the text goes on through its factors."""
-        def change(layers, moments, mine):
-            for name in mine:
+        """Each layer is decomposed for the inputs it now has; then the text goes on through its factors, in the
+        dtype of the model's files."""
+        def change(layers, moments):
+            for name in self.work.mine(layers):
                 self.work.save_layer(name, ranks[name], *moments.factors(layers[name].weight, ranks[name] or 1))
             barrier()
-            return {name: self.low_rank(name, dense) for name, dense in layers.items() if ranks[name]}
+            return {name: low_rank(name, dense) for name, dense in layers.items() if ranks[name]}
+
+        def low_rank(name, dense):
+            layer = LowRankLinear(dense.in_features, dense.out_features, ranks[name], bias=False)
+            layer.load_state_dict(self.work.factors(name))
+            layer.bias = dense.bias
+            return layer.to(dense.weight.device)
 
         self.walk("decomposing", change, device)
-
-    def low_rank(self, name, dense):
-        """The layer as it was saved: in the dtype of the model's files."""
-        factors = self.work.factors(name)
-        A, B = (factors[f"{name}.{key}"] for key in "AB")
-        layer = LowRankLinear(dense.in_features, dense.out_features, len(A), bias=False)
-        layer.load_state_dict(dict(A=A, B=B))
-        layer.bias = dense.bias
-        return layer.to(dense.weight.device)
 
 
 def sensitivities(lazy, windows):

@@ -133,7 +133,7 @@ def test_sensitivities_are_those_of_a_whole_backward_pass(kind, tmp_path):
             hook.remove()
     source = open_dense(tmp_path / "dense")
     with torch.no_grad():
-        found = sensitivities(LazyModel(Work(source, tmp_path / "out"), "cpu"), windows)
+        found = sensitivities(LazyModel(Work(source, tmp_path / "out", {}), "cpu"), windows)
     assert found.keys() == gradients.keys()
     for name, g in gradients.items():
         assert found[name] == pytest.approx(g, rel=1e-4)
