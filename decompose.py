@@ -8,8 +8,8 @@
 The output is a model folder (eval.py, sample.py and train.py --init-from read it) with spectra.png and
 summary.json.
 
-Plain: every matrix is replaced by the nearest one of its rank (lowrank.svd_factors). Processes need nothing from
-each other: each has a share of the matrices, and leaves in OUT.work what it is done with.
+Plain: every matrix is replaced by the nearest one of its rank (lowrank.svd_factors). Processes need nothing
+from each other: each has a share of the matrices, and leaves in OUT.work what it is done with.
 With --calibration: by the one whose outputs for a text are nearest, block by block (beyond/activations.py).
 
 Ranks (--ratio): one budget of parameters for all matrices, spent where a parameter saves most. Without a text
@@ -185,7 +185,8 @@ def finish(work, args, device):
     path = Path(args.model)
     model = str(path.resolve()) if path.exists() else args.model  # train.py finds it wherever it is started
     write_config(out, source.config, layers, files, decomposed_from=model)
-    plot_spectra(out / "spectra.png", rows, f"{args.model}, {'activations' if args.calibration else 'weights'}")
+    how = "activations" if args.calibration else "weights"
+    plot_spectra(out / "spectra.png", rows, f"{args.model}, {how}")
     with torch.device("meta"):
         before = count_parameters(Transformer(source.config))
     after = count_parameters(build(source.config, layers))
@@ -193,8 +194,8 @@ def finish(work, args, device):
     kept = sum(size(shape, rows[name]["rank"]) for name, shape in work.shapes.items()) / whole
     say(f"{len(layers)} of {len(rows)} matrices low-rank, {millions(before)} -> {millions(after)} parameters "
         f"({before / after:.2f}x), {kept:.1%} of the blocks' matrices: {work.out}")
-    summary = dict(parameters=after, parameters_full_rank=before, compression=before / after, block_share=kept,
-                   ranks={name: row["rank"] for name, row in rows.items()},
+    summary = dict(parameters=after, parameters_full_rank=before, compression=before / after,
+                   block_share=kept, ranks={name: row["rank"] for name, row in rows.items()},
                    kept={name: row["kept"] for name, row in rows.items()},
                    seconds=time.perf_counter() - work.started, peak_memory_bytes=peak_memory(device),
                    processes=world_size(), device=str(device), arguments=vars(args))
@@ -220,8 +221,8 @@ def write_shards(work, layers, out):
 
 
 def plot_spectra(path, rows, title):
-    """For each kind of matrix the singular values of all layers over the largest, the first layer dark; a dot at
-    the rank."""
+    """For each kind of matrix the singular values of all layers over the largest, the first layer dark; a dot
+    at the rank."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -249,12 +250,12 @@ def plot_spectra(path, rows, title):
 def parse(argv):
     p = Parser(__doc__)
     p.add_argument("--model", required=True, help="a known name, a folder or a file; dense")
-    p.add_argument("--rank", type=at_least_1, help="one rank for every linear layer of the blocks; a matrix that "
-                   "this would not make smaller stays dense")
+    p.add_argument("--rank", type=at_least_1,
+                   help="of every linear layer of the blocks; what this would not make smaller stays dense")
     p.add_argument("--ratio", type=share,
                    help="or: the share of the blocks' matrices to keep, with ranks chosen under this budget")
-    p.add_argument("--calibration", metavar="TEXT", help="keep the outputs for this text, not the weights, as "
-                   "they are: a file, a folder or builtin (default: none, plain SVD)")
+    p.add_argument("--calibration", metavar="TEXT", help="keep the outputs for this text, not the weights: a "
+                   "file, a folder or builtin (default: none, plain SVD)")
     p.add_argument("--out-dir", default="out/decomposed", help="the new model folder (default: %(default)s)")
     args = p.parse_args(argv)
     if (args.rank is None) == (args.ratio is None):

@@ -113,7 +113,7 @@ class BlendedLinear(Layer):
 
     def forward(self, x):
         h = F.linear(x, self.lowrank.A)  # (..., r)
-        y = self.alpha * F.linear(x, self.weight) + (1 - self.alpha) * F.linear(h, self.lowrank.B)  # (..., out)
+        y = self.alpha * F.linear(x, self.weight) + (1 - self.alpha) * F.linear(h, self.lowrank.B)
         return y if self.bias is None else y + self.bias
 
     @property
@@ -198,9 +198,9 @@ def init_factors(A, B, std, start="normal"):
 
 
 def svd_factors(W, r):
-    """The truncated SVD U S V^T of W (out, in): (U S^1/2, S^1/2 V^T) and S^2 (m,). From the eigenproblem of the
-    smaller side, W W^T = U S^2 U^T (then A ~ U^T W) or W^T W = V S^2 V^T (then B ~ W V): several times as fast
-    as the SVD of W itself."""
+    """The truncated SVD U S V^T of W (out, in): (U S^1/2, S^1/2 V^T) and S^2 (m,). From the eigenproblem of
+    the smaller side, W W^T = U S^2 U^T (then A ~ U^T W) or W^T W = V S^2 V^T (then B ~ W V): several times as
+    fast as the SVD of W itself."""
     W = W.detach().float()
     values, V = eigen(W, r, gram)
     B, A = (V, V.T @ W) if W.shape[0] <= W.shape[1] else (W @ V, V.T)
@@ -213,9 +213,9 @@ def gram(W):
 
 
 def eigen(W, r, gram):
-    """All eigenvalues (m,) of gram(W) in float64, largest first, and r eigenvectors, the columns of (m, r). One
-    below 1e-7 of the largest is lost in float32. That matters only if what is cut off is so small: below 1e-3,
-    all is done again in float64, which costs twice the time."""
+    """All eigenvalues (m,) of gram(W) in float64, largest first, and r eigenvectors, the columns of (m, r).
+    Values below 1e-7 of the largest are lost in float32. That matters only if what is cut off is so small:
+    below 1e-3, all is done again in float64, which costs twice the time."""
     values, vectors = torch.linalg.eigh(gram(W))
     if values[:-r].clamp_min(0).sum() < FLOAT32_IS_ENOUGH * values[-1]:
         values, vectors = torch.linalg.eigh(gram(W.double()))
@@ -354,7 +354,8 @@ def attach_lora(model, r=8, alpha=32, targets=("q", "k", "v", "qkv"), dropout=0.
     model.requires_grad_(False)
     base, wrapped = count_parameters(model), swap_layers(model, make)
     if not wrapped:
-        raise InputError(f"no layer is called {', '.join(targets)}: this model has {', '.join(sorted(names))}")
+        there = ", ".join(sorted(names))
+        raise InputError(f"no layer is called {', '.join(targets)}: this model has {there}")
     trainable = count_parameters(model) - base
     return (f"attached {len(wrapped)} adapters: {trainable:,} trainable parameters "
             f"({trainable / base:.2%} of the base's {millions(base)})")

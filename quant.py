@@ -40,8 +40,8 @@ MANY_ROWS = 128             # with more, a GPU is faster with a dequantized W
 
 
 def check_format(bits, group, width):
-    """The length of a vector. group: numbers, 0 for a whole row, or None: the largest power of two up to 64 that
-    divides the row, if that is worth a scale; a whole row at 8 bits."""
+    """The length of a vector. group: numbers, 0 for a whole row, or None: at 4 bits the largest power of two
+    up to 64 that divides the row, if that is worth a scale; at 8 a whole row."""
     if bits not in (4, 8):
         raise InputError(f"bits must be 4 or 8, got {bits}")
     if group is None:
@@ -351,13 +351,14 @@ def tie(model):
 
 
 def formats(model, bits, group=None):
-    """name -> (bits, group) of what is quantized: linear layers and a dense W^E. Position table and norms stay
-    in 16 bit. Where W^E and W^H are one matrix, which every token meets twice, it stays at 8 bits."""
+    """name -> (bits, group) of what is quantized: linear layers and a dense W^E. The rest stays in 16 bit.
+    Where W^E and W^H are one matrix, which every token meets twice, it stays at 8 bits."""
     embed, head = model.embed, model.head
     tied = isinstance(head, nn.Linear) and isinstance(embed, nn.Embedding) and head.weight is embed.weight
     forms = {}
     for name, m in model.named_modules():
-        if isinstance(m, (nn.Linear, LowRankLinear, BlendedLinear)) or m is embed and isinstance(m, nn.Embedding):
+        linear = isinstance(m, (nn.Linear, LowRankLinear, BlendedLinear))
+        if linear or m is embed and isinstance(m, nn.Embedding):
             forms[name] = (8, None) if tied and bits == 4 and m in (embed, head) else (bits, group)
     return forms
 

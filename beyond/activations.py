@@ -202,11 +202,12 @@ class Calibrated:
         return {name: sum(sorted(row[name] for row in rows)) for name in self.work.shapes}
 
     def decompose(self, ranks, device):
-        """Each layer is decomposed for the inputs it now has; then the text goes on through its factors, in the
-        dtype of the model's files."""
+        """Each layer is decomposed for the inputs it now has; then the text goes on through its factors, in
+        the dtype of the model's files."""
         def change(layers, moments):
             for name in self.work.mine(layers):
-                self.work.save_layer(name, ranks[name], *moments.factors(layers[name].weight, ranks[name] or 1))
+                r = ranks[name]
+                self.work.save_layer(name, r, *moments.factors(layers[name].weight, r or 1))
             barrier()
             return {name: low_rank(name, dense) for name, dense in layers.items() if ranks[name]}
 
