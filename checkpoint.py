@@ -134,9 +134,14 @@ class FolderSource(Source):
     """A model folder of this project, read as common/formats.py reads those of others."""
 
     def __init__(self, path, config):
-        self.path, self.files = path, [path / file for file in config["files"]]
-        self.config, self.layers = make_config(path / "config.json", config["architecture"]), config["layers"]
-        model, stored = build(self.config, self.layers), read_headers(self.files)
+        self.path, self.layers, file = path, config.get("layers"), path / "config.json"
+        try:
+            self.files = [path / name for name in config["files"]]
+            self.config = make_config(file, config["architecture"])
+            model = build(self.config, self.layers)
+        except (AttributeError, KeyError, TypeError, RuntimeError) as e:
+            raise InputError(f"{file} is damaged ({type(e).__name__}: {e}): get the folder again") from None
+        stored = read_headers(self.files)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
         self.find(stored, self.shapes)
         self.bytes = sum(file.stat().st_size for file in self.files)
