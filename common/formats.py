@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from common.cli import InputError, check_folder, write_atomic
+from common.cli import check_folder, refuse, write_atomic
 from common.gguf_file import read_gguf, read_rows
 from common.storage import opened, replaced, sharded, write_tensors
 from common.tokenizer import from_gguf, load_tokenizer, read_json
@@ -135,17 +135,16 @@ class Source:
         stored: the name there -> Stored or Packed. shapes: our name -> shape there, under theirs(our name).
         optional: ends of names that may be there."""
         wanted = {name: theirs(name) for name in shapes}
-        if missing := [key for key in wanted.values() if key not in stored]:
-            raise InputError(f"{self.path} lacks {len(missing)} of {len(wanted)} tensors, {missing[0]} among "
-                             "them: get the files again")
-        unexpected = [key for key in sorted(stored.keys() - wanted.values()) if not key.endswith(optional)]
-        if unexpected:
-            raise InputError(f"{self.path} has {len(unexpected)} tensors that a {self.config.kind} model "
-                             f"doesn't have, {unexpected[0]} among them: is it another, or quantized?")
+        missing = [key for key in wanted.values() if key not in stored]
+        refuse(missing, f"{self.path} lacks {len(missing)} of {len(wanted)} tensors, {''.join(missing[:1])} "
+               "among them: get the files again")
+        other = [key for key in sorted(stored.keys() - wanted.values()) if not key.endswith(optional)]
+        refuse(other, f"{self.path} has {len(other)} tensors that a {self.config.kind} model doesn't have, "
+               f"{''.join(other[:1])} among them: is it another, or quantized?")
         for name, key in wanted.items():
-            if stored[key].shape != shapes[name]:
-                raise InputError(f"{self.path}: {key} has the shape {stored[key].shape}, its configuration "
-                                 f"asks for {shapes[name]}: weights and configuration are not of one model")
+            refuse(stored[key].shape != shapes[name],
+                   f"{self.path}: {key} has the shape {stored[key].shape}, its configuration asks for "
+                   f"{shapes[name]}: weights and configuration are not of one model")
         self.stored = {name: stored[key] for name, key in wanted.items()}
         self.bits = {name: tensor.bits for name, tensor in self.stored.items()}
 
@@ -166,9 +165,8 @@ def open_source(path):
     if (path / "config.json").is_file():
         return HuggingFaceSource(path)
     files = [path] if path.suffix == ".gguf" and path.is_file() else sorted(path.glob("*.gguf"))
-    if len(files) != 1:
-        raise InputError(f"{path} is no model that can be read: neither a folder with config.json and "
-                         f"model.safetensors, nor a .gguf file or a folder with one (it has {len(files)})")
+    refuse(len(files) != 1, f"{path} is no model that can be read: neither a folder with config.json and "
+           f"model.safetensors, nor a .gguf file or a folder with one (it has {len(files)})")
     return GGUFSource(files[0])
 
 
@@ -184,14 +182,12 @@ LARGEST = dict.fromkeys(TYPES, 1 << 26) | dict(blocks=1 << 12, rope_base=1e12)
 
 def make_config(file, settings, keys=None):
     """Config(**settings), each of the type that its field has. keys: our names -> theirs, for the error."""
-    values = {}
     for name, value in settings.items():
         kind = TYPES.get(name)
-        values[name] = float(value) if kind is float and type(value) is int else value
-        if type(values[name]) is not kind or kind in (int, float) and not 0 <= value <= LARGEST[name]:
-            raise InputError(f"{file}: {(keys or {}).get(name, name)} is {str(value)[:50]}, and no model can "
-                             "have that: get the file again, or another model")
-    return Config(**values)
+        right = type(value) is kind or kind is float and type(value) is int
+        refuse(not right or kind in (int, float) and not 0 <= value <= LARGEST[name],
+               f"{file}: {(keys or {}).get(name, name)} is {str(value)[:50]}, and no model can have that")
+    return Config(**{name: TYPES[name](value) for name, value in settings.items()})
 
 
 def read_settings(file, kind, column_name, theirs, defaults):
@@ -206,25 +202,22 @@ def read_settings(file, kind, column_name, theirs, defaults):
 
 def require(file, settings, allowed):
     for key, values in allowed.items():
-        if settings.get(key, values[0]) not in values:
-            wanted = " or ".join(map(repr, values))
-            raise InputError(f"{file}: {key} is {settings[key]!r}; only {wanted} is supported")
+        value, known = settings.get(key, values[0]), " or ".join(map(repr, values))
+        refuse(value not in values, f"{file}: {key} is {value!r}; only {known} is supported")
 
 
 # ------------------------------------------------------------------------------------ Hugging Face: reading
 
 def huggingface_config(file):
     """config.json -> Config. Values left out have transformers' defaults."""
-    theirs = read_json(file)
-    kind = theirs.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise InputError(f"{file}: model_type is {kind!r}; only {', '.join(FAMILIES)} can be read")
+    theirs = {"model_type": None} | read_json(file)
+    require(file, theirs, {"model_type": list(FAMILIES)})
+    kind = theirs["model_type"]
     family = FAMILIES[kind]
     for key, alias in GPT2_ALIASES.items() if kind == "gpt2" else ():
         require(file, theirs, {alias: (theirs.setdefault(key, theirs.get(alias)),)})
     rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{file}: rope_scaling or rope_parameters is no object: get the file again")
+    refuse(not isinstance(rope, dict), f"{file}: rope_scaling or rope_parameters is no object: get it again")
     theirs["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta"))
     theirs["rope_scaling"] = rope.get("rope_type", rope.get("type", "default"))
     if theirs["rope_scaling"] == "linear" and rope.get("factor") == 1:
@@ -268,9 +261,8 @@ class HuggingFaceSource(Source):
         files, stored = safetensors_files(folder), {}
         for key, tensor in read_headers(files).items():
             name = key.removeprefix("_orig_mod.").removeprefix("transformer.").removeprefix("model.")
-            if name in stored:
-                raise InputError(f"{folder} has both {stored[name].key} and {key}: remove one of them")
-            stored[name] = tensor
+            other = stored.setdefault(name, tensor).key
+            refuse(other != key, f"{folder} has both {other} and {key}: remove one of them")
         self.find_head(stored)
         self.shapes = shapes_of(self.config)
         there = {name: shape[::-1] if is_transposed(name, self.family) else shape
@@ -291,11 +283,8 @@ class HuggingFaceSource(Source):
         return their_name(name, self.family.column)
 
     def get(self, name, rows=None):
-        stored = self.stored[name]
-        tensor = stored.read()
-        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise InputError(f"{stored.file}: {stored.key} is stored as {tensor.dtype}: "
-                             "get the model in float32, float16 or bfloat16")
+        tensor = self.stored[name].read()
+        refuse(not tensor.is_floating_point(), f"{self.path}: {name} is stored as {tensor.dtype}")
         tensor = tensor.t() if is_transposed(name, self.family) else tensor
         return tensor if tensor.dim() == 1 else tensor[:rows]
 
@@ -305,20 +294,16 @@ def safetensors_files(folder):
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
-    if not index.is_file() and list(folder.glob("*.bin")):
-        raise InputError(f"{folder} has pickled weights (*.bin), and opening a pickle can run code. If you "
-                         "trust it, convert it with transformers: "
-                         f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(OUT)")
-    if not index.is_file():
-        raise InputError(f"{folder} has a config.json, but neither model.safetensors nor {index.name}: "
-                         "copy the weights there")
+    refuse(not index.is_file() and list(folder.glob("*.bin")),
+           f"{folder} has pickled weights (*.bin), and opening a pickle can run code. If you trust it: "
+           f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(OUT)")
+    refuse(not index.is_file(), f"{folder} has neither {single.name} nor {index.name}: copy them there")
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise InputError(f"{index} has no weight_map, which says where the weights are: get it again")
+    whole = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    refuse(not whole, f"{index} has no weight_map, which says where the weights are: get it again")
     files = [folder / name for name in sorted(set(names.values()))]
-    if lost := [file.name for file in files if not file.is_file()]:
-        raise InputError(f"{folder} lacks {len(lost)} of the {len(files)} shards in {index.name}, "
-                         f"{lost[0]} among them: copy or download it")
+    lost = [file.name for file in files if not file.is_file()]
+    refuse(lost, f"{folder} lacks {len(lost)} of the {len(files)} shards in {index.name}: get {lost[:1]}")
     return files
 
 
@@ -399,8 +384,8 @@ class GGUFSource(Source):
         self.shapes = shapes_of(self.config)
         self.find(packed, self.shapes, lambda name: their_name(name, "gguf"), "rope_freqs.weight")
         factors = packed.get("rope_freqs.weight")
-        if factors and not torch.equal(read_rows(file, factors), torch.ones(factors.shape)):
-            raise InputError(f"{file}: rope_freqs.weight scales RoPE's frequencies, which is not supported")
+        refuse(factors and not torch.equal(read_rows(file, factors), torch.ones(factors.shape)),
+               f"{file}: rope_freqs.weight scales RoPE's frequencies, which is not supported")
 
     def get(self, name, rows=None):
         """Its rows in our order: of RoPE's neighbours 0 2 4 ... 1 3 5 ... of each head."""
@@ -415,10 +400,9 @@ class GGUFSource(Source):
         if "tokenizer.ggml.model" not in self.fields:
             return None
         tokens, rows = self.fields.get("tokenizer.ggml.tokens"), self.config.vocab_size
-        if not isinstance(tokens, list) or len(tokens) > rows:
-            raise InputError(f"{self.path} has no list of at most {rows:,} tokens, the rows of its embedding")
+        refuse(not isinstance(tokens, list) or len(tokens) > rows,
+               f"{self.path} has no list of at most {rows:,} tokens, the rows of its embedding")
         for role in ("bos", "eos"):
-            token = self.fields.get(f"tokenizer.ggml.{role}_token_id", 0)
-            if token not in range(len(tokens)):
-                raise InputError(f"{self.path}: its {role} is token {token} of {len(tokens):,}: get another file")
+            i = self.fields.get(f"tokenizer.ggml.{role}_token_id", 0)
+            refuse(i not in range(len(tokens)), f"{self.path}: its {role} is {i} of {len(tokens)} tokens")
         return from_gguf(self.path.stem, self.fields)

@@ -10,7 +10,7 @@ The state of a run is a folder that has the optimizer beside the model, so that 
     OUT/model.safetensors  ... the same files as in state/, by hard link: OUT is itself a model or an adapter
 
 Everything is written beside, synced, then renamed: a process killed at any moment leaves a state that can be
-read. Nothing here is ever unpickled.
+read. Nothing is ever unpickled.
 """
 import contextlib
 import hashlib
@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common.cli import InputError, write_atomic
+from common.cli import InputError, refuse, write_atomic
 
 SHARD_BYTES = 4 << 30  # of a file of a model, about
 
@@ -44,12 +44,10 @@ def write_tensors(path, tensors):
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, partial, metadata={"format": "pt", "sha256": digest.hexdigest()})
-    except SafetensorError as e:
+    except SafetensorError as e:  # which hides the number of a full disk in its text
         partial.unlink(missing_ok=True)
-        code = re.search(r"os error (\d+)", str(e))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+        code = int(re.search(r"os error (\d+)|$", str(e))[1] or 0)
+        raise OSError(code, os.strerror(code), str(path)) from e
     os.chmod(partial, 0o644)  # safetensors makes its files readable for their owner alone
     with open(partial, "rb+") as f:
         os.fsync(f.fileno())
@@ -81,9 +79,7 @@ def read_tensors(path):
         yield name, tensor
         del tensor  # before the next one comes
     found = digest.hexdigest()
-    if wanted and wanted != found:
-        raise InputError(f"{path} was altered after it was written: its checksum is {found[:12]}, "
-                         f"it should be {wanted[:12]}")
+    refuse(wanted not in (None, found), f"{path} was altered after it was written: its checksum differs")
 
 
 def sharded(sizes):
@@ -103,10 +99,8 @@ def sharded(sizes):
 def sync_folder(path):
     """Make renames inside a folder last through a power cut."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 @contextlib.contextmanager

@@ -62,8 +62,8 @@ def byte_level_bpe(name, vocab, merges, cut, special, added=()):
     try:
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=cut is LLAMA3))
     except Exception as e:  # the library has no narrower class
-        why = str(e).splitlines()[0]
-        raise InputError(f"{name}: its merges do not fit its vocabulary ({why}): get the file again") from None
+        why = f"its merges do not fit its vocabulary ({str(e).splitlines()[0]})"
+        raise InputError(f"{name}: {why}: get the file again") from None
     if cut is QWEN2:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer, backend.decoder = cut, decoders.ByteLevel()

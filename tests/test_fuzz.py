@@ -178,7 +178,7 @@ def test_header_of_gguf(kind, tmp_path):
     def read():
         source = formats.open_source(file)
         return source.tokenizer(), dict(source.tensors())
-    kept = survivors(lambda draw: damaged_bytes(draw, raw, start), file.write_bytes, read, 1000)
+    kept = survivors(lambda draw: damaged_bytes(draw, raw, start), file.write_bytes, read, 600)
     for content, _ in kept[:COMPARED]:
         file.write_bytes(content)
         reference = reference_of(tmp_path, gguf_file=file.name)
