@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import load_model
-from common.adapters import base_id, load_adapter
-from common.cli import InputError, Parser, at_least_1, command, not_negative
+from common.adapters import base_id, bits_of, load_adapter
+from common.cli import InputError, Parser, at_least_1, command, not_negative, refuse
 from common.device import find_device
 from common.generate import generate
 from common.tokenizer import render_chat
@@ -37,21 +37,17 @@ def parse(argv):
     p.add_argument("--model", default="out/train", help="folder, file or known name (default: %(default)s)")
     p.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR",
                    help="of finetune.py or PEFT; several with names for --prompts (default: the bare base)")
-    p.add_argument("--bits", type=int, default=16,
-                   help="8 or 4: quantize the weights while loading (default: %(default)s)")
+    p.add_argument("--bits", type=int, default=16, help="8 or 4: quantize (default: %(default)s)")
     p.add_argument("--prompt", help="the text to continue (default: a new line)")
     p.add_argument("--prompts", metavar="FILE.jsonl", help="many texts, one a line (default: --prompt)")
     p.add_argument("--chat", action="store_true", help="talk with an instruction-tuned model")
-    p.add_argument("--max-new-tokens", type=at_least_1, default=200,
-                   help="tokens to write at most, for each prompt (default: %(default)s)")
-    p.add_argument("--temperature", type=not_negative, default=0.8,
-                   help="0 always takes the likeliest token (default: %(default)s)")
+    p.add_argument("--max-new-tokens", type=at_least_1, default=200, help="at most (default: %(default)s)")
+    p.add_argument("--temperature", type=not_negative, default=0.8, help="0: greedy (default: %(default)s)")
     args = p.parse_args(argv)
-    if [args.prompt is not None, bool(args.prompts), args.chat].count(True) > 1:
-        raise InputError("--prompt, --prompts and --chat exclude each other: give one of them")
-    if len(args.adapter) > 1 and not args.prompts:
-        raise InputError(f"{len(args.adapter)} adapters, and nothing says which one to use: give one, or "
-                         "--prompts with a name in each line")
+    refuse([args.prompt is not None, bool(args.prompts), args.chat].count(True) > 1,
+           "--prompt, --prompts and --chat exclude each other: give one of them")
+    refuse(len(args.adapter) > 1 and not args.prompts, f"{len(args.adapter)} adapters, and nothing says "
+           "which one to use: give one, or --prompts with a name in each line")
     return args
 
 
@@ -62,18 +58,10 @@ def named_folders(words):
         name, equals, folder = word.partition("=")
         if not equals or Path(word).is_dir():
             name, folder = word, word
-        if not folder:
-            raise InputError(f"--adapter {word} has no folder: write NAME=DIR")
-        if name in folders:
-            raise InputError(f"two adapters are called {name}: give each a name of its own")
+        refuse(not folder, f"--adapter {word} has no folder: write NAME=DIR")
+        refuse(name in folders, f"two adapters are called {name}: give each a name of its own")
         folders[name] = folder
     return folders
-
-
-def with_begin(tokenizer, text):
-    """Token ids of a prompt."""
-    begin = [] if tokenizer.begin is None else [tokenizer.begin]
-    return begin + tokenizer.encode(text)
 
 
 # ----------------------------------------------------------------------------- one text
@@ -82,7 +70,7 @@ def write(model, tokenizer, ids, args, generator, cache=None):
     """Stream the continuation of ids to the terminal; returns its text and its tokens."""
     from beyond.decoding import decoding_step
     stream, text, tokens = tokenizer.stream(), "", []
-    steps = generate(model, [ids], args.max_new_tokens, args.temperature, 0, TOP_P, tokenizer.stop_ids,
+    steps = generate(model, [ids], args.max_new_tokens, args.temperature, TOP_P, tokenizer.stop_ids,
                      generator, vocabulary=tokenizer.vocab_size, cache=cache, make_step=decoding_step)
     for (token,) in steps:
         tokens.append(token)
@@ -96,22 +84,21 @@ def write(model, tokenizer, ids, args, generator, cache=None):
 
 def one(model, tokenizer, args, generator, device):
     prompt = "\n" if args.prompt is None else args.prompt
-    ids = with_begin(tokenizer, prompt)
-    if not ids:
-        raise InputError("the prompt is empty: give --prompt at least one character")
+    ids = tokenizer.encode(prompt, around=True)
+    refuse(not ids, "the prompt is empty: give --prompt at least one character")
     print(prompt, end="", flush=True)
     start = time.perf_counter()
     _, tokens = write(model, tokenizer, ids, args, generator)
     seconds = time.perf_counter() - start
-    print(f"[{len(tokens)} tokens in {seconds:.1f} s, {len(tokens) / seconds:.1f} tokens/s on {device.name}]",
-          file=sys.stderr)
+    slow = bits_of(model) == 16 and device.torch_device.type == "cpu"
+    print(f"[{len(tokens)} tokens in {seconds:.1f} s, {len(tokens) / seconds:.1f} tokens/s on {device.name}"
+          f"{', at 16 bit: --bits 8 is several times as fast on a CPU' if slow else ''}]", file=sys.stderr)
 
 
 def chat(model, tokenizer, args, generator):
     """Answer each line with the whole conversation as the prompt, until an empty line or the end of input.
     The cache stays between turns; the next prompt begins with nearly all that it has read."""
-    if not tokenizer.chat_template:
-        raise InputError(f"{args.model} has no chat template: use --prompt")
+    refuse(not tokenizer.chat_template, f"{args.model} has no chat template: use --prompt")
     cache = KVCache(model.config, 1, model.config.context, model.norm.weight.device)
     messages, known = [], []
     while True:
@@ -140,9 +127,8 @@ def make_pool(model, tokens=None, sequences=0):
     """A pool for so many tokens of so many sequences (None: any), or for as many as KV_MEMORY holds."""
     from beyond.paged_cache import SIZE, Pool, bytes_per_token
     device, dtype = model.norm.weight.device, model.norm.weight.dtype
-    blocks = KV_MEMORY // (SIZE * bytes_per_token(model.config, dtype))
-    if tokens is not None:
-        blocks = min(blocks, tokens // SIZE + sequences)
+    most = KV_MEMORY // (SIZE * bytes_per_token(model.config, dtype))
+    blocks = most if tokens is None else min(most, tokens // SIZE + sequences)
     return Pool(model.config, blocks, device=device, dtype=dtype)
 
 
@@ -155,20 +141,19 @@ def read_requests(args, tokenizer, default):
         raise InputError(f"--prompts {args.prompts}: {e.strerror}") from None
     requests = {}
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                prompt, adapter = row["prompt"], row.get("adapter", default)
-                ids = with_begin(tokenizer, prompt)
-            except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, no text
-                ids = []
-            if not ids or set(row) - {"prompt", "adapter"} or not isinstance(adapter, str | None):
-                raise InputError(f"{args.prompts}, line {number}: a line is "
-                                 '{"prompt": "...", "adapter": "NAME"}, the adapter may be left out')
-            requests[number] = Request(ids, args.max_new_tokens, args.temperature, TOP_P, SEED + number - 1,
-                                       adapter)
-    if not requests:
-        raise InputError(f'--prompts {args.prompts} is empty: write lines like {{"prompt": "..."}}')
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            ids, adapter = tokenizer.encode(row["prompt"], around=True), row.get("adapter", default)
+        except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, no text
+            ids = []
+        good = ids and set(row) <= {"prompt", "adapter"} and isinstance(adapter, str | None)
+        refuse(not good, f"{args.prompts}, line {number}: a line is "
+               '{"prompt": "...", "adapter": "NAME"}, the adapter may be left out')
+        seed = SEED + number - 1
+        requests[number] = Request(ids, args.max_new_tokens, args.temperature, TOP_P, seed, adapter)
+    refuse(not requests, f'--prompts {args.prompts} is empty: write lines like {{"prompt": "..."}}')
     return requests
 
 
@@ -179,20 +164,19 @@ def many(model, tokenizer, args):
     adapters = Adapters(model, folders, base_id(args.model) if folders else None)
     requests = read_requests(args, tokenizer, next(iter(folders)) if len(folders) == 1 else None)
     wanted = sum(len(r.prompt) + args.max_new_tokens for r in requests.values())
-    engine = Engine(model, make_pool(model, wanted, len(requests)), tokenizer.stop_ids, tokenizer.vocab_size,
-                    adapters)
+    pool = make_pool(model, wanted, len(requests))
+    engine = Engine(model, pool, tokenizer.stop_ids, tokenizer.vocab_size, adapters)
     for line, request in requests.items():
         try:
             engine.check(request)
         except InputError as e:
             raise InputError(f"{args.prompts}, line {line}: {e}") from None
-    line_of = {id(request): line for line, request in requests.items()}
-    start = time.perf_counter()
+    line_of, start = {request: line for line, request in requests.items()}, time.perf_counter()
     for r in tqdm(engine.run(requests.values()), total=len(requests), unit=" prompts", disable=None):
         seconds = r.ended - r.started
         text = tokenizer.decode([t for t in r.tokens if t not in tokenizer.stop_ids])
-        row = dict(line=line_of[id(r)], adapter=r.adapter, text=text, tokens=r.tokens,
-                   seconds=round(seconds, 4), tokens_per_second=round(len(r.tokens) / seconds, 2))
+        row = dict(line=line_of[r], adapter=r.adapter, text=text, tokens=r.tokens, seconds=round(seconds, 4),
+                   tokens_per_second=round(len(r.tokens) / seconds, 2))
         print(json.dumps(row, ensure_ascii=False), flush=True)
     seconds, written = time.perf_counter() - start, sum(len(r.tokens) for r in requests.values())
     print(f"[{len(requests)} prompts, {written} tokens in {seconds:.1f} s, {written / seconds:.1f} tokens/s; "
@@ -203,8 +187,7 @@ def open_model(name, bits):
     """(model, tokenizer, device), in float32."""
     device = find_device("float32")
     model, tokenizer = load_model(name, device.torch_device, bits=bits)
-    if tokenizer is None:
-        raise InputError(f"{name} has no tokenizer beside its weights: put a tokenizer.json there")
+    refuse(tokenizer is None, f"{name} has no tokenizer beside its weights: put a tokenizer.json there")
     return model.eval(), tokenizer, device
 
 

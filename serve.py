@@ -32,7 +32,7 @@ from collections import Counter
 from common.adapters import base_id
 from common.cli import InputError, Parser, at_least_1, command, say
 from common.tokenizer import render_chat, valid
-from sample import make_pool, named_folders, open_model, with_begin
+from sample import make_pool, named_folders, open_model
 
 WAITING = 256       # requests beside those in the batch; a client that comes then is told to come later
 MAX_BODY = 1 << 20  # bytes of a request: more than any context holds
@@ -271,7 +271,7 @@ class Api:
                 return self.tokenizer.encode(render_chat(self.tokenizer, messages), special=True)
             if isinstance(values["prompt"], list) and all(type(token) is int for token in values["prompt"]):
                 return values["prompt"]
-            return with_begin(self.tokenizer, values["prompt"])
+            return self.tokenizer.encode(values["prompt"], around=True)
         except (TypeError, KeyError, AttributeError):
             raise InputError('messages must be [{"role": "user", "content": "a text"}, ...]' if chat else
                              "prompt must be a text or a list of token ids") from None

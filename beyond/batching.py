@@ -164,7 +164,7 @@ class Engine:
 
     def check(self, request):
         """Refuse what can never be answered."""
-        check_sampling(request.temperature, 0, request.top_p, request.max_new_tokens)
+        check_sampling(request.temperature, request.top_p, request.max_new_tokens)
         check_prompt(request.prompt, self.model.config)
         self.adapters.check(request.adapter)
         needed, there = self.pool.blocks_for(self.longest(request)), len(self.pool.users)
@@ -233,7 +233,7 @@ class Engine:
         logits = self.model.head(h)[:, 0, :self.vocabulary]
         for request, token, row in zip(requests, logits.argmax(-1).tolist(), logits.split(1)):
             if request.temperature > 0:
-                token = sample(row, request.temperature, 0, request.top_p, request.generator).item()
+                token = sample(row, request.temperature, request.top_p, request.generator).item()
             if request.top is not None:
                 logprobs = row[0].float().log_softmax(-1)
                 best, place = logprobs.topk(min(request.top, len(logprobs)))

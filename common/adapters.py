@@ -14,158 +14,164 @@ their format and before any rounding: at 16, 8 and 4 bits a base keeps its name.
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from checkpoint import open_model
-from common.cli import InputError, write_atomic
+from common.cli import InputError, refuse, write_atomic
 from common.formats import FAMILIES, NAMES, column, their_name
 from common.storage import read_tensors, sync_folder, write_tensors
+from common.tokenizer import blamed_on, read_json
 from lowrank import LoRALinear, swap_layers
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-# Settings of PEFT that change y = W x + (alpha/r) B A x, and the values that turn them off.
-PLAIN = dict(peft_type=("LORA",), bias=("none",), use_dora=(False, None), modules_to_save=(None, []),
-             rank_pattern=({}, None), alpha_pattern=({}, None), lora_bias=(False, None),
-             trainable_token_indices=(None,), layer_replication=(None,), target_parameters=(None, []))
+# Settings of PEFT that are read here, and those that change nothing in a trained adapter; any other must be
+# off. Which layers have an adapter, the names of the factors say.
+READ = {"peft_type", "bias", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
+        "init_lora_weights", "base_model_name_or_path"}
+IGNORED = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out",
+           "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config",
+           "megatron_core", "qalora_group_size"}
+STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # of A and B, that leave W as it is
 SAMPLED_ROWS = 4  # of each matrix of a base, for its checksum
 
 
 @dataclass
 class Adapter:
-    """What a folder holds. factors: our name of a layer -> A (r, in) and B (out, r), float32."""
+    """What a folder holds: y = W x + scale B A x.
+
+    factors: our name of a layer -> A (r, in) and B (out, r), float32. Where a layer has a scale of its own, B
+    is multiplied so that `scale` holds for it, too."""
+    folder: Path
     rank: int
-    alpha: float
-    scale: float         # what B A is multiplied with: alpha / r
+    scale: float
+    dropout: float
     factors: dict
-    base_name: str = ""
-    base_id: str = None  # None: whoever trained it left none, so nothing tells another base
-    dropout: float = 0.0
-    folder: Path = field(default=None, compare=False)
-
-    @property
-    def targets(self):
-        """The last names of the adapted layers."""
-        return sorted({name.rsplit(".", 1)[-1] for name in self.factors})
-
-    @property
-    def parameters(self):
-        return sum(A.numel() + B.numel() for A, B in self.factors.values())
+    base_name: str
+    base_id: str  # None: whoever trained it left none, so nothing tells another base
 
     def __str__(self):
+        targets = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in self.factors}))
+        parameters = sum(A.numel() + B.numel() for A, B in self.factors.values())
         unchecked = f"; it names its base {self.base_name!r} without a checksum, which is believed"
-        return (f"adapter {self.folder}: r = {self.rank} on {', '.join(self.targets)}, {len(self.factors)} "
-                f"layers, {self.parameters:,} parameters{'' if self.base_id else unchecked}")
+        return (f"adapter {self.folder}: r = {self.rank} on {targets}, {len(self.factors)} layers, "
+                f"{parameters:,} parameters{'' if self.base_id else unchecked}")
 
 
-# --------------------------------------------------------------------------------------------------- names
+# ----------------------------------------------------------------------------- names
 
 def peft_name(name, kind):
-    """blocks.3.attention.q of a llama -> base_model.model.model.layers.3.self_attn.q_proj"""
+    """blocks.3.attention.q of a llama -> model.layers.3.self_attn.q_proj"""
     family = FAMILIES[kind]
     theirs = their_name(name + ".weight", family.column).removesuffix(".weight")
-    return f"base_model.model.{'' if name == 'head' else family.prefix}{theirs}"
-
-
-def peft_target(target, kind):
-    """PEFT's word for our q: q_proj. It compares ends of names, so GPT-2's two c_proj need more of theirs."""
-    names = column(NAMES, FAMILIES[kind].column)
-    full = next(theirs for ours, theirs in names.items() if ours.rsplit(".", 1)[-1] == target)
-    return full if kind == "gpt2" else full.rsplit(".", 1)[-1]
+    return theirs if name == "head" else family.prefix + theirs
 
 
 def our_name(key):
     """(our name of a layer, "A" or "B") of a tensor in PEFT's file; None if it is no such factor."""
-    parts = key.removeprefix("base_model.model.").replace(".default.", ".").split(".")
-    if len(parts) < 3 or parts[-2] not in ("lora_A", "lora_B") or parts[-1] != "weight":
+    pattern = (r"base_model\.model\.(?:model\.|transformer\.)?((?:layers|h)\.\d+\.)?(.+)\.lora_([AB])"
+               r"(?:\.default)?\.weight")
+    found = re.fullmatch(pattern, key)
+    ours = {theirs: name for table in ("llama", "gpt2") for name, theirs in column(NAMES, table).items()}
+    if found is None or found[2] not in ours:
         return None
-    factor = parts[-2][-1]
-    module = ".".join(parts[:-2]).removeprefix("model.").removeprefix("transformer.")
-    for table in ("llama", "gpt2"):
-        ours = {theirs: name for name, theirs in column(NAMES, table).items()}
-        pieces = module.split(".", 2)
-        if module in ours:
-            return ours[module], factor
-        if len(pieces) == 3 and ours.get(pieces[0]) == "blocks" and pieces[2] in ours:
-            return f"blocks.{pieces[1]}.{ours[pieces[2]]}", factor
-    return None
+    block = f"blocks.{found[1].split('.')[1]}." if found[1] else ""
+    return block + ours[found[2]], found[3]
 
 
-# ------------------------------------------------------------------------------------------------- reading
+# ----------------------------------------------------------------------------- reading
 
 def read_adapter(folder, model=None, base_id=None):
     """The Adapter in a folder. model: which it must fit. base_id: of the base at hand, which must be its."""
     folder = Path(folder)
-    if missing := [file for file in FILES if not (folder / file).is_file()]:
-        raise InputError(f"{folder} is not an adapter: it has no {' and no '.join(missing)}")
-    config = read_settings(folder / FILES[0])
-    rank, alpha = config["r"], config["lora_alpha"]
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    own_id = (folder / "BASE_ID").read_text().strip() if (folder / "BASE_ID").is_file() else None
-    base_name = config.get("base_model_name_or_path") or ""
-    if base_id and own_id not in (None, base_id):
-        raise InputError(f"{folder} was trained on another base: on {base_name} with BASE_ID {own_id}, "
-                         f"not on this one with {base_id}. Give the base that it was trained on")
-    adapter = Adapter(rank, alpha, scale, read_factors(folder / FILES[1], rank), base_name, own_id,
-                      config.get("lora_dropout") or 0.0, folder)
-    if model is not None:
-        check_fits(adapter, model)
-    return adapter
+    missing = [file for file in FILES if not (folder / file).is_file()]
+    refuse(missing, f"{folder} is not an adapter: it has no {' and no '.join(missing)}")
+    with blamed_on(folder):
+        config, id_file = read_settings(folder / FILES[0]), folder / "BASE_ID"
+        own_id = id_file.read_text().strip() if id_file.is_file() else None
+        base_name, dropout = config.get("base_model_name_or_path") or "", config.get("lora_dropout") or 0.0
+        refuse(base_id and own_id not in (None, base_id), f"{folder} was trained on another base: on "
+               f"{base_name} with BASE_ID {own_id}, not on this one with {base_id}. Give that one")
+        rank, scale = rank_and_scale(config)
+        factors, layers = {}, model and adaptable(model)
+        for name, (A, B, own_scale) in read_factors(folder / FILES[1], config).items():
+            if layers:
+                layer = layers.get(name)
+                if layer is None or (A.shape[1], len(B)) != (layer.in_features, layer.out_features):
+                    raise InputError(f"{folder}: its adapter for {name}, {A.shape[1]}x{len(B)}, fits no "
+                                     f"layer of this model: it was trained on {base_name}")
+                A, B = without_start(config.get("init_lora_weights"), layer, A, B, own_scale)
+            factors[name] = A, B if own_scale == scale else B * (own_scale / scale)
+        return Adapter(folder, rank, scale, nn.Dropout(dropout).p, factors, base_name, own_id)
 
 
 def read_settings(file):
-    try:
-        config = json.loads(file.read_text())
-        rank, alpha = config["r"], config["lora_alpha"]
-        if not (isinstance(rank, int) and rank >= 1 and isinstance(alpha, int | float)):
-            raise ValueError(f"r is {rank!r}, lora_alpha {alpha!r}")
-    except (UnicodeDecodeError, KeyError, TypeError, ValueError) as e:
-        raise InputError(f"{file} is damaged, or not LoRA's ({type(e).__name__}: {e})") from None
-    for key, plain in PLAIN.items():
-        if config.get(key, plain[0]) not in plain:
-            raise InputError(f"{file}: {key} is {config[key]!r}; only plain LoRA is read: {plain[0]!r}")
+    """adapter_config.json: every setting in it is understood, or off."""
+    config = read_json(file)
+    starts = (*STARTS, "pissa") if config.get("fan_in_fan_out") else (*STARTS, "pissa", "olora")
+    only = dict(peft_type=("LORA", None), bias=("none", None), init_lora_weights=starts)
+    for key, value in config.items():
+        if value not in only.get(key, (value,)) or value and key not in READ | IGNORED:
+            raise InputError(f"{file}: {key} is {value!r}, which is not read here: let PEFT merge this "
+                             "adapter into its base, or convert it to plain LoRA")
     return config
 
 
-def read_factors(file, rank):
-    found = {}
+def rank_and_scale(config, module=""):
+    """r, and alpha / r or alpha / sqrt(r), of a layer by PEFT's name; of all whose end no pattern matches."""
+    values = []
+    for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        table = config.get(patterns) or {}
+        fits = [pattern for pattern in table if re.match(rf"(.*\.)?({pattern})$", module)]
+        values.append(table[fits[0]] if fits else config[key])
+    rank, alpha = values
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def read_factors(file, config):
+    """name -> (A, B, scale)"""
+    found, factors = {}, {}
     for key, tensor in read_tensors(file):
-        name = our_name(key)
-        if name is None:
-            raise InputError(f"{file}: {key} is not a factor A or B of a layer of a model that is read here")
-        found.setdefault(name[0], {})[name[1]] = tensor.float()
-    if not found:
-        raise InputError(f"{file} holds no factors")
-    for name, pair in found.items():
+        refuse(our_name(key) is None, f"{file}: {key} is no factor A or B of a layer that is known here")
+        name, letter = our_name(key)
+        module = key.removeprefix("base_model.model.").split(".lora_")[0]
+        found.setdefault((name, module), {})[letter] = tensor.float()
+    refuse(not found, f"{file} holds no factors")
+    for (name, module), pair in found.items():
+        rank, scale = rank_and_scale(config, module)
         shapes = {letter: tuple(t.shape) for letter, t in pair.items()}
         a, b = shapes.get("A", ()), shapes.get("B", ())
         if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == rank:
             raise InputError(f"{file}: the factors of {name} have the shapes {shapes}, of rank {rank} they "
                              f"must be A ({rank}, in) and B (out, {rank})")
-    return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+        factors[name] = pair["A"], pair["B"], scale
+    return factors
 
 
-def check_fits(adapter, model):
-    layers, trained = adaptable(model), f"it was trained on {adapter.base_name}"
-    for name, (A, B) in adapter.factors.items():
-        if name not in layers:
-            raise InputError(f"{adapter.folder} has an adapter for {name}, which this {model.config.kind} of "
-                             f"{model.config.blocks} blocks does not have: {trained}")
-        layer = layers[name]
-        if (A.shape[1], len(B)) != (layer.in_features, layer.out_features):
-            raise InputError(f"{adapter.folder}: the adapter of {name} is for a {A.shape[1]}x{len(B)} layer, "
-                             f"this model's is {layer.in_features}x{layer.out_features}: {trained}")
+def without_start(start, layer, A, B, scale):
+    """PiSSA (2404.02948) and OLoRA (2406.01775) take what B A is at first off W and train the rest of W with
+    A and B. Here W stays whole: that product, made from W again, is taken off B A, at twice the rank."""
+    if start in STARTS:
+        return A, B
+    base, rank = dict(layer.named_children()).get("base", layer), len(A)
+    refuse(not isinstance(base, nn.Linear),
+           f"an adapter that began as {start} changes its base's weights: give those in 16 bit")
+    W = base.weight.detach().float().cpu()
+    if start == "pissa":
+        U, S, V = torch.linalg.svd(W, full_matrices=False)
+        return torch.cat((A, V[:rank])), torch.cat((B, -U[:, :rank] * (S[:rank] / scale)), dim=1)
+    Q, R = torch.linalg.qr(W)
+    return torch.cat((A, R[:rank])), torch.cat((B, -Q[:, :rank]), dim=1)
 
 
 def adaptable(model):
     """name -> linear layer, an adapted one as a whole."""
     layers = {}
-
-    def note(name, layer):
-        layers[name] = layer  # and returns None: it stays
-    swap_layers(model, note)
+    swap_layers(model, layers.__setitem__)  # which returns None: every layer stays
     return layers
 
 
@@ -177,11 +183,19 @@ def bits_of(layer):
 
 def load_adapter(model, folder, base_id=None):
     """Put a folder's adapter around the model's layers, in place of any other. Returns the Adapter."""
-    adapter = read_adapter(folder, model, base_id)
     take_off(model)
+    adapter = read_adapter(folder, model, base_id)
 
-    def make(name, layer):
-        return with_factors(layer, adapter, *adapter.factors[name]) if name in adapter.factors else None
+    def make(name, base):
+        if name not in adapter.factors:
+            return None
+        A, B = adapter.factors[name]
+        layer = LoRALinear(base, len(A), adapter.scale * len(A), adapter.dropout)
+        layer.scale = adapter.scale
+        with torch.no_grad():
+            layer.A.copy_(A)
+            layer.B.copy_(B)
+        return layer
     swap_layers(model, make)
     return adapter
 
@@ -191,42 +205,32 @@ def take_off(model):
     swap_layers(model, lambda name, layer: layer.base, wanted=lambda m: isinstance(m, LoRALinear))
 
 
-def with_factors(base, adapter, A, B):
-    layer = LoRALinear(base, adapter.rank, adapter.alpha, adapter.dropout)
-    layer.scale = adapter.scale
-    with torch.no_grad():
-        layer.A.copy_(A)
-        layer.B.copy_(B)
-    return layer
-
-
-# ------------------------------------------------------------------------------------------------- writing
+# ----------------------------------------------------------------------------- writing
 
 def save_adapter(folder, model, base_name, base_id, learned=None):
     """Write the model's LoRALinear layers; the factors, without which it is no adapter, come last.
 
     folder: should be new or about to be renamed. learned: name -> value of the factors, where the model holds
-    parts of them.
-    """
+    parts of them."""
     folder, kind = Path(folder), model.config.kind
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    if not layers:
-        raise InputError(f"the model has no adapter that could be saved in {folder}")
+    refuse(not layers, f"the model has no adapter that could be saved in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    one, targets = next(iter(layers.values())), sorted({name.rsplit(".", 1)[-1] for name in layers})
+    one, modules = next(iter(layers.values())), {name: peft_name(name, kind) for name in layers}
+    ranks = {modules[name]: m.r for name, m in layers.items() if m.r != one.r}
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base_name), r=one.r,
-                  lora_alpha=one.scale * one.r, lora_dropout=one.dropout.p,
-                  target_modules=[peft_target(target, kind) for target in targets], bias="none",
+                  lora_alpha=one.scale * one.r, lora_dropout=one.dropout.p, bias="none",
+                  rank_pattern=ranks, alpha_pattern={module: one.scale * r for module, r in ranks.items()},
+                  target_modules=sorted({re.sub(r"^.*\.\d+\.", "", module) for module in modules.values()}),
                   fan_in_fan_out=FAMILIES[kind].conv1d, inference_mode=True, init_lora_weights=True,
                   use_rslora=False, use_dora=False, modules_to_save=None)
     write_atomic(folder / "BASE_ID", base_id + "\n")
     write_atomic(folder / FILES[0], json.dumps(config, indent=2) + "\n")
-    learned = learned or dict(model.named_parameters())
-    factors = {}
-    for name in layers:
+    learned, factors = learned or dict(model.named_parameters()), {}
+    for name, module in modules.items():
         for letter in "AB":
             value = learned[f"{name}.{letter}"].detach().float().cpu()
-            factors[f"{peft_name(name, kind)}.lora_{letter}.weight"] = value
+            factors[f"base_model.model.{module}.lora_{letter}.weight"] = value
     write_tensors(folder / FILES[1], factors)
     sync_folder(folder)
 
@@ -235,8 +239,7 @@ def base_id(name):
     """A checksum of a base: of its architecture, its vectors, and the first rows of each of its matrices.
 
     The rows are compared as float32, so that the same weights in another format are the same base. Reading
-    all of a large base would take minutes; a base that was trained further differs in every row.
-    """
+    all of a large base would take minutes; a base that was trained further differs in every row."""
     source, digest = open_model(name), hashlib.sha256()
     architecture = source.config.as_dict()
     del architecture["dropout"]

@@ -6,23 +6,18 @@ after a prompt of 100 it reads 14,950 in place of 199.
     for step in generate(model, [prompt, another], 100, temperature=0.8, stop=tokenizer.stop_ids):
         ...   # a token of each row, or None where a row has ended
 """
-import math
-
 import torch
 
 from common.cli import refuse
 from model import KVCache
 
 
-def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """logits (B, V) -> tokens (B,). Temperature 0 is greedy; top_k 0 and top_p 1 leave all tokens in."""
+def sample(logits, temperature=1.0, top_p=1.0, generator=None):
+    """logits (B, V) -> tokens (B,). Temperature 0 is greedy. top_p: of the likeliest tokens, which have this
+    probability together; 1 leaves all in."""
     if temperature < 1e-6:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    p = logits.softmax(-1)
+    p = (logits.float() / temperature).softmax(-1)
     if top_p == 1:
         return torch.multinomial(p, 1, generator=generator)[:, 0]
     likeliest, order = p.topk(min(1024, p.shape[-1]))  # sorting all takes several times as long
@@ -32,10 +27,9 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
-def check_sampling(temperature, top_k, top_p, max_new_tokens):
+def check_sampling(temperature, top_p, max_new_tokens):
     """Refuse what `generate` can't do."""
     refuse(temperature < 0, f"temperature must be at least 0, got {temperature}")
-    refuse(top_k < 0, f"top-k must be at least 0, got {top_k}")
     refuse(not 0 < top_p <= 1, f"top-p must be in 0..1, 0 excluded, got {top_p}")
     refuse(max_new_tokens < 1, f"max-new-tokens must be at least 1, got {max_new_tokens}")
 
@@ -62,7 +56,7 @@ def read_prompts(model, rows, cache, device):
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None,
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, stop=(), generator=None,
              use_cache=True, vocabulary=None, cache=None, make_step=None):
     """Continue prompts (lists of token ids, of any lengths); yields the new tokens, None where a row ended.
 
@@ -72,7 +66,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     cache: in place of a new one; it may hold prefixes of the prompts.
     make_step(model, cache): what takes single tokens faster (beyond/), or None where that can't be had.
     """
-    check_sampling(temperature, top_k, top_p, max_new_tokens)
+    check_sampling(temperature, top_p, max_new_tokens)
     for prompt in prompts:
         check_prompt(prompt, model.config)
     rows, device = [list(p) for p in prompts], next(model.parameters()).device
@@ -95,7 +89,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
                 cache.advance(1)
             else:
                 logits = model.head(model.hidden(new[:, None], cache)[:, -1])
-        new = sample(logits[:, :vocabulary], temperature, top_k, top_p, generator)  # (B,)
+        new = sample(logits[:, :vocabulary], temperature, top_p, generator)  # (B,)
         step = [token if a else None for token, a in zip(new.tolist(), alive)]
         rows = [row if token is None else [*row, token] for row, token in zip(rows, step)]
         alive = [a and token not in stop for a, token in zip(alive, step)]

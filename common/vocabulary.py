@@ -16,7 +16,6 @@ import io
 import json
 import math
 import os
-import re
 import tempfile
 import urllib.request
 from pathlib import Path
@@ -30,12 +29,21 @@ from common.cli import InputError
 
 STOPS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>")  # they end a text or a turn
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens, as GGUF numbers them
 
 
-def set_begin(backend, token):
-    """Let every text start with a token."""
-    special = [(token, backend.token_to_id(token))]
-    backend.post_processor = processors.TemplateProcessing([token, "$A"], [token, "$A", "$B:1"], special)
+def set_template(backend, begin, end=None):
+    """Let every prompt start with a token, and end with one, where these are given."""
+    around = [token for token in (begin, "$A", end) if token]
+    special = [(token, backend.token_to_id(token)) for token in around if token != "$A"]
+    backend.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
+
+
+def with_added(backend, tokens, kinds):
+    """The backend, which leaves tokens of some kinds whole, whatever stands around them."""
+    for names, add in ((UNKNOWN, CONTROL), backend.add_special_tokens), ((USER_DEFINED,), backend.add_tokens):
+        add([AddedToken(text, normalized=False) for text, kind in zip(tokens, kinds) if kind in names])
+    return backend
 
 
 # ----------------------------------------------------------------------------- byte-level BPE
@@ -56,20 +64,14 @@ GGUF_CUTS = {"default": GPT2, "gpt-2": GPT2, "olmo": GPT2,
              "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2}
 
 
-def byte_level_bpe(name, vocab, merges, cut, special, added=()):
-    """vocab: token -> id. merges: "a b", in order. cut: a pre-tokenizer. special, added: never merged."""
+def byte_level_bpe(vocab, merges, cut, tokens, kinds):
+    """vocab: token -> id. merges: "a b", in order. cut: a pre-tokenizer."""
     pairs = [tuple(merge.split(" ")) for merge in merges]
-    try:
-        backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=cut is LLAMA3))
-    except Exception as e:  # the library has no narrower class
-        why = f"its merges do not fit its vocabulary ({str(e).splitlines()[0]})"
-        raise InputError(f"{name}: {why}: get the file again") from None
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=cut is LLAMA3))
     if cut is QWEN2:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer, backend.decoder = cut, decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    backend.add_tokens([AddedToken(token, normalized=False) for token in added])
-    return backend
+    return with_added(backend, tokens, kinds)
 
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -80,107 +82,88 @@ GPT2_FILES = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0b
 def gpt2_vocabulary():
     """GPT-2's own, from tiktoken's cache or download; None where neither can be had, within seconds."""
     try:
-        if not all(map(in_tiktoken_cache, GPT2_FILES)):  # tiktoken waits forever where there is no network
-            urllib.request.urlopen(GPT2_URL + "vocab.bpe", timeout=3).close()
-        merges, vocab = (tiktoken.load.read_file_cached(GPT2_URL + f, GPT2_FILES[f]) for f in GPT2_FILES)
+        merges, vocab = map(gpt2_file, GPT2_FILES)
     except (OSError, ValueError):  # no connection, or a file that isn't what it should be
         return None
     merges = merges.decode().split("\n")[1:-1]  # the first line is a version
-    backend = byte_level_bpe("gpt2", json.loads(vocab), merges, GPT2, STOPS[:1])
+    backend = byte_level_bpe(json.loads(vocab), merges, GPT2, STOPS[:1], [CONTROL])
     return backend, dict.fromkeys(("bos_token", "eos_token", "unk_token"), STOPS[0])
 
 
-def in_tiktoken_cache(file):
-    """Whether the whole file is there, under the name that tiktoken gives it: the SHA-1 of its address."""
-    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
-    path = Path(folder) / hashlib.sha1((GPT2_URL + file).encode()).hexdigest()
-    if folder == "" or not path.is_file():
-        return False
-    return hashlib.sha256(path.read_bytes()).hexdigest() == GPT2_FILES[file]
+def gpt2_file(name):
+    url, default = GPT2_URL + name, os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
+    if not Path(cache, hashlib.sha1(url.encode()).hexdigest()).is_file():
+        urllib.request.urlopen(url, timeout=3).close()  # without a network tiktoken would wait forever
+    return tiktoken.load.read_file_cached(url, GPT2_FILES[name])
 
 
 # ----------------------------------------------------------------------------- SentencePiece
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces, as GGUF numbers them
 
-
-def sentencepiece_bpe(pieces, unknown, adds_space):
-    """pieces: (text, score, kind) of each id. adds_space: one is put before the text.
+def sentencepiece_bpe(tokens, scores, kinds, unknown, adds_space):
+    """The text, the score and the kind of each id. adds_space: one is put before the text.
 
     SentencePiece merges any two pieces whose union is a piece, that of the highest score first; the library
     wants a list of the pairs."""
-    normal = {text: score for text, score, kind in pieces if kind == NORMAL}
+    normal = {text: score for text, score, kind in zip(tokens, scores, kinds) if kind == NORMAL}
     merges = []
     for text in sorted(normal, key=normal.get, reverse=True):
         splits = [(text[:k], text[k:]) for k in range(1, len(text))]
         merges += [(left, right) for left, right in splits if left in normal and right in normal]
-    vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
+    vocab = {text: i for i, text in enumerate(tokens)}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True,
                                               byte_fallback="<0x00>" in vocab))
     add, strip = ([normalizers.Prepend("▁")], [decoders.Strip(" ", 1, 0)]) if adds_space else ([], [])
     backend.normalizer = normalizers.Sequence([*add, normalizers.Replace(" ", "▁")])
     to_text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(to_text + strip)
-    special = [text for text, _, kind in pieces if kind in (UNKNOWN, CONTROL)]
-    backend.add_special_tokens([AddedToken(text, normalized=False) for text in special])
-    added = [text for text, _, kind in pieces if kind == USER_DEFINED]
-    backend.add_tokens([AddedToken(text, normalized=False) for text in added])
-    return backend
+    return with_added(backend, tokens, kinds)
 
 
 def read_sentencepiece(name, model):
     """(backend, roles) of a tokenizer.model, given its bytes."""
-    try:
-        sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError:
-        raise InputError(f"{name} is not a SentencePiece model (or damaged): get the file again") from None
-    pieces = [(sp.id_to_piece(i), sp.get_score(i), kind_of(sp, i)) for i in range(len(sp))]
-    is_bpe = all(score.is_integer() for _, score, _ in pieces)  # minus a rank; a unigram's is a logarithm
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ids = range(len(sp))
+    tokens, scores = [sp.id_to_piece(i) for i in ids], [sp.get_score(i) for i in ids]
+    is_bpe = all(score.is_integer() for score in scores)  # minus a rank; a unigram's is a logarithm
     if not is_bpe or sp.normalize("ﬁ  a ").removeprefix("▁") != "ﬁ▁▁a▁":
         raise InputError(f"{name} is no plain BPE, but a unigram or one that changes characters: put a "
                          "tokenizer.json beside it (save_pretrained of transformers' AutoTokenizer)")
-    ids = zip(ROLES, (sp.bos_id(), sp.eos_id(), sp.unk_id(), sp.pad_id()))
-    roles = {role: sp.id_to_piece(i) for role, i in ids if i >= 0}
-    return sentencepiece_bpe(pieces, roles["unk_token"], sp.normalize("a") == "▁a"), roles
-
-
-def kind_of(sp, i):
-    """The kind of a piece. What a user defined has the score 0.0; the first that was learned has -0.0."""
-    if sp.is_control(i) or sp.is_unknown(i):
-        return CONTROL
-    if sp.is_byte(i) or sp.is_unused(i):
-        return BYTE
-    return USER_DEFINED if math.copysign(1, sp.get_score(i)) > 0 else NORMAL
+    kinds = []
+    for i, score in enumerate(scores):
+        kind = NORMAL if math.copysign(1, score) < 0 else USER_DEFINED  # -0.0: the first that was learned
+        kind = BYTE if sp.is_byte(i) or sp.is_unused(i) else kind
+        kinds.append(CONTROL if sp.is_control(i) or sp.is_unknown(i) else kind)
+    special = zip(ROLES, (sp.bos_id(), sp.eos_id(), sp.unk_id(), sp.pad_id()))
+    roles = {role: tokens[i] for role, i in special if i >= 0}
+    adds_space = sp.normalize("a") == "▁a"
+    return sentencepiece_bpe(tokens, scores, kinds, roles.get("unk_token"), adds_space), roles
 
 
 TRAINING_CHARACTERS = 4_000_000
+COVERAGES = (0.9995, 0.9945, 0.9895, 0.9845, 0.98)  # of a text's characters; the others become bytes
 
 
 def learn_vocabulary(texts, vocab_size):
     """A SentencePiece BPE learned from texts, with fewer pieces where they have too few different words.
 
     Bytes stand for what it never saw: every text comes back as it was (but for "▁" itself)."""
-    lines, coverage = sample_lines(texts), 0.9995
-    while True:
+    lines = sample_lines(texts)
+    for coverage in COVERAGES:
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-                character_coverage=coverage, byte_fallback=True, normalization_rule_name="identity",
-                add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-                split_digits=True, user_defined_symbols=["\n"], max_sentence_length=1 << 24, num_threads=1,
-                unk_id=0, eos_id=1, eos_piece=STOPS[0], bos_id=-1, pad_id=-1, minloglevel=2)
+                hard_vocab_limit=False, character_coverage=coverage, byte_fallback=True,
+                normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True, split_digits=True, user_defined_symbols=["\n"],
+                max_sentence_length=1 << 24, num_threads=1, unk_id=0, eos_id=1, eos_piece=STOPS[0], bos_id=-1,
+                pad_id=-1, minloglevel=2)
             return read_sentencepiece("the trained model", model.getvalue())
-        except RuntimeError as e:
-            largest = re.search(r"too high .*value <= (\d+)", str(e))
-            if largest:
-                vocab_size = int(largest[1])
-            elif "smaller than required_chars" in str(e) and coverage > 0.98:
-                coverage = max(0.98, coverage - 0.005)  # thousands of signs: the rarest become bytes
-            else:
-                why = str(e).split("] ")[-1] if lines else "it is empty"
-                raise InputError(f"no tokenizer of {vocab_size} tokens fits this text: {why}") from None
+        except RuntimeError as e:  # thousands of signs: more than there are tokens
+            why = str(e).split("] ")[-1] if lines else "it is empty"
+    raise InputError(f"no tokenizer of {vocab_size} tokens fits this text: {why}")
 
 
 def sample_lines(texts):
@@ -206,21 +189,18 @@ def gguf_vocabulary(name, fields):
     if kind != "llama" and (kind != "gpt2" or cut is None):
         raise InputError(f"{name}: its tokenizer is {kind!r} with {get('pre')!r}; known are llama, and gpt2 "
                          f"with {', '.join(GGUF_CUTS)}")
-    needed = "scores" if kind == "llama" else "merges"
-    if get(needed) is None:
-        raise InputError(f"{name} has no tokenizer.ggml.{needed}: get the file again")
-    kinds = get("token_type", [NORMAL] * len(tokens))
+    kinds, order = get("token_type", [NORMAL] * len(tokens)), get("scores" if kind == "llama" else "merges")
+    complete = order is not None and (kind == "gpt2" or len(order) == len(tokens))
+    if not complete or not len(set(tokens)) == len(tokens) == len(kinds):
+        raise InputError(f"{name} lacks scores, merges or kinds of tokens, or has one twice: get it again")
     usual = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
     ids = [get(f"{role}_token_id", usual.get(role)) for role in ("bos", "eos", "unknown", "padding")]
-    roles = {role: tokens[i] for role, i in zip(ROLES, ids) if i is not None and i < len(tokens)}
+    roles = {role: tokens[i] for role, i in zip(ROLES, ids) if i is not None and 0 <= i < len(tokens)}
     if kind == "llama":
-        pieces = list(zip(tokens, get("scores"), kinds))
-        backend = sentencepiece_bpe(pieces, roles.get("unk_token"), get("add_space_prefix", True))
+        unknown, adds_space = roles.get("unk_token"), get("add_space_prefix", True)
+        backend = sentencepiece_bpe(tokens, order, kinds, unknown, adds_space)
     else:
-        special = [token for token, k in zip(tokens, kinds) if k == CONTROL]
-        added = [token for token, k in zip(tokens, kinds) if k == USER_DEFINED]
-        vocab = {token: i for i, token in enumerate(tokens)}
-        backend = byte_level_bpe(name, vocab, get("merges"), cut, special, added)
-    if get("add_bos_token", kind == "llama" or cut is LLAMA3) and "bos_token" in roles:
-        set_begin(backend, roles["bos_token"])
+        backend = byte_level_bpe({token: i for i, token in enumerate(tokens)}, order, cut, tokens, kinds)
+    adds_begin = get("add_bos_token", kind == "llama" or cut is LLAMA3)
+    set_template(backend, roles.get("bos_token") if adds_begin else None)
     return backend, roles

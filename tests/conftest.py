@@ -1,4 +1,5 @@
 """What every test shares: the repository on the path, one thread a process (there is a process for each core), private caches, and a way to run a command."""
+import copy
 import json
 import os
 import subprocess
@@ -37,6 +38,30 @@ def run():
         return subprocess.run([*python, *head, *map(str, args)], cwd=ROOT, env=dict(os.environ, **(env or {})), timeout=timeout,
                               capture_output=True, text=True, stdin=subprocess.DEVNULL)
     return call
+
+
+@pytest.fixture(scope="session")
+def mutate():
+    """mutate(draw, value) -> a copy of a JSON value with one thing in it changed, moved, doubled or gone."""
+    odd = [None, True, -1, 0, 3, 10 ** 12, 0.5, "", "a", "\u2581", "<unk>", [], {}, [["a", "b"]], {"type": "x"}, float("nan")]
+
+    def change(draw, value):
+        value = parent = copy.deepcopy(value)
+        while True:
+            keys = list(parent) if isinstance(parent, dict) else range(len(parent))
+            key = draw.choice(keys)
+            if isinstance(parent[key], dict | list) and parent[key] and draw.random() < 0.9:
+                parent = parent[key]
+                continue
+            what = draw.randrange(4)
+            if what == 0:
+                del parent[key]
+            elif what == 1 and isinstance(parent, list):
+                parent.insert(key, parent[draw.choice(keys)])
+            else:
+                parent[key] = parent[draw.choice(keys)] if what == 2 else draw.choice(odd)
+            return value
+    return change
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""PEFT reads our adapters and we read PEFT's, with equal logits; an adapter knows its base; merging says what it costs."""
+"""PEFT reads our adapters and we read PEFT's, with equal logits; an adapter knows its base; merging says what
+it costs."""
 import json
 import re
 import shutil
@@ -75,26 +76,58 @@ def test_peft_loads_ours_and_gives_our_logits(saved):
         assert torch.allclose(model(TOKENS).logits, logits, atol=2e-5)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_we_load_what_peft_trained(base, tmp_path, rslora):
+@pytest.mark.parametrize("how", [
+    dict(), dict(use_rslora=True), dict(rank_pattern={"q_proj": 5, "attn.c_proj": 2}),
+    dict(alpha_pattern={r".*layers\.1.*v_proj": 3, r"h.0.attn.c_attn": 7},
+         rank_pattern={r"layers.0.self_attn.q_proj": 4}),
+    dict(target_modules=r".*\.(q_proj|down_proj|c_attn)"), dict(layers_to_transform=[1]),
+    dict(init_lora_weights="gaussian"), dict(init_lora_weights="orthogonal", r=4),
+                                 dict(init_lora_weights="mica"),
+    dict(init_lora_weights="pissa"), dict(init_lora_weights="olora"),
+    dict(init_lora_weights="pissa", use_rslora=True, alpha_pattern={"q_proj": 5, "c_attn": 5}),
+    dict(init_lora_weights="olora", alpha_pattern={"k_proj": 5}, rank_pattern={"q_proj": 6})], ids=str)
+def test_we_load_what_peft_trained(base, tmp_path, how):
     kind, path = base
     torch.manual_seed(1)
-    model = peft.get_peft_model(theirs(path), peft.LoraConfig(r=3, lora_alpha=12, target_modules=THEIRS[kind], task_type="CAUSAL_LM", use_rslora=rslora,
-                                                              fan_in_fan_out=kind == "gpt2"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    for _ in range(3):
+    settings = dict(r=3, lora_alpha=12, target_modules=THEIRS[kind], task_type="CAUSAL_LM",
+                    fan_in_fan_out=kind == "gpt2")
+    if kind == "gpt2" and how.get("init_lora_weights") == "olora":  # PEFT's own such adapters don't run
+        settings["target_modules"] = ["attn.c_proj"]
+    model = peft.get_peft_model(theirs(path), peft.LoraConfig(**settings | how))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(2):
         model(TOKENS, labels=TOKENS).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval().save_pretrained(tmp_path / "peft")
     mine = ours(path)
     before = mine(TOKENS)
+    if kind == "gpt2" and how.get("init_lora_weights") == "olora":
+        with pytest.raises(InputError, match="init_lora_weights is 'olora', which is not read here"):
+            load_adapter(mine, tmp_path / "peft")
+        return
     adapter = load_adapter(mine, tmp_path / "peft", base_id(path / "ours"))
-    assert adapter.rank == 3 and adapter.base_id is None and "believed" in str(adapter) and adapter.targets == sorted(TARGETS[kind])
+    assert adapter.rank == how.get("r", 3) and adapter.base_id is None and "believed" in str(adapter)
+    logits = mine.eval()(TOKENS)
     with torch.no_grad():
-        assert torch.allclose(mine.eval()(TOKENS), model(TOKENS).logits, atol=2e-5)
+        wanted = model(TOKENS).logits
+        assert torch.allclose(logits, wanted, atol=2e-5) and not torch.allclose(before, wanted, atol=1e-3)
+        save_adapter(tmp_path / "again", mine, "some-base", base_id(path / "ours"))
+        again = peft.PeftModel.from_pretrained(theirs(path), tmp_path / "again")
+        assert torch.allclose(again(TOKENS).logits, wanted, atol=2e-5)
     take_off(mine)
     assert torch.equal(mine(TOKENS), before)
+
+
+def test_a_start_that_changes_the_base_needs_its_weights(base, tmp_path):
+    kind, path = base
+    config = peft.LoraConfig(r=2, target_modules=THEIRS[kind], task_type="CAUSAL_LM",
+                             init_lora_weights="pissa")
+    peft.get_peft_model(theirs(path), config).save_pretrained(tmp_path / "peft")
+    mine = ours(path)
+    quantize(mine, 8)
+    with pytest.raises(InputError, match="began as pissa changes its base's weights"):
+        load_adapter(mine, tmp_path / "peft")
 
 
 def test_gradients_of_a_and_b_are_pefts(saved):
@@ -150,9 +183,11 @@ def test_an_adapter_of_another_base_is_refused(saved):
     kind, path, folder, _ = saved
     mine = base_id(path / "ours")
     assert read_adapter(folder, base_id=mine).base_id == mine
-    with pytest.raises(InputError, match=f"trained on another base: on some-base with BASE_ID {mine}, not on this one with 123abc"):
+    with pytest.raises(InputError, match=f"trained on another base: on some-base with BASE_ID {mine}, not on "
+                                         "this one with 123abc"):
         load_adapter(ours(path), folder, "123abc")
-    small = Transformer(Config("llama", vocab_size=120, context=32, blocks=1, heads=4, kv_heads=4, width=16, ffn=48))
+    small = Transformer(Config("llama", vocab_size=120, context=32, blocks=1, heads=4, kv_heads=4, width=16,
+                               ffn=48))
     with pytest.raises(InputError, match="it was trained on some-base"):
         load_adapter(small, folder)
 
@@ -165,17 +200,24 @@ def spoil_settings(**changes):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda f: (f / "adapter_model.safetensors").unlink(), "is not an adapter: it has no adapter_model.safetensors"),
+    (lambda f: (f / "adapter_model.safetensors").unlink(), "is not an adapter: it has no "
+                                                           "adapter_model.safetensors"),
     (lambda f: (f / "adapter_config.json").unlink(), "it has no adapter_config.json"),
-    (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json is damaged"),
-    (lambda f: (f / "adapter_config.json").write_text("[]"), "adapter_config.json is damaged"),
-    (lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:300]), "missing, truncated or not"),
+    (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json is not JSON"),
+    (lambda f: (f / "adapter_config.json").write_text("[]"), "adapter_config.json holds no JSON object"),
+    (lambda f: (f / "adapter_model.safetensors").write_bytes(
+        (f / "adapter_model.safetensors").read_bytes()[:300]), "missing, truncated or not"),
     (spoil_settings(r=5), r"of rank 5 they must be A \(5, in\)"),
-    (spoil_settings(r="many"), "r is 'many'"),
-    (spoil_settings(use_dora=True), "use_dora is True; only plain LoRA is read"),
+    (spoil_settings(r="many"), "can't be read"),
+    (spoil_settings(use_dora=True), "use_dora is True, which is not read here"),
     (spoil_settings(peft_type="IA3"), "peft_type is 'IA3'"),
     (spoil_settings(modules_to_save=["lm_head"]), "modules_to_save"),
-    (spoil_settings(rank_pattern={"q_proj": 3}), "rank_pattern"),
+    (spoil_settings(rank_pattern={".*": 3}), r"of rank 3 they must be A \(3, in\)"),
+    (spoil_settings(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens is"),
+    (spoil_settings(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
+    (spoil_settings(trainable_token_indices=[1]), "trainable_token_indices"),
+    (spoil_settings(a_setting_of_tomorrow=0.5), "a_setting_of_tomorrow is 0.5"),
+    (spoil_settings(lora_dropout=7), "can't be read"),
 ])
 def test_damaged_and_unknown_adapters_are_refused(saved, spoil, message):
     _, path, folder, _ = saved
@@ -208,7 +250,8 @@ def test_merging_into_a_quantized_base_states_its_error(saved, bits, most):
     lost = sum((model.get_submodule(n).dense_weight() - W).square().sum() for n, W in sums.items()).sqrt()
     lost /= sum(d.square().sum() for d in deltas.values()).sqrt()
     assert 0 < error < most and error == pytest.approx(lost.item(), rel=1e-4)
-    assert not torch.equal(model(TOKENS), apart) and not any(isinstance(m, LoRALinear) for m in model.modules())
+    assert not torch.equal(model(TOKENS), apart) and not any(isinstance(m, LoRALinear)
+                                                             for m in model.modules())
 
 
 # ----------------------------------------------------------------------------- checkpoint.py merge
@@ -232,9 +275,10 @@ def test_merge_writes_a_model_of_its_own(saved, tmp_path):
 
 
 def test_a_killed_save_leaves_the_adapter_before_it(saved, tmp_path):
-    """What save_adapter was writing when it was killed is no adapter, or the whole of it: the factors come last."""
+    """What a killed save_adapter leaves is no adapter, or the whole of it: the factors come last."""
     folder = saved[2]
     shutil.copytree(folder, tmp_path / "partial")
-    (tmp_path / "partial" / "adapter_model.safetensors").rename(tmp_path / "partial" / "adapter_model.safetensors.partial")
+    (tmp_path / "partial" / "adapter_model.safetensors").rename(
+        tmp_path / "partial" / "adapter_model.safetensors.partial")
     with pytest.raises(InputError, match="is not an adapter"):
         read_adapter(tmp_path / "partial")

@@ -24,7 +24,7 @@ from quant import quantize
 def alone(model, request, stop=()):
     """What generate, with a contiguous cache of its own, writes for a request."""
     generator = torch.Generator().manual_seed(request.seed)
-    return [s[0] for s in generate(model, [request.prompt], request.max_new_tokens, request.temperature, 0, request.top_p, stop, generator)]
+    return [s[0] for s in generate(model, [request.prompt], request.max_new_tokens, request.temperature, request.top_p, stop, generator)]
 
 
 def mixed_requests(count, **more):

@@ -9,6 +9,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import jinja2
 import pytest
 import sentencepiece
 import tiktoken
@@ -168,11 +169,14 @@ def test_byte_level_bpe(cut, alphabet, tmp_path, corpus):
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 TEMPLATE = processors.TemplateProcessing([BEGIN, "$A"], [BEGIN, "$A", "$B:1"], [(BEGIN, 0)])
 LEVEL = processors.ByteLevel(trim_offsets=False)
+ENDS = processors.TemplateProcessing(["$A", END], ["$A", "$B:1", END], [(END, 1)])
+BOTH = processors.TemplateProcessing([BEGIN, "$A", END], None, [(BEGIN, 0), (END, 1)])
 
 
 @pytest.mark.parametrize("processor, config", [
     (TEMPLATE, {}), (processors.Sequence([LEVEL, TEMPLATE]), {}), (LEVEL, {}), (None, {}),
-    (None, {"add_bos_token": True}), (TEMPLATE, {"add_bos_token": False}), (LEVEL, {"add_bos_token": True})])
+    (None, {"add_bos_token": True}), (TEMPLATE, {"add_bos_token": False}), (LEVEL, {"add_bos_token": True}),
+    (ENDS, {}), (BOTH, {}), (processors.Sequence([LEVEL, BOTH]), {"add_eos_token": False})])
 def test_begin_is_transformers(processor, config, tmp_path, corpus):
     """A tokenizer.json's template counts (Llama 3 has it in a sequence), and no other setting."""
     made = byte_level_json(tmp_path, corpus[:20_000], BYTES, [BEGIN, END])
@@ -183,18 +187,10 @@ def test_begin_is_transformers(processor, config, tmp_path, corpus):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = ours.load_tokenizer(tmp_path)
     tokenizer.save(tmp_path / "again")
-    begin = [tokenizer.begin] * (tokenizer.begin is not None)
     for folder in (tmp_path, tmp_path / "again"):
-        assert AutoTokenizer.from_pretrained(folder)("Hello").input_ids == begin + tokenizer.encode("Hello")
-    assert tokenizer.end == 1
-
-
-def test_an_end_in_the_template_is_not_a_begin(tmp_path, corpus):
-    """transformers would end a prompt with it, and a model would then write another text."""
-    made = byte_level_json(tmp_path, corpus[:20_000], BYTES, [BEGIN, END])
-    made.post_processor = processors.TemplateProcessing(["$A", END], ["$A", "$B:1", END], [(END, 1)])
-    made.save(str(tmp_path / "tokenizer.json"))
-    assert ours.load_tokenizer(tmp_path).begin is None
+        ids = AutoTokenizer.from_pretrained(folder)("Hello").input_ids
+        assert ours.load_tokenizer(folder).encode("Hello", around=True) == ids
+    assert tokenizer.begin == (0 if ids[0] == 0 else None) and tokenizer.end == 1
 
 
 def test_sentencepiece_without_begin(llama2, tmp_path):
@@ -222,7 +218,7 @@ def test_sentencepiece_from_a_gguf(llama2):
     assert no_prefix.encode("a b") == [29874, 289]  # "a", "▁b"
     assert llama2.encode("a b") == [263, 289]       # "▁a", "▁b"
     assert no_prefix.decode([29874, 289]) == "a b" and no_prefix.decode([263]) == " a"
-    with pytest.raises(InputError, match="no tokenizer.ggml.scores"):
+    with pytest.raises(InputError, match="lacks scores, merges or kinds"):
         tokenizer(scores=None)
 
 
@@ -246,8 +242,28 @@ def test_added_tokens(llama2, tmp_path):
         assert 32000 not in more.encode("hi<|im_end|>")
     config["added_tokens_decoder"] = {"40000": {"content": "<|im_end|>"}}
     (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="is token 32000 in .* and 40000 in tokenizer_config.json"):
+    with pytest.raises(InputError, match="is token 32000 in .* and 40000 beside it"):
         ours.load_tokenizer(tmp_path / "model")
+
+
+@pytest.mark.parametrize("model", ["llama", "mistral"])
+@pytest.mark.parametrize("settings", [{}, {"legacy": True}, {"legacy": False}], ids=str)
+def test_llama_tokenizer_as_transformers_has_it(llama2, model, settings, tmp_path):
+    """Spaces after special tokens, where the class is LlamaTokenizer; a mistral's folder is taken as it is."""
+    llama2.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": "LlamaTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model}))
+    tokenizer, theirs = ours.load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("<s>[INST] hi [/INST] you </s><s>[INST]", "  a b", "a\n b", "▁a", HARD, EVERYTHING):
+        assert tokenizer.encode(text, special=True) == theirs(text, add_special_tokens=False).input_ids
+    assert tokenizer.encode("Hello", around=True) == theirs("Hello").input_ids
+    shutil.copy(needs("tokenizers/llama2/tokenizer.model"), tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "added_tokens.json").write_text('{"<pad>": 32000, "<|im_end|>": 32001}')
+    again, text = ours.load_tokenizer(tmp_path), "<s>[INST] hi [/INST] you </s><s>[INST]"
+    assert again.encode(text, special=True) == tokenizer.encode(text, special=True)
+    assert again.encode("a<pad>", special=True)[-1] == 32000 and again.stop_ids == {2, 32001}
 
 
 def test_stream_gives_whole_characters(gpt2, llama2, trained):
@@ -283,20 +299,80 @@ def test_unknown_kinds_are_refused(tmp_path, corpus):
     with pytest.raises(InputError, match="'somebpe'"):
         ours.from_gguf("x", {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "somebpe"})
     fields = {"model": "gpt2", "tokens": ["a"], "merges": ["a b"]}
-    with pytest.raises(InputError, match="its merges do not fit its vocabulary"):
-        ours.from_gguf("x", {f"tokenizer.ggml.{key}": value for key, value in fields.items()})
+    for more, message in (({}, "the tokenizer of x can't be read .*out of vocabulary"),
+                          ({"tokens": ["a", "a"]}, "twice"),
+                          ({"tokens": [1]}, "can't be read"), ({"token_type": [1, 1]}, "lacks")):
+        with pytest.raises(InputError, match=message):
+            ours.from_gguf("x", {f"tokenizer.ggml.{key}": value for key, value in (fields | more).items()})
 
 
 @pytest.mark.parametrize("settings", [dict(model_type="unigram"), dict(normalization_rule_name="nmt_nfkc")])
 def test_sentencepiece_models_of_another_kind(settings, tmp_path, corpus):
-    with pytest.raises(InputError, match="is not a SentencePiece model"):
-        vocabulary.read_sentencepiece("x", b"nothing of the kind")
+    (tmp_path / "tokenizer.model").write_bytes(b"nothing of the kind")
+    with pytest.raises(InputError, match="tokenizer.model can't be read"):
+        ours.load_tokenizer(tmp_path)
     model, settings = io.BytesIO(), {"model_type": "bpe", "normalization_rule_name": "identity", **settings}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(corpus[:50_000].split("\n")),
                                              model_writer=model, vocab_size=300, minloglevel=2, **settings)
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     with pytest.raises(InputError, match="tokenizer.model is no plain BPE"):
         ours.load_tokenizer(tmp_path)
+
+
+def odd_files(draw, mutate, contents, count):
+    """count times the files of a folder, name -> bytes, with a mutation: of a JSON's tree, or of bytes."""
+    for n in range(count):
+        files = {name: json.dumps(content).encode() for name, content in contents.items()}
+        name = draw.choice(list(files))
+        if n % 4:
+            content = contents[name]
+            for _ in range(draw.randrange(1, 3)):
+                content = mutate(draw, content) if content else content
+            files[name] = json.dumps(content).encode()
+        else:
+            raw = bytearray(files[name])
+            at = draw.randrange(len(raw))
+            raw[at:at + draw.randrange(3)] = draw.randbytes(draw.randrange(3))
+            files[name] = bytes(raw)
+        yield files
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_damaged_files_are_read_right_or_refused(kind, mutate, tmp_path, corpus):
+    """Thousands of small mutations: nothing but InputError; and what loads has transformers' ids."""
+    if kind == "sentencepiece":
+        ours.train_tokenizer([corpus[:5000]], 320).save(tmp_path)
+    else:
+        made = byte_level_json(tmp_path, corpus[:5000], BYTES, [BEGIN, END], size=290)
+        made.post_processor = processors.Sequence([LEVEL, TEMPLATE])
+        made.save(str(tmp_path / "tokenizer.json"))
+    added = dict(content=BEGIN, special=True, lstrip=False, rstrip=False, normalized=False, single_word=False)
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", chat_template=CHATML, bos_token=BEGIN,
+                  eos_token=added | {"content": END, "__type": "AddedToken"})
+    if kind == "byte-level":
+        config["added_tokens_decoder"] = {"0": added}
+    contents = {"tokenizer.json": json.loads((tmp_path / "tokenizer.json").read_text()),
+                "tokenizer_config.json": config}
+    draw, loaded, compared = random.Random(1), 0, 0
+    for n, files in enumerate(odd_files(draw, mutate, contents, 1200)):
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(content)
+        try:
+            tokenizer = ours.load_tokenizer(tmp_path)
+            tokenizer.decode(tokenizer.encode(HARD))
+            ids = tokenizer.encode("It is <a> test.", around=True)
+        except InputError:
+            continue
+        loaded += 1
+        if n % 12 == 0:
+            try:
+                theirs = AutoTokenizer.from_pretrained(tmp_path)
+                wanted = theirs("It is <a> test.").input_ids
+            except Exception:  # stricter than we, in what we don't look at
+                continue
+            compared += 1
+            assert ids == wanted, files
+    assert loaded > 100 and compared > 10
 
 
 # ----------------------------------------------------------------------------- training
@@ -364,6 +440,91 @@ def test_chat_is_rendered_as_transformers_does(tmp_path, corpus):
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
         ours.render_chat(tokenizer, MESSAGES)
+
+
+SYSTEM = ("{%% for message in messages %%}{%% if loop.first and messages[0]['role'] != 'system' %%}"
+          "{{ '<|im_start|>system\n%s<|im_end|>\n' }}{%% endif %%}")
+TURN = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+TEMPLATES = {
+    "smollm2": SYSTEM % "You are a helpful AI assistant named SmolLM, trained by Hugging Face" + TURN
+             + PROMPT,
+    "qwen2": SYSTEM % "You are a helpful assistant." + TURN + PROMPT,
+    "llama3": "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
+              "'<|start_header_id|>' + message['role'] + "
+              "'<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 "
+              "%}{% set content = bos_token + content %}"
+              "{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ "
+              "'<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+    "mistral": "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != "
+               "(loop.index0 % 2 == 0) %}"
+               "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') "
+               "}}{% endif %}"
+               "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif "
+               "message['role'] == 'assistant' %}"
+               "{{ message['content'] + eos_token}}{% else %}{{ raise_exception('Only user and assistant "
+               "roles are supported!') }}{% endif %}{% endfor %}",
+    "like llama 3.1": """{{- bos_token }}
+        {%- if not date_string is defined %}
+            {%- if strftime_now is defined %}{%- set date_string = strftime_now("%d %b %Y") %}
+            {%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}
+        {%- endif %}
+        {%- if messages[0]['role'] == 'system' %}
+            {%- set system = messages[0]['content']|trim %}{%- set messages = messages[1:] %}
+        {%- else %}{%- set system = "" %}{%- endif %}
+        {%- if tools is not none %}{{- "Environment: ipython\n" }}{{- tools | tojson(indent=4) }}{%- endif %}
+        {{- "Today Date: " + date_string + "\n\n" + system }}
+        {%- for m in messages %}
+            {%- if 'tool_calls' in m %}{%- break %}{%- endif %}
+            {{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim }}
+            {{- '<|eot_id|>' }}
+        {%- endfor %}
+        {%- if add_generation_prompt %}
+            {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+        {%- endif %}""",
+    "like qwen3": """
+        {%- if tools %}{{- '# Tools' }}{%- for t in tools %}{{- t | tojson }}{%- endfor %}{%- endif %}
+        {%- set ns = namespace(last=messages|length - 1, multi=true) %}
+        {%- for message in messages[::-1] %}{%- set index = (messages|length - 1) - loop.index0 %}
+            {%- if ns.multi and message.role == "user" and message.content is string %}
+                {%- set ns.multi = false %}{%- set ns.last = index %}
+            {%- endif %}
+        {%- endfor %}
+        {%- for message in messages %}
+            {%- if message.role == "assistant" and '</think>' in message.content %}
+                {%- set content = message.content.split('</think>')[-1].lstrip('\n') %}
+            {%- else %}{%- set content = message.content %}{%- endif %}
+            {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
+            {%- if loop.index0 > ns.last and enable_thinking is defined %}{{- message | tojson }}{%- endif %}
+        {%- endfor %}
+        {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
+            {%- if enable_thinking is defined and enable_thinking is false %}
+                {{- '<think>\n\n</think>\n\n' }}
+            {%- endif %}
+        {%- endif %}"""}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_of_known_models(name, tmp_path, corpus):
+    byte_level_json(tmp_path, corpus[:5000], BYTES, [BEGIN, END], [])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END,
+              "chat_template": TEMPLATES[name]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer, theirs = ours.load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    system, thought = {"role": "system", "content": " Be brief. "}, {"role": "assistant",
+                                                                     "content": "<think>\n4</think>\n\n4 "}
+    for messages in (MESSAGES, [system, *MESSAGES], [MESSAGES[0], thought, MESSAGES[2]], MESSAGES[:2],
+                     MESSAGES[:1] * 2, [system]):
+        for prompt in (True, False):
+            try:
+                wanted = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            except jinja2.TemplateError:
+                with pytest.raises(InputError, match="refuses this conversation"):
+                    ours.render_chat(tokenizer, messages, prompt)
+                continue
+            assert ours.render_chat(tokenizer, messages, prompt) == wanted
+            assert tokenizer.encode(wanted, special=True) == theirs(wanted,
+                                                                    add_special_tokens=False).input_ids
 
 
 @pytest.mark.parametrize("template, file", [
