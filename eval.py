@@ -19,10 +19,8 @@ by the bytes of the predicted text, so that models with different tokenizers can
 """
 import hashlib
 import json
-import math
 import os
 import time
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +43,10 @@ from tasks import score, sets
 WINDOW = 1024  # tokens, of perplexity
 CHOICES = ("boolq", "piqa", "winogrande")
 TASKS = (*CHOICES, "fpb", "fiqa", "tfns", "ner", "perplexity")
+NEW_TOKENS = dict.fromkeys(CHOICES, 0) | {"ner": 128}  # that are written; FinGPT: 512 less the prompt's
 MEASURE = dict.fromkeys(CHOICES, "accuracy") | {"perplexity": "perplexity"}  # of the rest: f1
 OTHERS = ("likeliest", "by_character")  # second scores: of sentiment, and of PIQA
 
-
-# ----------------------------------------------------------------------------- what a row says
 
 def read_answer(task, example, scores, text):
     """What the model answered, by the likeliest choice or by the text that it wrote, and what is right."""
@@ -67,43 +64,23 @@ def read_answer(task, example, scores, text):
                 likeliest=int(np.argmax(scores)), scores=scores)
 
 
-Window = namedtuple("Window", "index ids")
-
-
-def text_windows(path, tokenizer, limit, length):
-    """The windows of a text's first `limit` tokens (None: of all)."""
-    ids = first_tokens(path, tokenizer, limit)
-    refuse(len(ids) < 2, f"{path} has {len(ids)} tokens: perplexity needs at least 2")
-    return [Window(i, ids[start:start + length]) for i, start in enumerate(range(0, len(ids), length))]
-
-
-def read_window(model, tokenizer, device, ids):
-    tokens, loss = torch.tensor([ids], device=device.torch_device), 0.0
-    if len(ids) > 1:  # a last token alone has nothing to be predicted from
-        with torch.inference_mode(), device.autocast():
-            loss = head_loss(model.head, model.hidden(tokens[:, :-1]), tokens[:, 1:]).item()
-    size = len(tokenizer.decode(ids).encode()) - len(tokenizer.decode(ids[:1]).encode())
-    return dict(loss=loss, predicted=len(ids) - 1, bytes=size, length=len(ids))
-
-
 def measured_rows(model, tokenizer, device, task, examples):
-    """Yields the rows of each batch."""
-    if task == "perplexity":
-        for window in examples:
-            yield [dict(index=window.index, cut=0, **read_window(model, tokenizer, device, window.ids))]
+    """Yields the rows of each batch. Of perplexity an example is a window: (index, its token ids)."""
+    if task != "perplexity":
+        for batch in score.score_in_batches(model, tokenizer, examples, device, NEW_TOKENS.get(task, 10)):
+            yield [dict(index=e.index, cut=cut, **read_answer(task, e, *answer)) for e, *answer, cut in batch]
         return
-    new_tokens = 0 if task in CHOICES else 10
-    if task == "ner":
-        new_tokens = 128  # FinGPT: 512 less the prompt's
-    for batch in score.score_in_batches(model, tokenizer, examples, device, new_tokens):
-        yield [dict(index=e.index, cut=cut, **read_answer(task, e, *answer)) for e, *answer, cut in batch]
+    for index, ids in examples:
+        tokens, loss = torch.tensor([ids], device=device.torch_device), 0.0
+        if len(ids) > 1:  # a last token alone has nothing to be predicted from
+            with torch.inference_mode(), device.autocast():
+                loss = head_loss(model.head, model.hidden(tokens[:, :-1]), tokens[:, 1:]).item()
+        size = len(tokenizer.decode(ids).encode()) - len(tokenizer.decode(ids[:1]).encode())
+        yield [dict(index=index, loss=loss, predicted=len(ids) - 1, bytes=size, length=len(ids), cut=0)]
 
-
-# ----------------------------------------------------------------------------- the scores of rows
 
 def counted(task, rows):
-    """{key: (name, counts of each row (n, ...), metric of their sum)} of a task's scores, the main one first.
-    """
+    """{key: (name, counts of each row (n, ...), metric of their sum)} of each score, the main one first."""
     if task == "perplexity":
         counts = [[r["loss"] * r["predicted"], r["predicted"]] for r in rows if r["predicted"]]
         return {"main": ("perplexity", np.array(counts), perplexity_of)}
@@ -137,7 +114,7 @@ def summed_up(task, rows):
         r |= {key: found} if key in OTHERS else found
     if task == "perplexity":
         (loss, predicted), size = total, sum(r["bytes"] for r in rows)
-        return r | dict(loss=float(loss / predicted), bits_per_byte=float(loss / math.log(2) / size),
+        return r | dict(loss=float(loss / predicted), bits_per_byte=float(loss / np.log(2) / size),
                         rows=len(counts), tokens=sum(r["length"] for r in rows), window=rows[0]["length"])
     if task == "ner":
         r["majority"] = 0.0  # the commonest tag is O: no entity is named
@@ -149,9 +126,9 @@ def summed_up(task, rows):
 def score_task(model, tokenizer, device, task, examples, file=None):
     """The scores of a task (of sentiment, if its name is none of TASKS) over these examples: a dict.
 
-    With `file` every row is written there as soon as it is known, and what is there is not measured again.
-    """
-    prints = {e.index: hashlib.sha256(repr(e).encode()).hexdigest()[:12] for e in examples}
+    With `file` every row is written there as soon as it is known, and what is there is not measured again."""
+    numbered = dict(examples) if task == "perplexity" else {e.index: e for e in examples}
+    prints = {i: hashlib.sha256(repr(e).encode()).hexdigest()[:12] for i, e in numbered.items()}
     known = {}
     if file is not None:
         known = {r["index"]: r for r in read_metrics(file)}
@@ -159,7 +136,7 @@ def score_task(model, tokenizer, device, task, examples, file=None):
     done = {i: r for i, r in known.items() if r["row"] == prints.get(i)}
     if done:
         say(f"{task}: {len(done):,} of {len(examples):,} rows are in {file} already")
-    todo = [e for e in examples if e.index not in done]
+    todo = [e for i, e in zip(numbered, examples) if i not in done]
     hidden = None if rank() == 0 else True  # None: where there is no terminal
     with tqdm(total=len(todo), desc=task, unit=" rows", disable=hidden, leave=False) as bar:
         start = time.perf_counter()
@@ -174,8 +151,8 @@ def score_task(model, tokenizer, device, task, examples, file=None):
             start = time.perf_counter()
     if file is not None:
         write_rows(file, known | done)
-    result = summed_up(task, [done[e.index] for e in examples])
-    unseen = [done[e.index] for e in examples if task == "perplexity" or not e.seen]
+    result = summed_up(task, [done[i] for i in numbered])
+    unseen = [done[i] for i, e in numbered.items() if task == "perplexity" or not e.seen]
     if 0 < len(unseen) < len(examples):
         result |= dict(seen=len(examples) - len(unseen), unseen=summed_up(task, unseen))
     return result
@@ -194,8 +171,6 @@ def claim(folder, settings):
     (folder / "predictions").mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
 
-
-# ----------------------------------------------------------------------------- tables
 
 def print_results(results):
     lines, parsed, seen = [], [], []
@@ -229,8 +204,7 @@ def compare(one, other):
     """A table of two runs over the rows that both have. p is McNemar's exact test where rows are right or
     wrong, else from the bootstrap."""
     for folder in (one, other):
-        refuse(not (Path(folder) / "predictions").is_dir(),
-               f"--compare {folder}: no predictions are there: give two --out-dir folders")
+        refuse(not os.path.isdir(f"{folder}/predictions"), f"--compare {folder}: no predictions are there")
     lines = []
     for task in TASKS:
         files = [Path(folder) / "predictions" / f"{task}.jsonl" for folder in (one, other)]
@@ -247,16 +221,14 @@ def compare(one, other):
             if tables:
                 p = score.mcnemar(metric(a), metric(b))
             A, B = float(metric(a.sum(0))), float(metric(b.sum(0)))
+            chance = [f"{p:.3f}" if p >= 0.001 else "< 0.001", "yes" if p >= 0.05 else "no"]
             lines.append([task, name, len(shared), f"{A:.3f}", f"{B:.3f}", f"{B - A:+.3f}",
-                          f"{low:+.3f} to {high:+.3f}", f"{p:.3f}" if p >= 0.001 else "< 0.001",
-                          "yes" if p >= 0.05 else "no"])
+                          f"{low:+.3f} to {high:+.3f}", *chance])
             task = ""
     refuse(not lines, f"{one} and {other} have no row in common: run the same tasks on the same data")
     header = ["task", "score", "rows", "A", "B", "B - A", "95% interval", "p", "chance?"]
     print(f"A = {one}\nB = {other}\n" + cli.markdown(header, lines))
 
-
-# ----------------------------------------------------------------------------- python eval.py
 
 def parse(argv):
     p = Parser(__doc__)
@@ -266,8 +238,7 @@ def parse(argv):
     p.add_argument("--tasks", default="perplexity", help=f"separated by commas: {', '.join(TASKS)}")
     p.add_argument("--data", default="builtin", help="text for perplexity: a file, a folder, or builtin")
     p.add_argument("--data-dir", default=os.environ.get("DATA_DIR", "data"), help="where the sets are")
-    p.add_argument("--limit", type=at_least_1, metavar="N",
-                   help="rows of each task, a seeded sample; tokens of the text (default: all)")
+    p.add_argument("--limit", type=at_least_1, help="rows of each task, a seeded sample; tokens of the text")
     p.add_argument("--out-dir", default="out/eval", help="where predictions and summary.json go")
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="put two such folders side by side")
     return p.parse_args(argv)
@@ -288,8 +259,9 @@ def main(argv=None):
     model, tokenizer, device = open_model(args.model, args.bits)
     settings = add_adapter(model, args)
     if "perplexity" in names:
-        length = min(WINDOW, model.config.context)
-        items["perplexity"] = text_windows(args.data, tokenizer, args.limit, length)
+        ids, length = first_tokens(args.data, tokenizer, args.limit), min(WINDOW, model.config.context)
+        refuse(len(ids) < 2, f"{args.data} has {len(ids)} tokens: perplexity needs at least 2")
+        items["perplexity"] = list(enumerate(ids[i:i + length] for i in range(0, len(ids), length)))
     folder, results = Path(args.out_dir), {}
     claim(folder, settings)
     for name in names:

@@ -20,10 +20,10 @@ thousandth of it. Why it is fast:
 Under torchrun every process has the base and its part of the batch; the gradients of A and B, 1.8 MB, are
 averaged. With --bits 16 --shard the base is spread, too. `finetune` reads straight down, as train.py does.
 """
+import hashlib
 import json
 import os
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +71,7 @@ def make_parser():
     add("--base", default="smollm2-135m", help="the pretrained model: a known name, a folder or a file")
     add("--bits", type=int, choices=(4, 8, 16), default=8, help="of the base's weights")
     add("--rank", type=at_least_1, default=8, help="r of A and B")
-    add("--targets", help="layers with an adapter, by their last names: q, k, v, o, gate, up, down, of GPT-2 "
-                          "qkv, o, up, down (default: q,k,v or qkv)")
+    add("--targets", help="layers with an adapter, by their last names (default: q,k,v, of GPT-2 qkv)")
     add = p.add_argument_group("data").add_argument
     add("--task", default="sentiment",
         help=f"sentiment (those of {', '.join(SENTIMENT)} that are at hand), {', '.join(sets.TEST_SHARE)}, "
@@ -94,8 +93,6 @@ def make_parser():
     add("--save-interval", type=at_least_1, default=50, help="steps between two checkpoints")
     return p
 
-
-# ----------------------------------------------------------------------------- a run
 
 def main(argv=None, **settings):
     args, given = parse(make_parser(), argv, SETTINGS, settings)
@@ -121,12 +118,12 @@ def finetune(args, given):
     if state is not None:
         load_adapter(model, state_folder, own_id)
     data = Data(args, tokenizer, model.config.context)
+    refuse(state is not None and state.get("text") != data.text, f"--task {args.task} has not the rows that "
+           "the run began with: give those, or another --out-dir")
 
     # What surrounds the model, the optimizer, and the folder of the run.
-    def loss_of(batch):
-        return head_loss(model.head, batch.hidden(model), batch.targets)
-
-    around = surround(model, loss_of, device, args.shard)
+    around = surround(model, lambda batch: head_loss(model.head, batch.hidden(model), batch.targets), device,
+                      args.shard)
     trainable = sum(p.numel() for p in around.own_parameters())
     optimizers = make_optimizers(model, args.lr, args.weight_decay)
     restore_moments(model, optimizers, moments, around.own_part)
@@ -170,12 +167,11 @@ def finetune(args, given):
             row = dict(loss=loss, lr=rate)
             if evaluates:
                 row["val_loss"] = held_out_loss(around, data, args, device)
-            row["tokens_per_second"] = speed(tokens, folder)
-            row["peak_memory_bytes"] = peak_memory(device.torch_device)
-            folder.log("{tokens_per_second:.0f} tok/s {gb:.1f} GB".format(
-                gb=row["peak_memory_bytes"] / 1e9, **row), **row)
+            fast, memory = speed(tokens, folder), peak_memory(device.torch_device)
+            row |= dict(tokens_per_second=fast, peak_memory_bytes=memory)
+            folder.log(f"{fast:.0f} tok/s {memory / 1e9:.1f} GB", **row)
         if stopped or step == last or step % args.save_interval == 0:
-            save(folder, model, optimizers, around, args, rows, before, own_id)
+            save(folder, model, optimizers, around, args, rows, before, own_id, data.text)
         if stopped:
             return folder.say_stopped("finetune.py", stop.name)
 
@@ -191,8 +187,6 @@ def finetune(args, given):
     say(f"    python sample.py --model {args.base}{bits} --adapter {folder.path} --prompt \"...\"")
     return 0
 
-
-# ----------------------------------------------------------------------------- its parts
 
 def fill_in(args):
     """Give what was not given the value that depends on other arguments, and refuse what can't be."""
@@ -215,12 +209,11 @@ def adapted_model(args, device):
         names.add(name.rsplit(".", 1)[-1])
         refuse(args.shard and bits_of(layer) < 16, f"--shard spreads parameters, and the integers of "
                f"{args.base} are none: leave it out, or give a base in 16 bit and --bits 16")
-    refuse(tokenizer is None, f"{args.base} has no tokenizer beside its weights: put a tokenizer.json or "
-           "tokenizer.model there")
+    refuse(tokenizer is None, f"{args.base} has no tokenizer beside its weights: put a tokenizer.json there")
     args.targets = args.targets or ("qkv" if "qkv" in names else "q,k,v")
     targets = args.targets.split(",")
-    refuse(not names.issuperset(targets),
-           f"--targets {args.targets}: this model has layers called {', '.join(sorted(names))}")
+    known = ", ".join(sorted(names))
+    refuse(not names.issuperset(targets), f"--targets {args.targets}: this model has layers called {known}")
     torch.manual_seed(args.seed)
     say(attach_lora(model, args.rank, args.alpha, targets, args.dropout))
     return use_recompute(model, args.recompute).train(), tokenizer
@@ -245,8 +238,8 @@ def read_task(task, data_dir):
     if task in sets.TASKS:
         return sets.load(task, data_dir, "train"), sets.load(task, data_dir, "test")
     if task == MADE_UP:
-        say(f"none of {', '.join(SENTIMENT)} is in {data_dir}: training on headlines that are made up from "
-            "templates, which shows that it works and no more (--data-dir, or --task fpb to download)")
+        say(f"none of {', '.join(SENTIMENT)} is in {data_dir}: training on headlines made up from templates, "
+            "which shows that it works and no more (--data-dir, or --task fpb to download)")
         made = made_up_headlines(1200, seed=0)
         return made[300:], made[:300]
     path = Path(data_dir) / "alpaca" / "alpaca_data.json" if task == "alpaca" else Path(task)
@@ -263,25 +256,30 @@ class Data:
 
     def __init__(self, args, tokenizer, context):
         self.train, self.test, self.indices, held = [], {}, {}, []
-        row = partial(encode, tokenizer, context=min(context, args.seq_len))
+        context, digest = min(context, args.seq_len), hashlib.sha256()
         tasks = [args.task]
         if args.task == "sentiment":
             tasks = [t for t in SENTIMENT if (Path(args.data_dir) / t).is_dir()] or [MADE_UP]
         for task in tasks:
             learned, out = read_task(task, args.data_dir)
+            digest.update(repr((learned, out)).encode())
             labelled = task == MADE_UP or task in sets.TASKS
             for e in learned:  # rows with one instruction make batches that share it
                 group = e.prompt.split("\n")[0] if labelled else task
-                self.train.append(row(e.prompt, e.answer, group=group))
+                self.train.append(encode(tokenizer, e.prompt, e.answer, context, group))
             held += [(task, e) for e in out]
             self.indices[task] = sorted(e.index for e in out)
             if args.eval_limit and labelled:
                 self.test[task] = sets.draw(out, args.eval_limit)
         refuse(not self.train, f"--task {args.task} has no rows to learn from")
-        self.held_out = [row(e.prompt, e.answer, group=task) for task, e in sets.draw(held, args.eval_rows)]
-        length = sum(len(r.ids) for r in self.train) / len(self.train)
+        self.held_out = []
+        for task, e in sets.draw(held, args.eval_rows):
+            self.held_out.append(encode(tokenizer, e.prompt, e.answer, context, task))
+        self.text = digest.hexdigest()  # of all rows: a resumed run must find them again
+        tokens, prompts, answers = np.sum([(len(r.ids), *np.sign(r.lost)) for r in self.train], 0)
         say(f"data {', '.join(tasks)}: {len(self.train):,} rows to learn from, {len(held):,} held out, "
-            f"{length:.0f} tokens a row")
+            f"{tokens / len(self.train):.0f} tokens a row; to fit {context} tokens {prompts:,} prompts lose "
+            f"their middle, {answers:,} answers their end")
 
 
 @torch.no_grad()
@@ -302,17 +300,17 @@ def speed(tokens, folder):
     """Tokens a second, without the first step, in which memory is touched for the first time."""
     if not tokens:  # a resumed run with nothing left to do
         return folder.last("tokens_per_second")
-    first = 1 if len(tokens) > 1 else 0
-    return sum(tokens[first:]) / sum(folder.times[first:])
+    return sum(tokens[1:] or tokens) / sum(folder.times[1:] or folder.times)
 
 
-def save(folder, model, optimizers, around, args, rows, before, own_id):
+def save(folder, model, optimizers, around, args, rows, before, own_id, text):
     """Replace OUT/state: the adapter, the moments, and what the run needs to go on."""
     folder.check_finite(around, args)
     learned = around.gather({name: p for name, p in model.named_parameters() if p.requires_grad})
     moments = around.gather(moments_of(model, optimizers))
     if is_first():
-        state = dict(step=folder.step, rows=rows, args=vars(args), before=before, seconds=folder.seconds())
+        state = dict(step=folder.step, rows=rows, text=text, args=vars(args), before=before)
+        state["seconds"] = folder.seconds()
         replace_state(args.out_dir, lambda new: save_adapter(new, model, args.base, own_id, learned=learned),
                       moments, state)
         task = Path(args.task).name
@@ -329,9 +327,13 @@ def scores_of(when, around, tokenizer, test):
         best = r.get("likeliest", r)  # NER is generated alone
         found[task] = dict(f1=best["f1"], interval=best["interval"], rows=len(examples),
                            f1_generated=r["f1"], answered=r["parsed"], majority=r["majority"])
-        say("{}: {} weighted F1 {f1:.3f} (95% {interval[0]:.3f} to {interval[1]:.3f}), generated "
-            "{f1_generated:.3f}, always the commonest label {majority:.3f}, {rows} rows".format(
-                when, task, **found[task]))
+        line = ("weighted F1 {f1:.3f} (95% {interval[0]:.3f} to {interval[1]:.3f}), generated "
+                "{f1_generated:.3f}, always the commonest label {majority:.3f}, {rows} rows")
+        say(f"{when}: {task} {line.format(**found[task])}")
+        if "unseen" in r:
+            rest = r["unseen"].get("likeliest", r["unseen"])["f1"]
+            say(f"{when}: {task} {rest:.3f} without the {r['seen']} rows whose prompts training has, too")
+            found[task]["f1_unseen"] = rest
     model.train()
     return found
 

@@ -12,7 +12,7 @@ A corpus is turned once into a folder of token files, which training reads throu
 Texts pass through in documents, some hundred at a time: a corpus never has to fit in memory.
 """
 import ast
-import codecs
+import contextlib
 import gzip
 import hashlib
 import itertools
@@ -23,10 +23,9 @@ import shutil
 import sysconfig
 import tempfile
 import zlib
-from dataclasses import dataclass
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -45,16 +44,9 @@ SUFFIXES = (".txt", ".md", ".jsonl")  # of the files of a folder that are read, 
 PACKED = {b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "parquet", b"PK\3\4": "zip"}  # by their first bytes
 
 
-# ----------------------------------------------------------------------------- corpora
-
-@dataclass
-class Corpus:
-    name: str
-    key: str                  # changes when the text does
-    documents: Callable       # documents() yields strings
-    total: int | None = None  # how many, if that is known
-    val_every: int = 20       # each so-many-th document is for validation
-    home: Path | None = None  # where the tokens are kept, if not in the cache
+# key changes when the text does; documents() yields strings, `total` of them if that is known; each
+# val_every-th is for validation; home is where the tokens are kept, if not in the cache
+Corpus = namedtuple("Corpus", "name key documents total val_every home", defaults=(None, 20, None))
 
 
 def open_corpus(data, data_dir):
@@ -81,11 +73,11 @@ def builtin_documents():
 def docstrings(path):
     """One document a module: its docstrings in order, each under the name it explains."""
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     except (SyntaxError, UnicodeDecodeError):
         return  # templates and deliberately broken files
     found = []
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
             name = path.stem if isinstance(node, ast.Module) else node.name
             found.append(f"{name}\n\n{ast.get_docstring(node)}\n")
@@ -99,20 +91,17 @@ def unwrap(text):
 
 
 def text_corpus(path):
-    """A file, or all below a folder that are not hidden and have one of SUFFIXES, in the order of their names.
-    """
+    """A file, or all below a folder that have one of SUFFIXES and are not hidden, in their names' order."""
     refuse(not path.exists(), f"--data {path}: there is no such file or folder (nor builtin, openwebtext)")
-    files, left_out = [path], 0
+    files, found = [path], [path]
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.is_file())
         files = [p for p in found if suffix(p) in SUFFIXES and "/." not in f"/{p.relative_to(path)}"]
-        left_out = len(found) - len(files)
-    kinds = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-    refuse(not files, f"--data {path}: the folder has no {kinds} file")
+    refuse(not files, f"--data {path}: the folder has no {' or '.join(SUFFIXES)} file")
     refuse(not any(f.stat().st_size for f in files), f"--data {path}: the text is empty")
-    if left_out:
-        say(f"data {path}: {len(files):,} files are read; {left_out:,} are left out, as they are hidden or no "
-            f"{kinds}")
+    if len(files) < len(found):
+        more = len(found) - len(files)
+        say(f"data {path}: {len(files):,} files; {more:,} are left out, hidden or no {' or '.join(SUFFIXES)}")
     digest = hashlib.sha256()  # of the text itself: names, sizes and times may be those of another one
     for file in files:
         with open(file, "rb") as f:
@@ -130,13 +119,36 @@ def suffix(path):
 
 def read_documents(path):
     """The documents of a file, read as it goes: each row's text of .jsonl, else pieces cut at line ends."""
-    try:
-        with open_text(path) as f:
-            pieces = map("".join, iter(partial(f.readlines, DOCUMENT), []))
-            for text in json_texts(f, path) if suffix(path) == ".jsonl" else pieces:
+    with open_text(path) as f:
+        for lines in iter(partial(f.readlines, DOCUMENT), []):
+            texts = ["".join(lines)]
+            if suffix(path) == ".jsonl":
+                texts = [row_text(line, f"{path}, {line[:40]!r}") for line in lines if line.strip()]
+            for text in texts:
                 refuse("\0" in text, f"{path} is not text: it has zero bytes")
                 for start in range(0, len(text), 64 * DOCUMENT):  # a file without line ends is one line
                     yield text[start:start + 64 * DOCUMENT]
+
+
+def row_text(line, where):
+    row = parse_json(line, where)
+    refuse(not isinstance(row, dict) or not isinstance(row.get("text"), str),
+           f'{where}: a row should be {{"text": ...}}')
+    return row["text"] + "\n"
+
+
+@contextlib.contextmanager
+def open_text(path, newline=None):
+    """A text file, opened for reading: UTF-8, or UTF-16 by its first bytes; either may be in gzip."""
+    with open(path, "rb") as f:
+        opener = gzip.open if f.read(2) == b"\x1f\x8b" else open
+    try:
+        with opener(path, "rb") as f:
+            start = f.read(4)
+        refuse(start in PACKED, f"{path} is a {PACKED.get(start)} file: unpack it, what is read is text")
+        encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        with opener(path, "rt", encoding=encoding, newline=newline) as f:
+            yield f
     except UnicodeDecodeError as e:
         raise InputError(f"{path} is not {e.encoding.upper()} text (byte {e.start} of a block is "
                          f"{e.object[e.start]:#x}): convert it, as with iconv -f latin1 -t utf-8") from None
@@ -144,43 +156,11 @@ def read_documents(path):
         raise InputError(f"{path} can't be unpacked ({e}): get the whole file") from None
 
 
-def open_text(path):
-    """A text file, opened for reading: UTF-8, or UTF-16 by its first bytes; either may be in gzip."""
-    with open(path, "rb") as f:
-        opener = gzip.open if f.read(2) == b"\x1f\x8b" else open
-    with opener(path, "rb") as f:
-        start = f.read(4)
-    for magic, kind in PACKED.items():
-        refuse(start == magic, f"{path} is a {kind} file: unpack it, what is read is text, also in gzip")
-    return opener(path, "rt", encoding=encoding_of(start))
-
-
-def encoding_of(content):
-    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return "utf-16" if marked else "utf-8-sig"
-
-
-def json_texts(lines, path):
-    for n, line in enumerate(lines, 1):
-        if line.strip():
-            row = parse_json(line, path, n)
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise malformed(path, n, 'a row of a text is {"text": ...}')
-            yield row["text"] + "\n"
-
-
-def parse_json(text, path, line=1):
-    """The value of a JSON text that begins in this line of a file."""
+def parse_json(text, where):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise malformed(path, line + e.lineno - 1, f"it is not JSON ({e.msg}, column {e.colno})") from None
-    except (ValueError, RecursionError) as e:  # a number of thousands of digits, a list a thousand deep
-        raise malformed(path, line, f"it is not JSON that can be read ({e})") from None
-
-
-def malformed(path, line, why):
-    return InputError(f"{path}, line {line}: {why}: mend the line or download the file again")
+    except (ValueError, RecursionError) as e:  # also a number of thousands of digits, a list too deep
+        raise InputError(f"{where}: it is not JSON that can be read ({e})") from None
 
 
 # ----------------------------------------------------------------------------- token files
@@ -251,13 +231,16 @@ def encode_corpus(corpus, tokenizer, folder):
     """Stream the corpus into train.bin and val.bin; what meta.json says of them."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     end = [] if tokenizer.end is None else [tokenizer.end]
-    paths, largest = {split: folder / f"{split}.bin" for split in ("train", "val")}, 0
+    paths, largest, n = {split: folder / f"{split}.bin" for split in ("train", "val")}, 0, 0
+    documents = iter(tqdm(corpus.documents(), desc=f"tokenizing {corpus.name}", total=corpus.total,
+                          unit=" documents", disable=None, leave=False))
     with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
-        for n, ids in enumerate(encode_in_order(corpus, tokenizer)):
-            block = np.array(ids + end, dtype=dtype)
-            largest = max(largest, int(block.max(initial=0)))
-            file = val if n % corpus.val_every == corpus.val_every - 1 else train
-            file.write(block.tobytes())
+        for batch in iter(lambda: list(itertools.islice(documents, BATCH)), []):
+            for ids in tokenizer.encode_batch(batch):  # on all cores
+                n += 1
+                block = np.array(ids + end, dtype=dtype)
+                largest = max(largest, int(block.max(initial=0)))
+                (train if n % corpus.val_every else val).write(block.tobytes())
     if paths["val"].stat().st_size == 0:  # a text of a few pages: its last tenth
         tokens = np.fromfile(paths["train"], dtype)
         cut = len(tokens) - len(tokens) // 10
@@ -269,19 +252,9 @@ def encode_corpus(corpus, tokenizer, folder):
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         meta[split] = {"tokens": path.stat().st_size // dtype.itemsize, "sha256": digest}
     counts = meta["train"]["tokens"], meta["val"]["tokens"]
-    refuse(min(counts) < 2, f"the text of {corpus.name} has {sum(counts)} tokens, too few to train on and to "
-           "validate with: give more text")
+    refuse(min(counts) < 2,
+           f"{corpus.name} has {sum(counts)} tokens, too few to train on and to validate with")
     return meta
-
-
-def encode_in_order(corpus, tokenizer):
-    """Ids of each document; a batch of documents is encoded on all cores."""
-    documents = iter(tqdm(corpus.documents(), desc=f"tokenizing {corpus.name}", total=corpus.total,
-                          unit=" documents", disable=None, leave=False))
-    batch = list(itertools.islice(documents, BATCH))
-    while batch:
-        yield from tokenizer.encode_batch(batch)
-        batch = list(itertools.islice(documents, BATCH))
 
 
 # ----------------------------------------------------------------------------- batches
@@ -293,7 +266,7 @@ def windows(tokens, starts, length):
 
 
 def check_length(tokens, length, what):
-    refuse(len(tokens) < length + 1, f"the {what} text has {len(tokens)} tokens, a window of {length} needs "
+    refuse(len(tokens) <= length, f"the {what} text has {len(tokens)} tokens, a window of {length} needs "
            f"{length + 1}: give more text or a smaller --seq-len")
 
 

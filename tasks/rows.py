@@ -1,7 +1,7 @@
 """Rows to learn from, a prompt and its answer each, and the batches of a finetuning run (section VI.C).
 
-A row is tokens: the prompt, the answer, the end token. The loss is on the answer and the end token alone,
-three or four of some seventy tokens. What batches are made of decides how much is computed in vain:
+A row is tokens: the prompt, the answer, the end token; the loss is on the answer and the end token alone.
+What batches are made of decides how much is computed in vain:
 
     padding     rows of a batch are padded to the longest: a third of all slots if rows come in random order.
                 So rows are shuffled, sorted by length inside pools of 16 batches, cut into batches, and
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.cli import InputError, say
+from common.cli import refuse, say
 from common.data import parse_json
 from tasks import sets
 from tasks.prefix import PrefixCache, common_length
@@ -87,15 +87,13 @@ class Batch:
         return PrefixCache(model, self.prefix).read(self.tokens)
 
 
-# ----------------------------------------------------------------------------- Alpaca's format
-
 ALPACA = '{"instruction": ..., "input": ..., "output": ...}'  # a row; its input may be missing
 CHATS = {"conversations": "a conversation in ShareGPT's form", "messages": "a list of chat messages"}
 
 
 def read_alpaca(path):
     """Examples of a JSON file in Alpaca's form: a list of rows, {"data": a list of rows}, or a row a line.
-    Rows with a blank instruction or output are left out, and counted."""
+    Rows with a blank instruction or output, and all but one of equal rows, are left out and counted."""
     text, rows = sets.read_text(path), []
     first = text.strip().split("\n")[0].strip()
     if first.startswith("{") and first.endswith("}"):
@@ -104,41 +102,38 @@ def read_alpaca(path):
         rows = [parse_json(text, path)]
     if len(rows) == 1:
         rows = rows[0]
-        if isinstance(rows, dict) and "data" in rows:
-            rows = rows["data"]
+        if isinstance(rows, dict):
+            rows = rows.get("data", rows)
         if not isinstance(rows, list):
             rows = [rows]
-    examples = [alpaca_example(row, n, f"{path}, row {n}") for n, row in enumerate(rows)]
-    kept = [e for e in examples if e.prompt.strip() and e.answer.strip()]
-    if not kept:
-        raise InputError(f"{path} has no row with text: give rows of {ALPACA}")
+    kept = {}
+    for n, row in enumerate(rows):
+        example = alpaca_example(row, n, f"{path}, row {n}")
+        if example.prompt.strip() and example.answer.strip():
+            kept.setdefault((example.prompt, example.answer), example)
+    refuse(not kept, f"{path} has no row with text: give rows of {ALPACA}")
     if len(kept) < len(rows):
-        say(f"{path}: {len(rows) - len(kept):,} of {len(rows):,} rows are left out, their instruction or "
-            "output is blank")
-    return kept
+        left = len(rows) - len(kept)
+        say(f"{path}: {left:,} of {len(rows):,} rows are left out: no instruction, no output, or there twice")
+    return list(kept.values())
 
 
 def alpaca_example(row, index, where):
     """A row as an Example; its prompt is blank if its instruction is."""
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is not an object but {json.dumps(row)[:60]}: it should be {ALPACA}")
-    for key in row.keys() & CHATS.keys():
-        raise InputError(f"{where} has {key!r}, {CHATS[key]}, which is not read: it should be {ALPACA}")
+    form = f"it should be {ALPACA}"
+    refuse(not isinstance(row, dict), f"{where} is not an object but {json.dumps(row)[:60]}: {form}")
+    for key, kind in CHATS.items():
+        refuse(key in row, f"{where} is {kind} ({key!r}), which is not read: {form}")
     names = ("prompt", "completion") if "completion" in row else ("instruction", "output")
     asked, answer, given = row.get(names[0]), row.get(names[1]), row.get("input") or ""
     for name, text in zip((*names, "input"), (asked, answer, given)):
-        if not isinstance(text, str):
-            found = json.dumps(text)[:60]
-            raise InputError(f"{where} has no text as {name!r} but {found}: it should be {ALPACA}")
+        refuse(not isinstance(text, str), f"{where}, {name!r} is {json.dumps(text)[:60]}, no text: {form}")
     if asked.strip() and names[0] == "instruction":
         asked = sets.instruction_prompt(asked, given) if given.strip() else f"Instruction: {asked}\nAnswer: "
     return sets.Example("rows", index, asked, answer)
 
 
-# ----------------------------------------------------------------------------- where no set is at hand
-
-COMPANIES = ("Nordvik", "Halden Oyj", "Castra Foods", "Lumera", "Teval Steel", "Ostrava Bank", "Brightwell",
-             "Karo Shipping")
+COMPANIES = "Nordvik, Halden Oyj, Castra Foods, Lumera, Teval Steel, Ostrava Bank, Brightwell, Karo Shipping"
 TEMPLATES = {
     "positive": ("{c} 's operating profit rose to EUR {b} mn from EUR {a} mn .",
                  "{c} raised its outlook after sales grew by {a} % .", "{c} won an order worth EUR {b} mn .",
@@ -159,7 +154,7 @@ def made_up_headlines(count, seed):
         label = sets.SENTIMENTS[random.integers(3)]
         a, b = random.integers(2, 12, 2) + (0, 12)
         template = TEMPLATES[label][random.integers(4)]
-        text = template.format(c=COMPANIES[random.integers(len(COMPANIES))], a=a, b=b)
+        text = template.format(c=COMPANIES.split(", ")[random.integers(8)], a=a, b=b)
         rows.append(sets.sentiment_row("made-up headlines", text, label, "news"))
         rows[-1].index = i
     return rows

@@ -104,8 +104,6 @@ def in_batches(trees, budget, most):
         yield batch
 
 
-# ----------------------------------------------------------------------------- log-likelihoods
-
 def shared_prefix(model, trees, device):
     """The PrefixCache of what all rows begin with, before any branch and before anything is predicted."""
     length = 0

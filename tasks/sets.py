@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.cli import InputError, refuse, say
-from common.data import encoding_of, malformed, parse_json
+from common.data import open_text, parse_json
 from tasks.sources import PHRASES, TEST_FILE, find_files
 
 SENTIMENTS = ["negative", "neutral", "positive"]
@@ -57,8 +57,6 @@ class Example:
         return [(self.prompt, choice) for choice in self.choices]
 
 
-# ----------------------------------------------------------------------------- what is asked
-
 def instruction_prompt(instruction, text):
     return f"Instruction: {instruction}\nInput: {text}\nAnswer: "
 
@@ -76,13 +74,11 @@ def boolq(folder):
 
 
 def piqa(folder):
-    path, labels = folder / "valid.jsonl", folder / "valid-labels.lst"
-    rows, lines = list(read_jsonl(path, goal=str, sol1=str, sol2=str)), read_lines(labels)
-    refuse(len(rows) != len(lines), f"{path} has {len(rows)} rows, {labels} {len(lines)} labels: they must "
-           "be of the same download")
+    labels = folder / "valid-labels.lst"
+    rows, lines = list(read_jsonl(folder / "valid.jsonl", goal=str, sol1=str, sol2=str)), read_lines(labels)
+    refuse(len(rows) != len(lines), f"{labels} has {len(lines)} labels for {len(rows)} rows in valid.jsonl")
     for n, ((row, _), line) in enumerate(zip(rows, lines), 1):
-        if line.strip() not in ("0", "1"):
-            raise malformed(labels, n, f"the label must be 0 or 1, got {line!r}")
+        check(line.strip() in ("0", "1"), labels, n, f"the label must be 0 or 1, got {line!r}")
         choices, label = [f" {row['sol1']}", f" {row['sol2']}"], int(line)
         yield Example("piqa", 0, f"Question: {row['goal']}\nAnswer:", choices[label], choices, label)
 
@@ -91,8 +87,8 @@ def winogrande(folder):
     path = folder / "dev.jsonl"
     for row, line in read_jsonl(path, sentence=str, option1=str, option2=str, answer=str):
         before, _, after = row["sentence"].partition("_")
-        if not after.strip() or row["answer"] not in ("1", "2"):
-            raise malformed(path, line, "it needs a _ with words after it, and the answer 1 or 2")
+        check(after.strip() and row["answer"] in ("1", "2"), path, line,
+              "it needs a _ with words after it, and the answer 1 or 2")
         choices, label = [row["option1"], row["option2"]], int(row["answer"]) - 1
         yield Example("winogrande", 0, before, choices[label], choices, label, ending=f" {after.strip()}")
 
@@ -101,8 +97,8 @@ def fpb(folder):
     """The file is latin-1; some copies of it are UTF-8, which latin-1 never is by chance."""
     for n, line in enumerate(read_lines(folder / PHRASES, "latin-1"), 1):
         text, at, label = line.rpartition("@")
-        if not at or label not in SENTIMENTS:
-            raise malformed(folder / PHRASES, n, f"it must end with @ and one of {', '.join(SENTIMENTS)}")
+        check(at and label in SENTIMENTS, folder / PHRASES, n,
+              f"it must end with @ and one of {', '.join(SENTIMENTS)}")
         yield sentiment_row("fpb", text, label, "news")
 
 
@@ -118,8 +114,7 @@ def fiqa(folder):
                 text, scores = entry["sentence"], [str(about["sentiment_score"]) for about in entry["info"]]
                 scores = [float(score) for score in scores]  # of a text: True is no number
             except (KeyError, TypeError, ValueError) as e:
-                raise InputError(f"{where}: it needs a sentence and for each info a sentiment_score "
-                                 f"({type(e).__name__}: {e})") from None
+                raise InputError(f"{where}: each info needs a sentiment_score ({e!r})") from None
             refuse(not isinstance(text, str) or not scores, f"{where}: it needs a sentence and an info")
             for score in scores:
                 refuse(not -1 <= score <= 1, f"{where}: sentiment_score must be in -1..1, got {score}")
@@ -128,17 +123,16 @@ def fiqa(folder):
 
 def tfns(folder, name="sent_train.csv"):
     path = folder / name
-    rows = csv.reader(io.StringIO(read_text(path), newline=""))
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
-        if next(rows, None) != ["text", "label"]:
-            raise malformed(path, 1, "the first line must be text,label")
+        check(next(rows, None) == ["text", "label"], path, 1, "the first line must be text,label")
         for row in rows:
-            if len(row) != 2 or row[1] not in ("0", "1", "2"):
-                raise malformed(path, rows.line_num, "it must be a text and a label, 0, 1 or 2")
+            check(len(row) == 2 and row[1] in ("0", "1", "2"), path, rows.line_num,
+                  "it must be a text and a label, 0, 1 or 2")
             label = ["negative", "positive", "neutral"][int(row[1])]  # bearish, bullish, neutral
             yield sentiment_row("tfns", row[0], label, "tweet")
     except csv.Error as e:
-        raise malformed(path, rows.line_num, f"it is not CSV ({e}): is a quotation mark alone?") from None
+        check(False, path, rows.line_num, f"it is not CSV ({e}): is a quotation mark alone?")
 
 
 def ner(folder, name="FIN5.txt"):
@@ -147,8 +141,8 @@ def ner(folder, name="FIN5.txt"):
     for n, line in enumerate([*read_lines(path), ""], 1):
         columns = words_of(line)
         if columns:
-            if len(columns) != 4 or not re.fullmatch(r"O|[BI]-(PER|ORG|LOC|MISC)", columns[3]):
-                raise malformed(path, n, "it must be a word, two columns more, and O or a tag such as I-ORG")
+            check(len(columns) == 4 and re.fullmatch(r"O|[BI]-(PER|ORG|LOC|MISC)", columns[3]), path, n,
+                  "it must be a word, two columns more, and O or a tag such as I-ORG")
             words.append(columns[0])
             tags.append("O" if columns[3].endswith("MISC") else columns[3])
         else:
@@ -176,8 +170,6 @@ def entities(tags):
     return found
 
 
-# ----------------------------------------------------------------------------- how an answer is read
-
 def read_sentiment(text):
     """(label, whether one was there) of a generated answer, by FinGPT's rule: positive goes before negative.
 
@@ -191,25 +183,21 @@ def read_sentiment(text):
 def read_entities(words, text):
     """(tags, whether an entity was named) of a generated `X is a person, Y is an organization.`
 
-    FinGPT's rule: words are compared in lower case; an entity takes its first occurrence that is still free.
-    One of an unknown type gets the type O, which counts as an entity that is wrong."""
+    FinGPT's rule: an entity, in small letters, takes its first occurrence that is still free. One of an
+    unknown type gets the type O, which counts as an entity that is wrong."""
     words, tags, named = [w.lower() for w in words], ["O"] * len(words), False
     types = {name.split()[1]: kind for kind, name in ENTITIES.items()}
     for part in text.lower().strip(".").split(","):
-        match = re.match(r"^(.*) is an? (.*)$", part)
-        entity = words_of(match[1]) if match else []
-        if not entity:
-            continue
-        named, n = True, len(entity)
-        kind = types.get(match[2].strip(), "O")
-        for i in range(len(words) - n + 1):
-            if words[i:i + n] == entity and tags[i:i + n] == ["O"] * n:
-                tags[i:i + n] = ["B-" + kind] + ["I-" + kind] * (n - 1)
-                break
+        match = re.match(r"^(.*[^ \t].*) is an? (.*)$", part)
+        if match:
+            named, entity, kind = True, words_of(match[1]), types.get(match[2].strip(), "O")
+            n = len(entity)
+            for i in range(len(words) - n + 1):
+                if words[i:i + n] == entity and tags[i:i + n] == ["O"] * n:
+                    tags[i:i + n] = ["B-" + kind] + ["I-" + kind] * (n - 1)
+                    break
     return tags, named
 
-
-# ----------------------------------------------------------------------------- rows and splits
 
 TASKS = {f.__name__: f for f in (boolq, piqa, winogrande, fpb, fiqa, tfns, ner)}
 TEST_SHARE = {"fpb": 0.25, "fiqa": 0.226, "tfns": 0.25, "ner": 0.25}
@@ -222,28 +210,22 @@ def load(task, data_dir, split="test"):
     refuse(split == "train" and task not in TEST_SHARE,
            f"{task} has no training rows here: only its evaluation part is read")
     folder, file = find_files(task, data_dir), TEST_FILE.get(task)
-    rows = read_all(task, folder)
-    if file and (folder / file).exists():
-        splits = dict(train=rows, test=read_all(task, folder, file))
-    elif task in TEST_SHARE:
-        test, train = split_rows(len(rows), TEST_SHARE[task])
-        splits = dict(train=[rows[i] for i in train], test=[rows[i] for i in test])
+    own_test = file is not None and (folder / file).exists()
+    rows = list(TASKS[task](folder))
+    train, test = (rows, list(TASKS[task](folder, file))) if own_test else ([], rows)
+    refuse(not rows or not test, f"{task}: there is no row in {folder}")
+    for part in (rows, test):
+        for i, example in enumerate(part):
+            example.index = i
+    if task in TEST_SHARE and not own_test:
+        held, rest = split_rows(len(rows), TEST_SHARE[task])
+        train, test = [rows[i] for i in rest], [rows[i] for i in held]
         if file and split == "test":
             say(f"{task}: {file} is not in {folder}: a quarter of the training file is held out")
-    else:
-        splits = dict(train=[], test=rows)
-    learned = {example.prompt for example in splits["train"]}
-    for example in splits["test"]:
+    learned = {example.prompt for example in train}
+    for example in test:
         example.seen = example.prompt in learned
-    return splits[split]
-
-
-def read_all(task, folder, *file):
-    examples = list(TASKS[task](folder, *file))
-    refuse(not examples, f"{task}: there is no row in {folder}")
-    for i, example in enumerate(examples):
-        example.index = i
-    return examples
+    return train if split == "train" else test
 
 
 def split_rows(count, share, seed=42):
@@ -263,13 +245,13 @@ def draw(examples, limit, seed=0):
 
 def read_text(path, otherwise=None):
     """The text of a UTF-8 or marked UTF-16 file. otherwise: the encoding of one that is neither."""
-    content = path.read_bytes()
     try:
-        return content.decode(encoding_of(content))
-    except UnicodeDecodeError as e:
-        if otherwise:
-            return content.decode(otherwise)
-        raise malformed(path, content[:e.start].count(b"\n") + 1, "it is not UTF-8 text") from None
+        with open_text(path, newline="") as f:
+            return f.read()
+    except InputError:
+        if otherwise is None:
+            raise
+        return path.read_bytes().decode(otherwise)
 
 
 def read_lines(path, otherwise=None):
@@ -282,8 +264,12 @@ def read_jsonl(path, **fields):
     """(row, line number) of every line; each row must have these fields, of these types."""
     for n, line in enumerate(read_lines(path), 1):
         if line.strip():
-            row = parse_json(line, path, n)
+            row = parse_json(line, f"{path}, line {n}")
             for name, kind in fields.items():
-                if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-                    raise malformed(path, n, f"it needs {name!r}, a {kind.__name__}")
+                fits = isinstance(row, dict) and isinstance(row.get(name), kind)
+                check(fits, path, n, f"it needs {name!r}, a {kind.__name__}")
             yield row, n
+
+
+def check(holds, path, line, what):
+    refuse(not holds, f"{path}, line {line}: {what}: mend the line or download the file again")

@@ -1,4 +1,5 @@
 """data.py: corpora, token files, the order of batches, and what it refuses."""
+import gzip
 import hashlib
 import json
 import os
@@ -149,13 +150,85 @@ def test_bad_text_is_refused(tmp_path, tokenizer):
     (tmp_path / "latin.txt").write_bytes("caf\xe9 cr\xe8me\n".encode("latin-1"))
     (tmp_path / "nothing").mkdir()
     for path, message in (("missing.txt", "there is no such file"), ("empty.txt", "the text is empty"),
-                          ("nothing", "no .txt, .md or .jsonl file")):
+                          ("nothing", "no .txt or .md or .jsonl file")):
         with pytest.raises(InputError, match=message):
             open_corpus(str(tmp_path / path), "data")
     for path, message in (("zero.txt", "is not text: it has zero bytes"),
                           ("latin.txt", "not UTF-8 text .byte 3 of a block is 0xe9")):
         with pytest.raises(InputError, match=message):
             prepare(open_corpus(str(tmp_path / path), "data"), tokenizer)
+
+
+def packed(text, suffix):
+    encoding = "utf-16" if "16" in suffix else "utf-8"
+    content = text.encode(encoding)
+    return gzip.compress(content) if suffix.lower().endswith(".gz") else content
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".TXT", ".gz", ".txt.gz", ".16.txt", ".16.txt.gz", "", ".unknown"])
+def test_a_text_is_known_by_its_first_bytes(suffix, tmp_path):
+    text = "Net income rose.\u2028Really.\n" * 2000
+    (tmp_path / f"a{suffix}").write_bytes(packed(text, suffix))
+    assert "".join(open_corpus(str(tmp_path / f"a{suffix}"), "data").documents()) == text
+
+
+def test_rows_of_jsonl_are_documents(tmp_path):
+    texts = ["one\u2028line", "two\nlines\n", "x" * 600_000]
+    text = "\n".join(json.dumps(dict(text=t, id=1), ensure_ascii=False) for t in texts) + "\n\n"
+    for suffix in (".jsonl", ".JSONL", ".jsonl.gz", ".16.jsonl"):
+        (tmp_path / f"a{suffix}").write_bytes(packed(text, suffix))
+        documents = list(open_corpus(str(tmp_path / f"a{suffix}"), "data").documents())
+        assert documents[:2] == ["one\u2028line\n", "two\nlines\n\n"] and "".join(documents[2:]) == texts[2] + "\n"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    keys = {open_corpus(str(tmp_path / name), "data").key for name in ("a.txt", "a.jsonl")}
+    assert len(keys) == 2, "the same bytes, but other documents"
+
+
+def test_a_folder_says_what_it_leaves_out(tmp_path, capsys):
+    for name in ("b.TXT", "sub/a.md", "c.txt.gz", ".git/x.txt", ".d.txt", "sub/.e/f.txt", "g.pdf", "no-suffix"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(packed(f"text of {name}\n", name))
+    documents = list(open_corpus(str(tmp_path / "in"), "data").documents())
+    assert documents == ["text of b.TXT\n", "text of c.txt.gz\n", "text of sub/a.md\n"]
+    line = "3 files; 5 are left out, hidden or no .txt or .md or .jsonl"
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.txt", b"\x28\xb5\x2f\xfd more", "a.txt is a zstd file: unpack it"),
+    ("a.txt", b"PAR1 more", "a.txt is a parquet file: unpack it"),
+    ("a.txt.gz", b"PK\3\4 more", "a.txt.gz is a zip file: unpack it"),
+    ("a.txt", gzip.compress(b"PAR1 more"), "a.txt is a parquet file"),
+    ("a.gz", gzip.compress(b"some text " * 100)[:-20], "a.gz can't be unpacked"),
+    ("a.gz", gzip.compress(b"some text " * 100)[:10], "a.gz can't be unpacked"),
+    ("a.gz", gzip.compress(b"some text " * 100)[:-8] + b"12345678", "a.gz can't be unpacked .CRC check failed"),
+    ("a.gz", b"\x1f\x8bnothing", "a.gz can't be unpacked"),
+    ("a.txt", "text".encode("utf-16")[:-1], "a.txt is not UTF-16.* text .byte"),
+    ("a.txt", "text".encode("utf-32"), "a.txt is not text: it has zero bytes"),
+    ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "a.jsonl, '{\"body\": \"b\"}.*': a row should be"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, '{\"text\": .*': it is not JSON"),
+    ("a.jsonl", b'["text"]\n', "a row should be"),
+    ("a.jsonl", b'{"text": "\\u0000"}\n', "it has zero bytes")])
+def test_what_is_no_text_is_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as refused:
+        list(open_corpus(str(tmp_path / name), "data").documents())
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".txt.gz", ".16.txt", ".jsonl.gz"])
+def test_nothing_but_an_input_error_is_raised_for_a_damaged_text(suffix, tmp_path):
+    random, path = np.random.default_rng(0), tmp_path / f"a{suffix}"
+    whole = packed('{"text": "some text, \\u00e9"}\n' * 20, suffix)
+    for _ in range(300):
+        content = bytearray(whole)
+        for place in random.integers(len(whole), size=random.integers(1, 4)):
+            content[place] = random.integers(256)
+        path.write_bytes(content[int(random.integers(4) == 0):len(content) - int(random.choice([0, 1, 9]))])
+        try:
+            list(open_corpus(str(path), "data").documents())
+        except InputError as e:
+            assert "\n" not in str(e), e
 
 
 def test_bad_token_files_are_refused(text_file, tokenizer, tmp_path):

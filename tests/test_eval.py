@@ -157,6 +157,24 @@ def test_another_model_does_not_take_over_rows(finished, model_folder, task_data
     assert len(predictions(tmp_path / "run-1", "boolq")) == 25 and len(predictions(tmp_path / "run", "boolq")) == 3
 
 
+def test_scores_without_the_rows_that_training_has_too(model_folder, task_data, tmp_path, capsys):
+    shutil.copytree(task_data, tmp_path / "data")
+    file = tmp_path / "data" / "fpb" / sets.PHRASES
+    lines = file.read_text("latin-1").split("\n")
+    file.write_text("\n".join([*lines[:12], *lines[:24]]) + "\n", encoding="latin-1")
+    summary = evaluate(model_folder[0] / "ours", tmp_path / "data", tmp_path / "out", "--tasks", "fpb,boolq")
+    examples, rows = sets.load("fpb", tmp_path / "data"), {r["index"]: r for r in predictions(tmp_path / "out", "fpb")}
+    own = [rows[e.index] for e in examples if not e.seen]
+    assert 0 < len(own) < len(examples) and summary["fpb"]["seen"] == len(examples) - len(own)
+    unseen, labels = summary["fpb"]["unseen"], [r["label"] for r in own]
+    assert unseen["rows"] == len(own) and unseen["accuracy"] == np.mean([r["label"] == r["prediction"] for r in own])
+    likeliest = f1_score(labels, [r["likeliest"] for r in own], average="weighted", zero_division=0)
+    assert unseen["likeliest"]["f1"] == pytest.approx(likeliest)
+    text = capsys.readouterr().out
+    assert f"scores without them): fpb {summary['fpb']['seen']} of {len(examples)}\n" in text
+    assert re.search(r"^\| fpb unseen +\| weighted F1, as written", text, re.M) and "unseen" not in summary["boolq"]
+
+
 def test_an_adapter_counts(finished, model_folder, task_data, tmp_path):
     folder = model_folder[0] / "ours"
     model, _ = load_model(folder)

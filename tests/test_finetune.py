@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -321,18 +322,102 @@ def test_alpaca_rows_of_a_file(base, tmp_path):
 @pytest.mark.parametrize("text, message", [
     ("", "has no row with text: give rows"),
     ("[]", "has no row with text: give rows"),
-    ('[{"instruction": "a", "output": "b"},\n {"instruction": "a", "output": ]', "rows.json, line 2: it is not JSON"),
-    ('{"instruction": "a", "output": "b"}\n{"instruction": ', "rows.json, line 2: it is not JSON"),
-    ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "rows.json, row 1 has no text as 'output' but null: it should be"),
+    ('[{"instruction": "a", "output": "b"},\n {"instruction": "a", "output": ]', "rows.json.*: it is not JSON .*line 2 column"),
+    ('{"instruction": "a", "output": "b"}\n{"instruction": ', "rows.json, line 2: it is not JSON that can be"),
+    ('{"instruction": "a", "output": "b"}{"instruction": "c", "output": "d"}', "it is not JSON .*Extra data"),
+    ('[{"conversations": [{"from": "human", "value": "a"}]}]', "row 0 is a conversation in ShareGPT's form"),
+    ('{"data": [{"messages": [{"role": "user", "content": "a"}]}]}', "row 0 is a list of chat messages"),
+    ('{"rows": []}', "row 0, 'instruction' is null, no text"),
+    ('[{"instruction": "a", "output": 3}]', "row 0, 'output' is 3, no text"),
+    ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "rows.json, row 1, 'output' is null, no text: it should be"),
     ('[{"instruction": "a", "output": "b"}, 7]', "rows.json, row 1 is not an object but 7"),
-    ('[{"instruction": "a", "output": "b", "input": ["c"]}]', r"rows.json, row 0 has no text as 'input' but \[\"c\"\]: it should"),
+    ('[{"instruction": "a", "output": "b", "input": ["c"]}]', r"rows.json, row 0, 'input' is \[\"c\"\], no text: it should"),
     ('[{"instruction": " ", "output": "b"}]', "has no row with text: give rows"),
-    ("instruction,output\na,b\n", "rows.json, line 1: it is not JSON"),
+    ("instruction,output\na,b\n", "rows.json: it is not JSON .*line 1"),
 ])
 def test_malformed_rows_are_refused(text, message, tmp_path):
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(InputError, match=message):
         read_alpaca(tmp_path / "rows.json")
+
+
+PAIR = ("Instruction: a\u2028b\nAnswer: ", "c")
+
+
+@pytest.mark.parametrize("text, pairs", [
+    ('[{"instruction": "a\u2028b", "output": "c"}]', [PAIR]),
+    ('{"instruction": "a\u2028b", "output": "c", "input": null}\r\n\n' * 2, [PAIR]),
+    ('{\n "instruction": "a\u2028b",\n "output": "c"\n}\n', [PAIR]),
+    ('{"data": [{"instruction": "a\u2028b", "output": "c", "input": " "}]}', [PAIR]),
+    ('\n{\n"data": [\n{"instruction": "a\u2028b", "output": "c"}]}\n', [PAIR]),
+    ('[{"prompt": "Q: a\\n", "completion": "A: b"}]', [("Q: a\n", "A: b")]),
+])
+def test_forms_of_rows_that_are_read(text, pairs, tmp_path):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "rows.json").write_text(text, encoding=encoding)
+        assert [(e.prompt, e.answer) for e in read_alpaca(tmp_path / "rows.json")] == pairs
+
+
+def test_blank_rows_and_copies_are_left_out_and_counted(tmp_path, capsys):
+    """The published file has 28 rows without an output; a row that occurs twice is never on both sides."""
+    rows = [dict(instruction=f"Say {i % 40}", input="", output=str(i % 40)) for i in range(80)]
+    rows[17] = dict(instruction="Generate a sentence with no words.", input="", output="")
+    rows[18]["instruction"] = " "
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    learned, held = finetune.read_task(str(tmp_path / "rows.json"), "/nowhere")
+    assert "rows.json: 40 of 80 rows are left out" in capsys.readouterr().out
+    assert len(held) == 2 and len(learned) == 38
+    assert not {e.prompt for e in held} & {e.prompt for e in learned}
+    assert [rows[e.index]["output"] for e in learned] == [e.answer for e in learned]
+
+
+@pytest.mark.parametrize("prompt, answer", [(20, 30), (20, 60), (60, 20), (60, 62), (60, 90), (3, 90), (62, 1)])
+def test_only_what_does_not_fit_is_cut_and_of_the_prompt_first(prompt, answer):
+    class Letters:
+        begin, end = None, 0
+
+        def encode(self, text):
+            return [ord(c) for c in text]
+    given, wanted = "".join(map(chr, range(100, 100 + prompt))), "".join(map(chr, range(300, 300 + answer)))
+    row = encode(Letters(), given, wanted, 64)
+    kept, learned = "".join(map(chr, row.ids[:row.start])), row.ids[row.start:]
+    if prompt + answer + 1 <= 64:
+        assert kept == given and row.lost == (0, 0)
+    else:
+        assert len(row.ids) == 64 and given.startswith(kept[:-(len(kept) // 2) or None])
+        assert len(kept) == min(prompt, max(8, 63 - answer)) and given.endswith(kept[-(len(kept) // 2):])
+    whole = [ord(c) for c in wanted] + [0]
+    assert learned == whole[:len(learned)] and (learned == whole or len(kept) == min(prompt, 8))
+    assert row.lost == (prompt - len(kept), len(whole) - len(learned))
+    assert kept == "".join(map(chr, score.shorten([ord(c) for c in given], len(kept))))  # as evaluation cuts it
+
+
+def test_cut_rows_are_counted(base, tmp_path, capsys):
+    tokenizer = load_model(base)[1]
+    rows = [dict(instruction="Say it", input=f"{i}" * 3, output="word " * (40 if i < 6 else 3)) for i in range(12)]
+    rows += [dict(instruction="Say " * 60, output=f"{i}") for i in range(3)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    args = SimpleNamespace(task=str(tmp_path / "rows.json"), data_dir="", seq_len=48, eval_limit=0, eval_rows=8)
+    data = finetune.Data(args, tokenizer, 128)
+    prompts, answers = (sum(r.lost[i] > 0 for r in data.train) for i in (0, 1))
+    assert prompts >= 3 and answers == 6 and max(len(r.ids) for r in data.train) == 48
+    line = f"to fit 48 tokens {prompts} prompts lose their middle, {answers} answers their end"
+    assert line in capsys.readouterr().out
+    assert [r.ids[-1] == tokenizer.end for r in data.train] == [r.lost[1] == 0 for r in data.train]
+
+
+def test_a_run_goes_on_with_its_own_rows_alone(base, tmp_path):
+    file, out = tmp_path / "rows.json", str(tmp_path / "out")
+    rows = [dict(instruction="Repeat.", input=f"number {i}", output=f"number {i}") for i in range(40)]
+    file.write_text(json.dumps(rows))
+    call("--base", base, "--task", file, "--max-iters", 4, "--out-dir", out, *QUIET, stop_at=2)
+    held = (tmp_path / "out" / "heldout.json").read_text()
+    file.write_text(json.dumps([dict(instruction="Repeat.", input="new", output="new"), *rows]))
+    with pytest.raises(InputError, match="rows.json has not the rows that the run began with: give those"):
+        finetune.main(["--resume", "--out-dir", out])
+    assert (tmp_path / "out" / "heldout.json").read_text() == held
+    file.write_text(json.dumps(rows, indent=1))  # written in another way, the same rows
+    assert finetune.main(["--resume", "--out-dir", out]) == 0 and max(losses(tmp_path / "out")) == 4
 
 
 @pytest.mark.parametrize("args, message", [

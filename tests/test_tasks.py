@@ -3,11 +3,13 @@ import json
 import shutil
 
 import datasets
+import numpy as np
 import pytest
 from seqeval.metrics.sequence_labeling import get_entities
 
 from common.cli import InputError
 from tasks import sets
+from tasks.rows import read_alpaca
 from tasks.sets import load, read_entities, read_sentiment
 from tasks.sources import PHRASES
 
@@ -144,28 +146,41 @@ def test_odd_sentiments(text, label, parsed):
     ("boolq", "dev.jsonl", '{"question": "a", "passage": "b", "answer": "yes"}',
      "dev.jsonl, line 1: it needs 'answer', a bool"),
     ("boolq", "dev.jsonl", "\n", "boolq: there is no row in"),
-    ("piqa", "valid-labels.lst", "0\n2\n" * 18, "valid-labels.lst, line 2: the label must be 0 or 1, got '2'"),
-    ("piqa", "valid-labels.lst", "0\n1\n", "has 36 rows, .*valid-labels.lst 2 labels"),
+    ("piqa", "valid-labels.lst", "0\n2\n" * 18, "labels.lst, line 2: the label must be 0 or 1, got '2'"),
+    ("piqa", "valid-labels.lst", "0\n1\n", "valid-labels.lst has 2 labels for 36 rows in valid.jsonl"),
     ("piqa", "valid.jsonl", "[]\n", "valid.jsonl, line 1: it needs 'goal', a str"),
     ("winogrande", "dev.jsonl", '{"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}',
      "line 1: it needs a _"),
     ("fpb", PHRASES, "fine .@good\n", "Sentences_50Agree.txt, line 1: it must end with @"),
     ("fpb", PHRASES, "", "fpb: there is no row"),
     ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": "x", "info": [{"sentiment_score": "up"}]}}',
-     "post_ABSA_train.json, entry '7'"),
+     "post_ABSA_train.json, entry '7': each info needs a sentiment_score"),
     ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": "x", "info": [{"sentiment_score": NaN}]}}',
      "entry '7': sentiment_score must be in -1..1, got nan"),
-    ("fiqa", "task1_headline_ABSA_train.json", '{"7": {\n"sentence": }}', "json, line 2: it is not JSON"),
+    ("fiqa", "task1_headline_ABSA_train.json", '{"7": {\n"sentence": }}',
+     "headline_ABSA_train.json: it is not JSON .*line 2 column 13"),
+    *[("fiqa", "task1_post_ABSA_train.json",
+       '{"7": {"sentence": "x", "info": [{"sentiment_score": %s}]}}' % bad, "entry '7': ") for bad in (
+        "45", "true", "null", "[]", '"nan"', '"0,35"', '""', "1" * 400)],
+    ("fiqa", "task1_post_ABSA_train.json", '{"7": %s}' % ("1" * 5000), "it is not JSON that can be read"),
+    ("fiqa", "task1_post_ABSA_train.json", "[" * 100_000, "it is not JSON that can be read"),
+    ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": "x", "info": []}}', "needs a sentence and"),
+    ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": 3, "info": [{"sentiment_score": "1"}]}}',
+     "needs a sentence and an info"),
     ("fiqa", "task1_headline_ABSA_train.json", "[]", "headline_ABSA_train.json: it must be an object"),
     ("tfns", "sent_train.csv", "text,label\na,0\nb,3\n", "line 3: it must be a text and a label"),
     ("tfns", "sent_train.csv", 'text,label\n"open,1\n' + "tweet,1\n" * 20_000, "not CSV .field larger than"),
+    ("tfns", "sent_train.csv", 'text,label\n"open,1\nmore,0\n', "not CSV .unexpected end of data"),
+    ("tfns", "sent_train.csv", "text;label\na;0\n", "line 1: the first line must be text,label"),
     ("tfns", "sent_train.csv", "a,0\n", "sent_train.csv, line 1: the first line must be text,label"),
     ("ner", "FIN5.txt", "Anna NNP - I-PER\nKoch I-PER\n", "FIN5.txt, line 2: it must be a word"),
+    ("ner", "FIN5.txt", "Anna\xa0NNP - I-PER\n", "FIN5.txt, line 1: it must be a word"),
     ("ner", "FIN5.txt", "Anna NNP - I-FOO\n", "FIN5.txt, line 1: it must be a word")])
 def test_malformed_rows_are_named(task, name, content, message, data):
-    (data / task / name).write_text(content)
-    with pytest.raises(InputError, match=message):
+    (data / task / name).write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=message) as refused:
         load(task, data)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-8", "utf-8-sig"])
@@ -176,9 +191,72 @@ def test_phrasebank_in_either_encoding(encoding, text, data):
     assert [row.prompt for row in rows] == [INSTRUCTION + text + "\nAnswer: "] * 8
 
 
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\xa0", "\u3000"])
+def test_only_a_line_feed_ends_a_line_and_only_spaces_and_tabs_part_columns(odd, data):
+    row = json.dumps(dict(question="a", passage=f"b{odd}c", answer=True), ensure_ascii=False)
+    (data / "boolq" / "dev.jsonl").write_text(f"{row}\n" * 3, encoding="utf-8")
+    assert [e.prompt for e in load("boolq", data)] == [f"b{odd}c\nQuestion: a?\nAnswer:"] * 3
+    for encoding in ("utf-8", "utf-16"):
+        (data / "fpb" / PHRASES).write_bytes(f"b{odd}c@neutral\r\n".encode(encoding) * 1)
+        assert load("fpb", data)[0].prompt == f"{INSTRUCTION}b{odd}c\nAnswer: "
+    (data / "tfns" / "sent_train.csv").write_text(f'text,label\nb{odd}c,1\n', encoding="utf-8")
+    assert f"Input: b{odd}c\n" in load("tfns", data)[0].prompt
+    (data / "ner" / "FIN5.txt").write_text(f"New{odd}York\tNNP  - I-LOC\n. . - O\n", encoding="utf-8")
+    row = load("ner", data)[0]
+    assert row.words == [f"New{odd}York", "."] and row.answer == f"New{odd}York is a location."
+    assert read_entities(row.words, row.answer)[0] == ["B-LOC", "O"]
+
+
+def test_test_rows_that_training_has_too_are_marked(data):
+    lines = [f"sentence {i} .@neutral\n" for i in range(40)]
+    lines[30] = lines[31] = lines[32] = lines[33] = lines[0]
+    (data / "fpb" / PHRASES).write_text("".join(lines))
+    learned = {e.prompt for e in load("fpb", data, "train")}
+    test = load("fpb", data)
+    assert [e.seen for e in test] == [e.prompt in learned for e in test]
+    assert {e.index for e in test if e.seen} <= {0, 30, 31, 32, 33} and any(e.seen for e in test)
+    assert not any(e.seen for e in load("boolq", data))
+
+
+# What is put into a file or cut out of it
+PIECES = [b"", b"\n", b"\r", b"\r\n", b"\xff", b"\xfe\xff", b"\xef\xbb\xbf", b"\0", b"\xe2\x80\xa8",
+          b"\xc2\xa0", b'"', b"'", b",", b"{", b"}", b"[" * 2000, b"]", b":", b"@", b"_", b" ", b"\t", b"9" * 5000, b"-1e999",
+          b"NaN", b"null", b"true", b"\\", b"\\ud800", b"\\u0000", b"I-ORG", b"O", b"positive",
+          b"\x1f\x8b\x08", b"PK\3\4", b"\xed\xa0\x80"]
+
+
+@pytest.mark.parametrize("task", [*sets.TASKS, "alpaca"])
+def test_nothing_but_an_input_error_is_raised_for_a_damaged_file(task, data):
+    """400 small mutations of each file of a set, of a fixed seed."""
+    random = np.random.default_rng(0)
+    rows = [dict(instruction=f"Add {i}.", input="1" * (i % 2), output=str(i)) for i in range(8)]
+    (data / "alpaca").mkdir()
+    (data / "alpaca" / "list.json").write_text(json.dumps(rows, indent=1))
+    (data / "alpaca" / "lines.json").write_text("\n".join(map(json.dumps, rows)))
+    read = 0
+    for path in sorted(p for p in (data / task).rglob("*") if p.is_file()):
+        whole = path.read_bytes()
+        for _ in range(400):
+            content = whole
+            for _ in range(random.integers(1, 4)):
+                start = int(random.integers(len(content) + 1))
+                end = start + int(random.choice([0, 0, 1, 2, 40]))
+                content = content[:start] + PIECES[random.integers(len(PIECES))] + content[end:]
+            path.write_bytes(content)
+            try:
+                examples = read_alpaca(path) if task == "alpaca" else load(task, data)
+            except InputError as e:
+                assert "\n" not in str(e), repr(str(e))
+                continue
+            read += 1
+            assert all(e.prompt and isinstance(e.prompt, str) and isinstance(e.answer, str) for e in examples)
+        path.write_bytes(whole)
+    assert read > 20, "most mutations are seen, not all"
+
+
 def test_text_of_another_encoding_is_named(data):
     (data / "boolq" / "dev.jsonl").write_bytes(b'{}\n{"question": "\xe9"}\n')
-    with pytest.raises(InputError, match="dev.jsonl, line 2: it is not UTF-8"):
+    with pytest.raises(InputError, match="dev.jsonl is not UTF-8 text .byte 17 of a block is 0xe9"):
         load("boolq", data)
 
 
