@@ -137,7 +137,6 @@ def finetune(args, given):
         (folder.path / "heldout.json").write_text(json.dumps(data.indices) + "\n")
     before = state["before"] if state else scores_of("before", around, tokenizer, data.test)
     tokens = []  # of each step's rows
-    folder.begin()
 
     while folder.step < last:
         began, step = time.perf_counter(), folder.step
@@ -147,10 +146,7 @@ def finetune(args, given):
         set_rate(optimizers, rate)
         step_rows = pick(data.train, rows, args.seed, step)
         batches, weights = batches_of(step_rows, args, around, device)
-        try:
-            loss = around.backward(batches, (args.seed, step), weights)
-        except RuntimeError as error:
-            raise folder.explain(error, args) from None
+        loss = around.backward(batches, (args.seed, step), weights)
         loss = all_reduce(loss) / around.replicas
         if not abs(loss) < float("inf"):
             raise folder.not_finite(f"the loss is {loss}", args, step + 1)

@@ -78,30 +78,25 @@ class Config:
     def head_size(self):
         return self.width // self.heads
 
+    def make_norm(self):
+        return self.architecture.norm(self.width, eps=self.norm_eps)
+
     def as_dict(self):
         return asdict(self)
 
 
-def _gpt2(blocks, heads, width, context=1024):
-    return Config("gpt2", 50257, context, blocks, heads, heads, width, 4 * width)
-
-
-def _llama(blocks, heads, kv_heads, width, ffn, vocab_size=32000, context=4096, tied=False, **more):
-    return Config("llama", vocab_size, context, blocks, heads, kv_heads, width, ffn, tied, **more)
-
-
-CONFIGS = {
-    "tiny": _gpt2(4, 4, 128, context=256),
-    "small": _gpt2(8, 8, 256, context=256),
-    "gpt2": _gpt2(12, 12, 768),
-    "gpt2-medium": _gpt2(24, 16, 1024),
-    "gpt2-large": _gpt2(36, 20, 1280),
-    "gpt2-xl": _gpt2(48, 25, 1600),
-    "llama2-7b": _llama(32, 32, 32, 4096, 11008),
-    "llama2-13b": _llama(40, 40, 40, 5120, 13824),
-    "llama2-70b": _llama(80, 64, 8, 8192, 28672),
-    "smollm2-135m": _llama(30, 9, 3, 576, 1536, 49152, 8192, tied=True, rope_base=100000.0),
-}
+CONFIGS = {name: Config(*row) for name, *row in (
+    #                kind     vocabulary context blocks heads kv_heads width    ffn   tied
+    ("tiny",         "gpt2",    50257,    256,     4,    4,    4,       128,    512),
+    ("small",        "gpt2",    50257,    256,     8,    8,    8,       256,   1024),
+    ("gpt2",         "gpt2",    50257,   1024,    12,   12,   12,       768,   3072),
+    ("gpt2-medium",  "gpt2",    50257,   1024,    24,   16,   16,      1024,   4096),
+    ("gpt2-large",   "gpt2",    50257,   1024,    36,   20,   20,      1280,   5120),
+    ("gpt2-xl",      "gpt2",    50257,   1024,    48,   25,   25,      1600,   6400),
+    ("llama2-7b",    "llama",   32000,   4096,    32,   32,   32,      4096,  11008, False),
+    ("llama2-13b",   "llama",   32000,   4096,    40,   40,   40,      5120,  13824, False),
+    ("llama2-70b",   "llama",   32000,   4096,    80,   64,    8,      8192,  28672, False),
+    ("smollm2-135m", "llama",   49152,   8192,    30,    9,    3,       576,   1536, True, 1e-5, 1e5))}
 
 
 def config_for(name, **changes):
@@ -227,16 +222,12 @@ class FeedForward(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))  # equation 3
 
 
-def make_norm(config):
-    return config.architecture.norm(config.width, eps=config.norm_eps)
-
-
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.norm1 = make_norm(config)
+        self.norm1 = config.make_norm()
         self.attention = Attention(config, layer)
-        self.norm2 = make_norm(config)
+        self.norm2 = config.make_norm()
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -254,7 +245,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)  # W^E
         self.positions = None if config.architecture.rope else nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.blocks))
-        self.norm = make_norm(config)
+        self.norm = config.make_norm()
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)  # W^H
         self.dropout = nn.Dropout(config.dropout)
         self.tie()
@@ -291,11 +282,9 @@ class Transformer(nn.Module):
     def set_dropout(self, p):
         """Change the dropout of a model that was loaded."""
         self.config = replace(self.config, dropout=p)
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.config = self.config
-            elif isinstance(module, nn.Dropout):
-                module.p = p
+        for block in self.blocks:
+            block.attention.config, block.dropout.p = self.config, p
+        self.dropout.p = p
 
     def begin(self, tokens, cache=None):
         """The embeddings (B, T, C), and the rope tables and the mask that every block is given."""
@@ -382,10 +371,8 @@ class KVCache(Cache):
         return min(self.lengths) == max(self.lengths)
 
     def positions(self, T):
-        steps = torch.arange(T, device=self.device)
-        if self.uniform:
-            return steps + self.end
-        return steps + torch.tensor(self.lengths, device=self.device)[:, None]
+        begin = self.end if self.uniform else torch.tensor(self.lengths, device=self.device)[:, None]
+        return torch.arange(T, device=self.device) + begin
 
     def mask(self, T):
         """True where the key's slot is not after the query's position."""
@@ -403,8 +390,7 @@ class KVCache(Cache):
             if self.uniform:
                 store[:, :, self.end:self.end + T] = new
             else:
-                rows = torch.arange(B, device=k.device)[:, None]
-                store[rows, :, self.positions(T)] = new.transpose(1, 2)
+                store[torch.arange(B)[:, None], :, self.positions(T)] = new.transpose(1, 2)
         return self.k[layer][:, :, :self.end + T], self.v[layer][:, :, :self.end + T]
 
     def advance(self, T):

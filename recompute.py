@@ -238,8 +238,7 @@ def by_sequence(attend):
         if mask is None and q.is_cuda:
             return attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), None, dropout).view(q.shape)
         masks = [None] * len(q) if mask is None else mask[:, 0].expand(len(q), -1, -1)
-        ys = [attend(*parts, dropout) for parts in zip(q.unbind(), k.unbind(), v.unbind(), masks)]
-        return torch.stack(ys)  # (B, h, T, d)
+        return torch.stack([attend(*parts, dropout) for parts in zip(q, k, v, masks)])  # (B, h, T, d)
     return attend_all
 
 
@@ -262,8 +261,7 @@ class RecomputedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, dropout):
         ctx.save_for_backward(q, k, v)
-        ctx.mask, ctx.dropout = mask, dropout
-        ctx.state = State(q) if dropout else None
+        ctx.mask, ctx.dropout, ctx.state = mask, dropout, State(q) if dropout else None
         y = torch.empty_like(q)
         for rows, keys in query_blocks(q, k, mask):
             p = probabilities(q, k, rows, keys, mask)

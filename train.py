@@ -150,7 +150,6 @@ def train(args, given):
     if folder.is_done():
         return 0
     warming = args.warm_start > 0 and rank_of(model) == 0
-    folder.begin()
 
     while folder.step < last:
         began, step = time.perf_counter(), folder.step
@@ -172,10 +171,7 @@ def train(args, given):
         x, y = train_batch(tokens.train, args.seq_len, rows, args.seed, step, around.replica * count, count)
         x, y = x.to(device.torch_device), y.to(device.torch_device)  # (count, T)
         batches = list(zip(x.split(args.batch_size), y.split(args.batch_size)))
-        try:
-            loss = around.backward(batches, (args.seed, step))
-        except RuntimeError as error:
-            raise folder.explain(error, args) from None
+        loss = around.backward(batches, (args.seed, step))
         if args.grad_clip:
             around.clip(args.grad_clip)
         step_all(optimizers)

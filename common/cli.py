@@ -49,6 +49,10 @@ def command(main):
         other = "set FINGPT_CACHE to another folder" if in_cache else "choose another --out-dir"
         free = "free some space or " if full else ""
         line = f"{e.strerror}: {e.filename or 'while writing'}: {free}{other}"
+    except RuntimeError as e:
+        if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
+            raise
+        line = "out of memory: half the --batch-size, or --recompute block, needs less"
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

@@ -12,7 +12,6 @@ import statistics
 import time
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -71,8 +70,7 @@ def check_rows(args, state, rows):
 # ----------------------------------------------------------------------------- the folder
 
 class RunFolder:
-    """OUT: metrics.jsonl, summary.json and the plot, which only the first process writes; and the lines on
-    the terminal.
+    """OUT and the lines on the terminal. Only the first process writes.
 
     state: of the run that is resumed; None for a new one, and an earlier run in the folder is moved aside.
     """
@@ -81,33 +79,24 @@ class RunFolder:
         self.path, self.last_step = Path(args.out_dir), last_step
         self.step = self.saved_at = state["step"] if state else 0
         self.seconds_before, self.started = state["seconds"] if state else 0.0, time.perf_counter()
-        self.times = []  # seconds of each step
-        if is_first():
-            if state is None:
-                self.set_aside()
-            self.path.mkdir(parents=True, exist_ok=True)
-            kept = [row for row in self.rows() if state is not None and row["step"] <= self.step]
-            write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-            self.file = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
-
-    def begin(self):
-        """Show the progress bar."""
-        self.bar = tqdm(total=self.last_step, initial=self.step, unit=" steps", dynamic_ncols=True,
+        self.times, self.rows = [], []  # seconds of each step; rows of metrics.jsonl
+        self.bar = tqdm(total=last_step, initial=self.step, unit=" steps", dynamic_ncols=True, delay=1e-3,
                         disable=None if is_first() else True)
-
-    def set_aside(self):
-        if any((self.path / name).exists() for name in ("state", "state.previous", "summary.json")):
-            aside = move_aside(self.path)
-            say(f"{self.path} held an earlier run: moved to {aside} (to go on with it: --resume --out-dir "
-                f"{aside})")
-
-    def rows(self):
-        return read_metrics(self.path / "metrics.jsonl")
+        if is_first():
+            names = ("state", "state.previous", "summary.json")
+            if state is None and any((self.path / name).exists() for name in names):
+                aside = move_aside(self.path)
+                say(f"{self.path} held an earlier run: moved to {aside} (to go on with it: --resume "
+                    f"--out-dir {aside})")
+            self.path.mkdir(parents=True, exist_ok=True)
+            if state is not None:
+                logged = read_metrics(self.path / "metrics.jsonl")
+                self.rows = [row for row in logged if row["step"] <= self.step]
+            write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def last(self, key):
         """The last value that was logged under this name, by an earlier process of the run too, or None."""
-        values = [row[key] for row in self.rows() if key in row]
-        return values[-1] if values else None
+        return next((row[key] for row in reversed(self.rows) if key in row), None)
 
     def is_done(self):
         """Whether a resumed run has nothing left to do and its summary is there: it is left as it is."""
@@ -127,15 +116,14 @@ class RunFolder:
 
     def step_seconds(self, last=0):
         """The median time of a step, of the last ones if so many are given."""
-        if self.times:
-            return statistics.median(self.times[-last:])
-        return self.seconds() / max(1, self.step)
+        return statistics.median(self.times[-last:] or [self.seconds() / max(1, self.step)])
 
     def log(self, line, **row):
         """A line of metrics.jsonl, and one on the terminal."""
         if is_first():
-            self.file.write(json.dumps(dict(step=self.step, **row)) + "\n")
-            self.file.flush()
+            self.rows.append(dict(step=self.step, **row))
+            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(self.rows[-1]) + "\n")
             left = time.strftime("%H:%M:%S", time.gmtime((self.last_step - self.step) * self.step_seconds()))
             self.bar.write(f"step {self.step} loss {row['loss']:.4f} lr {row['lr']:.1e} {line} left {left}")
             if row.get("val_loss") is not None:
@@ -150,25 +138,16 @@ class RunFolder:
         """summary.json: what is given, and what the run took, over all its processes."""
         self.bar.close()
         memory, seconds = peak_memory(device.torch_device), self.seconds()
-        cost = dict(peak_memory_bytes=int(all_reduce(memory, dist.ReduceOp.MAX)),
-                    peak_memory_bytes_total=int(all_reduce(memory)), seconds=seconds, devices=world_size(),
-                    device_hours=world_size() * seconds / 3600, device=device.name,
-                    dtype=str(device.dtype)[6:])
+        cost = dict(
+            peak_memory_bytes=int(all_reduce(memory, dist.ReduceOp.MAX)),
+            peak_memory_bytes_total=int(all_reduce(memory)), seconds=seconds, devices=world_size(),
+            device_hours=world_size() * seconds / 3600, device=device.name, dtype=str(device.dtype)[6:])
         if is_first():
-            self.file.close()
-            text = json.dumps(summary | cost, indent=2, default=str) + "\n"
-            write_atomic(self.path / "summary.json", text)
+            write_atomic(self.path / "summary.json", json.dumps(summary | cost, indent=2, default=str) + "\n")
 
     def not_finite(self, what, args, step):
         return InputError(f"{what} at step {step}: the run stops, {self.path}/state keeps step "
                           f"{self.saved_at}. A smaller --lr than {args.lr:g} usually helps")
-
-    def explain(self, error, args):
-        """What to raise for a RuntimeError of a step: advice if memory ran out."""
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            return error
-        return InputError(f"out of memory in a step of {args.batch_size} x {args.seq_len} tokens: try "
-                          "--recompute block, or half the --batch-size")
 
     def check_finite(self, around, args):
         """Refuse, in all processes, to replace a good state by one with parameters that are not finite."""
@@ -199,14 +178,13 @@ def plot_losses(folder, title):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7, 4), dpi=120, layout="constrained")
-    rows = read_metrics(folder / "metrics.jsonl")
-    for key, label in (("loss", "training"), ("val_loss", "validation")):
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        if points:
-            ax.plot(*zip(*points), label=label, marker="o" if key == "val_loss" else "", ms=4)
-            ax.legend()
+    logged = read_metrics(folder / "metrics.jsonl")
+    for key, label, marker in (("loss", "training", ""), ("val_loss", "validation", "o")):
+        rows = [row for row in logged if row.get(key) is not None]
+        ax.plot([row["step"] for row in rows], [row[key] for row in rows], label=label, marker=marker, ms=4)
     ax.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     ax.grid(alpha=0.3)
+    ax.legend()
     fig.savefig(folder / "loss.partial.png")
     plt.close(fig)
     os.replace(folder / "loss.partial.png", folder / "loss.png")

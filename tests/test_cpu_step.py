@@ -113,7 +113,7 @@ class SquaredReLU(model_file.FeedForward):
 class Parallel(torch.nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.norm, self.attention = model_file.make_norm(config), model_file.Attention(config, layer)
+        self.norm, self.attention = config.make_norm(), model_file.Attention(config, layer)
         self.mlp = model_file.FeedForward(config)
 
     def forward(self, x, rope=None, cache=None, mask=None):

@@ -14,6 +14,7 @@ import torch
 
 import train
 from checkpoint import load_model, save_model
+from common.cli import InputError, command
 from common.processes import Single
 from common.storage import read_state
 from lowrank import LowRankLinear
@@ -162,7 +163,7 @@ def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path, text_file, caps
     assert call(*common) == 0 and call(*common, "--seed", 5) == 0
     assert losses(tmp_path / "run") != losses(tmp_path / "run-1")
     assert "held an earlier run: moved to" in capsys.readouterr().out
-    with pytest.raises(train.InputError):
+    with pytest.raises(InputError):
         call(*common, "--data", "/nowhere.txt")
     assert (tmp_path / "run").exists(), "a command that is refused moves nothing"
     assert call(*common, "--rank", 4, "--method", 2, "--init-from", tmp_path / "run") == 0, "a run may start from the one that it replaces"
@@ -195,7 +196,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     (("--resume",), "holds no training state: start the run without --resume"),
     (("--init-from", "/nowhere"), "no such folder or file")])
 def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path, text_file, capsys):
-    from common.cli import command
     argv = ["--model", "tiny", "--data", str(text_file), "--max-iters", "1", "--out-dir", str(tmp_path / "run"), *map(str, args)]
     with pytest.raises(SystemExit) as e:
         command(lambda: train.main(argv))
@@ -215,7 +215,7 @@ def test_weights_that_are_not_finite_do_not_take_the_place_of_good_ones(tmp_path
             next(self.model.parameters()).data[0, 0] = float("inf")
         return loss
     monkeypatch.setattr(Single, "backward", ruinous)
-    with pytest.raises(train.InputError, match="some weights are not finite at step 5: the run stops, .*/state keeps step 4"):
+    with pytest.raises(InputError, match="some weights are not finite at step 5: the run stops, .*/state keeps step 4"):
         call(*TINY, "--data", text_file, "--max-iters", 20, "--save-interval", 1, "--log-interval", 20, "--out-dir", tmp_path / "run")
     folder, state, _ = read_state(tmp_path / "run")
     assert state["step"] == 4 and all(torch.isfinite(p).all() for p in load_model(folder)[0].parameters())
@@ -236,7 +236,7 @@ def test_a_step_keeps_its_rows_however_they_are_divided(tmp_path, text_file, run
     common = (*TINY, "--data", text_file, "--max-iters", 6)
     assert call(*common, "--grad-accum", 2, "--out-dir", tmp_path / "a") == 0
     assert call(*common, "--grad-accum", 2, "--stop-at", 3, "--out-dir", tmp_path / "b") == 0
-    with pytest.raises(train.InputError, match="continues has 4 rows, and 2 with --batch-size 2, --grad-accum 1 and world size 1: change one"):
+    with pytest.raises(InputError, match="continues has 4 rows, and 2 with --batch-size 2, --grad-accum 1 and world size 1: change one"):
         call("--resume", "--grad-accum", 1, "--out-dir", tmp_path / "b")
     done = run("train.py", "--resume", "--grad-accum", 1, "--out-dir", tmp_path / "b", processes=2)
     assert done.returncode == 0, done.stderr
@@ -247,10 +247,10 @@ def test_a_step_keeps_its_rows_however_they_are_divided(tmp_path, text_file, run
 
 def test_the_weights_come_with_their_network_and_their_tokenizer(tmp_path, text_file):
     assert call(*TINY, "--data", text_file, "--max-iters", 1, "--out-dir", tmp_path / "run") == 0
-    with pytest.raises(train.InputError, match="is another network than --model small: leave --model out"):
+    with pytest.raises(InputError, match="is another network than --model small: leave --model out"):
         call("--model", "small", "--init-from", tmp_path / "run", "--data", text_file, "--out-dir", tmp_path / "other")
     save_model(tmp_path / "mute", load_model(tmp_path / "run")[0])
-    with pytest.raises(train.InputError, match="mute has no tokenizer beside its weights"):
+    with pytest.raises(InputError, match="mute has no tokenizer beside its weights"):
         call("--init-from", tmp_path / "mute", "--data", text_file, "--out-dir", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -350,17 +350,19 @@ def test_rounded_training_saves_the_model_whose_loss_it_saw(bits, rank, more, tm
 @pytest.mark.parametrize("args, message", [(("--bits", 5), "argument --bits: invalid choice: 5"),
                                            (("--bits", 8, "--method", 3), "--bits 8 and --method 3 both change how a low-rank layer computes")])
 def test_what_rounded_training_refuses(args, message, tmp_path, text_file):
-    with pytest.raises(train.InputError, match=message):
+    with pytest.raises(InputError, match=message):
         call(*TINY, "--data", text_file, *args, "--out-dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_out_of_memory_names_the_flag_that_helps(tmp_path, text_file, monkeypatch):
+def test_out_of_memory_names_the_flag_that_helps(tmp_path, text_file, monkeypatch, capsys):
     def too_large(self, *args):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
     monkeypatch.setattr(Single, "backward", too_large)
-    with pytest.raises(train.InputError, match="out of memory in a step of 2 x 32 tokens: try --recompute block"):
-        call(*TINY, "--data", text_file, "--out-dir", tmp_path / "run")
+    with pytest.raises(SystemExit) as end:
+        command(lambda: call(*TINY, "--data", text_file, "--out-dir", tmp_path / "run"))
+    line = "error: out of memory: half the --batch-size, or --recompute block, needs less\n"
+    assert end.value.code == 2 and capsys.readouterr().err.endswith(line)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
