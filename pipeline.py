@@ -18,7 +18,7 @@ Gradients add up over the microbatches: the result is that of one process and th
 the activations of all M microbatches, and so goes with recomputation (recompute.py). 1F1B has the same
 bubble, but a backward pass runs as soon as it can: stage s holds at most N - s microbatches.
 
-    python pipeline.py --stages 4 --microbatches 8 --schedule gpipe    the clock table and a picture, Fig. 3
+    python pipeline.py --stages 4 --microbatches 8 --schedule gpipe    the clock table
     torchrun --nproc_per_node 4 train.py --rank 192 --pipeline 4 --microbatches 8 --schedule 1f1b
     torchrun --nproc_per_node 4 train.py --pipeline 2                  2 stages x 2 replicas
     python bench.py pipeline                                           utilization, measured
@@ -27,7 +27,6 @@ from collections import ChainMap, deque
 from datetime import timedelta
 from functools import cache, partial
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -40,7 +39,6 @@ from model import matmul_weights, rope_tables
 
 SCHEDULES = ("gpipe", "1f1b")
 TIMEOUT = timedelta(minutes=10)  # the longest that a process may wait: compiling and evaluating take minutes
-PICTURE = Path("out/pipeline.png")
 
 
 # ----------------------------------------------------------------------------- the schedule, as data
@@ -108,23 +106,6 @@ def clock_table(lists):
     names = max(map(len, table))
     lines = [name.ljust(names + 1) + "".join(str(c).ljust(width) for c in row) for name, row in table.items()]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def draw(rows, title):
-    """PICTURE, as Fig. 3: a row for each stage, a bar for each step."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(11, 4), dpi=120, layout="constrained")
-    colors = {"F": "#8ab6e8", "B": "#f2c078"}
-    for s, kind, m, start, end in rows:
-        bar = ax.barh(s, end - start, 0.9, start, color=colors[kind], edgecolor="white")
-        ax.bar_label(bar, [f"{kind}{m}"], label_type="center", fontsize=7)
-    ax.set(ylabel="stage", xlabel="clock", title=title)
-    ax.invert_yaxis()
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(PICTURE)
-    plt.close(fig)
 
 
 # ----------------------------------------------------------------------------- where to cut
@@ -283,7 +264,7 @@ class Pipeline(Single):
     def __init__(self, model, stages, kind, microbatches, length, device):
         self.grid = grid = Grid(stages)
         self.model, self.kind, self.microbatches, self.device = model, kind, microbatches, device
-        self.replica, self.replicas = self.eval_share = grid.replica, grid.replicas
+        self.replica, self.replicas = grid.replica, grid.replicas
         self.pieces = balance(costs(model, length), stages)[grid.stage]
         self.steps = schedule(kind, stages, microbatches)[grid.stage]
         with torch.no_grad(), device.autocast():  # activations keep the dtype that the embedding gives them
@@ -385,8 +366,7 @@ def main(argv=None):
     N, M, lists = args.stages, args.microbatches, schedule(args.schedule, args.stages, args.microbatches)
     rows = simulate(lists)
     print(clock_table(lists))
-    draw(rows, f"{args.schedule}, {N} stages, {M} microbatches: utilization {utilization(rows):.3f}")
-    print(f"{PICTURE}: the picture. Microbatches held by each stage: {[stored(steps) for steps in lists]}")
+    print(f"microbatches held by each stage: {[stored(steps) for steps in lists]}")
     print(f"utilization {utilization(rows):.3f} = M / (N + M - 1) = {M}/{N + M - 1} = {M / (N + M - 1):.3f}")
     return 0
 

@@ -236,8 +236,6 @@ def check(args):
            f"{args.init_from} has ranks already: leave --rank {args.rank} out, or start from {decomposed}")
     refuse(args.bits < 16 and args.method == 3,
            f"--bits {args.bits} and --method 3 both change how a low-rank layer computes: leave one out")
-    refuse(args.warm_start and (args.method != 1 or not args.rank or args.bits < 16 or args.pipeline),
-           "warm_start is of method 1 at a --rank, without --bits and --pipeline")
     refuse(args.shard and (args.pipeline or args.method == 3 or args.warm_start),
            "--shard spreads one unchanging model: no --pipeline, --method 3 or warm_start with it")
     refuse(args.shard and world_size() == 1,
@@ -311,16 +309,13 @@ def set_up(model, args, device, moments):
 
 @torch.no_grad()
 def evaluate(around, val, args):
-    """Mean loss over the same windows of the validation text at every call, shared out among the replicas."""
+    """Mean loss over the same windows of the validation text at every call."""
     around.model.eval()
-    mine, shares = around.eval_share
-    device = around.device.torch_device
-    total = count = 0.0
-    for i, (x, y) in enumerate(eval_batches(val, args.seq_len, args.batch_size, args.eval_tokens)):
-        if i % shares == mine:
-            loss = around.loss(x.to(device), y.to(device))
-            if loss is not None:  # else another stage of the pipeline has it
-                total, count = total + loss.item() * len(x), count + len(x)
+    device, total, count = around.device.torch_device, 0.0, 0
+    for x, y in eval_batches(val, args.seq_len, args.batch_size, args.eval_tokens):
+        loss = around.loss(x.to(device), y.to(device))
+        if loss is not None:  # else another stage of the pipeline has it
+            total, count = total + loss.item() * len(x), count + len(x)
     around.model.train()
     return all_reduce(total) / all_reduce(count)
 

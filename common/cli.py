@@ -64,12 +64,9 @@ def check_folder(path, new=False):
     """Refuse what can't become a folder to write to; new: also what is one with something in it."""
     whole = Path(path).absolute()
     there = next(p for p in (whole, *whole.parents) if p.exists())
-    if not there.is_dir():
-        raise InputError(f"{path}: {there} is a file: choose another folder")
-    if new and whole == Path.cwd():
-        raise InputError(f"{path} is the current folder: choose a new one")
-    if new and there == whole and any(whole.iterdir()):
-        raise InputError(f"{path} is not empty: choose a new folder")
+    refuse(not there.is_dir(), f"{path}: {there} is a file: choose another folder")
+    refuse(new and whole == Path.cwd(), f"{path} is the current folder: choose a new one")
+    refuse(new and there == whole and any(whole.iterdir()), f"{path} is not empty: choose a new folder")
 
 
 def move_aside(folder):

@@ -18,21 +18,18 @@ def make_optimizers(model, lr, weight_decay, kind="adamw", around=Single):
 
     around: what surrounds the model (processes.py), which may keep a part of a matrix in each process.
     """
-    in_blocks = set(model.blocks.parameters())
-    groups = {}  # (by Muon?, weight decay) -> parameters
-    for p in model.parameters():
-        if p.requires_grad and not p.is_meta:  # what is on the meta device belongs to another pipeline stage
-            by_muon = kind == "muon" and p.dim() == 2 and p in in_blocks
-            groups.setdefault((by_muon, weight_decay if p.dim() >= 2 else 0.0), []).append(p)
-    adamw, muon = [], []
-    for (by_muon, decay), parameters in groups.items():
-        (muon if by_muon else adamw).append(dict(params=parameters, weight_decay=decay))
+    own = [p for p in model.parameters() if p.requires_grad and not p.is_meta]  # meta: of another stage
+    by_muon = {p for p in model.blocks.parameters() if p.dim() == 2} if kind == "muon" else set()
+    orthogonal = [p for p in own if p in by_muon]
+    matrices = [p for p in own if p.dim() > 1 and p not in by_muon]
+    vectors = [p for p in own if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
     optimizers = []
-    if adamw:  # the fused kernel reads and writes each number once
-        optimizers.append(torch.optim.AdamW(adamw, lr=lr, betas=(0.9, 0.95), fused=True))
-    if muon:
+    if matrices or vectors:  # the fused kernel reads and writes each number once
+        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True))
+    if orthogonal:
         from beyond.muon import Muon
-        optimizers.append(Muon(muon, lr, around=around))
+        optimizers.append(Muon(orthogonal, lr, weight_decay, around=around))
     return optimizers
 
 

@@ -107,7 +107,6 @@ class Around(nn.Module):
 class Single:
     """One process. loss_of(*batch) -> mean loss; device: a common.device.Device."""
     replica, replicas = 0, 1   # which share of the batch this process takes
-    eval_share = 0, 1          # the same, when a loss is evaluated
 
     def __init__(self, model, loss_of, device):
         self.model, self.loss_of, self.device = model, loss_of, device
@@ -171,12 +170,9 @@ class Replicas(Single):
 
     def __init__(self, model, loss_of, device):
         super().__init__(model, loss_of, device)
-        self.replica, self.replicas = self.eval_share = rank(), world_size()
+        self.replica, self.replicas = rank(), world_size()
         devices = [device.torch_device] if device.torch_device.type == "cuda" else None
         self.module = nn.parallel.DistributedDataParallel(self.module, devices, broadcast_buffers=False)
-
-    def run(self, function, *args):
-        return super().run(function, *args) if torch.is_grad_enabled() else function(*args)
 
 
 class Sharded(Single):

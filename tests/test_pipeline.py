@@ -306,14 +306,12 @@ def test_bad_input_is_refused(args, message, tmp_path, text_file):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_prints_the_clock_table_and_draws_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_command_prints_the_clock_table(capsys):
     assert pipeline_file.main(["--stages", "4", "--microbatches", "8", "--schedule", "gpipe"]) == 0
     lines = capsys.readouterr().out.splitlines()
     steps = [f"F{m}" for m in range(8)] + [f"B{m}" for m in range(7, -1, -1)]
     assert lines[4].split() == ["stage", "3"] + ["."] * 3 + steps + ["."] * 3
     assert "0.727" in lines[-1]
-    assert (tmp_path / "out/pipeline.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
