@@ -135,6 +135,10 @@ class Layer(nn.Module):
         raise InputError(f"an adapter can't be merged into a {type(self).__name__}: take the 16-bit base")
 
 
+class Packed(nn.Module):
+    """Weights that are no parameters, as integers are: `packed_weights` of them."""
+
+
 def is_linear(module):
     return isinstance(module, nn.Linear) or isinstance(module, Layer) and module.in_features is not None
 
@@ -315,7 +319,7 @@ class Transformer(nn.Module):
 
 def count_parameters(model):
     """Every number the model stores as a weight, a shared one once."""
-    packed = sum(getattr(m, "packed_weights", 0) for m in model.modules())
+    packed = sum(m.packed_weights for m in model.modules() if isinstance(m, Packed))
     return packed + sum(p.numel() for p in model.parameters())
 
 
@@ -390,7 +394,8 @@ class KVCache(Cache):
             if self.uniform:
                 store[:, :, self.end:self.end + T] = new
             else:
-                store[torch.arange(B)[:, None], :, self.positions(T)] = new.transpose(1, 2)
+                rows = torch.arange(B, device=k.device)[:, None]
+                store[rows, :, self.positions(T)] = new.transpose(1, 2)
         return self.k[layer][:, :, :self.end + T], self.v[layer][:, :, :self.end + T]
 
     def advance(self, T):

@@ -32,7 +32,7 @@ from torch.func import functional_call
 
 from common.cli import InputError, say
 from lowrank import BlendedLinear, LowRankLinear
-from model import Layer
+from model import Layer, Packed
 
 SMALLEST_HALF = 2.0 ** -24  # a vector of equal numbers has no range; its scale must not be 0
 MATVEC_ROWS = 16            # kernels.cu reads a matrix once for up to 16 rows of x
@@ -108,7 +108,7 @@ def unpack(packed, bits, width):
     return pairs.flatten(1).view(torch.int16)[:, :width].to(torch.int8).sub_(8)
 
 
-class QuantMatrix(nn.Module):
+class QuantMatrix(Packed):
     """W (out, in) as integers. Not a layer: `times(x)` is x W^T, `rows(i)` some rows, `dense()` all of W."""
 
     def __init__(self, out, width, bits, group=None):
