@@ -249,7 +249,11 @@ def main(argv=None):
     if args.compare:
         return compare(*args.compare)
     refuse(world_size() > 1, f"eval.py is one process, got {world_size()}: leave torchrun out")
-    cli.check_folder(args.out_dir)
+    with cli.alone_in(args.out_dir):
+        return evaluate(args)
+
+
+def evaluate(args):
     names, items = list(dict.fromkeys(args.tasks.split(","))), {}
     for name in names:  # missing or malformed data is told before the model is loaded
         refuse(name not in TASKS, f"no task is called {name!r}: the tasks are {', '.join(TASKS)}")

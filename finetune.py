@@ -31,8 +31,9 @@ import torch
 
 import eval as evaluation
 from checkpoint import load_model
+from common import cli
 from common.adapters import adaptable, base_id, bits_of, load_adapter, save_adapter
-from common.cli import Parser, StopSignal, at_least_0, at_least_1, command, positive, refuse, say, seed
+from common.cli import Parser, at_least_0, at_least_1, command, positive, refuse, say, seed
 from common.device import find_device, peak_memory
 from common.loss import head_loss
 from common.optimizers import learning_rate, make_optimizers, moments_of, restore_moments, set_rate, step_all
@@ -96,7 +97,7 @@ def make_parser():
 
 def main(argv=None, **settings):
     args, given = parse(make_parser(), argv, SETTINGS, settings)
-    with process_group():
+    with cli.alone_in(args.out_dir), process_group():
         return finetune(args, given)
 
 
@@ -130,7 +131,7 @@ def finetune(args, given):
     rows = args.batch_size * args.grad_accum * around.replicas  # of a step, in all processes
     check_rows(args, state, rows)
     last = min(args.stop_at or args.max_iters, args.max_iters)
-    folder, stop = RunFolder(args, state, last), StopSignal()
+    folder, stop = RunFolder(args, state, last), cli.StopSignal()
     if folder.is_done():
         return 0
     if is_first():

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from checkpoint import decomposed_from, load_model, open_dense, own_tensors, replace_model, save_model
-from common.cli import Parser, StopSignal, at_least_0, at_least_1, command, positive, refuse, say, seed
+from common import cli
+from common.cli import Parser, at_least_0, at_least_1, command, positive, refuse, say, seed
 from common.data import check_length, eval_batches, open_corpus, prepare, train_batch
 from common.device import find_device, matmul_rate, peak_memory
 from common.loss import head_loss
@@ -98,7 +99,7 @@ def make_parser():
 
 def main(argv=None, **settings):
     args, given = parse(make_parser(), argv, SETTINGS, settings)
-    with process_group():
+    with cli.alone_in(args.out_dir), process_group():
         return train(args, given)
 
 
@@ -146,7 +147,7 @@ def train(args, given):
     rows = count * around.replicas                     # and in all
     check_rows(args, state, rows)
     last = min(args.stop_at or args.max_iters, args.max_iters)
-    folder, stop = RunFolder(args, state, last), StopSignal()
+    folder, stop = RunFolder(args, state, last), cli.StopSignal()
     if folder.is_done():
         return 0
     warming = args.warm_start > 0 and rank_of(model) == 0

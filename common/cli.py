@@ -1,11 +1,15 @@
 """What every command needs: errors in one line, flags, Ctrl-C as a flag, files never half written."""
 import argparse
 import errno
+import fcntl
 import itertools
+import locale
 import math
 import os
+import shutil
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from common.processes import rank, world_size
@@ -21,6 +25,9 @@ def refuse(wrong, message):
         raise InputError(message)
 
 
+LOCK = ".lock"  # the file of a folder that says which process uses it
+
+
 def cache_dir():
     """Where what was downloaded or tokenized once is kept: $FINGPT_CACHE, or ~/.cache/fingpt-hpc."""
     return Path(os.environ.get("FINGPT_CACHE") or Path.home() / ".cache" / "fingpt-hpc")
@@ -32,8 +39,17 @@ def say(*words):
         print(*words, flush=True)
 
 
+def interrupt(number, frame):
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
 def command(main):
     """Run main() as a command: bad input and a full disk are one line on stderr and exit code 2."""
+    if not sys.flags.utf8_mode and locale.getpreferredencoding(False).lower() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"  # all text is UTF-8, also where the locale is another
+        os.execv(sys.executable, sys.orig_argv)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         sys.exit(main())
     except InputError as e:
@@ -53,9 +69,9 @@ def command(main):
         if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
             raise
         line = "out of memory: half the --batch-size, or --recompute block, needs less"
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as e:
+        print(f"\nstopped by {e}: what was not saved before is lost", file=sys.stderr)
+        sys.exit(128 + signal.Signals[str(e)])
     print(f"error: {line}" if world_size() == 1 else f"error (process {rank()}): {line}", file=sys.stderr)
     sys.exit(2)
 
@@ -66,16 +82,52 @@ def check_folder(path, new=False):
     there = next(p for p in (whole, *whole.parents) if p.exists())
     refuse(not there.is_dir(), f"{path}: {there} is a file: choose another folder")
     refuse(new and whole == Path.cwd(), f"{path} is the current folder: choose a new one")
-    refuse(new and there == whole and any(whole.iterdir()), f"{path} is not empty: choose a new folder")
+    refuse(new and there == whole and any(whole.glob("[!.]*")), f"{path} is not empty: choose a new folder")
 
 
 def move_aside(folder):
-    """Rename a folder to the first FOLDER-N that is free, and return that."""
+    """Move what is in a folder to the first FOLDER-N that is free, and return that."""
     folder = Path(folder)
     refuse(folder.absolute() == Path.cwd(), f"{folder.absolute()} holds earlier results and is the current "
            "folder, which can't be moved aside: choose another --out-dir")
     names = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(1))
-    return folder.rename(next(name for name in names if not name.exists()))
+    aside = next(name for name in names if not name.exists())
+    aside.mkdir()
+    for file in folder.iterdir():
+        if file.name != LOCK:  # the folder itself, and who uses it, stay
+            shutil.move(file, aside)
+    return aside
+
+
+@contextmanager
+def alone_in(folder):
+    """Inside, no other process comes here with this folder. A lock ends with its process, however that ends.
+    Of torchrun's processes the first one has it."""
+    check_folder(folder)
+    if rank() > 0:
+        yield
+        return
+    folder = Path(folder)
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise InputError(f"process {lock.read()} uses {folder}: wait for its end, or choose another "
+                             "--out-dir") from None
+        except OSError as e:
+            say(f"{folder} can't be locked ({e.strerror}): start nothing else with this --out-dir")
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink()
+            if new and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 class StopSignal:
@@ -88,7 +140,7 @@ class StopSignal:
 
     def _caught(self, number, frame):
         if self.name:
-            raise KeyboardInterrupt
+            interrupt(number, frame)
         self.name = signal.Signals(number).name
 
 
@@ -96,7 +148,7 @@ def write_atomic(path, text):
     """A reader finds the old text or the new one, never a part: written beside, synced, renamed."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as f:
+    with open(partial, "w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.cli import InputError, check_folder, move_aside, refuse, say, write_atomic
+from common.cli import InputError, move_aside, refuse, say, write_atomic
 from common.device import peak_memory
 from common.processes import all_reduce, any_process, barrier, is_first, world_size
 
@@ -34,7 +34,6 @@ def parse(parser, argv, settings, changes):
     not_given = argparse.Namespace(**dict.fromkeys(vars(args)))  # a parser leaves what has a value already
     given = {name for name, value in vars(parser.parse_args(argv, not_given)).items() if value is not None}
     vars(args).update(settings | changes)
-    check_folder(args.out_dir)
     return args, given | changes.keys()
 
 

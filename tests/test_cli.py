@@ -1,0 +1,89 @@
+"""What every command does beside its work: one user a folder, one line when it is stopped, any locale and leftover variables."""
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import cli
+from common.cli import InputError, alone_in, move_aside
+
+ROOT = Path(__file__).resolve().parent.parent
+HOLDER = """
+import sys, time; sys.path.insert(0, {root!r})
+from common.cli import alone_in
+with alone_in({folder!r}):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that uses tmp_path/run."""
+    code = HOLDER.format(root=str(ROOT), folder=str(tmp_path / "run"))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"in\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_folder_has_one_user_and_a_dead_process_is_none(holder, tmp_path):
+    with pytest.raises(InputError, match=f"process {holder.pid} uses .*run: wait for its end, or choose another --out-dir"), alone_in(tmp_path / "run"):
+        pass
+    holder.kill()
+    holder.wait()
+    with alone_in(tmp_path / "run"):
+        (tmp_path / "run" / "result").write_text("mine")
+        assert move_aside(tmp_path / "run") == tmp_path / "run-1"
+        assert os.listdir(tmp_path / "run") == [cli.LOCK] and os.listdir(tmp_path / "run-1") == ["result"]
+        with pytest.raises(InputError, match=f"process {os.getpid()} uses"), alone_in(tmp_path / "run"):
+            pass
+    assert os.listdir(tmp_path / "run") == []
+
+
+def test_a_refused_command_leaves_no_folder(tmp_path):
+    with pytest.raises(InputError), alone_in(tmp_path / "run"):
+        raise InputError("no")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script, args", [("train.py", ["--max-iters", "1"]), ("finetune.py", []), ("eval.py", []), ("decompose.py", ["--model", "none", "--rank", "4"])])
+def test_every_command_that_writes_a_folder_asks_for_it(script, args, holder, tmp_path, run):
+    done = run(script, *args, "--out-dir", tmp_path / "run")
+    assert done.returncode == 2 and done.stderr == f"error: process {holder.pid} uses {tmp_path}/run: wait for its end, or choose another --out-dir\n"
+
+
+LITTLE = ("--model", "tiny", "--rank", 8, "--batch-size", 2, "--seq-len", 32, "--dtype", "float32", "--max-iters", 2)
+
+
+@pytest.mark.parametrize("variables", [dict(WORLD_SIZE="2"), dict(RANK="3"), dict(RANK="", WORLD_SIZE=""), dict(RANK="1", WORLD_SIZE="2")])
+def test_variables_that_another_program_left_are_no_torchrun(variables, tmp_path, text_file, run):
+    done = run("train.py", *LITTLE, "--data", text_file, "--out-dir", tmp_path / "run", env=variables)
+    assert done.returncode == 0 and (tmp_path / "run" / "summary.json").exists(), done.stderr
+
+
+def test_text_is_utf8_whatever_the_locale(tmp_path, text_file, run):
+    place = tmp_path / "Ünïcödé 数据"
+    place.mkdir()
+    (place / "täxt.txt").write_text("„Größe“ 数据 " * 500 + text_file.read_text(encoding="utf-8")[:50_000], encoding="utf-8")
+    plain = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    done = run("train.py", *LITTLE, "--data", place / "täxt.txt", "--out-dir", place / "öut", env=plain, settings=dict(vocabulary=400))
+    assert done.returncode == 0, done.stderr
+    done = run("sample.py", "--model", place / "öut", "--prompt", "„Größe“ ", "--max-new-tokens", 8, env=plain)
+    assert done.returncode == 0 and done.stdout.startswith("„Größe“"), done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_before_its_loop_a_run_says_one_line(number, tmp_path, text_file):
+    process = subprocess.Popen([sys.executable, "train.py", *map(str, LITTLE), "--data", str(text_file), "--out-dir", str(tmp_path / "run")], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("device ")
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    name = signal.Signals(number).name
+    assert process.returncode == 128 + number and f"stopped by {name}: what was not saved before is lost\n" in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "run").exists()
