@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import build, open_dense, write_config
-from common.cli import InputError, Parser, alone_in, at_least_1, check_folder, command, say, share, write_atomic
+from common import cli
+from common.cli import InputError, Parser, at_least_1, check_folder, command, say, share, write_atomic
 from common.data import calibration_batches
 from common.device import find_device, peak_memory
 from common.processes import barrier, in_turn, is_first, process_group, rank, world_size
@@ -200,6 +201,7 @@ def finish(work, args, device):
                    seconds=time.perf_counter() - work.started, peak_memory_bytes=peak_memory(device),
                    processes=world_size(), device=str(device), arguments=vars(args))
     write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    (work.out / cli.LOCK).unlink()
     os.replace(out, work.out)
 
 
@@ -292,7 +294,7 @@ def main(argv=None):
     device = find_device("float32")
     torch.set_float32_matmul_precision("highest")  # TF32 would blur the small eigenvalues
     say(f"device {device.name}, processes: {world_size()}")
-    with alone_in(args.out_dir), process_group():
+    with cli.alone_in(args.out_dir), process_group():
         decompose(args, in_turn(open_dense, args.model), device.torch_device)
     return 0
 

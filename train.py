@@ -233,8 +233,8 @@ def check(args):
            f"--method 1 starts from random factors, not from {args.init_from}: choose --method 2 or 3")
     refuse(args.method == 3 and not args.rank and not args.resume and not decomposed,
            "--method 3 blends into layers of a rank: give --rank, or --init-from a folder of decompose.py")
-    refuse(args.rank and decomposed, f"{args.init_from} is decomposed and has its ranks: leave --rank "
-           f"{args.rank} out, or start from {decomposed}")
+    refuse(args.rank and decomposed,
+           f"{args.init_from} has ranks already: leave --rank {args.rank} out, or start from {decomposed}")
     refuse(args.bits < 16 and args.method == 3,
            f"--bits {args.bits} and --method 3 both change how a low-rank layer computes: leave one out")
     refuse(args.shard and (args.pipeline or args.method == 3 or args.warm_start),

@@ -125,7 +125,7 @@ def alone_in(folder):
         try:
             yield
         finally:
-            (folder / LOCK).unlink()
+            (folder / LOCK).unlink(missing_ok=True)
             if new and not any(folder.iterdir()):
                 folder.rmdir()
 

@@ -61,7 +61,7 @@ def test_every_command_that_writes_a_folder_asks_for_it(command, holder, tmp_pat
                            "another --out-dir\n")
 
 
-LITTLE = ("--model", "tiny", "--rank", 8, "--batch-size", 2, "--seq-len", 32, "--dtype", "float32", "--max-iters", 2)
+LITTLE = ("--model", "tiny", "--rank", 8, "--batch-size", 2, "--seq-len", 32, "--max-iters", 2)
 
 
 @pytest.mark.parametrize("variables", [dict(WORLD_SIZE="2"), dict(RANK="3"), dict(RANK="", WORLD_SIZE=""),
@@ -80,14 +80,14 @@ def test_text_is_utf8_whatever_the_locale(tmp_path, text_file, run):
     done = run("train.py", *LITTLE, "--data", place / "täxt.txt", "--out-dir", place / "öut", env=plain,
                settings=dict(vocabulary=400))
     assert done.returncode == 0, done.stderr
-    done = run("sample.py", "--model", place / "öut", "--prompt", "„Größe“ ", "--max-new-tokens", 8, env=plain)
+    done = run("sample.py", "--model", place / "öut", "--prompt", "„Größe“", "--max-new-tokens", 8, env=plain)
     assert done.returncode == 0 and done.stdout.startswith("„Größe“"), done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_before_its_loop_a_run_says_one_line(number, tmp_path, text_file):
-    command = [sys.executable, "train.py", *map(str, LITTLE), "--data", text_file, "--out-dir", tmp_path / "run"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = [sys.executable, "train.py", *map(str, LITTLE), "--data", text_file, "--out-dir", tmp_path / "run"]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("device ")
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)

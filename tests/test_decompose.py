@@ -164,7 +164,7 @@ def test_a_killed_run_leaves_no_model_and_the_next_one_begins_anew(tmp_path, tex
     while process.poll() is None and not list(tmp_path.glob("cut.work/blocks.*.safetensors")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not cut.exists()
+    assert process.wait() == -signal.SIGKILL and not (cut / "config.json").exists()
     decompose(*command, cut)
     assert same(tmp_path / "whole", cut) and not (tmp_path / "cut.work").exists()
     with pytest.raises(InputError, match="is not empty: choose a new folder"):
