@@ -64,8 +64,15 @@ def read_answer(task, example, scores, text):
                 likeliest=int(np.argmax(scores)), scores=scores)
 
 
+def text_windows(path, tokenizer, limit, length):
+    """The windows of a text's first `limit` tokens (None: of all): (index, its token ids) of each."""
+    ids = first_tokens(path, tokenizer, limit)
+    refuse(len(ids) < 2, f"{path} has {len(ids)} tokens: perplexity needs at least 2")
+    return list(enumerate(ids[i:i + length] for i in range(0, len(ids), length)))
+
+
 def measured_rows(model, tokenizer, device, task, examples):
-    """Yields the rows of each batch. Of perplexity an example is a window: (index, its token ids)."""
+    """Yields the rows of each batch."""
     if task != "perplexity":
         for batch in score.score_in_batches(model, tokenizer, examples, device, NEW_TOKENS.get(task, 10)):
             yield [dict(index=e.index, cut=cut, **read_answer(task, e, *answer)) for e, *answer, cut in batch]
@@ -263,9 +270,8 @@ def evaluate(args):
     model, tokenizer, device = open_model(args.model, args.bits)
     settings = add_adapter(model, args)
     if "perplexity" in names:
-        ids, length = first_tokens(args.data, tokenizer, args.limit), min(WINDOW, model.config.context)
-        refuse(len(ids) < 2, f"{args.data} has {len(ids)} tokens: perplexity needs at least 2")
-        items["perplexity"] = list(enumerate(ids[i:i + length] for i in range(0, len(ids), length)))
+        length = min(WINDOW, model.config.context)
+        items["perplexity"] = text_windows(args.data, tokenizer, args.limit, length)
     folder, results = Path(args.out_dir), {}
     claim(folder, settings)
     for name in names:
