@@ -1,6 +1,4 @@
-"""Models on disk, and back.
-
-A model is a folder that can be rebuilt from itself alone:
+"""Models on disk, and back. A model is a folder that can be rebuilt from itself alone:
 
     config.json            the architecture, and for each swapped layer its kind, rank, bits and groups
     model.safetensors      the weights, with a checksum inside (in shards when large: config.json lists them)
@@ -16,12 +14,13 @@ common/formats.py, a tensor at a time as well.
 """
 import itertools
 import json
+import re
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from common.cli import InputError, Parser, at_least_0, check_folder, command, write_atomic
+from common.cli import InputError, Parser, at_least_0, check_folder, command, refuse, write_atomic
 from common.data import calibration_batches
 from common.device import give_back_memory
 from common.download import HUB, fetch_smollm2, hub_snapshot
@@ -61,15 +60,15 @@ def build(config, layers):
             from quant import from_description
             return from_description(form, old)
         if isinstance(old, nn.Embedding):
-            return KINDS[form["kind"]](old.num_embeddings, old.embedding_dim, form["rank"])
+            return LowRankEmbedding(old.num_embeddings, old.embedding_dim, form["rank"])
         return KINDS[form["kind"]](old.in_features, old.out_features, form["rank"], old.bias is not None)
     with torch.device("meta"):
         model = Transformer(config)
         swapped = swap_layers(model, make, wanted=lambda m: isinstance(m, (nn.Linear, nn.Embedding)))
         tie(model)
-    if unknown := ", ".join(layers.keys() - set(swapped)):
-        raise InputError(f"config.json describes layers that a {config.kind} of {config.blocks} blocks "
-                         f"does not have: {unknown[:200]}")
+    unknown = ", ".join(layers.keys() - set(swapped))
+    refuse(unknown, f"config.json describes layers that a {config.kind} of {config.blocks} blocks does not "
+           f"have: {unknown[:200]}")
     return model
 
 
@@ -88,9 +87,8 @@ def own_tensors(model):
 
 def save_model(folder, model, tokenizer=None, tensors=None):
     """Write a model folder, new or about to be renamed, of the model's own tensors or of those given."""
-    folder = Path(folder)
+    folder, tensors = Path(folder), tensors or own_tensors(model)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = tensors or own_tensors(model)
     files = sharded({name: tensors[name].nbytes for name in sorted(tensors)})
     for file, names in files.items():
         write_tensors(folder / file, {name: tensors[name] for name in names})
@@ -117,9 +115,8 @@ def read_config(folder):
     config = read_json(Path(folder) / "config.json")
     if config.get("format") != FORMAT:
         return None
-    if config.get("version") != 1:
-        raise InputError(f"{folder} is of version {config.get('version')}, this program reads version 1: "
-                         "use the program that wrote it")
+    refuse(config.get("version") != 1, f"{folder} is of version {config.get('version')}, this program reads "
+           "version 1: use the program that wrote it")
     return config
 
 
@@ -188,13 +185,11 @@ def load_model(name, device="cpu", dtype=torch.float32, bits=16, group=None):
 
     bits 8 or 4: quantized while loading, a layer at a time; a folder that is quantized must have these bits.
     """
-    if bits not in (4, 8, 16):
-        raise InputError(f"--bits must be 4, 8 or 16, got {bits}")
+    refuse(bits not in (4, 8, 16), f"--bits must be 4, 8 or 16, got {bits}")
     source = open_model(name)
     stored = min((form["bits"] for form in source.layers.values() if "bits" in form), default=bits)
-    if bits < 16 and stored != bits:
-        raise InputError(f"{source.path} has {stored}-bit weights already: leave --bits {bits} out, "
-                         "or give the model that it was made from")
+    refuse(bits < 16 and stored != bits, f"{source.path} has {stored}-bit weights already: leave "
+           f"--bits {bits} out, or give the model that it was made from")
     model = fill(build(source.config, source.layers), source.tensors(), device, dtype, bits, group)
     return model, source.tokenizer()
 
@@ -257,10 +252,9 @@ def random_model(name, rank=0, bits=16, group=None, device="cpu", dtype=torch.bf
 
 def quantize(args):
     """Integers, scales in float16, and what is not quantized in bfloat16."""
-    if args.random_init and args.calibration:
-        raise InputError("--calibration rounds trained weights, and --random-init has none: leave one out")
-    if args.rank and not args.random_init:
-        raise InputError("--rank goes with --random-init; a model's own ranks stay as they are")
+    refuse(args.random_init and args.calibration,
+           "--calibration rounds trained weights, and --random-init has none: leave one out")
+    refuse(args.rank and not args.random_init, "--rank goes with --random-init; a model keeps its own ranks")
     if args.random_init:
         model, tokenizer = random_model(args.model, args.rank, args.bits, args.group), None
     elif args.calibration:
@@ -271,9 +265,9 @@ def quantize(args):
     else:
         model, tokenizer = load_model(args.model, bits=args.bits, group=args.group)
     replace_model(args.out, model.bfloat16(), tokenizer)
-    size = sum(file.stat().st_size for file in Path(args.out).iterdir())
+    megabytes = sum(file.stat().st_size for file in Path(args.out).iterdir()) / 1e6
     millions = count_parameters(model) / 1e6
-    print(f"{args.out}: {millions:,.1f}M parameters at {args.bits} bit, {size / 1e6:,.1f} MB")
+    print(f"{args.out}: {millions:,.1f}M parameters at {args.bits} bit, {megabytes:,.1f} MB")
 
 
 def merge(args):
@@ -297,24 +291,22 @@ def export_command(args):
 
 def info(args):
     """The table of a model's layers; the same layer of all blocks is one line."""
-    source = open_model(args.model)
-    config, layers, model, rows = source.config, source.layers, build(source.config, source.layers), {}
+    source, groups = open_model(args.model), {}
+    config, layers, model = source.config, source.layers, build(source.config, source.layers)
     for name, p in own_tensors(model).items():
-        owners = name.rsplit(".", 1)[0], name.rsplit(".", 2)[0]  # a quantized factor is a module of a layer
-        layer = next((layers[owner] for owner in owners if owner in layers), {})
-        bits = layer["bits"] if name.endswith(".q") else source.bits[name]
-        key = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        row = rows.setdefault(key, dict(count=0, shape="x".join(map(str, p.shape)), bytes=0, bits=bits,
-                                        kind=layer.get("kind", "dense"), rank=layer.get("rank", "")))
-        row["count"] += 1
-        row["bytes"] += p.numel() * source.bits[name] / 8
+        groups.setdefault(re.sub(r"\b\d+\b", "*", name), []).append((name, p))
     tied = ", head tied to the embedding" if config.tied and "head" not in layers else ""
     print(f"{config.kind}: {config.blocks} blocks, width {config.width}, {config.heads} heads "
           f"({config.kv_heads} key/value), context {config.context}, vocabulary {config.vocab_size}{tied}")
     print(f"{'tensor':34}{'count':>6}{'shape':>13}{'kind':>16}{'rank':>5}{'bits':>5}{'MB':>9}")
-    for key, r in rows.items():
-        print(f"{key:34}{r['count']:6}{r['shape']:>13}{r['kind']:>16}{r['rank']:>5}{r['bits']:>5g}"
-              f"{r['bytes'] / 1e6:9,.2f}")
+    for key, alike in groups.items():
+        name, p = alike[0]
+        owner = name.rpartition(".")[0]
+        layer = layers.get(owner) or layers.get(owner.rpartition(".")[0], {})  # of a quantized factor, up.A
+        bits = layer["bits"] if name.endswith(".q") else source.bits[name]
+        megabytes = sum(p.numel() * source.bits[name] for name, p in alike) / 8e6
+        print(f"{key:34}{len(alike):6}{'x'.join(map(str, p.shape)):>13}{layer.get('kind', 'dense'):>16}"
+              f"{layer.get('rank', ''):>5}{bits:>5g}{megabytes:9,.2f}")
     total = count_parameters(model)
     print(f"{total / 1e6:,.1f}M parameters, {source.bytes / 1e6:,.1f} MB on disk, "
           f"{8 * source.bytes / total:.1f} bits a parameter")
@@ -328,27 +320,25 @@ COMMANDS = {"info": (info, "a table of layers, ranks and bytes"),
 
 def parse(argv):
     parser = Parser(__doc__)
-    sub = parser.add_subparsers(dest="command", required=True)
-    parsers = {name: sub.add_parser(name, help=what) for name, (_, what) in COMMANDS.items()}
-    for name, p in parsers.items():
-        if name == "merge":
-            p.add_argument("adapter", help="a folder in PEFT's format")
-        else:
-            p.add_argument("model", help="a folder, a file, or a known name")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (_, what) in COMMANDS.items():
+        p = commands.add_parser(name, help=what)
+        source = "a folder in PEFT's format" if name == "merge" else "a folder, a file, or a known name"
+        p.add_argument("adapter" if name == "merge" else "model", help=source)
         if name != "info":
             p.add_argument("out", help="the new folder")
-    parsers["merge"].add_argument("--bits", type=int, default=16, choices=[4, 8, 16],
-                                  help="of a weight of the result (default: %(default)s)")
-    p = parsers["quantize"]
-    p.add_argument("--bits", type=int, default=8, choices=[4, 8], help="of a weight (default: %(default)s)")
-    p.add_argument("--group", type=at_least_0, metavar="N",
-                   help="numbers of a row that share a scale; 0: whole rows (default: 0 at 8 bit, 64 at 4)")
-    p.add_argument("--calibration", metavar="TEXT",
-                   help="round so that the outputs for this text change least; a file, a folder or builtin")
-    p.add_argument("--random-init", action="store_true",
-                   help="random weights of a known name's shapes, to measure sizes and speeds")
-    p.add_argument("--rank", type=at_least_0, default=0, metavar="R",
-                   help="with --random-init: of every linear layer; 0 is full rank (default: %(default)s)")
+        if name == "merge":
+            p.add_argument("--bits", type=int, default=16, choices=[4, 8, 16], help="of a weight")
+        if name == "quantize":
+            p.add_argument("--bits", type=int, default=8, choices=[4, 8], help="of a weight")
+            p.add_argument("--group", type=at_least_0, metavar="N", help="numbers of a row that share a "
+                           "scale; 0: whole rows (default: 0 at 8 bit, 64 at 4)")
+            p.add_argument("--calibration", metavar="TEXT", help="round so that the outputs for this text "
+                           "change least; a file, a folder or builtin")
+            p.add_argument("--random-init", action="store_true",
+                           help="random weights of a known name's shapes, to measure sizes and speeds")
+            p.add_argument("--rank", type=at_least_0, default=0, metavar="R",
+                           help="with --random-init: of every linear layer; 0 is full rank")
     return parser.parse_args(argv)
 
 

@@ -12,8 +12,7 @@ They differ from ours in four things, which the tables below say:
     for name, tensor in source.tensors(): ...       # "blocks.0.attention.q.weight", in the dtype of the file
     export(model, tokenizer, "out/hf")              # dense, for transformers, peft and llama.cpp's converter
 
-A file is mapped into memory anew for each tensor, and the mapping goes when the tensor does: reading needs no
-more than the largest tensor above what the reader keeps. Nothing is unpickled.
+A file is mapped anew for each tensor: reading needs no more memory than the largest. Nothing is unpickled.
 """
 import json
 import math
@@ -28,8 +27,6 @@ from common.gguf_file import read_gguf, read_rows
 from common.storage import opened, replaced, sharded, write_tensors
 from common.tokenizer import from_gguf, load_tokenizer, read_json
 from model import Config, Transformer, dense_weight
-
-# ------------------------------------------------------------------------------------------------ the tables
 
 SETTINGS = """
     ours            gpt2                  llama                      gguf
@@ -263,21 +260,16 @@ class HuggingFaceSource(Source):
             name = key.removeprefix("_orig_mod.").removeprefix("transformer.").removeprefix("model.")
             other = stored.setdefault(name, tensor).key
             refuse(other != key, f"{folder} has both {other} and {key}: remove one of them")
-        self.find_head(stored)
+        embed, head = self.theirs("embed.weight"), self.theirs("head.weight")
+        if self.config.tied and head in stored:  # too, or alone; one that differs is not tied
+            same = embed not in stored or torch.equal(stored[embed].read(), stored[head].read())
+            self.config = replace(self.config, tied=same)
+            stored[embed if same else head] = stored.pop(head)
         self.shapes = shapes_of(self.config)
         there = {name: shape[::-1] if is_transposed(name, self.family) else shape
                  for name, shape in self.shapes.items()}
         self.find(stored, there, self.theirs, NOT_WEIGHTS)
         self.bytes = sum(file.stat().st_size for file in files)
-
-    def find_head(self, stored):
-        """A tied head may be stored too, or alone. One that differs is not tied, as transformers has it."""
-        embed, head = self.theirs("embed.weight"), self.theirs("head.weight")
-        if self.config.tied and head in stored:
-            if embed in stored and not torch.equal(stored[embed].read(), stored[head].read()):
-                self.config = replace(self.config, tied=False)
-            else:
-                stored[embed] = stored.pop(head)
 
     def theirs(self, name):
         return their_name(name, self.family.column)
@@ -332,12 +324,12 @@ def export(model, tokenizer, out, dtype=torch.float32):
             write_tensors(folder / file, tensors)
             weight_map |= dict.fromkeys(tensors, file)
         if file != "model.safetensors":
-            index = dict(metadata={}, weight_map=weight_map)
-            write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+            index = json.dumps(dict(metadata={}, weight_map=weight_map), indent=1) + "\n"
+            write_atomic(folder / "model.safetensors.index.json", index)
         if tokenizer is not None:
             tokenizer.save(folder)
-        settings = their_config(config, dtype, tokenizer)
-        write_atomic(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+        settings = json.dumps(their_config(config, dtype, tokenizer), indent=2) + "\n"
+        write_atomic(folder / "config.json", settings)
 
 
 def their_config(config, dtype, tokenizer):

@@ -39,25 +39,21 @@ class Packed:
         return 8 * self.row / self.shape[-1]
 
 
-class Header:
-    """Reads a header value by value."""
+def number(file, letter):
+    return struct.unpack("<" + letter, file.read(struct.calcsize(letter)))[0]
 
-    def __init__(self, file):
-        self.file = file
 
-    def number(self, letter):
-        return struct.unpack("<" + letter, self.file.read(struct.calcsize(letter)))[0]
+def text(file):
+    return file.read(min(number(file, "Q"), 1 << 30)).decode("utf-8", "replace")
 
-    def text(self):
-        return self.file.read(min(self.number("Q"), 1 << 30)).decode("utf-8", "replace")
 
-    def value(self, kind):
-        if kind == STRING:
-            return self.text()
-        if kind == ARRAY:
-            inner = self.number("I")
-            return [self.value(inner) for _ in range(self.number("Q"))]
-        return self.number(SCALARS[kind])
+def value(file, kind):
+    if kind == STRING:
+        return text(file)
+    if kind == ARRAY:
+        inner = number(file, "I")
+        return [value(file, inner) for _ in range(number(file, "Q"))]
+    return number(file, SCALARS[kind])
 
 
 def read_gguf(path):
@@ -74,16 +70,15 @@ def read_gguf(path):
 
 
 def read_header(file):
-    header, tensors = Header(file), {}
-    if file.read(4) != b"GGUF" or header.number("I") not in (2, 3):
+    if file.read(4) != b"GGUF" or number(file, "I") not in (2, 3):
         raise ValueError("it does not begin as GGUF version 2 or 3 does")
-    count, fields = header.number("Q"), header.number("Q")
-    fields = {header.text(): header.value(header.number("I")) for _ in range(fields)}
-    alignment, end = int(fields.get("general.alignment", 32)), 0
+    count, fields = number(file, "Q"), number(file, "Q")
+    fields = {text(file): value(file, number(file, "I")) for _ in range(fields)}
+    alignment, end, tensors = int(fields.get("general.alignment", 32)), 0, {}
     for _ in range(count):
-        name = header.text()
-        shape = tuple(header.number("Q") for _ in range(header.number("I")))[::-1]
-        packing, offset = gguf.GGMLQuantizationType(header.number("I")), header.number("Q")
+        name = text(file)
+        shape = tuple(number(file, "Q") for _ in range(number(file, "I")))[::-1]
+        packing, offset = gguf.GGMLQuantizationType(number(file, "I")), number(file, "Q")
         block, size = gguf.GGML_QUANT_SIZES[packing]  # numbers in a block, bytes they take
         if name in tensors or offset != end or shape[-1] % block:
             raise ValueError(f"{name} is there twice, or not behind the tensor before, or no whole blocks")
@@ -99,19 +94,15 @@ def aligned(offset, alignment):
 
 def read_rows(path, tensor, order=None):
     """The tensor with its rows in the `order` given; float32, or as it is where it is not packed."""
-    order = torch.arange(tensor.rows) if order is None else order
+    order, plain = torch.arange(tensor.rows) if order is None else order, PLAIN.get(tensor.packing.name)
     mapped = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.rows, tensor.row))
-    rows = torch.empty(len(order), tensor.shape[-1], dtype=PLAIN.get(tensor.packing.name, torch.float32))
+    rows = torch.empty(len(order), tensor.shape[-1], dtype=plain or torch.float32)
     for part, out in zip(order.split(ROWS_AT_ONCE), rows.split(ROWS_AT_ONCE)):
-        out.copy_(unpack(path, mapped[part.numpy()], tensor.packing).view(out.shape))
+        data = mapped[part.numpy()]
+        try:  # blocks don't know of rows, and one long row is faster
+            unpacked = data if plain else gguf.dequantize(data.reshape(1, -1), tensor.packing)
+        except NotImplementedError:
+            raise InputError(f"{path} is packed as {tensor.packing.name}, which gguf can't unpack: "
+                             "get another quantization") from None
+        out.copy_(torch.from_numpy(unpacked).view(plain or torch.float32).view(out.shape))
     return rows.view(-1, *tensor.shape[1:])
-
-
-def unpack(path, data, packing):
-    if packing.name in PLAIN:
-        return torch.from_numpy(data).view(PLAIN[packing.name])
-    try:  # blocks don't know of rows, and one long row is faster
-        return torch.from_numpy(gguf.dequantize(data.reshape(1, -1), packing))
-    except NotImplementedError:
-        raise InputError(f"{path} is packed as {packing.name}, which gguf can't unpack: "
-                         "get another quantization") from None
