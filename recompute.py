@@ -5,17 +5,18 @@ sequences they are most of a training step's memory. Each autograd.Function of t
 computes the rest a second time in its backward pass.
 
     --recompute  attention            kept of a block                   computed twice
-    none         materialized         all, the T x T probabilities too  nothing
+    none         in plain operations  all, the T x T probabilities too  nothing
     sdpa         torch's fused one    all but the probabilities         q k^T and softmax, in torch's kernel
     attention    RecomputedAttention  all but the probabilities         q k^T and softmax
-    block        torch's fused one    its input, nothing else           the block, but for its last product
+    block        torch's fused one    its input, nothing else           the block, except for W^D u
 
-Every mode gives the gradients of the same function: the random state and autocast's state of the forward
-pass are restored, so that dropout drops the same. `recomputed` counts what was computed twice.
+Every mode gives the gradients of the same function. The random state and autocast's state of the forward
+pass are restored before anything is computed again, so that dropout drops the same elements both times.
+`recomputed` counts what was computed twice.
 
-Unlike torch.utils.checkpoint, a block's parameters are inputs of its Function and their gradients are
-returned from it, so whatever watches the graph (DistributedDataParallel, the pipeline) sees an ordinary
-node; and nothing hooks into autograd's saved tensors.
+torch.utils.checkpoint hooks into the tensors that autograd saves. Here a block's parameters are inputs of its
+Function, which returns their gradients: whatever watches the graph (DistributedDataParallel, the pipeline)
+sees an ordinary node.
 
     model = use_recompute(Transformer(config), "block")
     loss = head_loss(model.head, model.hidden(tokens), targets)  # in chunks: never all logits at once
@@ -41,13 +42,13 @@ recomputed = Counter()  # what was computed a second time, and how often
 
 
 def use_recompute(model, mode):
-    """Make every block of the model keep what `mode` says; in place, and any earlier mode is undone.
-
-    Returns the model.
+    """Make every block of the model keep what `mode` says; in place, and any earlier mode is undone. RMSNorm
+    keeps its input alone in every mode. Returns the model.
     """
     if mode not in MODES:
         raise InputError(f"--recompute must be one of {', '.join(MODES)}, got {mode}")
-    attend = {"none": materialized_attention, "attention": recomputed_attention}.get(mode)
+    by_hand = {"none": materialized_attention, "attention": recomputed_attention}
+    attend = by_hand.get(mode)  # sdpa and block: model.attend, which is torch's fused one
     for module in model.modules():
         if isinstance(module, Attention):
             _override(module, "attend", attend)
@@ -61,10 +62,10 @@ def use_recompute(model, mode):
 def _override(module, name, function):
     """Let this one module use `function` for its attribute `name`; None: that of its class again.
 
-    What another file put there stays.
+    What another file put there (quantization-aware training does) stays.
     """
     there = module.__dict__.get(name)
-    if there is None or getattr(there, "func", there).__module__ == __name__:
+    if there is None or getattr(there, "func", there).__module__ == __name__:  # .func: of a partial
         module.__dict__.pop(name, None)
         if function is not None:
             module.__dict__[name] = function
@@ -90,7 +91,8 @@ class State:
             yield
 
     def uncached_autocast(self):
-        """Autocast remembers the 16-bit copy of a weight; one made without a graph would have no gradient."""
+        """Autocast, without its cache of 16-bit copies of weights: a copy made without a graph and used again
+        in the backward pass would cut off the weight's gradient."""
         return torch.autocast(self.kind, **self.autocast, cache_enabled=False)
 
 
@@ -102,15 +104,15 @@ class State:
 #                |______________ autograd, here ______________|
 #                       dx, and the gradient of each weight
 #
-# The paper counts one more forward pass, a third of the step. The last product of a block, W^D u, can be
-# left out of it: a sum's gradient does not depend on its terms, so y itself is not needed again. In GPT-2
-# that is a third of the block's products.
+# The paper counts one more forward pass, a third of the time of forward and backward. The last product of a
+# block can be left out of it: in y = x + W^D u, the gradient of u needs dy and W^D, but never y. In GPT-2
+# that is a third of the block's products; of low rank, where only the one with B is left out, a sixteenth.
 
 
 class RecomputedBlock(torch.autograd.Function):
     """y = run(x), keeping x alone.
 
-    parameters: those that run uses and that want a gradient. last: the layer whose product ends run.
+    parameters: those that run uses and that want a gradient. last: the layer whose product ends run, W^D.
     """
 
     @staticmethod
@@ -147,7 +149,7 @@ def recomputed_block(block, x, rope=None, cache=None, mask=None):
 
 @contextmanager
 def without_product(layer):
-    """Inside, layer(u) gives zeros in place of its product, with the product's gradient.
+    """Inside, layer(u) gives zeros, and the backward pass of layer(u) all the same.
 
     Only for dense and low-rank layers; others stay as they are.
     """
@@ -172,7 +174,7 @@ class GradientOfLinear(torch.autograd.Function):
     def forward(ctx, u, W, b):
         ctx.dtype = compute_dtype(u)
         ctx.save_for_backward(u.to(ctx.dtype), W)
-        return u.new_zeros((), dtype=ctx.dtype).expand(*u.shape[:-1], len(W))
+        return u.new_zeros((), dtype=ctx.dtype).expand(*u.shape[:-1], len(W))  # one zero in memory
 
     @staticmethod
     @once_differentiable
@@ -188,7 +190,7 @@ class GradientOfLinear(torch.autograd.Function):
 
 # ----------------------------------------------------------------------------- attention
 #
-#     none        q, k --> q k^T / sqrt(d) + bias --softmax--> p --dropout--> p' --> p' v = y
+#     none        q, k --> q k^T / sqrt(d) + mask --softmax--> p --dropout--> p' --> p' v = y
 #                 kept: q, k, v and, T x T for each head, p and p'
 #
 #     attention   the same, but kept: q, k, v. Backward, 256 queries at a time, so that nothing is T x T:
@@ -199,10 +201,11 @@ class GradientOfLinear(torch.autograd.Function):
 #                 Queries i..j see no key beyond j: keys j.. are skipped, nearly half of the products.
 #
 # Up to 256 tokens both do the same operations in the same order, and so agree bit for bit; beyond, to
-# rounding. Below, q is (h, T, d), k and v are (h_kv, S, d), mask (T, S) is True where a query may look (None:
-# causal); `rows` and `keys` are slices: a block of m queries, and the keys that these may see.
+# rounding. Below, of one sequence with T queries and S keys: q is (h, T, d), k and v are (h_kv, S, d), mask
+# (T, S) is True where a query may look (None: causal); `rows` and `keys` are slices: a block of m queries,
+# and the keys that these may see.
 
-QUERIES = 256  # large enough for efficient products, small enough for scores that stay in a cache
+QUERIES = 256  # large enough for efficient products, small enough for scores that stay in a CPU's cache
 
 
 def query_blocks(q, k, mask):
@@ -214,7 +217,7 @@ def query_blocks(q, k, mask):
 
 
 def probabilities(q, k, rows, keys, mask):
-    """softmax(q k^T / sqrt(d) + bias) of a block: (h_kv, g m, S) where g = h / h_kv heads share a key."""
+    """softmax(q k^T / sqrt(d) + mask) of a block: (h_kv, g m, S) where g = h / h_kv heads share a key."""
     m, S = rows.stop - rows.start, keys.stop
     causal = torch.ones(m, S, dtype=torch.bool, device=q.device).tril(S - m)  # the last query sees all S keys
     visible = causal if mask is None else mask[rows, keys]
@@ -232,8 +235,8 @@ def draw_keep_mask(q, rows, keys, dropout):
 
 
 def by_sequence(attend):
-    """model.attend from a function of one sequence. On a CPU each sequence is multiplied where it lies; on a
-    GPU, where small kernels would wait for each other, the heads of all sequences are those of one."""
+    """model.attend from a function of one sequence. A CPU takes one sequence after the other, without a copy;
+    a GPU, where many small kernels would be slow, takes the heads of all sequences for those of one."""
     def attend_all(q, k, v, mask=None, dropout=0.0):
         if mask is None and q.is_cuda:
             return attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), None, dropout).view(q.shape)
@@ -256,7 +259,7 @@ def materialized_attention(q, k, v, mask, dropout):
 
 
 class RecomputedAttention(torch.autograd.Function):
-    """y = softmax(q k^T / sqrt(d) + bias) v, keeping q, k and v."""
+    """y = softmax(q k^T / sqrt(d) + mask) v, keeping q, k and v."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, dropout):
@@ -275,19 +278,20 @@ class RecomputedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         q, k, v = ctx.saved_tensors
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         scale, rescale = 1 / math.sqrt(q.shape[-1]), 1 / (1 - ctx.dropout)
         recomputed["attention"] += 1
         with ctx.state.restored() if ctx.dropout else nullcontext():
             for rows, keys in query_blocks(q, k, ctx.mask):
                 p = probabilities(q, k, rows, keys, ctx.mask)
-                qb, g = (t[:, rows].reshape(len(k), -1, t.shape[-1]) for t in (q, dy))  # (h_kv, g m, d)
-                dropped, dp = p, g @ v[:, keys].mT  # (h_kv, g m, S)
+                qb = q[:, rows].reshape(len(k), -1, q.shape[-1])    # (h_kv, g m, d)
+                dyb = dy[:, rows].reshape(len(k), -1, q.shape[-1])
+                dropped, dp = p, dyb @ v[:, keys].mT                # (h_kv, g m, S)
                 if ctx.dropout:
                     keep = draw_keep_mask(q, rows, keys, ctx.dropout).view(p.shape)
                     dropped = (p * keep).mul_(rescale)
                     dp.mul_(rescale).mul_(keep)
-                dv[:, keys] += dropped.mT @ g
+                dv[:, keys] += dropped.mT @ dyb
                 ds = torch._softmax_backward_data(dp, p, -1, p.dtype)  # p * (dp - sum(p * dp)) in one pass
                 dq[:, rows] = (ds @ k[:, keys]).mul_(scale).view_as(dq[:, rows])
                 dk[:, keys] += (qb.mT @ ds).mT.mul_(scale)
@@ -303,8 +307,8 @@ recomputed_attention = by_sequence(RecomputedAttention.apply)
 #     dw = sum of dy n over all tokens
 #     dx = (g - n mean(g n)) / sqrt(mean(x^2) + eps)  with g = dy w
 #
-# A GPU's fused kernel does the same. In plain operations, as on a CPU, autograd keeps two 32-bit copies of
-# x, a third of Llama's activations where these have 16 bits. Every mode uses it.
+# A GPU's fused kernel does the same. On a CPU torch computes it in plain operations, of which autograd keeps
+# two 32-bit copies of x: a third of Llama's activations where these have 16 bits. So every mode uses it.
 
 
 class RecomputedNorm(torch.autograd.Function):
