@@ -1,7 +1,5 @@
 """train.py as a user runs it: losses that fall, runs that are stopped, killed and resumed, processes that share a batch, bad input."""
 import json
-import os
-import random
 import signal
 import subprocess
 import sys
@@ -72,30 +70,6 @@ def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(tmp_path, text_file)
     assert max(losses(tmp_path / "b")) == 10
     assert call("--resume", "--out-dir", tmp_path / "b") == 0
     assert_same_run(tmp_path / "a", tmp_path / "b")
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_and_resumed_equals_undisturbed(tmp_path, text_file):
-    """SIGKILL at random times, most of them during a save (a save follows every step), until the run is through."""
-    common = [str(a) for a in (*TINY, "--data", text_file, "--max-iters", 60, "--save-interval", 1)]
-    assert call(*common, "--out-dir", tmp_path / "a") == 0
-    out, kills, clock = tmp_path / "b", 0, random.Random(0)
-    while kills < 4:
-        resume = ["--resume"] if (out / "state").exists() or (out / "state.previous").exists() else []
-        process = subprocess.Popen([sys.executable, "train.py", *common, *resume, "--out-dir", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE, env=dict(os.environ, OMP_NUM_THREADS="1"))
-        before = _steps(out)
-        while process.poll() is None and _steps(out) < before + 3:
-            time.sleep(0.005)
-        time.sleep(clock.uniform(0, 0.1))
-        process.kill()
-        if process.wait() == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, process.stderr.read()
-        kills += 1
-    assert kills == 4, "the run was over before it was killed four times"
-    assert call(*common, "--resume", "--out-dir", out) == 0
-    assert_same_run(tmp_path / "a", out)
 
 
 def _steps(out):
