@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.cli import InputError, Parser, at_least_0, at_least_1, markdown, positive
+from common.cli import InputError, Parser, at_least_0, at_least_1, markdown, positive, refuse
 from common.run import NOT_RESTORED
 
 DATA_DIR = os.environ.get("DATA_DIR", "data")
@@ -107,9 +107,8 @@ def call(script, *flags, settings=None, env=None, quiet=False):
         head = ["-c", f"import sys, {script[:-3]} as m; from common.cli import command; "
                       f"command(lambda: m.main(sys.argv[1:], **{settings!r}))"]
     done = subprocess.run([sys.executable, *head, *map(str, flags)], env=env, capture_output=quiet, text=True)
-    if done.returncode:
-        why = (done.stderr.strip() or "killed").splitlines()[-1] if quiet else "its own lines above say why"
-        raise InputError(f"{script} ended with {done.returncode}: {why}")
+    why = (done.stderr.strip() or "killed").splitlines()[-1] if quiet else "its own lines above say why"
+    refuse(done.returncode, f"{script} ended with {done.returncode}: {why}")
 
 
 def read_json(folder, name="summary.json"):
@@ -134,12 +133,11 @@ def run_once(script, folder, *flags, settings=None, **how):
     """
     summary, state = read_json(folder), read_json(folder, "state/state.json")
     state = state or read_json(folder, "state.previous/state.json")
-    there = summary.get("arguments") or state.get("args")
+    there = summary.get("arguments") or state.get("args") or {}
     for name, value in arguments_of(script, flags, settings or {}).items():
         fixed = value not in (None, "auto") and name not in NOT_RESTORED
-        if there and fixed and there.get(name) != value:
-            raise InputError(f"{folder} holds a run with {name} {there.get(name)}, and {value} is asked for: "
-                             "remove it, or choose another --out-dir")
+        refuse(there and fixed and there.get(name) != value, f"{folder} holds a run with {name} "
+               f"{there.get(name)}, and {value} is asked for: remove it, or choose another --out-dir")
     if not summary or summary.get("stopped_by"):
         call(script, *(["--resume"] if state else flags), "--out-dir", folder, settings=settings, **how)
     return read_json(folder)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benches.common import Worker, shown, table
 from beyond.decoding import decoding_step
 from checkpoint import random_model
-from common.cli import InputError
+from common.cli import refuse
 from common.device import find_device, peak_memory
 from common.generate import generate
 from model import config_for
@@ -111,10 +111,8 @@ def bench(args):
     """A row for each model, with and without the cache."""
     most = config_for("gpt2").context - len(PROMPT)
     for name in args.models:
-        if name not in RANKS:
-            raise InputError(f"--models {name!r} is not among {', '.join(RANKS)}")
-    if not 2 <= args.new_tokens <= most:
-        raise InputError(f"--new-tokens {args.new_tokens} is not in 2..{most}")
+        refuse(name not in RANKS, f"--models {name!r} is not among {', '.join(RANKS)}")
+    refuse(not 2 <= args.new_tokens <= most, f"--new-tokens {args.new_tokens} is not in 2..{most}")
     if importlib.util.find_spec("transformers") is None:
         print("transformers is not installed: its rows are left out (pip install transformers)")
     with tqdm(desc="generating", disable=None, leave=False) as bar:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from benches.common import run_once, shown, table
 from beyond.activations import Moments, second_moments, walk
 from checkpoint import load_model
-from common.cli import InputError
+from common.cli import refuse
 from common.data import calibration_batches
 from common.device import find_device
 from lowrank import svd_factors
@@ -28,8 +28,6 @@ STEPS, RECOVERED = 200, 0.6  # of 2 x 256 tokens; the share from which recovery 
 RANDOM = "gpt2"  # the name of the rows of random matrices
 DEFAULTS = dict(quality=False, text=None, calibration=None, out_dir="out/bench_decompose")
 
-
-# ----------------------------------------------------------------------------- matrices
 
 @torch.no_grad()
 def smollm2(device):
@@ -64,15 +62,12 @@ def random_matrices(device):
     return W, H, [[name] for name in W]
 
 
-# ----------------------------------------------------------------------------- time and error
-
 def timed(function, *args):
-    gpu = torch.cuda.is_available()
-    if gpu:
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
     result = function(*args)
-    if gpu:
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     return result, time.perf_counter() - start
 
@@ -123,13 +118,10 @@ def speed(device):
     return rows
 
 
-# ----------------------------------------------------------------------------- what is left of a model
-
 def quality(args):
     """Perplexity of smollm2-135m decomposed, and after recovery. A stopped run goes on in --out-dir."""
-    if not args.text or not args.calibration:
-        raise InputError("--quality needs --text (perplexity is measured on it) and --calibration (for the "
-                         "activations and for recovery)")
+    refuse(not args.text or not args.calibration, "--quality needs --text (perplexity is measured on it) and "
+           "--calibration (for the activations and for recovery)")
     work, rows = Path(args.out_dir), []
 
     def add(method, ratio, steps, model):

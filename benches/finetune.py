@@ -15,10 +15,11 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from benches.common import DATA_DIR, Worker, run_once, shown, table
 from checkpoint import load_model
-from common.cli import InputError, say
+from common.cli import refuse, say
 from common.device import find_device, peak_memory
 from common.formats import export
 from common.loss import head_loss
@@ -37,8 +38,6 @@ DEFAULTS = dict(base="smollm2-135m", bits="16,8,4", rank=8, task="fpb", data_dir
                 batches=6, rounds=3, dtype="auto", quality=False, max_iters=150, eval_limit=2000,
                 out_dir="out/quality")
 
-
-# ----------------------------------------------------------------------------- one engine, in its own process
 
 def our_steps(args, bits, rows, device):
     """step(i) trains on the i-th batch of our order; it returns the tokens of its rows."""
@@ -72,16 +71,15 @@ def peft_steps(args, folder, rows, device):
 
     def step(n):
         mine = [rows[k] for k in order[n * args.batch_size:(n + 1) * args.batch_size]]
-        shape = len(mine), max(len(r.ids) for r in mine)
-        ids, attention, labels = (torch.full(shape, x, device=device.torch_device) for x in (0, 0, -100))
-        for i, r in enumerate(mine):
-            ids[i, :len(r.ids)] = torch.tensor(r.ids)
-            labels[i, r.start:len(r.ids)] = torch.tensor(r.ids[r.start:])
-            attention[i, :len(r.ids)] = 1
+        texts = [torch.tensor(r.ids, device=device.torch_device) for r in mine]
+        ids, attention = pad_sequence(texts, True), pad_sequence([torch.ones_like(t) for t in texts], True)
+        labels = ids.masked_fill(attention == 0, -100)
+        for label, r in zip(labels, mine):
+            label[:r.start] = -100
         model(input_ids=ids, attention_mask=attention, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return sum(len(r.ids) for r in mine)
+        return sum(map(len, texts))
     return step
 
 
@@ -100,40 +98,34 @@ def engine(args, name, bits, folder, rows):
     return measure
 
 
-# ----------------------------------------------------------------------------- all of them, in turn
-
 def bench(args):
     device = find_device("float32" if args.quality else args.dtype)
     if args.quality:
         return device, quality(args)
-    args.dtype = str(device.dtype)[6:]
-    engines = [("ours", bits) for bits in args.bits]
+    args.dtype, engines = str(device.dtype)[6:], [("ours", bits) for bits in args.bits]
     if importlib.util.find_spec("peft"):
         engines.append(("peft", 16))
     else:
         say("peft is not installed, its row is left out (pip install -r requirements-dev.txt)")
-    print(f"{args.base}, r = {args.rank} on q, k, v, {args.batches} batches of {args.batch_size} rows, "
-          f"{device.name}")
     with tempfile.TemporaryDirectory() as folder:
-        rows = prepare(args, Path(folder) / "hf")
-        return device, measure(args, engines, Path(folder) / "hf", rows)
+        model, tokenizer = load_model(args.base)
+        export(model, tokenizer, Path(folder) / "hf")
+        return device, measure(args, engines, Path(folder) / "hf", drawn_rows(args, tokenizer))
 
 
-def prepare(args, folder):
-    """The base for transformers, and the rows of all engines."""
-    model, tokenizer = load_model(args.base)
-    export(model, tokenizer, folder)
+def drawn_rows(args, tokenizer):
+    """The rows of all engines."""
     there = (Path(args.data_dir) / args.task).is_dir()
     examples, _ = read_task(args.task if there else "made-up", args.data_dir)
     count = args.batches * args.batch_size
-    if len(examples) < count:
-        raise InputError(f"--batches {args.batches} of {args.batch_size} rows are more than {len(examples)} "
-                         f"rows of {args.task}")
+    refuse(len(examples) < count, f"--batches {args.batches} of {args.batch_size} rows are more than "
+                                  f"{len(examples)} rows of {args.task}")
     picked = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[:count].tolist()
     return [encode(tokenizer, examples[i].prompt, examples[i].answer, 512) for i in picked]
 
 
 def measure(args, engines, folder, rows):
+    """All engines, batch by batch in turn."""
     workers = {}
     for key in engines:
         workers[key] = Worker(engine, args, *key, folder, rows)
@@ -146,8 +138,7 @@ def measure(args, engines, folder, rows):
                 seconds, count, peaks[key] = worker.ask(i)
                 times[key][r] += seconds
                 tokens[key] += count
-    if len(set(tokens.values())) != 1:
-        raise InputError(f"the engines did not see the same tokens: {tokens}")
+    refuse(len(set(tokens.values())) > 1, f"the engines did not see the same tokens: {tokens}")
     return [dict(engine=key[0], base=args.base, bits=key[1], rank=args.rank, dtype=args.dtype,
                  batch=args.batch_size, tokens=tokens[key], peak_memory_bytes=peaks[key],
                  tokens_per_second=tokens[key] / statistics.median(times[key])) for key in engines]

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from benches.common import table
-from common.cli import InputError
+from common.cli import refuse
 from common.device import find_device
 from quant import QuantMatrix, load_kernels
 
@@ -61,56 +61,59 @@ class Measurement:
     def random(self, *shape):
         return 0.02 * torch.randn(*shape, device=self.device, dtype=torch.bfloat16)
 
-    def enough(self, make, size):
-        """So many different ones that the L2 can't hold them."""
-        return [make() for _ in range(max(2, -(-self.l2_bytes // size)))]
+    def enough(self, make, out, width, bits):
+        """So many different matrices that the L2 can't hold them."""
+        return [make() for _ in range(max(2, -(-self.l2_bytes // (out * width * bits // 8))))]
 
     def matrices(self, out, width, bits):
-        return self.enough(lambda: QuantMatrix.of(self.random(out, width), bits), out * width * bits // 8)
+        return self.enough(lambda: QuantMatrix.of(self.random(out, width), bits), out, width, bits)
 
-    def add(self, kernel, engine, shape, rows, bits, size, call, things):
-        """Time call(thing) over things, which take `size` bytes each."""
-        s = self.seconds([partial(call, thing) for thing in things])
-        self.rows.append(dict(kernel=kernel, engine=engine, shape="x".join(map(str, shape)), rows=rows,
+    def add(self, kernel, engine, shape, bits, x, call, things, more=0):
+        """Time call(x, thing) over things: matrices (out, in), or pairs of factors (out, rank, in). more:
+        other bytes that are read or written."""
+        s = self.seconds([partial(call, x, thing) for thing in things])
+        size = sum(a * b for a, b in zip(shape, shape[1:])) * bits // 8 + more
+        self.rows.append(dict(kernel=kernel, engine=engine, shape="x".join(map(str, shape)), rows=len(x),
                               bits=bits, us=s * 1e6, gb_s=size / s / 1e9, share_of_copy=size / s / self.copy))
 
     def products(self, out, width, bits):
         """x W^T, W x + s B (A x), quantize, dequantize, and what torch takes for the 16-bit matrix."""
-        k, size, dense_size, shape = self.kernels, out * width * bits // 8, 2 * out * width, (out, width)
-        Ws = self.matrices(out, width, bits)
-        dense = self.enough(lambda: self.random(out, width), dense_size)
-        A, B = self.random(8, width), self.random(out, 8)
+        k, shape, Ws = self.kernels, (out, width), self.matrices(out, width, bits)
+        dense = self.enough(lambda: self.random(out, width), out, width, 16)
+        A, B, dense_bytes = self.random(8, width), self.random(out, 8), 2 * out * width
 
-        def dequantize(W):
+        def product(x, W, step=2):
+            return k.product(x, *W.parts(), step)
+
+        def dequantize(x, W):
             return k.dequantize(*W.parts(), width, torch.bfloat16)
         for M in ROWS:
             x, kernel = self.random(M, width), name_of(M)
-            self.add(kernel, "ours", shape, M, bits, size, lambda W, x=x: k.product(x, *W.parts()), Ws)
-            self.add(kernel, "torch", shape, M, 16, dense_size, lambda W, x=x: x @ W.T, dense)
-            self.add(kernel, "torch, dequantized first", shape, M, bits, size,
-                     lambda W, x=x: x @ dequantize(W).T, Ws)
-            if M == 1:
-                self.add(kernel, "ours, a warp a row", shape, M, bits, size,
-                         lambda W, x=x: k.product(x, *W.parts(), 1), Ws)
-            if M in (1, 8):
-                self.add("lora", "ours", shape, M, bits, size,
-                         lambda W, x=x: k.lora(x, *W.parts(), A, B, 4.0), Ws)
-                self.add("lora", "ours, launch by launch", shape, M, bits, size,
-                         lambda W, x=x: k.product(x, *W.parts()) + 4.0 * (x @ A.T @ B.T), Ws)
-        self.add("quantize", "ours", shape, out, bits, dense_size + size,
-                 lambda W: k.quantize(W, bits, Ws[0].group), dense)
-        self.add("dequantize", "ours", shape, out, bits, dense_size + size, dequantize, Ws)
+            self.add(kernel, "ours", shape, bits, x, product, Ws)
+            self.add(kernel, "torch", shape, 16, x, lambda x, W: x @ W.T, dense)
+            self.add(kernel, "torch, dequantized first", shape, bits, x,
+                     lambda x, W: x @ dequantize(x, W).T, Ws)
+        one = self.random(1, width)
+        self.add("matvec", "ours, a warp a row", shape, bits, one, partial(product, step=1), Ws)
+        for x in (one, self.random(8, width)):
+            self.add("lora", "ours", shape, bits, x, lambda x, W: k.lora(x, *W.parts(), A, B, 4.0), Ws)
+            self.add("lora", "ours, launch by launch", shape, bits, x,
+                     lambda x, W: product(x, W) + 4.0 * (x @ A.T @ B.T), Ws)
+        all_rows, group = dense[0], Ws[0].group
+        self.add("quantize", "ours", shape, bits, all_rows, lambda x, W: k.quantize(W, bits, group), dense,
+                 more=dense_bytes)
+        self.add("dequantize", "ours", shape, bits, all_rows, dequantize, Ws, more=dense_bytes)
 
     def factors(self, out, width, rank, bits):
         """B (A x) in one launch and in two."""
-        k, size, shape = self.kernels, rank * (out + width) * bits // 8, (out, rank, width)
+        k, shape = self.kernels, (out, rank, width)
         pairs = list(zip(self.matrices(rank, width, bits), self.matrices(out, rank, bits)))
         for M in (1, 8, 16):
             x = self.random(M, width)
-            self.add("lowrank", "ours", shape, M, bits, size,
-                     lambda AB, x=x: k.lowrank(x, *AB[0].parts(), *AB[1].parts()), pairs)
-            self.add("lowrank", "ours, two launches", shape, M, bits, size,
-                     lambda AB, x=x: k.product(k.product(x, *AB[0].parts()), *AB[1].parts()), pairs)
+            self.add("lowrank", "ours", shape, bits, x,
+                     lambda x, AB: k.lowrank(x, *AB[0].parts(), *AB[1].parts()), pairs)
+            self.add("lowrank", "ours, two launches", shape, bits, x,
+                     lambda x, AB: k.product(k.product(x, *AB[0].parts()), *AB[1].parts()), pairs)
 
     def bitsandbytes(self, out, width, bits):
         """The peer's products with 4-bit (nf4, groups of 64) and 8-bit weights."""
@@ -121,11 +124,10 @@ class Measurement:
                 return bnb.nn.Linear8bitLt(width, out, bias=False, has_fp16_weights=False).to(self.device)
             how = dict(compute_dtype=torch.bfloat16, quant_type="nf4")
             return bnb.nn.Linear4bit(width, out, bias=False, **how).to(self.device)
-        size = out * width * bits // 8
-        layers = self.enough(make, size)
+        layers = self.enough(make, out, width, bits)
         for M in (1, 16, 64):
             x = self.random(M, width).to(torch.bfloat16 if bits == 4 else torch.float16)
-            self.add(name_of(M), "bitsandbytes", (out, width), M, bits, size, lambda f, x=x: f(x), layers)
+            self.add(name_of(M), "bitsandbytes", (out, width), bits, x, lambda x, layer: layer(x), layers)
 
 
 def name_of(rows):
@@ -148,13 +150,11 @@ def measure(m, shapes=SHAPES, rank=RANK):
 
 
 def bench(args):
-    if not torch.cuda.is_available():
-        raise InputError("bench.py kernels needs a GPU: here tests/test_kernels.py can only run the kernels, "
-                         "which says nothing of their speed")
+    refuse(not torch.cuda.is_available(), "bench.py kernels needs a GPU: here tests/test_kernels.py can only "
+           "run the kernels, which says nothing of their speed")
     device, kernels = find_device("bfloat16"), load_kernels()
-    if kernels is None:
-        raise InputError("kernels.cu could not be built (the line above says why): install nvcc and ninja, "
-                         "and set CUDA_HOME")
+    refuse(kernels is None, "kernels.cu could not be built (the line above says why): install nvcc and "
+           "ninja, and set CUDA_HOME")
     m = Measurement(kernels, graph_seconds, device.torch_device)
     with torch.inference_mode():
         rows = measure(m)

@@ -19,7 +19,8 @@ from benches.account import meta_model
 from benches.common import shown, table
 from beyond.batching import Adapters, Engine, Request
 from beyond.paged_cache import SIZE, Pool, bytes_per_token
-from common.cli import InputError
+from common.cli import refuse
+from common.data import first_tokens
 from common.formats import export
 from common.generate import generate
 from lowrank import replace_linears
@@ -60,13 +61,11 @@ def paper_counts():
 
 
 def mixed_prompts(tokenizer, count, shortest, longest):
-    """Stretches of the language's documentation, of lengths drawn evenly from a range."""
-    from pydoc_data.topics import topics
-    ids = tokenizer.encode("\n".join(topics[k] for k in sorted(topics))[:400_000])
-    draw = random.Random(0)
+    """Stretches of the built-in text, of lengths drawn evenly from a range."""
+    ids, draw = first_tokens("builtin", tokenizer, 100_000), random.Random(0)
     lengths = [draw.randint(shortest, longest) for _ in range(count)]
     starts = [draw.randrange(len(ids) - n) for n in lengths]
-    return [ids[start:start + n] for start, n in zip(starts, lengths)]
+    return [list(ids[start:start + n]) for start, n in zip(starts, lengths)]
 
 
 def random_adapter(model, seed):
@@ -125,12 +124,11 @@ def transformers_engine(model, device):
 
 def bench(args):
     model, tokenizer, device = open_model(args.model, 16)
-    if len(args.lengths) != 2 or not 1 <= args.lengths[0] <= args.lengths[1]:
-        raise InputError("--lengths must be the shortest and the longest prompt, as 16,200, got "
-                         f"{args.lengths}")
-    if args.lengths[1] + args.new_tokens > model.config.context:
-        raise InputError(f"{args.lengths[1]} + {args.new_tokens} tokens do not fit the context of "
-                         f"{model.config.context}: lower --lengths or --new-tokens")
+    refuse(len(args.lengths) != 2 or not 1 <= args.lengths[0] <= args.lengths[1],
+           f"--lengths must be the shortest and the longest prompt, as 16,200, got {args.lengths}")
+    refuse(args.lengths[1] + args.new_tokens > model.config.context,
+           f"{args.lengths[1]} + {args.new_tokens} tokens do not fit the context of {model.config.context}: "
+           "lower --lengths or --new-tokens")
     prompts = mixed_prompts(tokenizer, args.sequences, *args.lengths)
     cases = [(sequential, 1), *((engine, count) for engine in (contiguous, paged) for count in (0, 1, 16))]
     try:

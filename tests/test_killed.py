@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS, SEED = int(os.environ.get("KILLS", 4)), int(os.environ.get("KILL_SEED", 0))
-STEPS = 20 + 6 * KILLS
+STEPS = 20 + 4 * KILLS
 TINY = ["--model", "tiny", "--rank", "8", "--batch-size", "2", "--seq-len", "32", "--dtype", "float32"]
 
 
@@ -45,15 +45,18 @@ def saved_step(out):
 
 
 def killed(process, out, draw, startup):
-    """Kill the process: at a moment of its first seconds, or just after one to three more steps. False if it
-    ended before."""
-    if draw.random() < 0.2:
+    """Kill the process: in its first seconds, a moment after one or two more steps, or in the save that follows
+    them. False if it ended before."""
+    when = draw.choice(["start", "step", "step", "save", "save"])
+    goal = saved_step(out) + draw.randint(1, 2)
+    if when == "start":
         time.sleep(draw.uniform(0, startup))
     else:
-        goal = saved_step(out) + draw.randint(1, 3)
         while process.poll() is None and saved_step(out) < goal:
-            time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.1))
+            time.sleep(0.001)
+        while when == "save" and process.poll() is None and not (out / "state.partial").exists():
+            time.sleep(0.0002)
+        time.sleep(draw.uniform(0, 0.02 if when == "save" else 0.1))
     process.kill()
     error = process.communicate()[1]
     assert process.returncode in (0, -signal.SIGKILL), error
