@@ -46,8 +46,7 @@ from tasks import sets
 from tasks.rows import Batch, encode, made_up_headlines, pick, read_alpaca
 
 SENTIMENT, MADE_UP = ("fpb", "fiqa", "tfns"), "made-up"
-# What is rarely turned, and has no flag: a bench gives another value by finetune.main(argv, dropout=0). A run
-# remembers them.
+# What is rarely turned has no flag: finetune.main(argv, dropout=0) gives another value. A run remembers it.
 SETTINGS = dict(
     alpha=32.0,           # B A is multiplied with alpha / r
     dropout=0.1,          # share of A's inputs that is dropped while training

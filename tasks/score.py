@@ -1,6 +1,7 @@
 """How likely a model finds each answer, what it answers by itself, and how many of the answers are right.
 
-    scores = label_scores(model, tokenizer, sets.load("piqa", "data"), find_device())
+    for batch in score_in_batches(model, tokenizer, sets.load("piqa", "data"), find_device()):
+        ...     # (example, log p of each choice, written text, tokens cut) of each row
 
 A row of a task is a text and some endings; an ending's log-likelihood is the sum of log p over its tokens.
 Reading every (text, ending) pair by itself, as lm-evaluation-harness does, reads the text once an ending.
@@ -190,14 +191,6 @@ def score_in_batches(model, tokenizer, examples, device, new_tokens=0):
             cache.lengths = [len(ids) - 1 for ids in prompts]  # the last one is read again, as it predicts
             texts = continued(model, prompts, cache, new_tokens, tokenizer, device)
         yield [(t.example, s, text, t.cut) for t, s, text in zip(batch, scores, texts)]
-
-
-def label_scores(model, tokenizer, examples, device):
-    """The log-likelihood of every choice of every example, in nats, in the order of the examples."""
-    found = {}
-    for batch in score_in_batches(model, tokenizer, examples, device):
-        found |= {id(example): scores for example, scores, _, _ in batch}
-    return [found[id(e)] for e in examples]
 
 
 # ----------------------------------------------------------------------------- metrics

@@ -15,6 +15,7 @@ from sklearn.metrics import f1_score
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import eval as evaluation
 import finetune
 from checkpoint import load_model, replace_model, save_model
 from common.adapters import base_id, load_adapter, our_name, read_adapter, save_adapter, take_off
@@ -203,8 +204,11 @@ def test_it_learns_scores_and_leaves_an_adapter(base, tmp_path, capsys):
     model, tokenizer = load_model(base, bits=8)  # what the summary says of the saved adapter can be had again from the folder
     load_adapter(model, out, base_id(base))
     examples = sets.draw(made_up_headlines(1200, 0)[:300], 60)
-    scores = score.label_scores(model.eval(), tokenizer, examples, finetune.find_device("float32"))
-    f1 = f1_score([e.label for e in examples], [max(range(3), key=row.__getitem__) for row in scores], average="weighted")
+    found = evaluation.score_task(model.eval(), tokenizer, finetune.find_device("float32"), "made-up", examples)
+    batches = score.score_in_batches(model, tokenizer, examples, finetune.find_device("float32"))
+    rows = [(e.label, max(range(3), key=scores.__getitem__)) for batch in batches for e, scores, _, _ in batch]
+    f1 = f1_score(*zip(*rows), average="weighted")
+    assert found["likeliest"]["f1"] == pytest.approx(f1)
     assert f1 == pytest.approx(summary["f1_after"], abs=0.02)
 
 

@@ -34,6 +34,11 @@ def answers(model, tokenizer, examples, device, new_tokens):
     return [found[id(e)] for e in examples]
 
 
+def label_scores(model, tokenizer, examples, device):
+    """log p of every choice of each example, in their order."""
+    return [scores for _, scores, _ in answers(model, tokenizer, examples, device, 0)]
+
+
 @pytest.fixture(scope="module")
 def device():
     return find_device("float32")
@@ -64,7 +69,7 @@ def plainly(model, tokenizer, example):
 
 
 def agree(model, tokenizer, device, examples):
-    for found, example in zip(score.label_scores(model, tokenizer, examples, device), examples):
+    for found, example in zip(label_scores(model, tokenizer, examples, device), examples):
         assert found == pytest.approx(plainly(model, tokenizer, example), abs=2e-4), example
 
 
@@ -107,17 +112,17 @@ def test_branches_that_do_not_fit_beside_each_other(tokenizer, device):
 
 def test_batches_do_not_change_the_result(task_data, tokenizer, device, monkeypatch):
     model, examples = random_model(), sets.load("piqa", task_data)
-    together = score.label_scores(model, tokenizer, examples, device)
+    together = label_scores(model, tokenizer, examples, device)
     monkeypatch.setitem(score.BATCH_TOKENS, "cpu", 1)
     monkeypatch.setitem(score.HEAD_ROWS, "cpu", 3)
-    alone = score.label_scores(model, tokenizer, examples, device)
+    alone = label_scores(model, tokenizer, examples, device)
     assert np.array(together) == pytest.approx(np.array(alone), abs=1e-4)
 
 
 def test_bfloat16_is_near(task_data, tokenizer, device):
     model, examples = random_model(), sets.load("fpb", task_data)
-    near = score.label_scores(model, tokenizer, examples, find_device("bfloat16"))
-    exact = score.label_scores(model, tokenizer, examples, device)
+    near = label_scores(model, tokenizer, examples, find_device("bfloat16"))
+    exact = label_scores(model, tokenizer, examples, device)
     assert 0 < np.abs(np.array(near) - np.array(exact)).max() < 0.3
 
 
@@ -126,7 +131,7 @@ def test_what_rows_share_is_read_once(task_data, tokenizer, device, monkeypatch)
     model, given, hidden = random_model(), [], Transformer.hidden
     monkeypatch.setattr(Transformer, "hidden", lambda self, tokens, cache=None: given.append(tokens.shape) or hidden(self, tokens, cache))
     examples = sets.load("tfns", task_data)
-    score.label_scores(model, tokenizer, examples, device)
+    label_scores(model, tokenizer, examples, device)
     rows = [score.make_tree(e, tokenizer, 256) for e in examples]
     shared = given[0][1]
     assert given[0][0] == 1 and shared > 30 and all(r.tokens[:shared] == rows[0].tokens[:shared] for r in rows)
@@ -152,7 +157,7 @@ def test_an_ending_longer_than_the_context_loses_its_beginning_too(tokenizer, de
 
 def test_an_ending_without_tokens_is_refused(tokenizer, device):
     with pytest.raises(InputError, match="x, row 7: the ending '' adds no token"):
-        score.label_scores(random_model(), tokenizer, [Example("x", 7, "a", "", ["", " b"])], device)
+        label_scores(random_model(), tokenizer, [Example("x", 7, "a", "", ["", " b"])], device)
 
 
 @pytest.mark.parametrize("task", ["boolq", "piqa", "winogrande"])
@@ -160,7 +165,7 @@ def test_the_harness_finds_the_same(task, task_data, tokenizer, device, tmp_path
     """Its own prompts, its own scoring, the exported model in transformers; BoolQ's longer rows are cut."""
     model = random_model(context=64)
     examples = sets.load(task, task_data)
-    found = np.array(score.label_scores(model, tokenizer, examples, device))
+    found = np.array(label_scores(model, tokenizer, examples, device))
     metrics, theirs = harness(harness_model(model, tokenizer), task, harness_rows(task, task_data, range(len(examples))))
     assert found == pytest.approx(np.array(theirs), abs=1e-3)
     labels = [e.label for e in examples]
@@ -180,7 +185,7 @@ def test_the_harness_finds_the_same_for_smollm2(task_data, device):
     for task in ("boolq", "piqa", "winogrande"):
         examples = sets.load(task, task_data)[:6]
         _, theirs = harness(lm, task, harness_rows(task, task_data, range(6)))
-        assert np.array(score.label_scores(model, tokenizer, examples, device)) == pytest.approx(np.array(theirs), abs=1e-3)
+        assert np.array(label_scores(model, tokenizer, examples, device)) == pytest.approx(np.array(theirs), abs=1e-3)
 
 
 # ----------------------------------------------------------------------------- answers
@@ -202,7 +207,7 @@ def test_answers_are_the_greedy_continuations(context, task_data, tokenizer, dev
 def test_both_ways_from_one_reading(task, kind, task_data, tokenizer, device, monkeypatch):
     model, examples = random_model(kind), sets.load(task, task_data)
     texts = [text for text, *_ in answers(model, tokenizer, [replace(e, choices=[]) for e in examples], device, 8)]
-    scores = score.label_scores(model, tokenizer, examples, device)
+    scores = label_scores(model, tokenizer, examples, device)
     given, hidden = [], Transformer.hidden
     monkeypatch.setattr(Transformer, "hidden", lambda self, tokens, cache=None: given.append(tokens.numel()) or hidden(self, tokens, cache))
     both = answers(model, tokenizer, examples, device, 8)
@@ -236,7 +241,7 @@ def test_scores_and_texts_from_one_cache(budget, context, kind, task_data, token
     examples = sets.load("fpb", task_data) + sets.load("fiqa", task_data)
     monkeypatch.setitem(score.BATCH_TOKENS, "cpu", budget)
     both = answers(model, tokenizer, examples, device, 8)
-    labels = score.label_scores(model, tokenizer, examples, device)
+    labels = label_scores(model, tokenizer, examples, device)
     for example, (text, scores, _), label in zip(examples, both, labels):
         prompt = score.shorten(tokenizer.encode(example.prompt.rstrip()), context - 8)
         steps = generate(model, [prompt], 8, temperature=0, stop=tokenizer.stop_ids, use_cache=False,
@@ -252,7 +257,7 @@ def test_scores_and_texts_from_one_cache(budget, context, kind, task_data, token
 def test_keys_are_of_the_dtype_that_the_model_computes_in(bits, task_data, tokenizer, device, tmp_path):
     save_model(tmp_path / "model", random_model(), tokenizer)
     examples = sets.load("fpb", task_data)
-    exact = score.label_scores(load_model(tmp_path / "model", bits=bits)[0], tokenizer, examples, device)
+    exact = label_scores(load_model(tmp_path / "model", bits=bits)[0], tokenizer, examples, device)
     model, _ = load_model(tmp_path / "model", dtype=torch.bfloat16, bits=bits)
     attach_lora(model, r=2, alpha=4)
     for where in (find_device("bfloat16"), device):  # with autocast, and without
