@@ -3,7 +3,7 @@
 A model too large for one GPU is cut into N stages of neighbouring blocks, each in a process of its own. A
 stage sends its activations to the next one and the gradient of its input to the one before. With the whole
 batch at once, Fig. 3(a), one stage computes while N - 1 wait. So the batch is split into M microbatches that
-follow each other, Fig. 3(b); Fm and Bm are the forward and the backward pass of microbatch m:
+follow each other through the stages, Fig. 3(b). Fm, Bm: forward and backward pass of microbatch m.
 
            gpipe, N = 4, M = 4                               1f1b, N = 4, M = 4
 
@@ -14,9 +14,10 @@ follow each other, Fig. 3(b); Fm and Bm are the forward and the backward pass of
     stage 3 .  .  .  F0 F1 F2 F3 B3 B2 B1 B0 .  .  .          .  .  .  F0 B0 F1 B1 F2 B2 F3 B3 .  .  .
 
 A stage is busy in 2M of 2(N + M - 1) clocks: its utilization is M / (N + M - 1), and the dots are the bubble.
-Gradients add up over the microbatches: the result is that of one process and the whole batch. GPipe keeps
-the activations of all M microbatches, and so goes with recomputation (recompute.py). 1F1B has the same
-bubble, but a backward pass runs as soon as it can: stage s holds at most N - s microbatches.
+Gradients add up over the microbatches: the result is that of one process and the whole batch (dropout, where
+there is any, is drawn for each microbatch). GPipe keeps the activations of all M microbatches, and so goes
+with recomputation (recompute.py). 1F1B has the same bubble, but a backward pass runs as soon as it can: stage
+s holds at most N - s microbatches.
 
     python pipeline.py --stages 4 --microbatches 8 --schedule gpipe    the clock table
     torchrun --nproc_per_node 4 train.py --rank 192 --pipeline 4 --microbatches 8 --schedule 1f1b
@@ -59,7 +60,7 @@ def schedule(kind, stages, microbatches):
 
 
 def input_of(kind, m, stage, stages):
-    """The step (kind, m, stage) whose result a step needs; None where the batch itself is the input."""
+    """The step (kind, m, stage) that must end before this one can begin; None: the batch is its input."""
     source = stage - 1 if kind == "F" else stage + 1
     if 0 <= source < stages:
         return kind, m, source
@@ -67,10 +68,11 @@ def input_of(kind, m, stage, stages):
 
 
 def simulate(lists, forward=1, backward=1):
-    """When steps of these lengths run, held up by stage and input alone: [(stage, kind, m, start, end)]."""
+    """When steps of these lengths run, if messages take no time: [(stage, kind, m, start, end)]."""
     N, cost = len(lists), {"F": forward, "B": backward}
-    queues, free = [deque(steps) for steps in lists], [0] * N  # of each stage; when it is free
-    ends, rows = {None: 0}, []
+    queues = [deque(steps) for steps in lists]
+    free = [0] * N                # when each stage has ended what it computes
+    ends, rows = {None: 0}, []    # when each step ends; the batch is there from the start
     while any(queues):
         ready = [s for s in range(N) if queues[s] and input_of(*queues[s][0], s, N) in ends]
         if not ready:
@@ -91,7 +93,7 @@ def utilization(rows):
     return sum(end - start for *_, start, end in rows) / stages / span
 
 
-def stored(steps):
+def most_held(steps):
     """The most microbatches that a stage holds activations of: through forward, not yet through backward."""
     return max(accumulate(1 if kind == "F" else -1 for kind, _ in steps))
 
@@ -111,31 +113,31 @@ def clock_table(lists):
 # ----------------------------------------------------------------------------- where to cut
 
 def costs(model, length):
-    """Operations a token of each piece: the embedding, each block, the head. GPT-2's head costs 5 blocks."""
+    """FLOPs a token of each piece: the embedding, each block, the head. GPT-2's head costs as 5 blocks do."""
     attention = 2 * length * model.config.heads * model.config.head_size  # a token sees half of the sequence
     blocks = [2 * matmul_weights(block) + attention for block in model.blocks]
     return [2 * matmul_weights(model.embed), *blocks, 2 * matmul_weights(model.head)]
 
 
-def balance(costs, stages):
+def balance(costs, count):
     """Cut the pieces into a range for each stage, so that the costliest stage costs least, then the next."""
-    refuse(stages > len(costs) - 2,
-           f"{stages} stages are more than the model's {len(costs) - 2} blocks: choose fewer")
+    refuse(count > len(costs) - 2,
+           f"{count} stages are more than the model's {len(costs) - 2} blocks: choose fewer")
     total = [0, *accumulate(costs)]
 
     @cache
     def best(end, stages):
-        """(costs of the stages, the largest first; where they begin) for pieces 0..end."""
+        """(costs of the stages, the largest first; where they begin) for the first `end` pieces."""
         if stages == 1:
             return (total[end],), (0,)
         options = []
-        for cut in range(stages - 1, end):
-            loads, cuts = best(cut, stages - 1)
-            loads = sorted((*loads, total[end] - total[cut]), reverse=True)
-            options.append((tuple(loads), (*cuts, cut)))
+        for start in range(stages - 1, end):
+            loads, cuts = best(start, stages - 1)
+            loads = sorted((*loads, total[end] - total[start]), reverse=True)
+            options.append((tuple(loads), (*cuts, start)))
         return min(options)
 
-    cuts = (*best(len(costs), stages)[1], len(costs))
+    cuts = (*best(len(costs), count)[1], len(costs))
     return [range(a, b) for a, b in zip(cuts, cuts[1:])]
 
 
@@ -143,7 +145,7 @@ def cut(model, pieces):
     """Move all parameters but those of `pieces` to the meta device: names and shapes without memory."""
     ends = [nn.ModuleList(pair) for pair in ((model.embed, model.positions), (model.norm, model.head))]
     modules = [ends[0], *model.blocks, ends[1]]
-    own = {p for i in pieces for p in modules[i].parameters()}  # a tied matrix: in two stages
+    own = {p for i in pieces for p in modules[i].parameters()}  # a tied matrix stays in both
     empty = {p: nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
@@ -154,7 +156,8 @@ def cut(model, pieces):
 # ----------------------------------------------------------------------------- processes and messages
 
 class Grid:
-    """Process = stage * replicas + replica: neighbours share gradients, which are the larger messages."""
+    """Process = stage * replicas + replica. So neighbours, as a rule on one machine, are replicas of a stage:
+    they exchange its gradients, which are more than the activations that go from stage to stage."""
 
     def __init__(self, stages):
         world = dist.get_world_size() if dist.is_initialized() else 1
@@ -177,9 +180,9 @@ class Wires:
     """The messages of one stage: activations from stage - 1 and to stage + 1 ("F"), gradients back ("B").
 
     Why no stage waits forever: a send returns at once (unless N earlier ones are still under way), and
-    messages on a wire have the order of the steps on both of its ends. So a step waits only for steps that
-    come before it, and `simulate` shows that this can be. Each receive is posted a step ahead: data travels
-    while the stage computes. Shapes and dtypes are known, so nothing else has to travel.
+    messages on a wire have the order of the steps on both of its ends. So a step waits only for the step that
+    sends its input, which `simulate` runs through. Each receive is posted a step ahead: data travels while the
+    stage computes. Shapes and dtypes are known, so nothing else has to travel.
     """
 
     def __init__(self, grid, device):
@@ -203,7 +206,7 @@ class Wires:
             self.posted[wire] = self.awaited[wire].popleft(), work, buffer
 
     def receive(self, wire, m):
-        """The activation or gradient of microbatch m; None where none comes. The next one may come now."""
+        """The activation or gradient of microbatch m; None where none comes. Posts the next receive."""
         if self.sources[wire] is None:
             return None
         posted, work, buffer = self.posted.pop(wire)
@@ -257,8 +260,8 @@ def execute(steps, forward, wires):
 class Pipeline(Single):
     """The stage of a model that this process computes, with the interface of common/processes.py.
 
-    It cuts the model in place. microbatches: of this replica's part of a step; length: of a sequence in
-    tokens, to balance the stages; device: a common.device.Device.
+    It cuts the model in place. microbatches: of this replica's part of a step, over all its batches; length:
+    of a sequence in tokens, to balance the stages; device: a common.device.Device.
     """
 
     def __init__(self, model, stages, kind, microbatches, length, device):
@@ -267,7 +270,7 @@ class Pipeline(Single):
         self.replica, self.replicas = grid.replica, grid.replicas
         self.pieces = balance(costs(model, length), stages)[grid.stage]
         self.steps = schedule(kind, stages, microbatches)[grid.stage]
-        with torch.no_grad(), device.autocast():  # activations keep the dtype that the embedding gives them
+        with torch.no_grad(), device.autocast():  # activations have the dtype that the embedding gives them
             tokens = torch.zeros(1, 1, dtype=torch.long, device=device.torch_device)
             self.dtype = model.begin(tokens)[0].dtype
         dense = isinstance(model.head, nn.Linear) and isinstance(model.embed, nn.Embedding)
@@ -280,7 +283,7 @@ class Pipeline(Single):
         return (f"pipeline {self.kind}: {N} stages x {self.replicas} replicas, {M} microbatches, "
                 f"utilization at most {M / (N + M - 1):.3f}")
 
-    def run(self, tokens, x, seed=()):
+    def run_blocks(self, tokens, x, seed=()):
         """This stage's blocks: tokens (b, T) or activations x (b, T, C) to activations.
 
         seed: of a microbatch. Each piece draws its own dropout from it, whichever process computes it.
@@ -301,21 +304,21 @@ class Pipeline(Single):
         """Gradients of the mean loss over the batches of all replicas. batches: those of this one, pairs of
         tokens x and targets y (B, T). Returns their mean loss in the last stage, 0 elsewhere."""
         M, losses = self.microbatches, []
-        x, y = (torch.cat(parts) for parts in zip(*batches))
-        tokens, targets = x.chunk(M), y.chunk(M)
+        inputs, targets = (torch.cat(parts) for parts in zip(*batches))
+        tokens, targets = inputs.chunk(M), targets.chunk(M)
 
-        def forward(m, x):
+        def forward(m, h):
             with self.device.autocast():
-                x = self.run(tokens[m], x, (*seed, self.replica * M + m))
+                h = self.run_blocks(tokens[m], h, (*seed, self.replica * M + m))
                 if not self.grid.last:
-                    return x
-                losses.append(head_loss(self.model.head, self.model.norm(x), targets[m]))
+                    return h
+                losses.append(head_loss(self.model.head, self.model.norm(h), targets[m]))
             return losses[-1] / (M * self.replicas)  # of the mean over the whole batch
 
         self.wires.begin(self.steps, (*tokens[0].shape, self.model.config.width), self.dtype)
         self.most_held = execute(self.steps, forward, self.wires)
         self.sum_gradients()
-        return torch.stack(losses).detach().mean() if losses else x.new_zeros((), dtype=torch.float32)
+        return torch.stack(losses).detach().mean() if losses else inputs.new_zeros((), dtype=torch.float32)
 
     def sum_gradients(self):
         """Over the two copies of a tied matrix, then over the replicas."""
@@ -331,7 +334,7 @@ class Pipeline(Single):
         """Of one batch, in the last stage; None elsewhere, at once, so that the next batch can follow."""
         self.wires.begin([("F", 0)], (*x.shape, self.model.config.width), self.dtype)
         with self.device.autocast():
-            h = self.run(x, self.wires.receive("F", 0))
+            h = self.run_blocks(x, self.wires.receive("F", 0))
             if self.grid.last:
                 return head_loss(self.model.head, self.model.norm(h), y)
         self.wires.send("F", h)
@@ -339,8 +342,8 @@ class Pipeline(Single):
     @torch.no_grad()
     def clip(self, largest):
         """Scale all gradients so that their norm over all stages is at most `largest`; returns the norm."""
-        twin = self.model.embed.weight if self.tied and self.grid.last else None  # counted in the first stage
-        gradients = [p.grad for p in self.own_parameters() if p.grad is not None and p is not twin]
+        second = self.model.embed.weight if self.tied and self.grid.last else None  # the first counts it
+        gradients = [p.grad for p in self.own_parameters() if p.grad is not None and p is not second]
         square = nn.utils.get_total_norm(gradients).to(self.device.torch_device) ** 2
         if self.grid.stages > 1:
             dist.all_reduce(square, group=self.grid.pipe)
@@ -366,7 +369,7 @@ def main(argv=None):
     N, M, lists = args.stages, args.microbatches, schedule(args.schedule, args.stages, args.microbatches)
     rows = simulate(lists)
     print(clock_table(lists))
-    print(f"microbatches held by each stage: {[stored(steps) for steps in lists]}")
+    print(f"microbatches held by each stage: {[most_held(steps) for steps in lists]}")
     print(f"utilization {utilization(rows):.3f} = M / (N + M - 1) = {M}/{N + M - 1} = {M / (N + M - 1):.3f}")
     return 0
 

@@ -24,7 +24,7 @@ from common.cli import InputError
 from common.device import Device
 from lowrank import replace_linears
 from model import Config, Transformer, rope_tables
-from pipeline import SCHEDULES, Grid, Pipeline, balance, clock_table, schedule, simulate, stored, utilization
+from pipeline import SCHEDULES, Grid, Pipeline, balance, clock_table, most_held, schedule, simulate, utilization
 from recompute import use_recompute
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,7 @@ def test_every_schedule_runs_and_is_as_good_as_the_formula(kind, stages, microba
     for backward in (1, 2, 3):
         assert abs(utilization(simulate(lists, 1, backward)) - theory) < 1e-12
     bound = [min(microbatches, stages - s) if kind == "1f1b" else microbatches for s in range(stages)]
-    assert [stored(steps) for steps in lists] == bound
+    assert [most_held(steps) for steps in lists] == bound
 
 
 def test_a_schedule_whose_stages_wait_for_each_other_is_found_out():
@@ -140,7 +140,7 @@ def one_case(kind, rank, stages, microbatches, name):
     half = len(x) // 2
     loss = pipeline.backward([(x[:half], y[:half]), (x[half:], y[half:])], (5, 6)).double()
     result = dict(gradients=difference(pipeline, gradients), held=pipeline.most_held,
-                  planned=stored(pipeline.steps), loss=0)
+                  planned=most_held(pipeline.steps), loss=0)
     dist.all_reduce(loss, group=pipeline.grid.data)
     if pipeline.grid.last:
         result["loss"] = abs(loss.item() / replicas / whole_loss - 1)
