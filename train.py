@@ -114,7 +114,7 @@ def train(args, given):
     say(f"device {device.name}" + (f", {world_size()} processes" if world_size() > 1 else ""))
     say(f"dtype {args.dtype} ({device.why}), {device.rate / 1e12:.2f} TFLOPS in products")
     fill_in(args, device)
-    check(args)
+    check(args, given)
 
     # The model and the data. A random model may need the size of the data's vocabulary.
     home = torch.device("cpu") if args.shard else device.torch_device  # a sharded one need not fit on a GPU
@@ -223,9 +223,10 @@ def fill_in(args, device):
         args.microbatches = max(m for m in range(1, 4 * args.pipeline + 1) if args.batch_size % m == 0)
 
 
-def check(args):
+def check(args, given):
     """Refuse what can't go together, before anything slow begins."""
     config_for(args.model)
+    refuse(args.init_from == "", "--init-from is empty: a folder, a file or a known name")
     decomposed = args.init_from and decomposed_from(args.init_from)
     refuse(args.method == 2 and not args.init_from,
            "--method 2 starts from the SVD of pretrained weights: say which with --init-from")
@@ -241,8 +242,8 @@ def check(args):
            "--shard spreads one unchanging model: no --pipeline, --method 3 or warm_start with it")
     refuse(args.shard and world_size() == 1,
            "--shard needs several processes: torchrun --nproc_per_node N train.py ... --shard")
-    refuse(args.microbatches and not args.pipeline and not args.resume,
-           "--microbatches are of a pipeline: give --pipeline N")
+    refuse(not args.pipeline and given & {"microbatches", "schedule"},
+           "--microbatches and --schedule are of a pipeline: give --pipeline N")
     refuse(args.pipeline and args.batch_size % args.microbatches,
            f"--batch-size {args.batch_size} is not divisible into {args.microbatches} microbatches")
     refuse(args.pipeline and world_size() % args.pipeline, f"{world_size()} processes can't form "
@@ -280,6 +281,9 @@ def random_model(args, vocab_size, home):
             line = replace_linears(model, args.rank, args.method, args.embedding_rank, start=args.start,
                                    head=args.head == "lowrank")
     say(line)
+    size, memory = 4 * count_parameters(model), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    refuse(home.type == "cpu" and size > memory, f"--model {args.model} needs {size / 1e9:,.0f} GB, and there "
+           f"are {memory / 1e9:,.0f}: give a --rank, or a smaller model")
     model.materialize(home).init_weights()
     return model
 

@@ -6,6 +6,7 @@ import itertools
 import locale
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -65,8 +66,8 @@ def command(main):
         other = "set FINGPT_CACHE to another folder" if in_cache else "choose another --out-dir"
         free = "free some space or " if full else ""
         line = f"{e.strerror}: {e.filename or 'while writing'}: {free}{other}"
-    except RuntimeError as e:
-        if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
+    except (MemoryError, RuntimeError) as e:
+        if not re.search("out of memory|allocate", str(e)):
             raise
         line = "out of memory: half the --batch-size, or --recompute block, needs less"
     except KeyboardInterrupt as e:
@@ -78,6 +79,7 @@ def command(main):
 
 def check_folder(path, new=False):
     """Refuse what can't become a folder to write to; new: also what is one with something in it."""
+    refuse(not str(path), "the name of the folder to write to is empty")
     whole = Path(path).absolute()
     there = next(p for p in (whole, *whole.parents) if p.exists())
     refuse(not there.is_dir(), f"{path}: {there} is a file: choose another folder")

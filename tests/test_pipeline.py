@@ -299,7 +299,7 @@ def test_a_process_lost_on_one_of_two_machines_costs_the_steps_since_the_last_sa
 @pytest.mark.parametrize("args, message", [
     (("--pipeline", 1, "--batch-size", 8, "--microbatches", 3), "8 is not divisible into 3 microbatches"),
     (("--pipeline", 2), "can't form 2 stages"),
-    (("--microbatches", 2), "--microbatches are of a pipeline: give --pipeline N")])
+    (("--microbatches", 2), "are of a pipeline: give --pipeline N")])
 def test_bad_input_is_refused(args, message, tmp_path, text_file):
     with pytest.raises(InputError, match=message):
         train.main([str(a) for a in (*COMMON, "--data", text_file, "--out-dir", tmp_path / "run", *args)])

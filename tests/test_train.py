@@ -166,7 +166,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     (("--nonsense",), "unrecognized arguments: --nonsense"),
     (("--seq-len", 1000), "--seq-len 1000 is longer than the model's context of 256"),
     (("--dtype", "float8"), "argument --dtype: invalid choice: 'float8'"),
-    (("--microbatches", 2), "--microbatches are of a pipeline: give --pipeline N"),
+    (("--microbatches", 2), "--microbatches and --schedule are of a pipeline: give --pipeline N"),
+    (("--schedule", "gpipe"), "--microbatches and --schedule are of a pipeline: give --pipeline N"),
+    (("--init-from", ""), "--init-from is empty: a folder, a file or a known name"),
+    (("--model", "llama2-70b"), "--model llama2-70b needs 276 GB, and there are "),
+    (("--out-dir", ""), "the name of the folder to write to is empty"),
     (("--resume",), "holds no training state: start the run without --resume"),
     (("--init-from", "/nowhere"), "no such folder or file")])
 def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path, text_file, capsys):
