@@ -24,7 +24,7 @@ from common.adapters import base_id, bits_of, load_adapter
 from common.cli import InputError, Parser, at_least_1, command, not_negative, refuse
 from common.device import find_device
 from common.generate import generate
-from common.tokenizer import render_chat
+from common.tokenizer import Utf8Decoder, render_chat
 from model import KVCache
 
 TOP_P = 0.95         # draw from the likeliest tokens that have this probability together
@@ -69,13 +69,13 @@ def named_folders(words):
 def write(model, tokenizer, ids, args, generator, cache=None):
     """Stream the continuation of ids to the terminal; returns its text and its tokens."""
     from beyond.decoding import decoding_step
-    stream, text, tokens = tokenizer.stream(), "", []
+    decoder, text, tokens = Utf8Decoder("replace"), "", []
     steps = generate(model, [ids], args.max_new_tokens, args.temperature, TOP_P, tokenizer.stop_ids,
                      generator, vocabulary=tokenizer.vocab_size, cache=cache, make_step=decoding_step)
     for (token,) in steps:
         tokens.append(token)
         if token not in tokenizer.stop_ids:
-            piece = stream.feed(token)
+            piece = decoder.decode(tokenizer.piece(token))
             text += piece
             print(piece, end="", flush=True)
     print()

@@ -31,7 +31,7 @@ from collections import Counter
 
 from common.adapters import base_id
 from common.cli import InputError, Parser, at_least_1, command, say
-from common.tokenizer import render_chat, valid
+from common.tokenizer import Utf8Decoder, render_chat, valid
 from sample import make_pool, named_folders, open_model
 
 WAITING = 256       # requests beside those in the batch; a client that comes then is told to come later
@@ -81,7 +81,7 @@ class Answer:
     async def pieces(self):
         """Yield (text, the places of its tokens) until the answer ends. What may be the beginning of a stop
         text is held back."""
-        request, stream, text, sent, shown = self.request, self.tokenizer.stream(), "", 0, 0
+        request, decoder, text, sent, shown = self.request, Utf8Decoder("replace"), "", 0, 0
         try:
             while not self.finish:
                 await self.news.wait()
@@ -92,7 +92,7 @@ class Answer:
                 while self.read < len(request.tokens) and not self.finish:
                     token = request.tokens[self.read]
                     ends = token in self.tokenizer.stop_ids
-                    text += stream.decoder.decode(b"", True) if ends else stream.feed(token)
+                    text += decoder.decode(b"" if ends else self.tokenizer.piece(token), ends)
                     if self.read == 0 and self.tokenizer.adds_space:
                         text = text.removeprefix(" ")
                     found = [text.index(s) for s in self.stop if s in text]
@@ -100,7 +100,7 @@ class Answer:
                     self.finish = "stop" if ends or found else None
                     self.read += 1
                 if over and not self.finish:
-                    text, self.finish = text + stream.decoder.decode(b"", True), "length"
+                    text, self.finish = text + decoder.decode(b"", True), "length"
                 end = len(text) if self.finish else len(text) - self.held_back(text)
                 if end > sent or self.finish:
                     yield text[sent:end], range(shown, self.read)

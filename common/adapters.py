@@ -22,20 +22,19 @@ import torch
 from torch import nn
 
 from checkpoint import open_model
-from common.cli import InputError, refuse, write_atomic
+from common.cli import refuse, write_atomic
 from common.formats import FAMILIES, NAMES, column, their_name
 from common.storage import read_tensors, sync_folder, write_tensors
 from common.tokenizer import blamed_on, read_json
 from lowrank import LoRALinear, swap_layers
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-# Settings of PEFT that are read here, and those that change nothing in a trained adapter; any other must be
-# off. Which layers have an adapter, the names of the factors say.
-READ = {"peft_type", "bias", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
-        "init_lora_weights", "base_model_name_or_path"}
-IGNORED = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out",
-           "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config",
-           "megatron_core", "qalora_group_size"}
+# Settings of PEFT that are read here, then those that change nothing once an adapter is trained (which layers
+# have one, the names of the factors say). Any other must be off.
+KNOWN = {"peft_type", "bias", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern",
+         "alpha_pattern", "init_lora_weights", "base_model_name_or_path", "task_type", "auto_mapping",
+         "peft_version", "revision", "inference_mode", "fan_in_fan_out", "target_modules", "exclude_modules",
+         "layers_to_transform", "layers_pattern", "eva_config", "megatron_core", "qalora_group_size"}
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # of A and B, that leave W as it is
 SAMPLED_ROWS = 4  # of each matrix of a base, for its checksum
 
@@ -100,10 +99,10 @@ def read_adapter(folder, model=None, base_id=None):
         factors, layers = {}, model and adaptable(model)
         for name, (A, B, own_scale) in read_factors(folder / FILES[1], config).items():
             if layers:
-                layer = layers.get(name)
-                if layer is None or (A.shape[1], len(B)) != (layer.in_features, layer.out_features):
-                    raise InputError(f"{folder}: its adapter for {name}, {A.shape[1]}x{len(B)}, fits no "
-                                     f"layer of this model: it was trained on {base_name}")
+                layer, size = layers.get(name), (A.shape[1], len(B))
+                fits = layer is not None and size == (layer.in_features, layer.out_features)
+                refuse(not fits, f"{folder}: its adapter for {name}, {size}, fits no layer of this model: it "
+                       f"was trained on {base_name}")
                 A, B = without_start(config.get("init_lora_weights"), layer, A, B, own_scale)
             factors[name] = A, B if own_scale == scale else B * (own_scale / scale)
         return Adapter(folder, rank, scale, nn.Dropout(dropout).p, factors, base_name, own_id)
@@ -115,9 +114,9 @@ def read_settings(file):
     starts = (*STARTS, "pissa") if config.get("fan_in_fan_out") else (*STARTS, "pissa", "olora")
     only = dict(peft_type=("LORA", None), bias=("none", None), init_lora_weights=starts)
     for key, value in config.items():
-        if value not in only.get(key, (value,)) or value and key not in READ | IGNORED:
-            raise InputError(f"{file}: {key} is {value!r}, which is not read here: let PEFT merge this "
-                             "adapter into its base, or convert it to plain LoRA")
+        known = value in only.get(key, (value,)) and (not value or key in KNOWN)
+        refuse(not known, f"{file}: {key} is {value!r}, which is not read here: let PEFT merge this adapter "
+               "into its base, or convert it to plain LoRA")
     return config
 
 
@@ -145,9 +144,8 @@ def read_factors(file, config):
         rank, scale = rank_and_scale(config, module)
         shapes = {letter: tuple(t.shape) for letter, t in pair.items()}
         a, b = shapes.get("A", ()), shapes.get("B", ())
-        if len(a) != 2 or len(b) != 2 or not a[0] == b[1] == rank:
-            raise InputError(f"{file}: the factors of {name} have the shapes {shapes}, of rank {rank} they "
-                             f"must be A ({rank}, in) and B (out, {rank})")
+        refuse(len(a) != 2 or len(b) != 2 or not a[0] == b[1] == rank, f"{file}: the factors of {name} have "
+               f"the shapes {shapes}, of rank {rank} they must be A ({rank}, in) and B (out, {rank})")
         factors[name] = pair["A"], pair["B"], scale
     return factors
 

@@ -1,32 +1,49 @@
-"""Text to token ids and back, one token at a time if need be; chats; what lies in a model's folder.
+"""Text to token ids and back, one token at a time if need be; chats; and where vocabularies come from.
 
     tokenizer = gpt2_tokenizer() or train_tokenizer(texts)  # without a network: learned from the corpus
     tokenizer.save("out/model")                             # transformers' AutoTokenizer reads it
     ids = load_tokenizer("out/model").encode("Hello world")
 
-The two algorithms and where their vocabularies come from: common/vocabulary.py.
+There are two kinds, each run by the library `tokenizers`. Both start from small units (bytes, or characters)
+and merge the pair of neighbours that stands first in a learned list, again and again, until no pair is in it.
+They differ in how text is cut before, and in spaces:
+
+                    byte-level BPE                              SentencePiece
+    models          GPT-2, Llama 3, Qwen2, SmolLM2              Llama 2, Mistral
+    cut first       by a regular expression, into words         not at all
+    a space is      the byte 0x20, at the front of a word       the character "▁", one added before the text
+    anything else   every byte is a token                       bytes <0x00>..<0xFF> where no piece fits
 """
 import codecs
 import contextlib
 import functools
+import hashlib
+import io
 import json
+import math
+import os
 import re
+import tempfile
+import urllib.request
 from datetime import datetime
 from pathlib import Path
 
 import jinja2.sandbox
+import sentencepiece
+import tiktoken.load
 import tokenizers
-from tokenizers import AddedToken
-from tokenizers.pre_tokenizers import Metaspace
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from common import vocabulary
 from common.cli import InputError, refuse, write_atomic
-from common.vocabulary import ROLES, STOPS
 
+STOPS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>")  # they end a text or a turn
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens, as GGUF numbers them
 # Byte-level vocabularies spell these bytes as they are, and the others with characters from U+0100 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + n): b for n, b in enumerate(OTHERS)}
+Utf8Decoder = codecs.getincrementaldecoder("utf-8")  # of the bytes of tokens: a character may take several
 
 
 class Tokenizer:
@@ -77,28 +94,15 @@ class Tokenizer:
         byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
         return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
 
-    def stream(self):
-        """An object whose feed(id) gives the text that a token completes: a character may take several."""
-        return Stream(self)
-
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        config |= self.roles
-        if self.chat_template:
-            config["chat_template"] = self.chat_template
+        template = {"chat_template": self.chat_template} if self.chat_template else {}
         write_atomic(folder / "tokenizer.json", self.backend.to_str())
-        write_atomic(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-
-
-class Stream:
-    def __init__(self, tokenizer):
-        self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, token):
-        return self.decoder.decode(self.tokenizer.piece(token))
+        config = json.dumps(config | self.roles | template, indent=2)
+        write_atomic(folder / "tokenizer_config.json", config + "\n")
 
 
 def valid(text):
@@ -106,83 +110,154 @@ def valid(text):
     return text.encode("utf-8", "replace").decode()
 
 
-# ----------------------------------------------------------------------------- where they come from
+def set_template(backend, begin, end=None):
+    """Let every prompt start with a token, and end with one, where these are given."""
+    around = [token for token in (begin, "$A", end) if token]
+    special = [(token, backend.token_to_id(token)) for token in around if token != "$A"]
+    if special:
+        backend.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
+
+
+def add_special(backend, tokens, kinds):
+    """Leave tokens of some kinds whole, whatever stands around them."""
+    for names, add in ((UNKNOWN, CONTROL), backend.add_special_tokens), ((USER_DEFINED,), backend.add_tokens):
+        add([AddedToken(text, normalized=False) for text, kind in zip(tokens, kinds) if kind in names])
+
+
+# ----------------------------------------------------------------------------- byte-level BPE
+
+def cut_by(regex):
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), "isolated"), bytes_only])
+
+
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
+LLAMA3, QWEN2 = cut_by(WORDS), cut_by(WORDS.replace("{1,3}", ""))
+GGUF_CUTS = {"default": GPT2, "gpt-2": GPT2, "olmo": GPT2,
+             "smollm": DIGITS, "starcoder": DIGITS, "refact": DIGITS,
+             "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "smaug-bpe": LLAMA3, "dbrx": LLAMA3,
+             "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2}
+
+
+def byte_level_bpe(vocab, merges, cut):
+    """vocab: token -> id. merges: "a b", in order. cut: a pre-tokenizer."""
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=cut is LLAMA3))
+    if cut is QWEN2:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer, backend.decoder = cut, decoders.ByteLevel()
+    return backend
+
+
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_FILES = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+              "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
+
 
 def gpt2_tokenizer():
-    """GPT-2's own; None where it is not on this machine and can't be downloaded."""
-    found = vocabulary.gpt2_vocabulary()
-    return found and Tokenizer("gpt2", *found)
+    """GPT-2's own, from tiktoken's cache or download; None where neither can be had, within seconds."""
+    try:
+        merges, vocab = map(gpt2_file, GPT2_FILES)
+    except (OSError, ValueError):  # no connection, or a file that isn't what it should be
+        return None
+    merges = merges.decode().split("\n")[1:-1]  # the first line is a version
+    backend = byte_level_bpe(json.loads(vocab), merges, GPT2)
+    add_special(backend, STOPS[:1], [CONTROL])
+    return Tokenizer("gpt2", backend, dict.fromkeys(ROLES[:3], STOPS[0]))
+
+
+def gpt2_file(name):
+    url, default = GPT2_URL + name, os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
+    if not Path(cache, hashlib.sha1(url.encode()).hexdigest()).is_file():
+        urllib.request.urlopen(url, timeout=3).close()  # without a network tiktoken would wait forever
+    return tiktoken.load.read_file_cached(url, GPT2_FILES[name])
+
+
+# ----------------------------------------------------------------------------- SentencePiece
+
+def sentencepiece_bpe(tokens, scores, kinds, unknown, adds_space):
+    """The text, the score and the kind of each id. adds_space: one is put before the text.
+
+    SentencePiece merges any two pieces whose union is a piece, that of the highest score first; the library
+    wants a list of the pairs."""
+    normal = {text: score for text, score, kind in zip(tokens, scores, kinds) if kind == NORMAL}
+    merges = []
+    for text in sorted(normal, key=normal.get, reverse=True):
+        splits = [(text[:k], text[k:]) for k in range(1, len(text))]
+        merges += [(left, right) for left, right in splits if left in normal and right in normal]
+    vocab = {text: i for i, text in enumerate(tokens)}
+    model = models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback="<0x00>" in vocab)
+    backend = tokenizers.Tokenizer(model)
+    add, strip = ([normalizers.Prepend("▁")], [decoders.Strip(" ", 1, 0)]) if adds_space else ([], [])
+    backend.normalizer = normalizers.Sequence([*add, normalizers.Replace(" ", "▁")])
+    to_text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(to_text + strip)
+    return backend
+
+
+def read_sentencepiece(name, model):
+    """The vocabulary in the bytes of a tokenizer.model, in GGUF's fields."""
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ids = range(len(sp))
+    tokens, scores, kinds = [sp.id_to_piece(i) for i in ids], [sp.get_score(i) for i in ids], []
+    is_bpe = all(score.is_integer() for score in scores)  # minus a rank; a unigram's is a logarithm
+    refuse(not is_bpe or sp.normalize("ﬁ  a ").removeprefix("▁") != "ﬁ▁▁a▁", f"{name} is no plain BPE, but a "
+           "unigram or one that changes characters: put a tokenizer.json beside it (save_pretrained of "
+           "transformers' AutoTokenizer)")
+    for i, score in enumerate(scores):
+        kind = NORMAL if math.copysign(1, score) < 0 else USER_DEFINED  # -0.0: the first that was learned
+        kind = BYTE if sp.is_byte(i) or sp.is_unused(i) else kind
+        kinds.append(CONTROL if sp.is_control(i) or sp.is_unknown(i) else kind)
+    return dict(model="llama", tokens=tokens, scores=scores, token_type=kinds, bos_token_id=sp.bos_id(),
+                eos_token_id=sp.eos_id(), unknown_token_id=sp.unk_id(), padding_token_id=sp.pad_id(),
+                add_space_prefix=sp.normalize("a") == "▁a")
+
+
+TRAINING_CHARACTERS = 4_000_000
+COVERAGES = (0.9995, 0.9945, 0.9895, 0.9845, 0.98)  # of a text's characters; the others become bytes
 
 
 def train_tokenizer(texts, vocab_size=4096):
-    """A SentencePiece BPE learned from texts, with fewer pieces where they have too few different words."""
-    return Tokenizer("trained on this corpus", *vocabulary.learn_vocabulary(texts, vocab_size))
+    """A SentencePiece BPE learned from texts, with fewer pieces where they have too few different words.
+
+    Bytes stand for what it never saw: every text comes back as it was (but for "▁" itself)."""
+    lines = sample_lines(texts)
+    for coverage in COVERAGES:
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+                hard_vocab_limit=False, character_coverage=coverage, byte_fallback=True,
+                normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True, split_digits=True, user_defined_symbols=["\n"],
+                max_sentence_length=1 << 24, num_threads=1, unk_id=0, eos_id=1, eos_piece=STOPS[0], bos_id=-1,
+                pad_id=-1, minloglevel=2)
+        except RuntimeError as e:  # thousands of signs: more than there are tokens
+            why = str(e).split("] ")[-1] if lines else "it is empty"
+            continue
+        fields = read_sentencepiece("the trained model", model.getvalue())
+        return Tokenizer("trained on this corpus", *vocabulary("it", fields))
+    raise InputError(f"no tokenizer of {vocab_size} tokens fits this text: {why}")
 
 
-def from_gguf(name, fields):
-    """From a GGUF's metadata: a dict of its fields, "tokenizer.ggml.tokens" and so on."""
-    with blamed_on(f"the tokenizer of {name}"):
-        found = vocabulary.gguf_vocabulary(name, fields)
-        return Tokenizer(name, *found, fields.get("tokenizer.chat_template"))
+def sample_lines(texts):
+    """The lines of all texts, or, where they are many, every 2nd, 4th, 8th... of them."""
+    lines, size, step = [], 0, 1
+    for n, line in enumerate(line for text in texts for line in text.split("\n") if line):
+        if n % step == 0:
+            lines.append(line)
+            size += len(line)
+        if size > TRAINING_CHARACTERS:
+            lines, step = lines[::2], 2 * step
+            size = sum(map(len, lines))
+    return lines
 
 
-def load_tokenizer(folder):
-    """The tokenizer in a model's folder, as transformers has it: tokenizer.json, or else tokenizer.model."""
-    folder = Path(folder)
-    file = next((folder / f for f in ("tokenizer.json", "tokenizer.model") if (folder / f).is_file()), None)
-    refuse(file is None, f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model is there; "
-           "copy the one that the model was trained with")
-    with blamed_on(file):
-        config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
-        roles = {role: text_of(config[role]) for role in ROLES if config.get(role)}
-        if file.suffix == ".json":
-            backend = tokenizers.Tokenizer.from_file(str(file))
-            backend.no_padding()
-            backend.no_truncation()
-        else:
-            backend, own_roles = vocabulary.read_sentencepiece(file, file.read_bytes())
-            roles = own_roles | roles
-            begin = config.get("add_bos_token", True) and roles.get("bos_token")
-            vocabulary.set_template(backend, begin, config.get("add_eos_token") and roles.get("eos_token"))
-        is_llama = read_json(folder / "config.json").get("model_type", "llama") == "llama"
-        class_is_llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
-        if is_llama and class_is_llama and "▁" in backend.get_vocab():
-            spaced = "always" if config.get("legacy") else "first"  # of the parts between special tokens
-            backend.normalizer, backend.pre_tokenizer = None, Metaspace("▁", spaced, split=False)
-        add_tokens(backend, file, config.get("added_tokens_decoder"), roles)
-        name = f"{folder.resolve().name}/{file.name}"
-        return Tokenizer(name, backend, roles, chat_template(folder, config))
-
-
-def text_of(token):
-    """Of a token in a configuration: its text, or what AddedToken takes."""
-    return token["content"] if isinstance(token, dict) else token
-
-
-def add_tokens(backend, file, added, roles):
-    """Tokens that may be named beside the vocabulary only. added: id -> AddedToken's arguments, or None."""
-    if added is None:  # the older way
-        old = read_json(file.parent / "added_tokens.json").items()
-        added = {i: dict(content=text, special=text in roles.values()) for text, i in old}
-    as_written = {"normalized": False} if file.suffix == ".model" else {}  # no "▁" is put before it
-    for i in sorted(added, key=int):
-        token = AddedToken(**added[i] | as_written)
-        if backend.token_to_id(token.content) is None:
-            backend.add_tokens([token])
-        found = backend.token_to_id(token.content)
-        refuse(found != int(i), f"{token.content!r} is token {found} in {file} and {i} beside it: they are "
-               "not of the same model")
-
-
-def chat_template(folder, config):
-    """From chat_template.jinja or tokenizer_config.json, where it may be one of several with names."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        return {t["name"]: t["template"] for t in template}.get("default")
-    return template
-
+# ----------------------------------------------------------------------------- files of others
 
 @contextlib.contextmanager
 def blamed_on(what):
@@ -204,6 +279,88 @@ def read_json(path):
         raise InputError(f"{path} is not JSON ({e}): get the file again") from None
     refuse(not isinstance(content, dict), f"{path} holds no JSON object: get the file again")
     return content
+
+
+def vocabulary(name, fields):
+    """(backend, roles) of a GGUF's fields "tokens", "scores", "merges" and so on."""
+    get = fields.get
+    kind, cut, tokens = get("model"), GGUF_CUTS.get(get("pre", "default")), get("tokens", [])
+    refuse(kind != "llama" and (kind != "gpt2" or cut is None), f"{name}: its tokenizer is {kind!r} with "
+           f"{get('pre')!r}; known are llama, and gpt2 with {', '.join(GGUF_CUTS)}")
+    kinds, order = get("token_type", [NORMAL] * len(tokens)), get("scores" if kind == "llama" else "merges")
+    complete = order is not None and (kind == "gpt2" or len(order) == len(tokens))
+    refuse(not complete or not len(set(tokens)) == len(tokens) == len(kinds),
+           f"{name} lacks scores, merges or kinds of tokens, or has one twice: get it again")
+    usual = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
+    ids = [get(f"{role}_token_id", usual.get(role, -1)) for role in ("bos", "eos", "unknown", "padding")]
+    roles = {role: tokens[i] for role, i in zip(ROLES, ids) if 0 <= i < len(tokens)}
+    if kind == "llama":
+        unknown, adds_space = roles.get("unk_token"), get("add_space_prefix", True)
+        backend = sentencepiece_bpe(tokens, order, kinds, unknown, adds_space)
+    else:
+        backend = byte_level_bpe({token: i for i, token in enumerate(tokens)}, order, cut)
+    add_special(backend, tokens, kinds)
+    adds_begin = get("add_bos_token", kind == "llama" or cut is LLAMA3)
+    begin, end = adds_begin and roles.get("bos_token"), get("add_eos_token") and roles.get("eos_token")
+    set_template(backend, begin, end)
+    return backend, roles
+
+
+def from_gguf(name, fields):
+    """From a GGUF's metadata: a dict of its fields, "tokenizer.ggml.tokens" and so on."""
+    with blamed_on(f"the tokenizer of {name}"):
+        own = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
+        return Tokenizer(name, *vocabulary(name, own), fields.get("tokenizer.chat_template"))
+
+
+def load_tokenizer(folder):
+    """The tokenizer in a model's folder, as transformers has it: tokenizer.json, or else tokenizer.model."""
+    folder = Path(folder)
+    file = next((folder / f for f in ("tokenizer.json", "tokenizer.model") if (folder / f).is_file()), None)
+    refuse(file is None, f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model is there; "
+           "copy the one that the model was trained with")
+    with blamed_on(file):
+        config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+        roles = {role: config[role] for role in ROLES if config.get(role)}
+        roles = {role: t["content"] if isinstance(t, dict) else t for role, t in roles.items()}
+        if file.suffix == ".json":
+            backend = tokenizers.Tokenizer.from_file(str(file))
+            backend.no_padding()
+            backend.no_truncation()
+        else:
+            fields = read_sentencepiece(file, file.read_bytes()) | {"add_bos_token": False}
+            backend, own_roles = vocabulary(file, fields)
+            roles = own_roles | roles
+            begin = config.get("add_bos_token", True) and roles.get("bos_token")
+            set_template(backend, begin, config.get("add_eos_token") and roles.get("eos_token"))
+        is_llama = read_json(folder / "config.json").get("model_type", "llama") == "llama"
+        class_is_llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
+        if is_llama and class_is_llama and "▁" in backend.get_vocab():
+            spaced = "always" if config.get("legacy") else "first"  # of the parts between special tokens
+            backend.normalizer = None
+            backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", spaced, split=False)
+        add_tokens(backend, file, config.get("added_tokens_decoder"), roles)
+        template, name = config.get("chat_template"), f"{folder.resolve().name}/{file.name}"
+        if isinstance(template, list):  # several, with names
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        if (folder / "chat_template.jinja").is_file():
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return Tokenizer(name, backend, roles, template)
+
+
+def add_tokens(backend, file, added, roles):
+    """Tokens that may be named beside the vocabulary only. added: id -> AddedToken's arguments, or None."""
+    if added is None:  # the older way
+        old = read_json(file.parent / "added_tokens.json").items()
+        added = {i: dict(content=text, special=text in roles.values()) for text, i in old}
+    as_written = {"normalized": False} if file.suffix == ".model" else {}  # no "▁" is put before it
+    for i in sorted(added, key=int):
+        token = AddedToken(**added[i] | as_written)
+        if backend.token_to_id(token.content) is None:
+            backend.add_tokens([token])
+        found = backend.token_to_id(token.content)
+        refuse(found != int(i), f"{token.content!r} is token {found} in {file} and {i} beside it: they are "
+               "not of the same model")
 
 
 # ----------------------------------------------------------------------------- chat

@@ -1,8 +1,10 @@
 """PEFT reads our adapters and we read PEFT's, with equal logits; an adapter knows its base; merging says what
 it costs."""
 import json
+import random
 import re
 import shutil
+import warnings
 
 import peft
 import pytest
@@ -233,6 +235,56 @@ def test_altered_factors_are_refused(saved):
     file.write_bytes(raw)
     with pytest.raises(InputError, match="altered after it was written"):
         read_adapter(saved[2])
+
+
+def test_damaged_adapters_are_read_as_peft_does_or_refused(base, tmp_path, mutate):
+    """Thousands of small mutations: nothing but InputError; and what loads has PEFT's logits."""
+    kind, path = base
+    if kind == "qwen2":
+        return
+    folder, config = tmp_path / "peft", dict(r=2, lora_alpha=4, target_modules=THEIRS[kind], use_rslora=True)
+    torch.manual_seed(2)
+    trained = peft.get_peft_model(theirs(path), peft.LoraConfig(
+        **config, task_type="CAUSAL_LM", rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj|c_proj": 5}))
+    for name, p in trained.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p.data, std=0.3)
+    trained.save_pretrained(folder)
+    files = {name: (folder / name).read_bytes() for name in adapters.FILES}
+    settings, draw = json.loads(files["adapter_config.json"]), random.Random(3)
+    mine, loaded, compared = ours(path), 0, 0
+    for n in range(900):
+        now = dict(files)
+        if n % 3:
+            changed = {key: value for key, value in settings.items() if draw.random() < 0.97}
+            now["adapter_config.json"] = json.dumps(mutate(draw, changed)).encode()
+        else:
+            raw = bytearray(now["adapter_model.safetensors"])
+            at = draw.randrange(1200)
+            raw[at:at + draw.randrange(3)] = draw.randbytes(draw.randrange(3))
+            now["adapter_model.safetensors"] = bytes(raw)
+        for name, content in now.items():
+            (folder / name).write_bytes(content)
+        try:
+            layers = set(load_adapter(mine, folder).factors)
+        except InputError:
+            continue
+        loaded += 1
+        if n % 10 == 1:
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    reference = peft.PeftModel.from_pretrained(theirs(path), folder).eval()
+            except Exception:  # a setting that we don't need
+                continue
+            names = {adapters.our_name(name) for name, _ in reference.named_parameters() if "lora_A" in name}
+            if {name for name, _ in names} != layers:  # the settings leave out layers that have factors
+                continue
+            compared += 1
+            with torch.no_grad():
+                wanted = reference(TOKENS).logits
+                logits = mine.eval()(TOKENS)
+                assert torch.allclose(logits, wanted, atol=1e-4, equal_nan=True), now["adapter_config.json"]
+    assert loaded > 50 and compared > 5
 
 
 # ----------------------------------------------------------------------------- quantized bases

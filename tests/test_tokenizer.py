@@ -1,4 +1,4 @@
-"""tokenizer.py and vocabulary.py against transformers, tokenizers and sentencepiece: the same ids, on real
+"""tokenizer.py against transformers, tokenizers and sentencepiece: the same ids, on real
 text and on hard text, before and after saving."""
 import io
 import json
@@ -14,11 +14,10 @@ import pytest
 import sentencepiece
 import tiktoken
 import tokenizers
-from tokenizers import pre_tokenizers, processors
+from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
 from common import tokenizer as ours
-from common import vocabulary
 from common.cli import InputError
 
 DATA = Path(os.environ.get("DATA_DIR", "data"))
@@ -124,7 +123,7 @@ def test_learned_vocabulary_is_sentencepieces(corpus):
         byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
         remove_extra_whitespaces=False, user_defined_symbols=["\n", "<x>"], minloglevel=2)
     theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    tokenizer = ours.Tokenizer("x", *vocabulary.read_sentencepiece("x", model.getvalue()))
+    tokenizer = ours.Tokenizer("x", *ours.vocabulary("x", ours.read_sentencepiece("x", model.getvalue())))
     for text in (corpus, HARD, EVERYTHING, "a<x>b\n<x>", " \n "):
         assert tokenizer.encode(text) == theirs.encode(text) and tokenizer.decode(theirs.encode(text)) == text
 
@@ -144,7 +143,7 @@ def test_special_ids(gpt2, llama2, trained):
 def test_byte_level_bpe(cut, alphabet, tmp_path, corpus):
     """As a tokenizer.json, and as a GGUF has it."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    cutter = vocabulary.GGUF_CUTS[cut]
+    cutter = ours.GGUF_CUTS[cut]
     theirs = byte_level_json(tmp_path, corpus[:400_000], cutter, special, alphabet, 3000)
     tokenizer = ours.load_tokenizer(tmp_path)
     model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
@@ -191,6 +190,19 @@ def test_begin_is_transformers(processor, config, tmp_path, corpus):
         ids = AutoTokenizer.from_pretrained(folder)("Hello").input_ids
         assert ours.load_tokenizer(folder).encode("Hello", around=True) == ids
     assert tokenizer.begin == (0 if ids[0] == 0 else None) and tokenizer.end == 1
+
+
+def test_qwen2_reads_text_in_its_normal_form(tmp_path, corpus):
+    text, cut = corpus[:100_000] + "caf\u00e9 " * 50, ours.GGUF_CUTS["qwen2"]
+    made = byte_level_json(tmp_path, text, cut, ["<|endoftext|>"])
+    made.normalizer = normalizers.NFC()
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    tokenizer, theirs = ours.load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("cafe\u0301 \u212b 123 I'LL", HARD.replace("<|endoftext|>", ""), EVERYTHING):
+        assert tokenizer.encode(text, around=True) == theirs(text).input_ids
+    assert tokenizer.encode("cafe\u0301") == tokenizer.encode("caf\u00e9")
 
 
 def test_sentencepiece_without_begin(llama2, tmp_path):
@@ -249,10 +261,11 @@ def test_added_tokens(llama2, tmp_path):
 @pytest.mark.parametrize("model", ["llama", "mistral"])
 @pytest.mark.parametrize("settings", [{}, {"legacy": True}, {"legacy": False}], ids=str)
 def test_llama_tokenizer_as_transformers_has_it(llama2, model, settings, tmp_path):
-    """Spaces after special tokens, where the class is LlamaTokenizer; a mistral's folder is taken as it is."""
+    """Spaces after special tokens, where the class is LlamaTokenizer; a mistral's folder stays as it is."""
     llama2.save(tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": "LlamaTokenizer"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | settings))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= settings | {"tokenizer_class": "LlamaTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model}))
     tokenizer, theirs = ours.load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     for text in ("<s>[INST] hi [/INST] you </s><s>[INST]", "  a b", "a\n b", "▁a", HARD, EVERYTHING):
@@ -268,8 +281,8 @@ def test_llama_tokenizer_as_transformers_has_it(llama2, model, settings, tmp_pat
 
 def test_stream_gives_whole_characters(gpt2, llama2, trained):
     for tokenizer in (gpt2, llama2, trained):
-        stream, ids = tokenizer.stream(), tokenizer.encode(HARD)
-        parts = [stream.feed(i) for i in ids]
+        decoder = ours.Utf8Decoder("replace")
+        parts = [decoder.decode(tokenizer.piece(i)) for i in tokenizer.encode(HARD)]
         assert "".join(parts).removeprefix(" ") == HARD and "" in parts
 
 
@@ -401,8 +414,8 @@ def test_training_on_little_and_on_odd_text():
 
 
 def test_many_lines_are_sampled_evenly(monkeypatch):
-    monkeypatch.setattr(vocabulary, "TRAINING_CHARACTERS", 4000)
-    lines = vocabulary.sample_lines(f"{i:04}\n" for i in range(8000))
+    monkeypatch.setattr(ours, "TRAINING_CHARACTERS", 4000)
+    lines = ours.sample_lines(f"{i:04}\n" for i in range(8000))
     assert sum(map(len, lines)) <= 4000 and lines[0] == "0000" and int(lines[-1]) > 7000
     assert len({int(b) - int(a) for a, b in pairwise(lines)}) == 1
 
