@@ -105,8 +105,6 @@ def config_for(name, **changes):
     return replace(CONFIGS[name], **changes)
 
 
-# ---------------------------------------------------------------------------------- what may replace a layer
-
 class Layer(nn.Module):
     """The protocol of what replaces an nn.Linear, or (tokens for x, no in_features) an nn.Embedding.
 
@@ -157,8 +155,6 @@ def last_product(layer, x, dtype):
     """h and W of the product that ends any layer, or None: see Layer.last_product."""
     return layer.last_product(x, dtype) if isinstance(layer, Layer) else (x, layer.weight)
 
-
-# ----------------------------------------------------------------------------------------------- the network
 
 def rope_tables(positions, config):
     """RoPE's cos and sin: positions (..., T) -> two of (..., T, d/2), float32."""
@@ -315,8 +311,6 @@ class Transformer(nn.Module):
         return self.head(self.hidden(tokens, cache))
 
 
-# ------------------------------------------------------------------------------------------------- counting
-
 def count_parameters(model):
     """Every number the model stores as a weight, a shared one once."""
     packed = sum(m.packed_weights for m in model.modules() if isinstance(m, Packed))
@@ -337,8 +331,6 @@ def flops_per_token(model, length, training=False):
     attention = 2 * length * model.config.width * model.config.blocks
     return (2 * matmul_weights(model) + attention) * (3 if training else 1)
 
-
-# ------------------------------------------------------------------------------------------------- the cache
 
 class Cache:
     """The protocol of what remembers keys and values, so that only new tokens are read.

@@ -181,8 +181,8 @@ class Wires:
 
     Why no stage waits forever: a send returns at once (unless N earlier ones are still under way), and
     messages on a wire have the order of the steps on both of its ends. So a step waits only for the step that
-    sends its input, which `simulate` runs through. Each receive is posted a step ahead: data travels while the
-    stage computes. Shapes and dtypes are known, so nothing else has to travel.
+    sends its input, which `simulate` runs through. Each receive is posted a step ahead: data travels while
+    the stage computes. Shapes and dtypes are known, so nothing else has to travel.
     """
 
     def __init__(self, grid, device):

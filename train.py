@@ -95,8 +95,6 @@ def make_parser():
     return p
 
 
-# ----------------------------------------------------------------------------- a run
-
 def main(argv=None, **settings):
     args, given = parse(make_parser(), argv, SETTINGS, settings)
     with cli.alone_in(args.out_dir), process_group():
@@ -201,8 +199,6 @@ def train(args, given):
     return folder.say_stopped("train.py", stop.name) if stop.name else 0
 
 
-# ----------------------------------------------------------------------------- its parts
-
 def fill_in(args, device):
     """Give what was not given the value that depends on the device or on other arguments."""
     gpu = device.torch_device.type == "cuda"
@@ -282,8 +278,8 @@ def random_model(args, vocab_size, home):
                                    head=args.head == "lowrank")
     say(line)
     size, memory = 4 * count_parameters(model), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    refuse(home.type == "cpu" and size > memory, f"--model {args.model} needs {size / 1e9:,.0f} GB, and there "
-           f"are {memory / 1e9:,.0f}: give a --rank, or a smaller model")
+    refuse(home.type == "cpu" and size > memory, f"--model {args.model} needs {size / 1e9:,.0f} GB, and "
+           f"there are {memory / 1e9:,.0f}: give a --rank, or a smaller model")
     model.materialize(home).init_weights()
     return model
 

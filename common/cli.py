@@ -15,6 +15,8 @@ from pathlib import Path
 
 from common.processes import rank, world_size
 
+LOCK = ".lock"  # the file of a folder that says which process uses it
+
 
 class InputError(ValueError):
     """The user's input is wrong. The message says what, with the values, and what to do."""
@@ -24,9 +26,6 @@ def refuse(wrong, message):
     """An InputError if the condition holds."""
     if wrong:
         raise InputError(message)
-
-
-LOCK = ".lock"  # the file of a folder that says which process uses it
 
 
 def cache_dir():
@@ -71,8 +70,9 @@ def command(main):
             raise
         line = "out of memory: half the --batch-size, or --recompute block, needs less"
     except KeyboardInterrupt as e:
-        print(f"\nstopped by {e}: what was not saved before is lost", file=sys.stderr)
-        sys.exit(128 + signal.Signals[str(e)])
+        name = str(e) or "SIGINT"
+        print(f"\nstopped by {name}: what was not saved before is lost", file=sys.stderr)
+        sys.exit(128 + signal.Signals[name])
     print(f"error: {line}" if world_size() == 1 else f"error (process {rank()}): {line}", file=sys.stderr)
     sys.exit(2)
 
@@ -109,8 +109,7 @@ def alone_in(folder):
     if rank() > 0:
         yield
         return
-    folder = Path(folder)
-    new = not folder.exists()
+    folder, new = Path(folder), not Path(folder).exists()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+", encoding="utf-8") as lock:
         try:
@@ -168,8 +167,6 @@ def markdown(header, rows, left=2):
     rule = ["-" * (w + 1) + ("-" if i < left else ":") for i, w in enumerate(widths)]
     return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
 
-
-# ----------------------------------------------------------------------------- flags
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The script's opening as it is, and the default behind each flag that has one."""

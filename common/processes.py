@@ -1,7 +1,7 @@
 """The processes of a run, as torchrun starts them, and what surrounds a model in each of them.
 
-A step's whole batch is shared out among the `replicas` of the model. One object stands between a script's
-loop and the processes:
+A step's whole batch is shared out among the `replicas` of the model. One object stands between a loop and the
+processes:
 
     Single        one process
     Replicas      every process has the whole model and a share of the batch (torch's DistributedDataParallel)
@@ -93,8 +93,8 @@ def seed_random(*numbers):
 
 
 class Around(nn.Module):
-    """A forward pass that calls any function which reads the model's parts: a loss, a generation. So
-    DistributedDataParallel and fully_shard, which watch forward passes, see it."""
+    """A forward pass that calls any function of the model's parts, a loss or a generation: what
+    DistributedDataParallel and fully_shard watch are forward passes."""
 
     def __init__(self, model):
         super().__init__()
@@ -125,8 +125,7 @@ class Single:
         """Add the gradients of this process's batches, one after the other; returns their weighted loss.
 
         weights: of each batch's mean loss, 1 / len(batches) if not given; over all processes they sum to
-        `replicas`, so that the mean over the replicas is that of the whole batch. Dropout depends on the seed
-        and on the batch's number alone, not on which process has it.
+        `replicas`. Dropout depends on the seed and on the batch's number, not on which process has it.
         """
         weights = weights or [1 / len(batches)] * len(batches)
         total = torch.zeros((), device=self.device.torch_device)
@@ -176,12 +175,9 @@ class Replicas(Single):
 
 
 class Sharded(Single):
-    """Fully sharded data parallelism, for a model of which no GPU can hold a whole replica.
-
-    A block's parameters are gathered right before it computes and let go right after, in the forward and in
-    the backward pass; its gradients are averaged and handed out in the same parts. Embedding, head and norms
-    are one more unit, gathered for the whole pass.
-    """
+    """Fully sharded data parallelism, for a model of which no GPU can hold a whole replica. A block's
+    parameters are gathered right before it computes and let go right after, in both passes; its gradients are
+    averaged and handed out in the same parts. Embedding, head and norms are one more such unit."""
 
     def __init__(self, model, loss_of, device):
         from torch.distributed.device_mesh import init_device_mesh

@@ -19,8 +19,6 @@ from common.cli import InputError, move_aside, refuse, say, write_atomic
 from common.device import peak_memory
 from common.processes import all_reduce, any_process, barrier, is_first, world_size
 
-# ----------------------------------------------------------------------------- arguments
-
 # They say how a run is continued, not what it is.
 NOT_RESTORED = ("resume", "stop_at", "out_dir", "shard")
 
@@ -65,8 +63,6 @@ def check_rows(args, state, rows):
                          f"with --batch-size {args.batch_size}, --grad-accum {args.grad_accum} and world "
                          f"size {world_size()}: change one of them")
 
-
-# ----------------------------------------------------------------------------- the folder
 
 class RunFolder:
     """OUT and the lines on the terminal. Only the first process writes.
