@@ -65,10 +65,11 @@ def read_answer(task, example, scores, text):
 
 
 def text_windows(path, tokenizer, limit, length):
-    """The windows of a text's first `limit` tokens (None: of all): (index, its token ids) of each."""
+    """The windows of a text's first `limit` tokens (None: of all), as examples whose words are tokens."""
     ids = first_tokens(path, tokenizer, limit)
     refuse(len(ids) < 2, f"{path} has {len(ids)} tokens: perplexity needs at least 2")
-    return list(enumerate(ids[i:i + length] for i in range(0, len(ids), length)))
+    starts = range(0, len(ids) - 1, length)  # a last token alone has nothing to be predicted from
+    return [sets.Example("perplexity", i, "", "", words=ids[i:i + length]) for i in starts]
 
 
 def measured_rows(model, tokenizer, device, task, examples):
@@ -77,19 +78,19 @@ def measured_rows(model, tokenizer, device, task, examples):
         for batch in score.score_in_batches(model, tokenizer, examples, device, NEW_TOKENS.get(task, 10)):
             yield [dict(index=e.index, cut=cut, **read_answer(task, e, *answer)) for e, *answer, cut in batch]
         return
-    for index, ids in examples:
-        tokens, loss = torch.tensor([ids], device=device.torch_device), 0.0
-        if len(ids) > 1:  # a last token alone has nothing to be predicted from
-            with torch.inference_mode(), device.autocast():
-                loss = head_loss(model.head, model.hidden(tokens[:, :-1]), tokens[:, 1:]).item()
-        size = len(tokenizer.decode(ids).encode()) - len(tokenizer.decode(ids[:1]).encode())
-        yield [dict(index=index, loss=loss, predicted=len(ids) - 1, bytes=size, length=len(ids), cut=0)]
+    for window in examples:
+        tokens = torch.tensor([window.words], device=device.torch_device)
+        with torch.inference_mode(), device.autocast():
+            loss = head_loss(model.head, model.hidden(tokens[:, :-1]), tokens[:, 1:]).item()
+        first, whole = (tokenizer.decode(ids).encode() for ids in (window.words[:1], window.words))
+        yield [dict(index=window.index, loss=loss, predicted=tokens.shape[1] - 1, cut=0,
+                    bytes=len(whole) - len(first))]
 
 
 def counted(task, rows):
     """{key: (name, counts of each row (n, ...), metric of their sum)} of each score, the main one first."""
     if task == "perplexity":
-        counts = [[r["loss"] * r["predicted"], r["predicted"]] for r in rows if r["predicted"]]
+        counts = [[r["loss"] * r["predicted"], r["predicted"]] for r in rows]
         return {"main": ("perplexity", np.array(counts), perplexity_of)}
     if task == "ner":
         return {"main": ("entity F1", np.array([r["counts"] for r in rows]), score.entity_f1)}
@@ -122,7 +123,7 @@ def summed_up(task, rows):
     if task == "perplexity":
         (loss, predicted), size = total, sum(r["bytes"] for r in rows)
         return r | dict(loss=float(loss / predicted), bits_per_byte=float(loss / np.log(2) / size),
-                        rows=len(counts), tokens=sum(r["length"] for r in rows), window=rows[0]["length"])
+                        tokens=int(predicted) + len(rows), window=rows[0]["predicted"] + 1)
     if task == "ner":
         r["majority"] = 0.0  # the commonest tag is O: no entity is named
     if "parsed" in rows[0]:
@@ -134,8 +135,7 @@ def score_task(model, tokenizer, device, task, examples, file=None):
     """The scores of a task (of sentiment, if its name is none of TASKS) over these examples: a dict.
 
     With `file` every row is written there as soon as it is known, and what is there is not measured again."""
-    numbered = dict(examples) if task == "perplexity" else {e.index: e for e in examples}
-    prints = {i: hashlib.sha256(repr(e).encode()).hexdigest()[:12] for i, e in numbered.items()}
+    prints = {e.index: hashlib.sha256(repr(e).encode()).hexdigest()[:12] for e in examples}
     known = {}
     if file is not None:
         known = {r["index"]: r for r in read_metrics(file)}
@@ -143,7 +143,7 @@ def score_task(model, tokenizer, device, task, examples, file=None):
     done = {i: r for i, r in known.items() if r["row"] == prints.get(i)}
     if done:
         say(f"{task}: {len(done):,} of {len(examples):,} rows are in {file} already")
-    todo = [e for i, e in zip(numbered, examples) if i not in done]
+    todo = [e for e in examples if e.index not in done]
     hidden = None if rank() == 0 else True  # None: where there is no terminal
     with tqdm(total=len(todo), desc=task, unit=" rows", disable=hidden, leave=False) as bar:
         start = time.perf_counter()
@@ -158,8 +158,8 @@ def score_task(model, tokenizer, device, task, examples, file=None):
             start = time.perf_counter()
     if file is not None:
         write_rows(file, known | done)
-    result = summed_up(task, [done[i] for i in numbered])
-    unseen = [done[i] for i, e in numbered.items() if task == "perplexity" or not e.seen]
+    result = summed_up(task, [done[e.index] for e in examples])
+    unseen = [done[e.index] for e in examples if not e.seen]
     if 0 < len(unseen) < len(examples):
         result |= dict(seen=len(examples) - len(unseen), unseen=summed_up(task, unseen))
     return result

@@ -46,7 +46,7 @@ class Example:
     choices: list = field(default_factory=list)
     label: int = 0        # the right one of the choices
     ending: str = ""      # WinoGrande: what follows every choice and alone is scored
-    words: list = field(default_factory=list)  # NER: the sentence
+    words: list = field(default_factory=list)  # NER: the sentence; perplexity: the tokens of a window
     tags: list = field(default_factory=list)   # NER: I-PER, B-PER, ..., O for each word
     seen: bool = field(default=False, repr=False, compare=False)  # there is a training row like this test row
 
