@@ -110,7 +110,7 @@ def test_config_json(kind, tied, tmp_path):
         if reference is not None and source.config.context >= 20:
             assert same_logits(ours(tmp_path), reference), content
             compared += 1
-    assert len(kept) > 100 and compared > 20
+    assert len(kept) > 50 and compared > 20
 
 
 @pytest.mark.parametrize("damage", ["bytes", "json"])
@@ -185,4 +185,4 @@ def test_header_of_gguf(kind, tmp_path):
         if reference is not None:
             assert same_logits(ours(file), reference)
             compared += 1
-    assert len(kept) > 100 and compared > 20
+    assert len(kept) > 50 and compared > 20
