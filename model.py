@@ -57,6 +57,10 @@ class Config:
     norm_eps: float = 1e-5
     rope_base: float = 10000.0    # with RoPE only
     dropout: float = 0.0
+    rope_factor: float = 1.0      # RoPE turns so much slower, for a longer context
+    rope_original: int = 0        # Llama 3: the context before; pairs that turn often in it stay as they are
+    rope_low: float = 1.0         #   turns up to which a pair is slower,
+    rope_high: float = 4.0        #   and from which it stays
 
     def __post_init__(self):
         for name in ("vocab_size", "context", "blocks", "heads", "kv_heads", "width", "ffn"):
@@ -69,6 +73,8 @@ class Config:
         refuse(self.architecture.rope and self.head_size % 2,
                f"RoPE turns pairs: the head size must be even, got {self.width}/{self.heads}")
         refuse(not 0 <= self.dropout < 1, f"dropout must be in 0..1 (1 excluded), got {self.dropout}")
+        refuse(self.rope_factor <= 0 or self.rope_low >= self.rope_high, "RoPE's factor must be above 0, low "
+               f"below high: got {self.rope_factor}, {self.rope_low}, {self.rope_high}")
 
     @property
     def architecture(self):
@@ -82,7 +88,9 @@ class Config:
         return self.architecture.norm(self.width, eps=self.norm_eps)
 
     def as_dict(self):
-        return asdict(self)
+        """Without RoPE's scaling where there is none."""
+        names = ("rope_factor", "rope_original", "rope_low", "rope_high") if self.rope_factor == 1 else ()
+        return {name: value for name, value in asdict(self).items() if name not in names}
 
 
 CONFIGS = {name: Config(*row) for name, *row in (
@@ -156,11 +164,20 @@ def last_product(layer, x, dtype):
     return layer.last_product(x, dtype) if isinstance(layer, Layer) else (x, layer.weight)
 
 
+def rope_frequencies(config, device=None):
+    """By how much a token turns each pair of coordinates: (d/2,), float32."""
+    d = config.head_size
+    f = config.rope_base ** (-torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
+    if config.rope_factor == 1:
+        return f
+    turns = config.rope_original * f / (2 * math.pi)
+    kept = ((turns - config.rope_low) / (config.rope_high - config.rope_low)).clamp(0, 1)
+    return f * (kept + (1 - kept) / config.rope_factor)
+
+
 def rope_tables(positions, config):
     """RoPE's cos and sin: positions (..., T) -> two of (..., T, d/2), float32."""
-    d = config.head_size
-    i = torch.arange(0, d, 2, device=positions.device, dtype=torch.float32)  # (d/2,)
-    angle = positions[..., None].float() * config.rope_base ** (-i / d)
+    angle = positions[..., None].float() * rope_frequencies(config, positions.device)
     return angle.cos(), angle.sin()
 
 

@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from common.cli import check_folder, refuse, write_atomic
+from common.cli import InputError, check_folder, refuse, write_atomic
 from common.gguf_file import read_gguf, read_rows
 from common.storage import opened, replaced, sharded, write_tensors
 from common.tokenizer import from_gguf, load_tokenizer, read_json
-from model import Config, Transformer, dense_weight
+from model import Config, Transformer, dense_weight, rope_frequencies
 
 SETTINGS = """
     ours            gpt2                  llama                      gguf
@@ -94,6 +94,10 @@ FAMILIES = {
         "llama", "model.", "Qwen2ForCausalLM", LIKE_LLAMA | dict(context=32768),
         dict(hidden_act=("silu", "swish"), use_sliding_window=(False,)), gguf_neighbours=False),
 }
+# RoPE's scalings at Hugging Face: our settings -> theirs.
+SCALINGS = {"default": {}, "linear": dict(rope_factor="factor"),
+            "llama3": dict(rope_factor="factor", rope_low="low_freq_factor", rope_high="high_freq_factor",
+                           rope_original="original_max_position_embeddings")}
 GPT2_ALIASES = dict(n_positions="max_position_embeddings", n_layer="num_hidden_layers",
                     n_head="num_attention_heads", n_embd="hidden_size")
 # What a model does not read: constants in old files, the head of a classifier.
@@ -113,8 +117,6 @@ def their_name(name, column_name):
 def is_transposed(name, family):
     return family.conv1d and name.startswith("blocks.") and name.endswith(".weight") and ".norm" not in name
 
-
-# ------------------------------------------------------------------------------------------------- a source
 
 class Source:
     """The protocol of a model in files. Nothing stays open between two calls.
@@ -187,9 +189,8 @@ def make_config(file, settings, keys=None):
     return Config(**{name: TYPES[name](value) for name, value in settings.items()})
 
 
-def read_settings(file, kind, column_name, theirs, defaults):
-    """The Config of other people's settings. defaults: ours, where theirs are left out."""
-    keys = column(SETTINGS, column_name)
+def read_settings(file, kind, keys, theirs, defaults):
+    """The Config of other people's settings. keys: ours -> theirs; defaults: ours, where one is left out."""
     found = {ours: theirs[key] for ours, key in keys.items() if theirs.get(key) is not None}
     settings = dict.fromkeys(keys) | dict(kind=kind, kv_heads=found.get("heads")) | defaults | found
     if settings["ffn"] is None and type(settings["width"]) is int:
@@ -208,20 +209,25 @@ def require(file, settings, allowed):
 def huggingface_config(file):
     """config.json -> Config. Values left out have transformers' defaults."""
     theirs = {"model_type": None} | read_json(file)
-    require(file, theirs, {"model_type": list(FAMILIES)})
+    require(file, theirs, {"model_type": [*FAMILIES, "mistral"]})
     kind = theirs["model_type"]
+    if kind == "mistral":  # a Llama whose attention looks back no farther than its window
+        require(file, {"sliding_window": 4096} | theirs, {"sliding_window": (None,)})
+        kind = "llama"
     family = FAMILIES[kind]
     for key, alias in GPT2_ALIASES.items() if kind == "gpt2" else ():
         require(file, theirs, {alias: (theirs.setdefault(key, theirs.get(alias)),)})
     rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
     refuse(not isinstance(rope, dict), f"{file}: rope_scaling or rope_parameters is no object: get it again")
     theirs["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta"))
-    theirs["rope_scaling"] = rope.get("rope_type", rope.get("type", "default"))
-    if theirs["rope_scaling"] == "linear" and rope.get("factor") == 1:
-        theirs["rope_scaling"] = "default"
-    config = read_settings(file, kind, family.column, theirs, family.defaults)
-    only = dict(quantization_config=(None,), rope_scaling=("default",), is_causal=(True,),
-                head_dim=(config.head_size, None), layer_types=(None, ["full_attention"] * config.blocks))
+    scaling, original = rope.get("rope_type", rope.get("type", "default")), "original_max_position_embeddings"
+    require(file, {"rope_scaling": scaling}, {"rope_scaling": list(SCALINGS)})
+    require(file, theirs, {original: (rope.get(original),)})
+    theirs |= {key: rope.get(key) for key in SCALINGS[scaling].values()}
+    keys = column(SETTINGS, family.column) | SCALINGS[scaling]
+    config = read_settings(file, kind, keys, theirs, family.defaults)
+    only = dict(quantization_config=(None,), is_causal=(True,), head_dim=(config.head_size, None),
+                layer_types=(None, ["full_attention"] * config.blocks))
     require(file, theirs, family.only | only)
     return config
 
@@ -299,14 +305,11 @@ def safetensors_files(folder):
     return files
 
 
-# ------------------------------------------------------------------------------------ Hugging Face: writing
-
 @torch.no_grad()
 def export(model, tokenizer, out, dtype=torch.float32):
-    """Write a dense Hugging Face folder; it appears when it is complete.
+    """Write a dense Hugging Face folder, which appears when it is complete, a file of tensors at a time.
 
-    Every layer is multiplied out: B A of a low-rank one, W + s B A of an adapted one, s q + o of a quantized
-    one; a file of them at a time, so that memory never holds the dense model."""
+    Every layer is multiplied out: B A of a low-rank one, W + s B A of an adapted one, s q + o of integers."""
     check_folder(out, new=True)
     tied = model.config.tied and isinstance(model.head, nn.Linear) and isinstance(model.embed, nn.Embedding)
     config = replace(model.config, tied=tied)
@@ -337,6 +340,10 @@ def their_config(config, dtype, tokenizer):
     family, values = FAMILIES[config.kind], config.as_dict()
     settings = {key: values[ours] for ours, key in column(SETTINGS, family.column).items()}
     plain = {key: allowed[0] for key, allowed in family.only.items()}
+    if config.rope_factor != 1:
+        scaling = "llama3" if config.rope_original else "linear"
+        rope = {key: values[ours] for ours, key in SCALINGS[scaling].items()}
+        plain["rope_scaling"] = dict(rope_type=scaling) | rope
     ends = tokenizer and dict(bos_token_id=tokenizer.begin, eos_token_id=sorted(tokenizer.stop_ids))
     return dict(model_type=config.kind, architectures=[family.network], torch_dtype=str(dtype)[6:],
                 **settings, **plain, **(ends or dict(bos_token_id=None, eos_token_id=None)))
@@ -345,8 +352,9 @@ def their_config(config, dtype, tokenizer):
 # ------------------------------------------------------------------------------------------------------ GGUF
 
 # Settings that change the network, and the values with which they don't.
-GGUF_ONLY = {"rope.scaling.attn_factor": (1.0,), "attention.clamp_kqv": (0.0,), "logit_scale": (0.0, 1.0),
-             "attention.causal": (True,), "expert_count": (0,), "split.count": (0, 1)}
+GGUF_ONLY = {"rope.scaling.type": ("linear", "none"), "rope.scaling.attn_factor": (1.0,),
+             "attention.clamp_kqv": (0.0,), "attention.causal": (True,), "logit_scale": (0.0, 1.0),
+             "expert_count": (0,), "split.count": (0, 1)}
 
 
 def gguf_config(file, fields, packed):
@@ -359,13 +367,24 @@ def gguf_config(file, fields, packed):
         theirs[key.removeprefix(f"{kind}.")] = value[0] if alike else value
     embed, tied = packed.get("token_embd.weight"), "output.weight" not in packed
     defaults = dict(vocab_size=embed and embed.shape[0], tied=tied, rope_base=10000.0)
-    config = read_settings(file, kind, "gguf", theirs, defaults)
+    if theirs.get("rope.scaling.type") != "none":  # as llama.cpp does, where the type is left out
+        factor = theirs.get("rope.scaling.factor") or theirs.get("rope.scale_linear") or 1.0
+        defaults |= dict(rope_factor=factor)
+    config = read_settings(file, kind, column(SETTINGS, "gguf"), theirs, defaults)
     sizes = ("rope.dimension_count", "attention.key_length", "attention.value_length")
     require(file, theirs, GGUF_ONLY | dict.fromkeys(sizes, (config.head_size,)))
-    if theirs.get("rope.scaling.type") != "none":  # as llama.cpp does, where the type is left out
-        scales = ("rope.scaling.factor", "rope.scale_linear")
-        require(file, theirs, {"rope.scaling.type": ("linear",)} | dict.fromkeys(scales, (1.0, 0.0)))
     return replace(config, norm_eps=float(f"{config.norm_eps:.7g}"))  # the digits that a float32 has
+
+
+def scaled(file, config, factors):
+    """The Config with Llama 3's scaling, of which a GGUF has only what RoPE's frequencies are divided by."""
+    plain, known = rope_frequencies(config), [config]
+    if config.rope_factor == 1:
+        known += [replace(config, rope_factor=factor, rope_original=8192) for factor in (8.0, 32.0)]
+    for other in known:
+        if factors.shape == plain.shape and torch.allclose(plain / rope_frequencies(other), factors, 1e-3):
+            return other
+    raise InputError(f"{file}: rope_freqs.weight scales RoPE's frequencies as no Llama 3 does")
 
 
 class GGUFSource(Source):
@@ -375,9 +394,8 @@ class GGUFSource(Source):
         self.config = gguf_config(file, self.fields, packed)
         self.shapes = shapes_of(self.config)
         self.find(packed, self.shapes, lambda name: their_name(name, "gguf"), "rope_freqs.weight")
-        factors = packed.get("rope_freqs.weight")
-        refuse(factors and not torch.equal(read_rows(file, factors), torch.ones(factors.shape)),
-               f"{file}: rope_freqs.weight scales RoPE's frequencies, which is not supported")
+        if "rope_freqs.weight" in packed:
+            self.config = scaled(file, self.config, read_rows(file, packed["rope_freqs.weight"]))
 
     def get(self, name, rows=None):
         """Its rows in our order: of RoPE's neighbours 0 2 4 ... 1 3 5 ... of each head."""

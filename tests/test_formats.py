@@ -195,13 +195,14 @@ def edited(kind, folder, **changes):
 
 
 @pytest.mark.parametrize("kind, changes, words", [
-    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None},
-     "rope_scaling is 'llama3'"),
-    ("llama", {"rope_parameters": {"type": "linear"}}, "rope_scaling is 'linear'"),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is None, and no model"),
+    ("llama", {"rope_parameters": {"type": "yarn"}}, "rope_scaling is 'yarn'"),
+    ("llama", {"rope_parameters": {"type": "linear"}}, "factor is None, and no model"),
     ("llama", {"attention_bias": True}, "attention_bias is True"),
     ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
     ("llama", {"head_dim": 32}, "head_dim is 32"),
-    ("llama", {"model_type": "mistral"}, "model_type is 'mistral'; only 'gpt2' or 'llama' or 'qwen2' is"),
+    ("llama", {"model_type": "gemma"}, "model_type is 'gemma'; only 'gpt2' or 'llama' or 'qwen2' or 'mistral' is"),
+    ("llama", {"model_type": "mistral"}, "sliding_window is 4096; only None is supported"),
     ("llama", {"hidden_size": "big"}, "hidden_size is big, and no model can have that"),
     ("llama", {"hidden_size": None}, "hidden_size is None, and no model can have that"),
     ("llama", {"intermediate_size": 100},
@@ -267,6 +268,9 @@ def stale_shards(folder):
     (folder / "model.safetensors").write_bytes(whole)
 
 
+LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+LINEAR = dict(rope_type="linear", rope_theta=10000.0, factor=4.0)
 AS_PEOPLE_HAVE_THEM = {
     "a tied head that differs": ("llama", {}, rewritten(added(lm_head__weight=(300, 64)))),
     "gpt2's tied head that differs": ("gpt2", {}, rewritten(added(lm_head__weight=(300, 48)))),
@@ -279,6 +283,11 @@ AS_PEOPLE_HAVE_THEM = {
     "rope_scaling first": ("llama", {}, configured(
         rope_scaling={"rope_type": "default", "rope_theta": 700.0},
         rope_parameters={"rope_type": "default", "rope_theta": 500.0})),
+    "linear scaling": ("llama", {}, configured(
+        ["rope_parameters"], rope_scaling={"type": "linear", "factor": 4.0}, rope_theta=500.0)),
+    "Llama 3's scaling": ("llama", dict(rope_parameters=LLAMA3), lambda folder: None),
+    "its older words": ("llama", {}, configured(["rope_parameters"], rope_scaling=LLAMA3, rope_theta=1e4)),
+    "a Mistral": ("llama", {}, configured(model_type="mistral", sliding_window=None)),
     "swish": ("llama", {}, configured(hidden_act="swish")),
     "no key/value heads": ("llama", dict(num_key_value_heads=4), configured(num_key_value_heads=None)),
     "gelu_fast": ("gpt2", dict(activation_function="gelu_fast"), lambda folder: None),
@@ -295,6 +304,17 @@ AS_PEOPLE_HAVE_THEM = {
     "float64": ("llama", {}, rewritten(lambda tensors: tensors.update(
         {name: t.double() for name, t in tensors.items()}))),
 }
+
+
+@pytest.mark.parametrize("scaling", [LINEAR, LLAMA3])
+def test_an_export_keeps_ropes_scaling(scaling, tmp_path):
+    reference = theirs("llama", rope_parameters=scaling)
+    reference.save_pretrained(tmp_path / "theirs")
+    formats.export(ours(tmp_path / "theirs"), None, tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, reference(TOKENS).logits)
+        assert (reference(TOKENS).logits - theirs("llama")(TOKENS).logits).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", AS_PEOPLE_HAVE_THEM)
@@ -314,7 +334,7 @@ def test_a_compiled_models_names(tmp_path):
 
 
 @pytest.mark.parametrize("kind, change, words", [
-    ("llama", configured(rope_scaling={"rope_type": "linear", "factor": 4.0}), "rope_scaling is 'linear'"),
+    ("llama", configured(rope_scaling={"rope_type": "dynamic", "factor": 4.0}), "rope_scaling is 'dynamic'"),
     ("llama", configured(rope_scaling="linear"), "rope_scaling or rope_parameters is no object"),
     ("gpt2", configured(num_attention_heads=6), "num_attention_heads is 6; only 4 is supported"),
     ("llama", configured(num_hidden_layers=10 ** 9), "num_hidden_layers is 1000000000, and no model"),
@@ -461,6 +481,31 @@ def test_gguf_settings_that_change_nothing(change, tmp_path):
     assert_same_logits(tmp_path / "m.gguf", theirs("llama"))
 
 
+@pytest.mark.parametrize("change", [
+    lambda w: w.add_rope_scaling_factor(4.0), lambda w: w.add_float32("llama.rope.scale_linear", 4.0),
+    lambda w: (w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), w.add_rope_scaling_factor(4.0))])
+def test_gguf_with_linear_scaling(change, tmp_path):
+    """As llama.cpp has it: without a type, a factor is linear."""
+    write_gguf(tmp_path / "m.gguf", theirs("llama"), gguf.GGMLQuantizationType.F32, change=change)
+    assert_same_logits(tmp_path / "m.gguf", theirs("llama", rope_parameters=LINEAR))
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_gguf_with_llama_3s_scaling(factor, tmp_path):
+    """Its file has the quotients of the frequencies; at 8,192 original tokens most of these turn often."""
+    scaling = LLAMA3 | dict(factor=factor, original_max_position_embeddings=8192, rope_theta=5e5)
+    reference = theirs("llama", rope_parameters=scaling)
+    plain = theirs("llama", rope_parameters=dict(rope_type="default", rope_theta=5e5)).model.rotary_emb.inv_freq
+    quotients = (plain / reference.model.rotary_emb.inv_freq).numpy()
+    assert quotients.max() > factor - 1e-3 and quotients.min() == 1
+
+    def change(writer):
+        writer.add_tensor("rope_freqs.weight", quotients)
+        writer.kv_data[0]["llama.rope.freq_base"].value = 5e5
+    write_gguf(tmp_path / "m.gguf", theirs("llama"), gguf.GGMLQuantizationType.F32, change=change)
+    assert_same_logits(tmp_path / "m.gguf", reference)
+
+
 @pytest.mark.parametrize("words, count, ids", [
     ("no list of at most 300 tokens", 301, {}), ("its bos is 4294967295 of 300 tokens", 300, {"bos": 2 ** 32 - 1}),
     ("its eos is 300 of 300 tokens", 300, {"eos": 300})])
@@ -483,8 +528,6 @@ def test_gguf_that_is_not_this_network(tmp_path):
             formats.open_source(tmp_path / "m.gguf")
     refused("general.architecture is 'gemma'; only 'llama' or 'qwen2'", kind="gemma")
     for words, change in (
-            ("rope.scaling.factor is 4.0; only", lambda w: w.add_rope_scaling_factor(4.0)),
-            ("rope.scale_linear is 4.0; only", lambda w: w.add_float32("llama.rope.scale_linear", 4.0)),
             ("rope.scaling.type is 'yarn'", lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)),
             ("rope.scaling.attn_factor is 2.0", lambda w: w.add_rope_scaling_attn_factors(2.0)),
             ("attention.clamp_kqv is 8.0", lambda w: w.add_clamp_kqv(8.0)),
