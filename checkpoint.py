@@ -34,8 +34,6 @@ FORMAT = "fingpt-hpc"
 KINDS = {"lowrank": LowRankLinear, "blended": BlendedLinear, "lowrank embedding": LowRankEmbedding}
 
 
-# ---------------------------------------------------------------------------------------- the model folder
-
 def describe_layers(model):
     """What config.json says of layers that are not dense: name -> kind, rank, ..."""
     kinds, layers = {cls: kind for kind, cls in KINDS.items()}, {}
@@ -125,22 +123,19 @@ def decomposed_from(folder):
     return (read_config(folder) or {}).get("decomposed_from")
 
 
-# ------------------------------------------------------------------------------------------------- reading
-
 class FolderSource(Source):
     """A model folder of this project, read as common/formats.py reads those of others."""
 
     def __init__(self, path, config):
-        self.path, self.layers, file = path, config.get("layers"), path / "config.json"
+        self.path, file = path, path / "config.json"
         try:
-            self.files = [path / name for name in config["files"]]
+            self.files, self.layers = [path / name for name in config["files"]], config["layers"]
             self.config = make_config(file, config["architecture"])
             model = build(self.config, self.layers)
         except (AttributeError, KeyError, TypeError, RuntimeError) as e:
             raise InputError(f"{file} is damaged ({type(e).__name__}: {e}): get the folder again") from None
-        stored = read_headers(self.files)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in own_tensors(model).items()}
-        self.find(stored, self.shapes)
+        self.find(read_headers(self.files), self.shapes)
         self.bytes = sum(file.stat().st_size for file in self.files)
 
     def get(self, name, rows=None):
@@ -160,9 +155,9 @@ def locate(name):
     if name == "smollm2-135m":
         return fetch_smollm2()
     is_repository = name.count("/") == 1 and not name.startswith((".", "/"))
-    if name in HUB or is_repository:
-        return hub_snapshot(name)
-    raise InputError(f"{name}: no such folder or file, nor a known model ({', '.join(CONFIGS)})")
+    refuse(name not in HUB and not is_repository,
+           f"{name}: no such folder or file, nor a known model ({', '.join(CONFIGS)})")
+    return hub_snapshot(name)
 
 
 def open_model(name):

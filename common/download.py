@@ -19,7 +19,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from common.cli import InputError, cache_dir
+from common.cli import InputError, cache_dir, refuse
 
 # our name -> (repository of the hub, a pinned revision)
 HUB = {
@@ -42,13 +42,11 @@ def downloading(what, remedy):
     """One line, with what to do by hand, in place of any error: these libraries have no class in common."""
     try:
         yield
-    except InputError:
-        raise
     except ModuleNotFoundError as e:
-        needed = f"{what} can't be downloaded without {e.name}: pip install {e.name}"
-        raise InputError(f"{needed}, or {remedy}") from None
+        line = f"{what} can't be downloaded without {e.name}: pip install {e.name}, or {remedy}"
+        raise InputError(line) from None
     except Exception as e:
-        why = (str(e).splitlines() or [""])[0][:150]
+        why = str(e).partition("\n")[0][:150]
         raise InputError(f"{what} can't be downloaded ({type(e).__name__}: {why}): {remedy}") from None
 
 
@@ -88,13 +86,12 @@ def fetch_smollm2():
 
 def fetch_file(address, sha256, path, remedy):
     """Download a file to `path`. remedy: the end of the error's line, what to do if that fails."""
-    if not address.startswith(("http", "file:", "datasets:", "pip:")):
-        raise InputError(f"{path} is not there, and no program can download it: {remedy}")
+    known = address.startswith(("http", "file:", "datasets:", "pip:"))
+    refuse(not known, f"{path} is not there, and no program can download it: {remedy}")
     with downloading(f"{path} is not there and", remedy):
         content = content_of(address)
     found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise InputError(f"{address} now has the SHA-256 {found[:12]}, not {sha256[:12]}: {remedy}")
+    refuse(found != sha256, f"{address} now has the SHA-256 {found[:12]}, not {sha256[:12]}: {remedy}")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # other processes may download it, too
     partial.write_bytes(content)

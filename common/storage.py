@@ -1,11 +1,6 @@
 """Files that a kill, a full disk or a flipped bit does not ruin: tensors, and the state of a training run.
 
-    write_tensors("w.safetensors", {"W": W})                         with a checksum inside
-    for name, tensor in read_tensors("w.safetensors"): ...           a tensor at a time
-
-The state of a run is a folder that has the optimizer beside the model, so that the two are of the same step:
-
-    OUT/state/             a model or an adapter, optimizer.safetensors, state.json
+    OUT/state/             the state of a run: a model or an adapter, optimizer.safetensors, state.json
     OUT/state.previous/    the one before
     OUT/model.safetensors  ... the same files as in state/, by hard link: OUT is itself a model or an adapter
 
@@ -30,20 +25,20 @@ from common.cli import InputError, refuse, write_atomic
 SHARD_BYTES = 4 << 30  # of a file of a model, about
 
 
-def _add(digest, name, tensor):
+def add(digest, name, tensor):
     digest.update(name.encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
 
 
 def write_tensors(path, tensors):
     """Write a safetensors file whose header holds the sha256 of names and contents."""
     path, digest = Path(path), hashlib.sha256()
-    for name in sorted(tensors):
-        _add(digest, name, tensors[name])
+    tensors = {name: tensors[name].detach().contiguous() for name in sorted(tensors)}
+    for name, tensor in tensors.items():
+        add(digest, name, tensor)
     partial = path.with_name(path.name + ".partial")
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(contiguous, partial, metadata={"format": "pt", "sha256": digest.hexdigest()})
+        save_file(tensors, partial, metadata={"format": "pt", "sha256": digest.hexdigest()})
     except SafetensorError as e:  # which hides the number of a full disk in its text
         partial.unlink(missing_ok=True)
         code = int(re.search(r"os error (\d+)|$", str(e))[1] or 0)
@@ -61,8 +56,7 @@ def opened(path):
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as e:
-        raise InputError(f"{path} is missing, truncated or not a safetensors file ({e}): "
-                         "copy or save it again") from None
+        raise InputError(f"{path} is missing, truncated or not a safetensors file ({e})") from None
 
 
 def read_tensors(path):
@@ -75,11 +69,10 @@ def read_tensors(path):
     for name in names:
         with opened(path) as file:
             tensor = file.get_tensor(name)
-        _add(digest, name, tensor)
+        add(digest, name, tensor)
         yield name, tensor
         del tensor  # before the next one comes
-    found = digest.hexdigest()
-    refuse(wanted not in (None, found), f"{path} was altered after it was written: its checksum differs")
+    refuse(wanted not in (None, digest.hexdigest()), f"{path} was altered after it was written: get it again")
 
 
 def sharded(sizes):
@@ -149,10 +142,8 @@ def replace_state(out_dir, write, optimizer_tensors, state):
 
 def read_state(out_dir):
     """(folder, state.json, optimizer tensors) of the last whole state; of a damaged one stderr has a line."""
-    problems = []
-    for folder in (Path(out_dir) / "state", Path(out_dir) / "state.previous"):
-        if not folder.exists():
-            continue
+    folders, problems = [Path(out_dir) / name for name in ("state", "state.previous")], []
+    for folder in filter(Path.exists, folders):
         try:
             state = json.loads((folder / "state.json").read_text())
             step, _ = state["step"], state["args"]
