@@ -22,7 +22,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from checkpoint import load_model
+from checkpoint import load_model, save_model
 from common import formats
 from common.cli import InputError
 from common.download import fetch_smollm2
@@ -310,10 +310,13 @@ AS_PEOPLE_HAVE_THEM = {
 def test_an_export_keeps_ropes_scaling(scaling, tmp_path):
     reference = theirs("llama", rope_parameters=scaling)
     reference.save_pretrained(tmp_path / "theirs")
-    formats.export(ours(tmp_path / "theirs"), None, tmp_path / "ours")
+    model = ours(tmp_path / "theirs")
+    formats.export(model, None, tmp_path / "ours")
+    save_model(tmp_path / "own", model)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
     with torch.no_grad():
         assert torch.equal(again(TOKENS).logits, reference(TOKENS).logits)
+        assert torch.equal(load_model(tmp_path / "own")[0](TOKENS), model(TOKENS))
         assert (reference(TOKENS).logits - theirs("llama")(TOKENS).logits).abs().max() > 0.1
 
 
