@@ -27,24 +27,26 @@ import random
 import socket
 import threading
 import time
+import traceback
 from collections import Counter
 
 from common.adapters import base_id
-from common.cli import InputError, Parser, at_least_1, command, say
+from common.cli import InputError, Parser, at_least_1, command, refuse, say
 from common.tokenizer import Utf8Decoder, render_chat, valid
 from sample import make_pool, named_folders, open_model
 
 WAITING = 256       # requests beside those in the batch; a client that comes then is told to come later
 MAX_BODY = 1 << 20  # bytes of a request: more than any context holds
+MANY = 1 << 62      # no limit
 
-# field of a request -> types of its value, the value where there is none
-FIELDS = dict(model=([str], None), max_tokens=([int], 256), temperature=([int, float], 1.0),
-              top_p=([int, float], 1.0), seed=([int], None), stop=([str, list], []), stream=([bool], False),
-              stream_options=([dict], {}), user=([str], None))
-OF_COMPLETIONS = dict(prompt=([str, list], None), logprobs=([int], None))
-OF_CHATS = dict(messages=([list], None), max_completion_tokens=([int], None), logprobs=([bool], False),
-                top_logprobs=([int], 0))
-FIXED = dict(n=1, best_of=1, echo=False, frequency_penalty=0, presence_penalty=0)  # no other value
+# field of a request -> types of its value, the value where there is none, the least and the largest
+FIELDS = dict(model=([str], None), user=([str], None), n=([int], 1, 1, 1), max_tokens=([int], 256, 1, MANY),
+              temperature=([int, float], 1.0, 0, 2), top_p=([int, float], 1.0, 0, 1),
+              seed=([int], None, 0, MANY), stop=([str, list], []), stream=([bool], False),
+              stream_options=([dict], {}))
+OF_COMPLETIONS = dict(prompt=([str, list], None), logprobs=([int], None, 0, 20))
+OF_CHATS = dict(messages=([list], None), max_completion_tokens=([int], None, 1, MANY),
+                logprobs=([bool], False), top_logprobs=([int], 0, 0, 20))
 
 
 class Refusal(InputError):
@@ -114,17 +116,14 @@ class Answer:
 
     def choice(self, text, places, key):
         """A piece of the answer in OpenAI's form. key: delta or message, for a chat."""
-        content = dict(text=text)
-        if self.chat:
-            role = dict(role="assistant") if places.start == 0 else {}
-            content = {key: dict(content=text) | role}
+        content = dict(content=text, role="assistant") if places.start == 0 else dict(content=text)
+        content = {key: content} if self.chat else dict(text=text)
         return content | dict(index=0, finish_reason=self.finish, logprobs=self.logprobs(places))
 
     def logprobs(self, places):
         """Of the tokens there, in the form of chats or of completions; None if nobody asked."""
         def entry(token, logprob):
-            piece = self.tokenizer.piece(token)
-            logprob = max(logprob, -9999.0)  # JSON has no infinity
+            piece, logprob = self.tokenizer.piece(token), max(logprob, -9999.0)  # JSON has no infinity
             return dict(token=piece.decode("utf-8", "replace"), logprob=logprob, bytes=list(piece))
         if self.request.top is None:
             return None
@@ -157,149 +156,115 @@ class Answer:
             if with_usage:
                 yield event(head | dict(choices=[], usage=self.usage()))
             yield "data: [DONE]\n\n"
-        except Refusal as e:
+        except InputError as e:
             yield event(error(e))
 
 
-class EngineThread(threading.Thread):
-    """The one thread that computes. `submit` may be called from any other, after Engine.check."""
-
-    def __init__(self, engine):
-        super().__init__(daemon=True)
-        self.engine, self.incoming, self.answers, self.failure = engine, queue.Queue(), {}, None
-        self.totals = Counter(requests=0, prompt_tokens=0, tokens=0, first_tokens=0, first_token_seconds=0)
-        self.start()
-
-    def submit(self, answer):
-        if self.waiting() >= WAITING:
-            raise Refusal(429, f"{WAITING} requests are waiting already: try again later")
-        self.incoming.put(answer)
-        if self.failure:
-            self.give_up()
-
-    def waiting(self):
-        return len(self.answers) + self.incoming.qsize() - len(self.engine.running)
-
-    def run(self):
-        try:
-            while True:
-                while not self.incoming.empty() or not self.answers:  # with nothing to do, wait for a request
-                    self.take(self.incoming.get())
-                ended = self.engine.step()
-                for request in [*self.engine.running, *ended]:
-                    self.answers[request].wake()
-                for request in ended:
-                    self.count(request, self.answers.pop(request))
-        except Exception as e:  # out of memory, say: nobody is left waiting
-            self.failure = e
-            self.give_up()
-            raise
-
-    def take(self, answer):
-        self.answers[answer.request] = answer
-        self.engine.submit(answer.request)
-
-    def count(self, request, answer):
-        self.totals.update(requests=1, prompt_tokens=len(request.prompt), tokens=len(request.tokens))
-        if request.first:
-            self.totals.update(first_tokens=1, first_token_seconds=request.first - answer.came)
-
-    def give_up(self):
-        while not self.incoming.empty():
-            self.take(self.incoming.get())
-        for answer in [*self.answers.values()]:
-            answer.failure = self.failure
-            answer.wake()
-
-
 def checked(body, own, names):
-    """The fields of a request's body, each of its type, with defaults for those that are not there. own: the
-    fields of its endpoint."""
-    if not isinstance(body, dict):
-        raise InputError("the body must be a JSON object")
+    """The fields of a request's body, with defaults for those that are not there, and `top`, how many likely
+    tokens it wants to see. own: the fields of its endpoint."""
+    refuse(not isinstance(body, dict), "the body must be a JSON object")
     fields, values = FIELDS | own, {}
-    for name, value in body.items():
-        if name not in fields and value not in (None, FIXED.get(name)):
-            only = f" with another value than {FIXED[name]}" if name in FIXED else ""
-            raise InputError(f"{name!r} is not supported{only}: fields are {', '.join(fields)}")
-    for name, (types, default) in fields.items():
-        values[name] = default if body.get(name) is None else body[name]
-        if values[name] is not default and type(values[name]) not in types:
-            raise InputError(f"{name} must be of type {' or '.join(t.__name__ for t in types)}")
-    if values["model"] not in (None, *names):
-        raise Refusal(404, f"no model is called {values['model']!r}: there are {', '.join(names)}")
+    unknown = [name for name in body if name not in fields]
+    refuse(unknown, f"{', '.join(map(repr, unknown))} is not supported: fields are {', '.join(fields)}")
+    for name, (types, default, *bounds) in fields.items():
+        value = values[name] = default if body.get(name) is None else body[name]
+        refuse(value is not default and type(value) not in types,
+               f"{name} must be of type {' or '.join(t.__name__ for t in types)}")
+        refuse(bounds and value is not None and not bounds[0] <= value <= bounds[1],
+               f"{name} must be in {'..'.join(map(str, bounds))}, got {value}")
     if isinstance(values["stop"], str):
         values["stop"] = [values["stop"]]
-    if not all(isinstance(s, str) and s for s in values["stop"]):
-        raise InputError("stop must be a text or a list of texts")
+    texts = all(isinstance(s, str) and s for s in values["stop"])
+    refuse(not texts, "stop must be a text or a list of texts")
+    values["model"] = values["model"] or names[0]
+    if values["model"] not in names:
+        raise Refusal(404, f"no model is called {values['model']!r}: there are {', '.join(names)}")
+    if values["seed"] is None:
+        values["seed"] = random.getrandbits(31)
     values["top"] = values["logprobs"]
     if own is OF_CHATS:
         values["top"] = values["top_logprobs"] if values["logprobs"] else None
         values["max_tokens"] = values["max_completion_tokens"] or values["max_tokens"]
-    for name, value, most in (("seed", values["seed"], 1 << 62), ("temperature", values["temperature"], 2),
-                              ("the number of logprobs", values["top"], 20)):
-        if not 0 <= (value or 0) <= most:
-            raise InputError(f"{name} must be in 0..{most}, got {value}")
     return values
 
 
-def text_of(message):
-    """The content of a message; it may come in parts."""
-    content = message["content"]
-    if isinstance(content, list) and all(part["type"] == "text" for part in content):
-        content = "".join(part["text"] for part in content)
-    if not isinstance(message["role"] + content, str) or set(message) - {"role", "content", "name"}:
-        raise TypeError
-    return content
-
-
-class Api:
-    """Bodies of requests to requests of the engine."""
+class Server(threading.Thread):
+    """The one thread that computes, and what handlers need to give it requests."""
 
     def __init__(self, name, model, tokenizer, folders):
         from beyond.batching import Adapters, Engine
+        super().__init__(daemon=True)
         adapters = Adapters(model, folders, base_id(name) if folders else None)
         self.tokenizer, self.names = tokenizer, [name, *folders]
         self.engine = Engine(model, make_pool(model), tokenizer.stop_ids, tokenizer.vocab_size, adapters)
-        self.thread = EngineThread(self.engine)
+        self.incoming, self.answers, self.failure = queue.Queue(), {}, None  # request -> its Answer
+        self.totals = Counter(requests=0, prompt_tokens=0, tokens=0, first_tokens=0, first_token_seconds=0)
+        self.start()
+
+    def run(self):
+        try:
+            while True:
+                self.step()
+        except Exception as e:  # out of memory, say: nobody is left waiting
+            traceback.print_exc()
+            self.failure, failed = e, list(self.answers.values())
+        while True:
+            for answer in failed:
+                answer.failure = self.failure
+                answer.wake()
+            failed = [self.incoming.get()]
+
+    def step(self):
+        while not self.incoming.empty() or not self.answers:  # with nothing to do, wait for a request
+            answer = self.incoming.get()
+            self.answers[answer.request] = answer
+            self.engine.submit(answer.request)
+        ended = self.engine.step()
+        for request in [*self.engine.running, *ended]:
+            self.answers[request].wake()
+        for request in ended:
+            came = self.answers.pop(request).came
+            self.totals.update(requests=1, prompt_tokens=len(request.prompt), tokens=len(request.tokens))
+            if request.first:
+                self.totals.update(first_tokens=1, first_token_seconds=request.first - came)
+
+    def state(self):
+        """Requests in the batch and before it; blocks of the cache."""
+        pool, waiting = self.engine.pool, len(self.engine.waiting) + self.incoming.qsize()
+        return dict(running=len(self.engine.running), waiting=waiting, blocks=len(pool.users),
+                    blocks_used=len(pool.users) - len(pool.free))
 
     def ids(self, values):
-        chat = "messages" in values
         try:
-            if chat:
-                messages = [dict(role=m["role"], content=text_of(m)) for m in values["messages"] or [None]]
-                return self.tokenizer.encode(render_chat(self.tokenizer, messages), special=True)
+            if "messages" in values:
+                for m in values["messages"] or [None]:
+                    if set(m) != {"role", "content"} or not isinstance(m["role"] + m["content"], str):
+                        raise TypeError
+                return self.tokenizer.encode(render_chat(self.tokenizer, values["messages"]), special=True)
             if isinstance(values["prompt"], list) and all(type(token) is int for token in values["prompt"]):
                 return values["prompt"]
             return self.tokenizer.encode(values["prompt"], around=True)
-        except (TypeError, KeyError, AttributeError):
-            raise InputError('messages must be [{"role": "user", "content": "a text"}, ...]' if chat else
-                             "prompt must be a text or a list of token ids") from None
+        except (TypeError, AttributeError):
+            raise InputError('messages must be [{"role": "user", "content": "a text"}, ...], '
+                             "prompt a text or a list of token ids") from None
 
-    def submit(self, body, own, http):
-        """(Answer, the values of the body) of a request that is on its way."""
+    def submit(self, values, http):
+        """The Answer of a request that is on its way."""
         from beyond.batching import Request
-        values = checked(body, own, self.names)
         adapter = values["model"] if values["model"] in self.names[1:] else None
-        seed = random.getrandbits(31) if values["seed"] is None else values["seed"]
-        request = Request(self.ids(values), values["max_tokens"], values["temperature"], values["top_p"], seed,
-                          adapter, values["top"])
+        request = Request(self.ids(values), values["max_tokens"], values["temperature"], values["top_p"],
+                          values["seed"], adapter, values["top"])
         self.engine.check(request)
-        answer = Answer(request, self.tokenizer, values["stop"], own is OF_CHATS)
-        self.thread.submit(answer)
+        if self.state()["waiting"] >= WAITING:
+            raise Refusal(429, f"{WAITING} requests are waiting already: try again later")
+        answer = Answer(request, self.tokenizer, values["stop"], "messages" in values)
+        self.incoming.put(answer)
         answer.watching = asyncio.create_task(answer.watch(http))  # kept, or it would be collected
-        return answer, values
-
-    def metrics(self):
-        pool, running = self.engine.pool, len(self.engine.running)
-        now = dict(running=running, waiting=self.thread.waiting(), cache_blocks=len(pool.users),
-                   cache_blocks_used=len(pool.users) - len(pool.free))
-        rows = [(f"{name}_total", "counter", n) for name, n in self.thread.totals.items()]
-        rows += [(name, "gauge", n) for name, n in now.items()]
-        return "".join(f"# TYPE fingpt_{name} {kind}\nfingpt_{name} {n}\n" for name, kind, n in rows)
+        return answer
 
 
-def make_app(api, api_key=None):
+def make_app(server, api_key=None):
     from fastapi import Depends, FastAPI, Request
     from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
     from starlette.exceptions import HTTPException
@@ -314,23 +279,24 @@ def make_app(api, api_key=None):
     @app.exception_handler(InputError)
     @app.exception_handler(HTTPException)
     @app.exception_handler(ClientDisconnect)
-    async def refuse(http, e):
+    async def say_no(http, e):
         return JSONResponse(error(e), e.status_code if isinstance(e, (Refusal, HTTPException)) else 400)
 
     @app.get("/health")
     def health():
-        failure = api.thread.failure
-        state = dict(status=f"failed: {failure}" if failure else "ok", running=len(api.engine.running),
-                     waiting=api.thread.waiting())
-        return JSONResponse(state, 500 if failure else 200)
+        failure = server.failure
+        return JSONResponse(dict(status=f"failed: {failure}" if failure else "ok"), 500 if failure else 200)
 
     @app.get("/metrics")
     def metrics():
-        return PlainTextResponse(api.metrics(), media_type="text/plain; version=0.0.4")
+        rows = [(f"{name}_total", "counter", n) for name, n in server.totals.items()]
+        rows += [(name, "gauge", n) for name, n in server.state().items()]
+        lines = [f"# TYPE fingpt_{name} {kind}\nfingpt_{name} {n}\n" for name, kind, n in rows]
+        return PlainTextResponse("".join(lines), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     def models():
-        rows = [dict(id=name, object="model", created=0, owned_by="local") for name in api.names]
+        rows = [dict(id=name, object="model", created=0, owned_by="local") for name in server.names]
         return dict(object="list", data=rows)
 
     async def answered(http, own, kind):
@@ -341,11 +307,12 @@ def make_app(api, api_key=None):
             body = json.loads(await http.body())
         except (ValueError, RecursionError) as e:
             raise InputError(f"the body is not JSON: {e}") from None
-        answer, values = api.submit(body, own, http)
+        values = checked(body, own, server.names)
+        answer = server.submit(values, http)
         head = dict(id=f"answer-{random.getrandbits(64):016x}", object=kind, created=int(time.time()),
-                    model=values["model"] or api.names[0])
+                    model=values["model"])
         if not values["stream"]:
-            return JSONResponse(await answer.whole(head))
+            return await answer.whole(head)
         head["object"] = kind.replace("chat.completion", "chat.completion.chunk")
         events = answer.events(head, values["stream_options"].get("include_usage"))
         return StreamingResponse(events, media_type="text/event-stream")
@@ -363,8 +330,8 @@ def make_app(api, api_key=None):
 def listen(host, port, api_key):
     """The socket; where others can reach it, only with a key."""
     try:
-        if not api_key and not ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
-            raise InputError(f"--host {host} is open to others: give an --api-key that they must know")
+        open_to_all = not ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
+        refuse(open_to_all and not api_key, f"--host {host} is open to others: give an --api-key")
         return socket.create_server((host, port))
     except OSError as e:
         raise InputError(f"can't listen at {host}, port {port}: {e.strerror}; choose another") from None
@@ -373,8 +340,7 @@ def listen(host, port, api_key):
 def main(argv=None):
     p = Parser(__doc__)
     p.add_argument("--model", default="out/train", help="folder, file or known name (default: %(default)s)")
-    p.add_argument("--bits", type=int, default=16,
-                   help="8 or 4: quantize the weights while loading (default: %(default)s)")
+    p.add_argument("--bits", type=int, default=16, help="8 or 4: quantize the weights (default: %(default)s)")
     p.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR",
                    help="an adapter of finetune.py or PEFT, any number of times (default: none)")
     p.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
@@ -386,9 +352,11 @@ def main(argv=None):
         import uvicorn
     except ImportError as e:
         raise InputError(f"serve.py needs FastAPI and uvicorn ({e}): pip install fastapi uvicorn") from None
-    listener, folders = listen(args.host, args.port, args.api_key), named_folders(args.adapter)
+    folders = named_folders(args.adapter)
+    refuse(args.model in folders, f"an adapter and the model are called {args.model}: rename the adapter")
+    listener = listen(args.host, args.port, args.api_key)
     model, tokenizer, _ = open_model(args.model, args.bits)
-    app = make_app(Api(args.model, model, tokenizer, folders), args.api_key)
+    app = make_app(Server(args.model, model, tokenizer, folders), args.api_key)
     say(f"serving {', '.join([args.model, *folders])} at http://{args.host}:{args.port}/v1")
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 

@@ -28,9 +28,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from beyond.paged_cache import PagedCache, Sequence, usage
+from beyond.paged_cache import PagedCache, Sequence
 from common.adapters import read_adapter
-from common.cli import InputError
+from common.cli import refuse
 from common.generate import check_prompt, check_sampling, sample
 from model import Layer, multiplications
 
@@ -63,9 +63,8 @@ class Request:
 class ManyLoRALinear(Layer):
     """Equation 7 with an adapter for each row of a batch: y_i = base(x_i) + (alpha/r) B_i A_i x_i.
 
-    One product with the base serves all rows. `select` says which adapter each row of the next batches has;
-    it gathers the rows' A and B once, not at every step. Smaller ranks are padded with zeros.
-    """
+    One product with the base serves all rows. `select` says which adapter each row of the next batches has,
+    and gathers the rows' A and B, once; smaller ranks are padded with zeros."""
 
     def __init__(self, base):
         super().__init__()
@@ -73,9 +72,6 @@ class ManyLoRALinear(Layer):
         self.base = base.requires_grad_(False)
         self.factors = {}  # name -> A (r, in) and (alpha/r) B^T (r, out)
         self.chosen = None
-
-    def add(self, name, A, B, scale):
-        self.factors[name] = A.contiguous(), (scale * B).T.contiguous()
 
     def select(self, names):
         """names: of the adapter of each row, None for the bare base. One name serves a batch of any size."""
@@ -105,9 +101,7 @@ class Adapters:
     """Many adapters beside one base. folders: name -> folder in PEFT's format."""
 
     def __init__(self, model, folders=None, base_id=None):
-        self.model = model
-        self.layers = {}      # name of a layer -> ManyLoRALinear
-        self.names = set()    # of the adapters
+        self.model, self.layers, self.names = model, {}, set()  # name of a layer -> ManyLoRALinear
         self.selected = None  # names of the rows of the last batch
         for name, folder in (folders or {}).items():
             self.add(name, read_adapter(folder, model, base_id))
@@ -120,17 +114,17 @@ class Adapters:
                 self.layers[layer] = ManyLoRALinear(self.model.get_submodule(layer))
                 self.model.set_submodule(layer, self.layers[layer])
             A, B = (f.to(reference.device, reference.dtype) for f in factors)
-            self.layers[layer].add(name, A, B, adapter.scale)
+            self.layers[layer].factors[name] = A, (adapter.scale * B).T.contiguous()
         self.names.add(name)
         self.selected = None  # what was selected may be another adapter of this name
 
     def check(self, name):
-        if name is not None and name not in self.names:
-            known = ", ".join(sorted(self.names)) or "none is loaded"
-            raise InputError(f"no adapter is called {name!r} ({known}): give --adapter {name}=DIR")
+        known = ", ".join(sorted(self.names)) or "none is loaded"
+        refuse(name not in {None, *self.names},
+               f"no adapter is called {name!r} ({known}): give --adapter {name}=DIR")
 
     def select(self, names):
-        """Which adapter each row of the next batches has; None is the bare base."""
+        """As ManyLoRALinear.select, in all layers."""
         if names != self.selected:
             for layer in self.layers.values():
                 layer.select(names)
@@ -157,7 +151,6 @@ class Engine:
             yield from self.step()
 
     def submit(self, request):
-        """Queue a request."""
         self.check(request)
         request.generator = torch.Generator(self.pool.device).manual_seed(request.seed)
         self.waiting.append(request)
@@ -168,9 +161,8 @@ class Engine:
         check_prompt(request.prompt, self.model.config)
         self.adapters.check(request.adapter)
         needed, there = self.pool.blocks_for(self.longest(request)), len(self.pool.users)
-        if needed > there:
-            raise InputError(f"{len(request.prompt)} tokens and up to {request.max_new_tokens} new ones need "
-                             f"{needed} blocks of {self.pool.size}, the pool has {there}: ask for fewer")
+        refuse(needed > there, f"{len(request.prompt)} tokens and up to {request.max_new_tokens} new ones "
+               f"need {needed} blocks of {self.pool.size}, the pool has {there}: ask for fewer")
 
     def longest(self, request):
         """Tokens that the cache may hold of it: the last new one is never read."""
@@ -185,7 +177,7 @@ class Engine:
         if self.running:
             self.make_room()
             self.advance(self.running, [r.tokens[-1:] for r in self.running])
-            self.peak = max(self.peak, usage([r.sequence for r in self.running]))
+            self.peak = max(self.peak, self.pool.usage([r.sequence for r in self.running]))
             ended += self.leave()
         return ended
 

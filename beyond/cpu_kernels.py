@@ -47,7 +47,8 @@ def load():
             os.replace(partial, library)
         kernels = ctypes.CDLL(str(library))
     except (OSError, subprocess.CalledProcessError) as e:
-        why = str(e.stderr if isinstance(e, subprocess.CalledProcessError) else e).strip().splitlines()[0][:200]
+        why = e.stderr if isinstance(e, subprocess.CalledProcessError) else str(e)
+        why = why.strip().splitlines()[0][:200]
         say(f"kernels_cpu.cpp is not used, which is slower: g++ could not build it ({why})")
         return None
     pointer, number, matrix = ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Matrix)

@@ -5,9 +5,6 @@ takes Python longer than the GPU to run them. A graph replays the same kernels o
 nothing that changes from token to token may be a number in Python: tokens and slots lie in tensors, and
 attention sees the whole cache, masked beyond each row's slot. Recording costs about four steps.
 
-    step = GraphStep(model, cache)     # beyond/decoding.py has the protocol
-    logits = step(tokens, lengths)
-
 On a CPU the same step runs without a graph, so that tests can compare it with the ordinary one.
 """
 import torch
@@ -42,7 +39,7 @@ class GraphCache(Cache):
 
 
 class GraphStep:
-    """model.head(model.hidden(tokens)) for one token of each row, recorded at the first."""
+    """A step (beyond/decoding.py has the protocol), recorded at the first token."""
 
     def __init__(self, model, cache):
         self.model, self.cache, self.graph = model, GraphCache(cache), None
@@ -63,12 +60,11 @@ class GraphStep:
 
     def record(self):
         """Two runs before let the libraries choose kernels. They write the same keys to the same slots."""
-        stream = torch.cuda.Stream()
+        stream, self.graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.run()
+            self.run()
+            self.run()
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):
             self.logits = self.run()

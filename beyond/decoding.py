@@ -2,12 +2,11 @@
 
     generate(model, prompts, 100, make_step=decoding_step)
 
-The protocol, as common/generate.py uses it: make_step(model, cache), called when the cache has read the
-prompts, returns a step, or None where single tokens go through the layers as usual.
+make_step(model, cache), called when the cache has read the prompts, returns a step, or None:
 
-    step(tokens, lengths) -> logits     tokens (B,), logits (B, vocabulary)
-                                        lengths: slots of each row of the cache that are taken
-                                        keys and values go to the next slots; the caller advances the cache
+    step(tokens, lengths) -> logits     tokens (B,), logits (B, vocabulary); lengths: slots of each row of the
+                                        cache that are taken. Keys and values go to the next slots; the caller
+                                        advances the cache
 """
 from model import KVCache
 

@@ -70,8 +70,6 @@ template <int BITS> static constexpr int position(int i) {
 static inline ints dot(ints sum, shorts a, shorts b) {
 #ifdef __AVX512VNNI__
   return (ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
-#elif defined __AVX512BW__
-  return sum + (ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #else
   for (int i = 0; i < 16; i++) sum[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
   return sum;
@@ -108,8 +106,8 @@ struct Input {
   }
 };
 
-// y[m][r] = row n + r of W times row m of x. A group is a multiple of 64, or the whole row, whose last chunk may
-// end beyond it: there x is 0, and cpu_kernels.py keeps all that is read inside its memory.
+// y[m][r] = row n + r of W times row m of x. A group is a multiple of 64, or the whole row, whose last chunk
+// may end beyond it: there x is 0, and cpu_kernels.py keeps all that is read inside its memory.
 template <int BITS, int ROWS, int M>
 static void multiply(const Matrix& W, int n, const Input* in, float (*y)[4]) {
   constexpr int BYTES = CHUNK * BITS / 8, AHEAD = 4096;

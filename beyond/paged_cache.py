@@ -29,7 +29,7 @@ import math
 
 import torch
 
-from common.cli import InputError
+from common.cli import refuse
 from model import KVCache, attend
 
 SIZE = 16  # tokens of a block: 64 waste four times as much at a sequence's end, 4 make long tables
@@ -45,25 +45,27 @@ class Pool:
     memory that is never needed is never touched, and the blocks in use lie close together."""
 
     def __init__(self, config, blocks, size=SIZE, device="cpu", dtype=torch.float32):
-        if blocks < 1 or size < 1:
-            raise InputError(f"a pool needs at least 1 block of 1 token, got {blocks} of {size}: raise it")
+        refuse(blocks < 1, f"a pool needs at least 1 block of {size} tokens, got {blocks}: raise it")
         self.size, self.device = size, torch.device(device)
         shape = config.blocks, 2, blocks, config.kv_heads, size, config.head_size
         self.kv = torch.empty(shape, dtype=dtype, device=device)
         self.users = [0] * blocks        # sequences that hold the block
         self.free = list(range(blocks))  # a heap
-
-    @property
-    def block_bytes(self):
-        return self.kv[:, :, 0].numel() * self.kv.itemsize
+        self.block_bytes = self.kv.nbytes // blocks
 
     def blocks_for(self, tokens):
         return -(-tokens // self.size)
 
+    def usage(self, sequences):
+        """(bytes reserved, bytes used) by these sequences: of their blocks, and of the tokens in them."""
+        blocks = [block for s in sequences for block in s.table]
+        reserved = len(set(blocks))
+        used = sum(s.length for s in sequences) - (len(blocks) - reserved) * self.size  # shared ones are full
+        return reserved * self.block_bytes, used * self.block_bytes // self.size
+
     def take(self):
-        if not self.free:
-            raise InputError(f"all {len(self.users)} blocks of {self.size} tokens of the cache are in use: "
-                             "give the pool more, or run fewer sequences at once")
+        refuse(not self.free, f"all {len(self.users)} blocks of {self.size} tokens of the cache are in use: "
+               "give the pool more, or run fewer sequences at once")
         block = heapq.heappop(self.free)
         self.users[block] = 1
         self.kv[:, :, block] = 0  # a slot not yet written gets weight 0, but 0 times a leftover NaN is NaN
@@ -158,10 +160,9 @@ class PagedCache(KVCache):
             parts = [once.get(block, (block, 0, 0)) for block in range(high)]
         else:
             self.used = torch.tensor([block for block, *_ in parts], device=self.device)
-        _, owner, filled = torch.tensor(parts, device=self.device).T
-        self.owner = owner
-        beyond = torch.arange(size, device=self.device) >= filled[:, None]  # (E, size)
-        self.beyond = torch.zeros(beyond.shape, device=self.device).masked_fill_(beyond, -math.inf)[:, None, None]
+        _, self.owner, filled = torch.tensor(parts, device=self.device).T
+        beyond = torch.arange(size, device=self.device) >= filled[:, None, None, None]  # (E, 1, 1, size)
+        self.beyond = torch.where(beyond, -math.inf, 0.0)
 
     def update(self, layer, k, v):
         """Store k, v (B, kv_heads, T, d). Returns what `attend` reads: for one token the blocks in use,
@@ -185,24 +186,12 @@ class PagedCache(KVCache):
         if q.shape[2] > 1:
             return attend(q, k, v, mask)
         B, h, _, d = q.shape
-        owner, q = self.owner, (q * d ** -0.5).reshape(B, k.shape[1], -1, d)  # (B, kv_heads, g, d): g queries
-        s = (q[owner] @ k.transpose(2, 3)).float().add_(self.beyond)          # a key head; (E, kv_heads, g, size)
-        part = s.amax(-1)
+        q = (q * d ** -0.5).reshape(B, k.shape[1], -1, d)  # (B, kv_heads, g, d): g queries a key head
+        owner, s = self.owner, (q[self.owner] @ k.transpose(2, 3)).float().add_(self.beyond)
+        part = s.amax(-1)  # of s (E, kv_heads, g, size)
         top = part.new_full(q.shape[:3], -math.inf)
         top.scatter_reduce_(0, owner[:, None, None].expand_as(part), part, "amax")
         p = s.sub_(top[owner][..., None]).exp_()
         total = torch.zeros_like(top).index_add_(0, owner, p.sum(-1))
         y = torch.zeros_like(q, dtype=torch.float32).index_add_(0, owner, (p.to(v.dtype) @ v).float())
         return (y / total[..., None]).to(q.dtype).reshape(B, h, 1, d)
-
-
-def usage(sequences):
-    """(bytes reserved, bytes used) by these sequences: of their blocks, and of the tokens in them."""
-    filled = {}
-    for s in sequences:
-        for i, block in enumerate(s.table):
-            filled[block] = max(filled.get(block, 0), min(s.pool.size, s.length - i * s.pool.size))
-    if not filled:
-        return 0, 0
-    pool = sequences[0].pool
-    return len(filled) * pool.block_bytes, sum(filled.values()) * pool.block_bytes // pool.size

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_model import GPT2, LLAMA, pair
 
-from beyond.paged_cache import PagedCache, Pool, Sequence, bytes_per_token, usage
+from beyond.paged_cache import PagedCache, Pool, Sequence, bytes_per_token
 from common.cli import InputError
 from common.generate import generate
 from model import Config
@@ -150,7 +150,7 @@ def test_a_pool_through_a_long_random_life():
 def test_shared_blocks_take_no_memory_and_outlive_their_first_owner():
     (one, _), written = filled_batch([10, 0], 4, 16)
     other = one.share(2)
-    assert other.table == one.table[:2] and usage([one, other]) == usage([one])
+    assert other.table == one.table[:2] and one.pool.usage([one, other]) == one.pool.usage([one])
     write([other], [torch.ones(2, 2, 1, 8)])
     assert other.table[2] != one.table[2] and other.length == 9
     one.cut()
@@ -162,8 +162,7 @@ def test_reserved_and_used_bytes():
     rows, _ = filled_batch([10, 3, 8], 4, 16)
     token = bytes_per_token(SMALL)
     assert token == 1 * 2 * 2 * 8 * 4
-    assert usage(rows) == ((3 + 1 + 2) * 4 * token, (10 + 3 + 8) * token)
-    assert usage([]) == (0, 0)
+    assert rows[0].pool.usage(rows) == ((3 + 1 + 2) * 4 * token, (10 + 3 + 8) * token)
 
 
 def test_a_full_pool_says_so():
@@ -171,5 +170,5 @@ def test_a_full_pool_says_so():
     pool = Pool(GPT2, 3, 4)
     with pytest.raises(InputError, match="all 3 blocks of 4 tokens of the cache are in use: give the pool more"):
         list(generate(ours, [[1, 2, 3]], 40, temperature=0, cache=PagedCache([Sequence(pool)])))
-    with pytest.raises(InputError, match="a pool needs at least 1 block of 1 token, got 0 of 16"):
+    with pytest.raises(InputError, match="a pool needs at least 1 block of 16 tokens, got 0"):
         Pool(GPT2, 0)
