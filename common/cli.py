@@ -49,7 +49,8 @@ def command(main):
         os.environ["PYTHONUTF8"] = "1"  # all text is UTF-8, also where the locale is another
         os.execv(sys.executable, sys.orig_argv)
     signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    if world_size() == 1:  # a process that waits for others would not hear it, and torchrun speaks for all
+        signal.signal(signal.SIGTERM, interrupt)
     try:
         sys.exit(main())
     except InputError as e:

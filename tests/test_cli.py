@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,13 @@ def test_every_command_that_writes_a_folder_asks_for_it(command, holder, tmp_pat
     assert done.returncode == 2
     assert done.stderr == (f"error: process {holder.pid} uses {tmp_path}/run: wait for its end, or choose "
                            "another --out-dir\n")
+
+
+def test_of_several_processes_the_first_one_asks_and_none_waits(holder, tmp_path, run):
+    begin = time.monotonic()
+    done = run("train.py", "--max-iters", 1, "--out-dir", tmp_path / "run", processes=2)
+    assert done.returncode == 1 and f"error (process 0): process {holder.pid} uses" in done.stderr
+    assert time.monotonic() - begin < 25
 
 
 LITTLE = ("--model", "tiny", "--rank", 8, "--batch-size", 2, "--seq-len", 32, "--max-iters", 2)
