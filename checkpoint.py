@@ -208,7 +208,7 @@ def fill(model, tensors, device, dtype, bits=16, group=None):
         layer = model.get_submodule(owner)
         if owner in forms and not any(p.is_meta for p in layer.parameters()):
             freed += sum(p.nbytes for p in layer.parameters())
-            model.set_submodule(owner, quant.quantize_layer(layer, *forms[owner]))
+            model.set_submodule(owner, quant.quantize_layer(layer, *forms[owner], name=owner))
             del layer
             if freed > GIVE_BACK:  # else the heap fills with holes too small for the next layer
                 give_back_memory()

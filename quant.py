@@ -4,7 +4,8 @@
     o = min + 2^(bits - 1) s               so that q is centred: -128..127, or -8..7
     q = round((w - o) / s),   w ~ s q + o
 
-s and o are float16: with a group of 64 a weight takes 4.5 or 8.5 bits. The product never needs W itself:
+s and o are float16: with a group of 64 a weight takes 4.5 or 8.5 bits. Matrices that are too large or too
+small for that are refused, and a W^E of low rank stays in 16 bit. The product never needs W itself:
 
     y = W x = s * (q x) + o * sum(x)       over each group, and added up over the groups of a row
 
@@ -15,6 +16,8 @@ arithmetic counts, and dequantizing is little beside it:
     few                beyond/cpu_kernels.py: W stays in integers   kernels.cu, likewise
     many               W is dequantized, then torch's product       the same
     with a gradient    W is dequantized                             kernels.cu for few
+
+Without g++, or nvcc on a GPU, W is dequantized every time: right, but slower than 16 bit.
 
     python checkpoint.py quantize out/train out/int8 --bits 8
     python train.py --rank 192 --bits 4    # section IV: train with rounded weights
@@ -83,6 +86,18 @@ def quantize_rows(weight, bits, group):
     return encode(w, scale, offset, bits), scale, offset
 
 
+def check_range(weight, bits, group, name):
+    """Refuse numbers that are not finite, or that s and o would lose as float16. Below 2^-14 its steps are all
+    2^-24: s is wrong by half of one, and a weight by 2^(bits - 1) times that. To the finest that counts in this
+    matrix, half a step and the precision of its largest number, this may add twice as much."""
+    low, high = weight.detach().float().unflatten(-1, (-1, group)).aminmax(dim=-1)
+    s, o = scale_and_offset(low, high, bits)
+    finest = max((high - low).max().item() / (2 ** bits - 1) / 2, torch.maximum(high, -low).max().item() / 1024)
+    if not (s + o).isfinite().all() or 0 < finest < 2 ** (bits - 3) * SMALLEST_HALF:
+        raise InputError(f"{name} has weights from {low.min():.3g} to {high.max():.3g}: {bits} bits with float16 "
+                         "scales can't hold them, keep the model at 16 (--bits 16)")
+
+
 def pack(q, bits):
     """q int8 (out, in) -> rows of bytes, padded to a multiple of 16 so that a GPU can load 16 at a time.
     Eight int4, as q + 8, share a 32-bit word, in the order in which kernels.cu takes them out:
@@ -122,14 +137,13 @@ class QuantMatrix(Packed):
         self.register_buffer("offset", torch.zeros(out, width // self.group, dtype=torch.float16))
 
     @classmethod
-    def of(cls, weight, bits, group=None, rounding=quantize_rows):
+    def of(cls, weight, bits, group=None, rounding=quantize_rows, name="a matrix"):
         """Quantize weight (out, in); rounding(weight, bits, group) gives q, s, o. On meta: only shapes."""
         with torch.device(weight.device):
             matrix = cls(*weight.shape, bits, group)
         if weight.is_meta:
             return matrix
-        if not torch.isfinite(weight).all():
-            raise InputError(f"a weight of {tuple(weight.shape)} is not finite: it can't be quantized")
+        check_range(weight, bits, matrix.group, name)
         q, scale, offset = (t.contiguous() for t in rounding(weight, bits, matrix.group))
         matrix.q, matrix.scale, matrix.offset = pack(q, bits), scale, offset
         return matrix
@@ -328,15 +342,17 @@ def from_description(form, dense):
 
 # ------------------------------------------------------------------------- a model
 
-def quantize_layer(layer, bits, group=None, rounding=quantize_rows):
+def quantize_layer(layer, bits, group=None, rounding=quantize_rows, name="a layer"):
     """The quantized layer that takes the place of a dense or low-rank one."""
-    of = functools.partial(QuantMatrix.of, bits=bits, group=group)
+    def of(weight, part):
+        return QuantMatrix.of(weight, bits, group, rounding, f"{name}.{part}")
+
     if isinstance(layer, nn.Linear):
-        return QuantLinear(of(layer.weight, rounding=rounding), layer.bias)
+        return QuantLinear(of(layer.weight, "weight"), layer.bias)
     if isinstance(layer, LowRankLinear):
-        return QuantLowRank(of(layer.A, rounding=rounding), of(layer.B, rounding=rounding), layer.bias)
+        return QuantLowRank(of(layer.A, "A"), of(layer.B, "B"), layer.bias)
     if isinstance(layer, nn.Embedding):
-        return QuantEmbedding(of(layer.weight))
+        return QuantEmbedding(QuantMatrix.of(layer.weight, bits, group, name=f"{name}.weight"))
     if isinstance(layer, BlendedLinear):
         raise InputError("a blend of W and B A can't be quantized: let alpha fall to 0 first")
     raise InputError(f"a {type(layer).__name__} can't be quantized: take a model of 16 or 32 bit")
@@ -369,7 +385,7 @@ def quantize(model, bits, group=None, rounding=quantize_rows):
     before, forms = stored_bytes(model), formats(model, bits, group)
     for name, form in forms.items():
         layer = model.get_submodule(name)
-        model.set_submodule(name, quantize_layer(layer, *form, rounding).train(layer.training))
+        model.set_submodule(name, quantize_layer(layer, *form, rounding, name).train(layer.training))
     tie(model)
     return (f"quantized {len(forms)} layers to {bits} bit: {before / 1e6:,.1f} -> "
             f"{stored_bytes(model) / 1e6:,.1f} MB")

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import quant
 from beyond.activations import second_moments, walk
+from common.cli import InputError
 from lowrank import LowRankLinear
 from quant import QuantMatrix, decode, encode, nearest, scale_and_offset
 
@@ -52,8 +53,11 @@ def clip_rows(weight, bits, group):
 
 def feedback_rows(weight, bits, group, moments, damping=0.03, sweeps=3):
     """quantize_rows with error feedback and sweeps, for inputs of the second moments H (in, in)."""
-    W = weight.detach().float()
-    H = moments.float() / moments.diagonal().mean().clamp_min(1e-30)
+    W, mean = weight.detach().float(), moments.diagonal().mean()
+    if not moments.isfinite().all() or not mean.isfinite():
+        raise InputError("the second moments of a layer's inputs are not finite: round without a calibration "
+                         "text, or is the model damaged?")
+    H = moments.float() / mean.clamp_min(1e-30)
     H = H + damping * torch.eye(len(H), device=H.device)  # inputs that the text never showed count a little
     scale, offset = choose_range(W, bits, group)
     q = round_with_feedback(W, scale, offset, bits, group, H)
@@ -109,7 +113,7 @@ def fit_scale(q, target, h, scale, offset):
     u, v = (target * q).sum(1), target.sum(1)
     determinant = a * c - b * b
     s, o = (u * c - v * b) / determinant, (a * v - b * u) / determinant
-    good = (determinant > 1e-6 * a * c) & (s >= quant.SMALLEST_HALF) & (o.abs() < 6e4)
+    good = (determinant > 1e-6 * a * c) & (s >= quant.SMALLEST_HALF) & (s.maximum(o.abs()) < 6e4)
     return torch.where(good, s, scale.float()).half(), torch.where(good, o, offset.float()).half()
 
 
@@ -121,21 +125,21 @@ def quantize_calibrated(model, bits, batches, group=None, sweeps=3):
     def change(layers, inputs):
         width = next(iter(layers.values())).in_features
         moments = second_moments(inputs, width, inputs[0].device).float()
-        return {name: round_layer(layer, bits, group, moments, sweeps) for name, layer in layers.items()}
+        return {name: round_layer(name, layer, bits, group, moments, sweeps) for name, layer in layers.items()}
 
     blocks = tqdm(model.blocks, desc="rounding", unit=" blocks", disable=None, leave=False)
     walk(enumerate(blocks), [model.begin(tokens) for tokens in batches], change)
     quant.quantize(model, bits, group)
 
 
-def round_layer(layer, bits, group, moments, sweeps=3):
+def round_layer(name, layer, bits, group, moments, sweeps):
     """quantize_layer with error feedback. The inputs of B are A x, A already rounded: of moments A H A^T."""
     def rounding(H):
         return functools.partial(feedback_rows, moments=H, sweeps=sweeps)
 
     if not isinstance(layer, LowRankLinear):
-        return quant.quantize_layer(layer, bits, group, rounding(moments))
-    A = QuantMatrix.of(layer.A, bits, group, rounding(moments))
+        return quant.quantize_layer(layer, bits, group, rounding(moments), name)
+    A = QuantMatrix.of(layer.A, bits, group, rounding(moments), f"{name}.A")
     dense = A.dense()
-    B = QuantMatrix.of(layer.B, bits, group, rounding(dense @ moments @ dense.T))
+    B = QuantMatrix.of(layer.B, bits, group, rounding(dense @ moments @ dense.T), f"{name}.B")
     return quant.QuantLowRank(A, B, layer.bias)

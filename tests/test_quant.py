@@ -83,8 +83,52 @@ def test_vectors_without_a_range_and_extremes():
     for bits in (8, 4):
         d = QuantMatrix.of(w, bits, 0).dense()
         assert torch.isfinite(d).all() and (d[0].abs() <= 1e-6).all() and (d[1] - 0.1).abs().max() < 1e-4
-    with pytest.raises(InputError, match="not finite"):
-        QuantMatrix.of(torch.tensor([[1.0, float("inf")]]), 8)
+
+
+@pytest.mark.parametrize("rounding", [quantize_rows, clip_rows, lambda w, b, g: feedback_rows(w, b, g, torch.eye(128))])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_of_any_size_are_rounded_right_or_refused(bits, rounding):
+    """Right: within three times half a step and the precision of float16, as min-max has it; none is inf or NaN."""
+    W, refused = torch.randn(64, 128), []
+    row = torch.arange(64)[:, None] == 3
+    kinds = dict(normal=W, zero=0 * W, constant=0 * W + 0.3, row=torch.where(row, 0.0, W), far=0.01 * W + 100,
+                 outlier=torch.where(row, 1e4, W), small=1e-3 * W, tiny=1e-5 * W, tinier=1e-7 * W, dust=0 * W + 1e-9,
+                 huge=torch.where(row, 7e4 * W, W), offset=W + 1e5, nan=W / 0 * 0, inf=W / 0)
+    for name, w in kinds.items():
+        try:
+            m = QuantMatrix.of(w, bits, None, rounding, name)
+        except InputError as error:
+            assert str(error).startswith(f"{name} has weights from ") and "--bits 16" in str(error)
+            refused.append(name)
+            continue
+        vectors, error = w.unflatten(-1, (-1, m.group)), (m.dense() - w).abs()
+        step = (vectors.amax(-1) - vectors.amin(-1)) / (2 ** bits - 1)
+        assert error.isfinite().all() and (w.any() or not error.max() > 1e-6)
+        if rounding is quantize_rows:
+            bound = step / 2 + vectors.abs().amax(-1) / 1024 + 1e-7
+            assert (error.unflatten(-1, (-1, m.group)).amax(-1) <= 3 * bound).all(), name
+    always = ["tinier", "dust", "huge", "offset", "nan", "inf"]
+    assert refused == always if bits == 4 else ["tiny", *always]
+
+
+def test_the_matrix_that_is_refused_is_named(tmp_path):
+    model = small("gpt2", rank=32)
+    model.blocks[1].mlp.up.B.data[3] *= 1e7
+    save_model(tmp_path / "m", model, None)
+    for make in (lambda: quantize(model, 8), lambda: load_model(tmp_path / "m", bits=8),
+                 lambda: quantize_calibrated(model, 8, [torch.randint(0, 211, (1, 64))])):
+        with pytest.raises(InputError, match=r"blocks\.1\.mlp\.up\.B has weights from .*: 8 bits with float16 scales"):
+            make()
+    model = small("gpt2")
+    model.embed.weight.data *= 1e-8
+    with pytest.raises(InputError, match=r"(embed|head)\.weight has weights from"):
+        quantize(model, 8)
+
+
+@pytest.mark.parametrize("H", [torch.full((64, 64), torch.nan), torch.eye(64) * torch.inf, torch.eye(64) * 1e38])
+def test_moments_that_are_not_finite_are_refused(H):
+    with pytest.raises(InputError, match="the second moments of a layer's inputs are not finite"):
+        feedback_rows(torch.randn(8, 64), 4, 64, H)
 
 
 @pytest.mark.parametrize("bits, group, message", [
