@@ -265,6 +265,9 @@ def quantize(args):
     print(f"{args.out}: {millions:,.1f}M parameters at {args.bits} bit, {megabytes:,.1f} MB")
 
 
+MOST_LOST = 0.05  # of what an adapter adds, when its sums with the base are rounded
+
+
 def merge(args):
     """The base of an adapter with the adapter multiplied into it, as a model folder."""
     from common.adapters import base_id, load_adapter, read_adapter
@@ -272,9 +275,12 @@ def merge(args):
     model, tokenizer = load_model(base, bits=args.bits)
     print(load_adapter(model, args.adapter, base_id(base)))
     error = merge_lora(model)
-    replace_model(args.out, model.bfloat16() if args.bits < 16 else model, tokenizer)
-    lost = f"; rounding the sums to {args.bits} bits changed them by {error:.1%} of what the adapter adds"
-    print(f"{args.out}: {base} with the adapter merged{lost if args.bits < 16 else ''}")
+    quantized = any("quant" in form["kind"] for form in describe_layers(model).values())
+    replace_model(args.out, model.bfloat16() if quantized else model, tokenizer)
+    print(f"{args.out}: {base} with the adapter merged; rounding changed sums by {error:.1%} of what it adds")
+    if error > MOST_LOST:
+        print("much of the adapter is lost: keep it beside its base, or merge it at --bits 16, into the base "
+              "before that was quantized")
 
 
 def export_command(args):

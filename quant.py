@@ -10,14 +10,12 @@ small for that are refused, and a W^E of low rank stays in 16 bit. The product n
     y = W x = s * (q x) + o * sum(x)       over each group, and added up over the groups of a row
 
 In decoding a token meets every weight once, and the time is that of reading them. With many rows of x
-arithmetic counts, and dequantizing is little beside it:
+arithmetic counts, and dequantizing is little beside it; without g++, or nvcc on a GPU, it is always done:
 
     rows of x          on a CPU                                     on a GPU
     few                beyond/cpu_kernels.py: W stays in integers   kernels.cu, likewise
     many               W is dequantized, then torch's product       the same
     with a gradient    W is dequantized                             kernels.cu for few
-
-Without g++, or nvcc on a GPU, W is dequantized every time: right, but slower than 16 bit.
 
     python checkpoint.py quantize out/train out/int8 --bits 8
     python train.py --rank 192 --bits 4    # section IV: train with rounded weights
@@ -87,15 +85,15 @@ def quantize_rows(weight, bits, group):
 
 
 def check_range(weight, bits, group, name):
-    """Refuse numbers that are not finite, or that s and o would lose as float16. Below 2^-14 its steps are all
-    2^-24: s is wrong by half of one, and a weight by 2^(bits - 1) times that. To the finest that counts in this
-    matrix, half a step and the precision of its largest number, this may add twice as much."""
+    """Refuse what float16 s and o can't hold. They are multiples of 2^-24, which moves a weight by up to
+    2^(bits - 1) / 2 of these: at most twice the finest that counts in the matrix, half a step or 2^-10 of its
+    largest number."""
     low, high = weight.detach().float().unflatten(-1, (-1, group)).aminmax(dim=-1)
     s, o = scale_and_offset(low, high, bits)
-    finest = max((high - low).max().item() / (2 ** bits - 1) / 2, torch.maximum(high, -low).max().item() / 1024)
+    finest = max((high - low).max() / (2 ** bits - 1) / 2, torch.maximum(high, -low).max() / 1024)
     if not (s + o).isfinite().all() or 0 < finest < 2 ** (bits - 3) * SMALLEST_HALF:
-        raise InputError(f"{name} has weights from {low.min():.3g} to {high.max():.3g}: {bits} bits with float16 "
-                         "scales can't hold them, keep the model at 16 (--bits 16)")
+        raise InputError(f"{name} has weights from {low.min():.3g} to {high.max():.3g}: {bits} bits with "
+                         "float16 scales can't hold them, keep the model at 16 (--bits 16)")
 
 
 def pack(q, bits):
@@ -211,13 +209,10 @@ def on_cpu(x, A, B=None, bias=None):
     return product(x, A, B, bias)
 
 
-def half(x):
-    return torch.float16 if x.dtype == torch.float16 else torch.bfloat16
-
-
 def on_gpu(kernel, x, *args, bias=None):
     """kernel(rows of x in 16 bit, *args) + bias for x (..., n)."""
-    rows = x.reshape(-1, x.shape[-1]).to(half(x)).contiguous()
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = rows.bfloat16() if x.dtype == torch.float32 else rows
     return add_bias(kernel(rows, *args).view(*x.shape[:-1], -1).to(x.dtype), bias)
 
 
@@ -263,7 +258,8 @@ class QuantLinear(Layer):
     def with_lora(self, x, A, B, scale):
         if not one_launch(x, self.W):
             return None
-        A, B = A.to(half(x)).contiguous(), B.to(half(x)).contiguous()
+        dtype = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
+        A, B = A.to(dtype).contiguous(), B.to(dtype).contiguous()
         return on_gpu(load_kernels().lora, x, *self.W.parts(), A, B, scale, bias=self.bias)
 
     def last_product(self, x, dtype):
@@ -340,8 +336,6 @@ def from_description(form, dense):
     return KINDS[form["kind"]](*parts)
 
 
-# ------------------------------------------------------------------------- a model
-
 def quantize_layer(layer, bits, group=None, rounding=quantize_rows, name="a layer"):
     """The quantized layer that takes the place of a dense or low-rank one."""
     def of(weight, part):
@@ -371,24 +365,20 @@ def formats(model, bits, group=None):
     Where W^E and W^H are one matrix, which every token meets twice, it stays at 8 bits."""
     embed, head = model.embed, model.head
     tied = isinstance(head, nn.Linear) and isinstance(embed, nn.Embedding) and head.weight is embed.weight
-    forms = {}
+    kinds, forms = (nn.Linear, LowRankLinear, BlendedLinear, nn.Embedding), {}
     for name, m in model.named_modules():
-        linear = isinstance(m, (nn.Linear, LowRankLinear, BlendedLinear))
-        if linear or m is embed and isinstance(m, nn.Embedding):
+        if isinstance(m, kinds) and m is not model.positions:
             forms[name] = (8, None) if tied and bits == 4 and m in (embed, head) else (bits, group)
     return forms
 
 
 def quantize(model, bits, group=None, rounding=quantize_rows):
     """Quantize the layers of formats(), in place. rounding(W, bits, group) chooses the integers of linear
-    layers: quantize_rows, or one of beyond/rounding.py. Returns a line that says what was done."""
-    before, forms = stored_bytes(model), formats(model, bits, group)
-    for name, form in forms.items():
+    layers: quantize_rows, or one of beyond/rounding.py."""
+    for name, form in formats(model, bits, group).items():
         layer = model.get_submodule(name)
         model.set_submodule(name, quantize_layer(layer, *form, rounding, name).train(layer.training))
     tie(model)
-    return (f"quantized {len(forms)} layers to {bits} bit: {before / 1e6:,.1f} -> "
-            f"{stored_bytes(model) / 1e6:,.1f} MB")
 
 
 def stored_bytes(model):

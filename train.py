@@ -73,7 +73,7 @@ def make_parser():
     add("--seq-len", type=at_least_1, help="tokens in a window (default: 256, on a GPU up to 1,024)")
     add("--max-iters", type=at_least_1, help="steps of the whole schedule (default: 150, on a GPU 5,000)")
     add("--stop-at", type=at_least_1, help="end after so many steps; the schedule stays that of --max-iters")
-    add("--lr", type=positive, default=1e-3, help="highest learning rate")
+    add("--lr", type=positive, help="highest learning rate (default: 1e-3, with --init-from 1e-4)")
     add("--seed", type=seed, default=1, help="of weights, batches and dropout")
     add = p.add_argument_group("machine").add_argument
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
@@ -209,6 +209,7 @@ def fill_in(args, device):
     batch += -batch % parts  # it must divide into the microbatches
     values = dict(
         model="gpt2", method=2 if args.init_from else 1, optimizer=optimizer, max_iters=steps,
+        lr=1e-4 if args.init_from else 1e-3,  # from pretrained factors the first steps of 1e-3 raise the loss
         batch_size=batch, warmup=min(200, steps // 10), eval_interval=-(-steps // 4),
         recompute="block" if args.pipeline and args.schedule == "gpipe" else "sdpa",
         start="orthogonal" if optimizer == "muon" else "normal")

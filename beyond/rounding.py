@@ -125,7 +125,7 @@ def quantize_calibrated(model, bits, batches, group=None, sweeps=3):
     def change(layers, inputs):
         width = next(iter(layers.values())).in_features
         moments = second_moments(inputs, width, inputs[0].device).float()
-        return {name: round_layer(name, layer, bits, group, moments, sweeps) for name, layer in layers.items()}
+        return {n: round_layer(n, layer, bits, group, moments, sweeps) for n, layer in layers.items()}
 
     blocks = tqdm(model.blocks, desc="rounding", unit=" blocks", disable=None, leave=False)
     walk(enumerate(blocks), [model.begin(tokens) for tokens in batches], change)

@@ -308,13 +308,17 @@ def test_merging_into_a_quantized_base_states_its_error(saved, bits, most):
 
 # ----------------------------------------------------------------------------- checkpoint.py merge
 
-def test_merge_writes_a_model_of_its_own(saved, tmp_path):
+def test_merge_writes_a_model_of_its_own(saved, tmp_path, capsys):
     kind, path, _, logits = saved
     model, folder = ours(path), tmp_path / "mine"
     load_adapter(model, saved[2])
     save_adapter(folder, model, path / "ours", base_id(path / "ours"))
     checkpoint.main(["merge", str(folder), str(tmp_path / "merged")])
     assert torch.allclose(load_model(tmp_path / "merged")[0](TOKENS), logits, atol=1e-5)
+    said = capsys.readouterr().out
+    assert "rounding changed sums by 0.0% of what it adds" in said and "is lost" not in said
+    checkpoint.main(["merge", str(folder), str(tmp_path / "merged4"), "--bits", "4"])
+    assert "much of the adapter is lost: keep it beside its base" in capsys.readouterr().out
     checkpoint.main(["merge", str(folder), str(tmp_path / "merged8"), "--bits", "8"])
     assert (load_model(tmp_path / "merged8")[0](TOKENS) - logits).abs().max() < 0.1
     for args, message in (([folder, tmp_path / "merged"], "is not empty"),

@@ -240,9 +240,8 @@ def test_a_quantized_model(kind, rank, tied, bits, tmp_path):
     with torch.no_grad():
         before, parameters, multiplied = model(tokens), count_parameters(model), matmul_weights(model)
         dense = copy.deepcopy(model)
-        line = quantize(model, bits)
+        quantize(model, bits)
         after = model(tokens)
-    assert line.startswith("quantized") and f"to {bits} bit" in line
     assert relative(after, before) < (0.05 if bits == 8 else 0.5)
     assert count_parameters(model) == parameters and matmul_weights(model) == multiplied
     assert quant.stored_bytes(model) < (0.45 if bits == 8 else 0.4) * quant.stored_bytes(dense)
