@@ -138,8 +138,7 @@ def choose_ranks(losses, shapes, ratio):
 
     A rank is worth buying if what it saves exceeds the price of its parameters. At any price each matrix has
     a best rank of its own; the price at which the purchases just fit the budget is found by bisection. A
-    matrix whose rank would come near the point where B A is no smaller than W does better to stay dense.
-    """
+    matrix whose rank would come near the point where B A is no smaller than W does better to stay dense."""
     budget = ratio * sum(a * b for a, b in shapes.values())
     everything = sum(v.double().sum() for v in losses.values()).clamp_min(1e-300)
     curves = {}  # name -> what is lost and what is paid at rank 1, 2, ... and, last, dense

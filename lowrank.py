@@ -329,8 +329,8 @@ def blend_with(model, dense_weight):
         return blend
 
     names = swap_layers(model, make, wanted=lambda m: isinstance(m, LowRankLinear))
-    return (f"blended {len(names)} linears: {millions(count_parameters(model))} parameters while W is there, "
-            f"{millions(low)} when alpha is 0")
+    now = millions(count_parameters(model))
+    return f"blended {len(names)} linears: {now} parameters while W is there, {millions(low)} when alpha is 0"
 
 
 def finish_blend(model):
@@ -341,8 +341,6 @@ def finish_blend(model):
         return layer.lowrank
     return len(swap_layers(model, make, wanted=lambda m: isinstance(m, BlendedLinear)))
 
-
-# ----------------------------------------------------------------------------- adapters
 
 def attach_lora(model, r=8, alpha=32, targets=("q", "k", "v", "qkv"), dropout=0.0):
     """Freeze the model and put a LoRALinear around each layer whose last name is in `targets`."""

@@ -14,9 +14,8 @@ errors. Hence one walk through the model (`walk`), which decompose.py and roundi
 
     norm1 -> [q k v] -> attention -> [o] -> + -> norm2 -> [gate up] -> silu * -> [down] -> +
 
-the layers in brackets share an input: they are changed, then the text goes on through them. A block is read
-when its turn comes: one block has to fit in memory, not the model. Processes share the windows of the text,
-and their moments are added up, exactly: the result has the same bits however many processes there are.
+the layers in brackets share an input: they are changed, then the text goes on through them. One block has to
+fit in memory, not the model. Processes share the windows of the text.
 
 What an error in y costs differs from layer to layer: an error d changes the loss of the text by about
 (g d)^2 / 2, g = d loss / d y. So, before ranks are chosen from them, eigenvalues are weighted with the mean
@@ -42,8 +41,6 @@ from model import Transformer, is_linear
 RIDGE = 1e-4             # of the mean of H's diagonal: directions that the text never showed count a little
 SENSITIVITY_WINDOWS = 8  # of the text
 
-
-# ----------------------------------------------------------------------------- the factors for given inputs
 
 class Moments:
     """H = X X^T (in, in) = C C^T, with a ridge, without which fewer tokens than inputs give no inverse."""
@@ -79,11 +76,9 @@ class Moments:
 
 
 def second_moments(inputs, width, device):
-    """X X^T (in, in) in float64 over the inputs [(B, T, in)] of all processes.
-
-    Sums of floating-point numbers depend on their order. Each batch's moments are rounded to a fixed point
-    2^40 below the largest, far finer than their own float32: sums of such numbers are exact in float64.
-    """
+    """X X^T (in, in) in float64 over the inputs [(B, T, in)] of all processes, the same bits however many
+    there are: each batch's moments are rounded to a fixed point 2^40 below the largest, far finer than their
+    own float32, and sums of such numbers are exact in float64."""
     largest = torch.zeros((), dtype=torch.float64, device=device)
     for x in inputs:
         largest = torch.maximum(largest, x.float().square().sum().double())
@@ -103,15 +98,12 @@ def second_moments(inputs, width, device):
     return H * unit
 
 
-# ----------------------------------------------------------------------------- the walk
-
 def walk(blocks, streams, change):
     """Run a text through the blocks while their linear layers change.
 
-    blocks: pairs (i, block), one after the other. streams: [(x (B, T, C), rope, mask)], as of model.begin.
-    change(layers, inputs), with {name: layer} of layers that share the inputs [(B, T, in)], returns
-    {name: layer} of those that it replaces, and the text goes on through these.
-    """
+    blocks: pairs (i, block). streams: [(x (B, T, C), rope, mask)], as of model.begin. change(layers, inputs),
+    with {name: layer} of layers that share the inputs [(B, T, in)], returns {name: layer} of those that it
+    replaces, and the text goes on through these."""
     def changed(part, names, inputs):
         new = change({prefix + name: getattr(part, name) for name in names}, inputs)
         for name, layer in new.items():

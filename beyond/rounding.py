@@ -11,7 +11,7 @@ rows of W, and all that rounding needs to know.
                     others are known, and over s and o
 
 H is gathered along a text (activations.walk): a layer is given what the layers before it, already rounded,
-make of it. The cost is a forward pass over the text, and for each layer a Cholesky factor of H.
+make of it.
 
     quantize_calibrated(model, 4, batches)              # batches: tokens (B, T) of text like the use
     quantize(model, 4, rounding=clip_rows)              # without a text
@@ -116,8 +116,6 @@ def fit_scale(q, target, h, scale, offset):
     good = (determinant > 1e-6 * a * c) & (s >= quant.SMALLEST_HALF) & (s.maximum(o.abs()) < 6e4)
     return torch.where(good, s, scale.float()).half(), torch.where(good, o, offset.float()).half()
 
-
-# ----------------------------------------------------------------------------- a model
 
 @torch.no_grad()
 def quantize_calibrated(model, bits, batches, group=None, sweeps=3):

@@ -93,7 +93,7 @@ def test_weights_of_any_size_are_rounded_right_or_refused(bits, rounding):
     row = torch.arange(64)[:, None] == 3
     kinds = dict(normal=W, zero=0 * W, constant=0 * W + 0.3, row=torch.where(row, 0.0, W), far=0.01 * W + 100,
                  outlier=torch.where(row, 1e4, W), small=1e-3 * W, tiny=1e-5 * W, tinier=1e-7 * W, dust=0 * W + 1e-9,
-                 huge=torch.where(row, 7e4 * W, W), offset=W + 1e5, nan=W / 0 * 0, inf=W / 0)
+                 large=torch.where(row, 3e4 * W, W), huge=torch.where(row, 1e8 * W, W), offset=W + 1e5, nan=W / 0 * 0, inf=W / 0)
     for name, w in kinds.items():
         try:
             m = QuantMatrix.of(w, bits, None, rounding, name)
@@ -115,8 +115,9 @@ def test_the_matrix_that_is_refused_is_named(tmp_path):
     model = small("gpt2", rank=32)
     model.blocks[1].mlp.up.B.data[3] *= 1e7
     save_model(tmp_path / "m", model, None)
+    other = copy.deepcopy(model)
     for make in (lambda: quantize(model, 8), lambda: load_model(tmp_path / "m", bits=8),
-                 lambda: quantize_calibrated(model, 8, [torch.randint(0, 211, (1, 64))])):
+                 lambda: quantize_calibrated(other, 8, [torch.randint(0, 211, (1, 64))])):
         with pytest.raises(InputError, match=r"blocks\.1\.mlp\.up\.B has weights from .*: 8 bits with float16 scales"):
             make()
     model = small("gpt2")
