@@ -85,13 +85,13 @@ def quantize_rows(weight, bits, group):
 
 
 def check_range(weight, bits, group, name):
-    """Refuse what float16 s and o can't hold. They are multiples of 2^-24, which moves a weight by up to
-    2^(bits - 1) / 2 of these: at most twice the finest that counts in the matrix, half a step or 2^-10 of its
+    """Refuse what float16 s and o can't hold. They are multiples of 2^-24, which moves a weight by some
+    2^(bits - 2) of these: at most twice the finest that counts in the matrix, half a step or 2^-10 of its
     largest number."""
     low, high = weight.detach().float().unflatten(-1, (-1, group)).aminmax(dim=-1)
     s, o = scale_and_offset(low, high, bits)
     finest = max((high - low).max() / (2 ** bits - 1) / 2, torch.maximum(high, -low).max() / 1024)
-    if not (s + o).isfinite().all() or 0 < finest < 2 ** (bits - 3) * SMALLEST_HALF:
+    if not (s + o).isfinite().all() or 0 < finest < (2 ** (bits - 3) + 2) * SMALLEST_HALF:
         raise InputError(f"{name} has weights from {low.min():.3g} to {high.max():.3g}: {bits} bits with "
                          "float16 scales can't hold them, keep the model at 16 (--bits 16)")
 
