@@ -211,7 +211,8 @@ def fill_in(args, device):
     batch += -batch % parts  # it must divide into the microbatches
     values = dict(
         model="gpt2", method=method, optimizer=optimizer, max_iters=steps,
-        lr=1e-4 if fragile else 1e-3, batch_size=batch, warmup=min(200, steps // 10), eval_interval=-(-steps // 4),
+        lr=1e-4 if fragile else 1e-3, warmup=min(200, steps // 10), batch_size=batch,
+        eval_interval=-(-steps // 4),
         recompute="block" if args.pipeline and args.schedule == "gpipe" else "sdpa",
         start="orthogonal" if optimizer == "muon" else "normal")
     for name, value in values.items():
