@@ -99,8 +99,8 @@ class Kept:
             module.__dict__["attend"] = partial(self.attend, module.attend)
 
     def attend(self, attend, q, k, v, *rest):
-        for t, label in ((q, "q"), (k, "k"), (v, "v")):
-            self.label(t, label)
+        for tensor, name in zip((q, k, v), "qkv"):
+            self.label(tensor, name)
         self.path.append(("attend", None))
         y = attend(q, k, v, *rest)
         self.path.pop()

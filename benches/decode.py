@@ -1,14 +1,14 @@
-"""Tokens a second when generating (section IV.C): batch 1, a prompt of 100 tokens, 100 new ones; full rank
-and low rank, 16, 8 and 4 bit, against transformers in bfloat16.
+"""Tokens a second when generating at batch 1 (section IV.C): ranks, bits, with and without the cache.
 
     python bench.py decode
     python bench.py decode --models gpt2 --new-tokens 50
 
-Random weights (speed does not depend on them) in bfloat16 or quantized. Two things are told apart, as usual:
-the seconds until the first token is there, which is reading the prompt, and the tokens a second from then on.
-`with prompt` is the rate of both together. Each model lives in a process of its own, for its peak memory; the
-processes are told to generate in turn, and medians of the rounds are shown. Without the cache each token
-costs the whole text, so only a few are timed, once.
+A prompt of 100 tokens and 100 new ones; random weights (speed does not depend on them) in bfloat16 or
+quantized; the peer is GPT-2 of transformers in bfloat16. Two things are told apart, as usual: the seconds
+until the first token is there, which is reading the prompt, and the tokens a second from then on; `with
+prompt` is the rate of both together. Each model lives in a process of its own, for its peak memory; the
+processes generate in turn, and medians of the rounds are shown. Without the cache each token costs the whole
+text: a few are timed.
 """
 import importlib.util
 import statistics

@@ -1,12 +1,12 @@
-"""Each kernel of kernels.cu at the shapes of Llama2-7B and of its factors of rank 512: time, GB/s, share of
-the copy bandwidth; beside torch's products in 16 bit and bitsandbytes, where it is installed.
+"""Each CUDA kernel against the copy bandwidth, torch in 16 bit and bitsandbytes (needs a GPU and nvcc).
 
-    python bench.py kernels --json results/kernels.json    # needs a GPU and nvcc, else exit code 2
+    python bench.py kernels --json results/kernels.json
 
-In decoding, each matrix is read once a token. So every call of a measurement has other weights, together more
-than the L2 can hold, and all calls are replayed from one CUDA graph, so that launching costs what it costs in
-decoding. The copy bandwidth, bytes read and written of a large copy, is measured in the same run. GB/s counts
-the weights alone (and what quantize and dequantize read and write).
+Shapes are those of Llama2-7B and of its factors of rank 512. In decoding, each matrix is read once a token.
+So every call of a measurement has other weights, together more than the L2 holds, and all calls are replayed
+from one CUDA graph, so that launching costs what it costs in decoding. The copy bandwidth, bytes read and
+written of a large copy, is of the same run. GB/s counts the weights (and what quantize and dequantize read
+and write).
 """
 import importlib.util
 import statistics

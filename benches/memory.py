@@ -8,11 +8,10 @@ import torch
 from benches.account import KINDS, account, by_kind, meta_model
 from benches.common import PAPER, own_columns, shown, table
 from common.device import find_device
-from lowrank import replace_linears
 from recompute import MODES
 
 LENGTH = 4096  # of the paper's tables
-DEFAULTS = dict(model="llama2-7b", batch=1, seq=LENGTH, rank=0, recompute="all")
+DEFAULTS = dict(model="llama2-7b", batch=1, seq=LENGTH, recompute="all")
 WHY = {
     "x^e": "the input of every block, not of the first alone",
     "q k^T": "the softmax's gradient is made from its result s; q k^T is not needed",
@@ -68,8 +67,6 @@ def table_iv():
 
 def bench(args):
     device, model, rows = find_device("float32"), meta_model(args.model), []
-    if args.rank:
-        print(replace_linears(model, args.rank))
     if args.recompute != "all":
         return device, rows_of(model, args.batch, args.seq, args.recompute)
     print("Table III: GB of a training step, 16 bit, 4,096 tokens a sequence (the paper's in brackets: "

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 
 from benches.common import shown, table
 from common.device import find_device
@@ -50,12 +51,9 @@ def engines(grid, module, kind, microbatches):
     batch = torch.ones(microbatches, 64, 64)
     inputs = batch.split(1)
 
-    def loss_of(y, target):
-        return (y - target).square().mean()
-
     def forward(m, x):
         y = module(inputs[m] if x is None else x)
-        return loss_of(y, inputs[m]) if grid.last else y
+        return F.mse_loss(y, inputs[m]) if grid.last else y
 
     def ours():
         wires.begin(steps, inputs[0].shape, inputs[0].dtype)
@@ -63,7 +61,7 @@ def engines(grid, module, kind, microbatches):
     if kind == "1f1b" and microbatches < grid.stages:  # torch's 1F1B refuses these
         return {"ours": ours}
     stage = PipelineStage(module, grid.stage, grid.stages, device, group=grid.pipe)
-    torchs = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[kind](stage, microbatches, loss_fn=loss_of)
+    torchs = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[kind](stage, microbatches, loss_fn=F.mse_loss)
     arguments, target = [batch] if grid.first else [], dict(target=batch) if grid.last else {}
     return {"ours": ours, "torch": lambda: torchs.step(*arguments, **target)}
 

@@ -1,5 +1,4 @@
-"""Does low rank cost accuracy? Full rank, plain low rank, and what is meant to help, on the same tokens and
-seeds.
+"""Does low rank cost accuracy? Full rank, plain low rank, and what is meant to help, on the same tokens.
 
     python bench.py quality                  about two hours on two cores; a stopped run goes on
     python bench.py quality --max-iters 40   a quick look

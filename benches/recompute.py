@@ -1,4 +1,4 @@
-"""What recomputation costs in time and saves in bytes (section IV.B; the paper: +33% a block, +6% attention).
+"""What recomputation costs in time and saves in bytes (section IV.B; the paper: +33% block, +6% attention).
 
     python bench.py recompute
 
@@ -19,13 +19,14 @@ from recompute import use_recompute
 
 PEER = "torch.utils.checkpoint"
 AGAINST = {"none": "none", "sdpa": "none", "attention": "none", "block": "sdpa", PEER: "sdpa"}
-DEFAULTS = dict(blocks=2, batch_size=1, seq_len=1024, dtype="float32", rounds=9)
+BLOCKS = 2
+DEFAULTS = dict(batch_size=1, seq_len=1024, dtype="float32", rounds=9)
 
 
 def bench(args):
     device = find_device(args.dtype)
     torch.manual_seed(0)
-    config = config_for("gpt2", blocks=args.blocks, vocab_size=4096)
+    config = config_for("gpt2", blocks=BLOCKS, vocab_size=4096)
     shape = args.batch_size, args.seq_len + 1
     tokens = torch.randint(config.vocab_size, shape, device=device.torch_device)
     models = {}
@@ -49,7 +50,7 @@ def bench(args):
             kept = step(model, watch)
         rows.append(dict(mode=mode, step_ms=seconds[mode] * 1e3, against=AGAINST[mode], saved_bytes=kept,
                          overhead=seconds[mode] / seconds[AGAINST[mode]] - 1, peak_bytes=watch.peak))
-    print(f"{args.blocks} blocks of GPT-2, batch {args.batch_size} x {args.seq_len} tokens, {device.name}")
+    print(f"{BLOCKS} blocks of GPT-2, batch {args.batch_size} x {args.seq_len} tokens, {device.name}")
     return device, rows
 
 

@@ -7,16 +7,14 @@ adapter, one or sixteen. Bytes of keys and values are those when most were reser
 for the longest from the start, for pages the blocks handed out. Also the paper's count of what a cache saves.
 """
 import random
-import statistics
 import tempfile
-import time
+from functools import partial
 from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
 
 from benches.account import meta_model
-from benches.common import shown, table
+from benches.common import interleaved, shown, table
 from beyond.batching import Adapters, Engine, Request
 from beyond.paged_cache import SIZE, Pool, bytes_per_token
 from common.cli import refuse
@@ -140,20 +138,14 @@ def bench(args):
         adapters.select([None])
         adapters.add(f"adapter {i}", random_adapter(model, i))
 
-    def run(engine, count, prompts):
+    def run(engine, count):
         names = [f"adapter {i % count}" if count else None for i in range(len(prompts))]
-        return engine(model, adapters, prompts, names, args.new_tokens)
-    for case in cases:  # warm up
-        run(*case, prompts[:1])
-    seconds, found, rows = {case: [] for case in cases}, {}, []
-    for case in tqdm(cases * args.rounds, disable=None, leave=False):
-        start = time.perf_counter()
-        found[case] = run(*case, prompts)
-        seconds[case].append(time.perf_counter() - start)
-    size, tokens = bytes_per_token(model.config), len(prompts) * args.new_tokens
-    for (engine, count), (_, reserved, used) in found.items():
+        found[engine, count] = engine(model, adapters, prompts, names, args.new_tokens)
+    found, rows, size = {}, [], bytes_per_token(model.config)
+    for (engine, count), s in interleaved({case: partial(run, *case) for case in cases}, args.rounds).items():
+        _, reserved, used = found[engine, count]
         rows.append(dict(engine=engine.__name__, adapters=count, sequences=len(prompts),
-                         tokens_per_second=tokens / statistics.median(seconds[engine, count]),
+                         tokens_per_second=len(prompts) * args.new_tokens / s,
                          kv_bytes_reserved=reserved * size, kv_bytes_used=used * size))
     for count, engines in ((1, (sequential, contiguous, paged)), (16, (contiguous, paged))):
         written = zip(*(found[engine, count][0] for engine in engines))

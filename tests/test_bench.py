@@ -1,4 +1,5 @@
 """The benchmarks as commands: each has a file, helps, refuses what it doesn't know; the README's tables are those of results/."""
+import importlib
 import json
 import math
 import subprocess
@@ -20,9 +21,13 @@ def run(*args):
     return subprocess.run([sys.executable, "bench.py", *args], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_every_benchmark_has_a_file_and_every_file_is_a_benchmark():
-    files = {p.stem for p in (ROOT / "benches").glob("*.py")} - {"common", "account", "__init__"}
-    assert files == set(bench.BENCHES)
+def test_every_benchmark_says_in_its_first_line_what_it_is_and_every_flag_is_used():
+    assert {"train", "memory", "recompute", "decompose", "decode", "kernels", "finetune"} < set(bench.BENCHES)
+    used = set()
+    for name, line in bench.BENCHES.items():
+        used |= importlib.import_module(f"benches.{name}").DEFAULTS.keys()
+        assert len(line) > 40 and line.endswith("."), name
+    assert used == set(common.FLAGS)
 
 
 @pytest.mark.parametrize("name", bench.BENCHES)
@@ -128,7 +133,8 @@ def main():
         arguments = json.loads((out / "state/state.json").read_text())["args"]
     (out / "state/state.json").write_text(json.dumps(dict(args=arguments)))
     stopped = None if args.resume else "SIGINT"
-    (out / "summary.json").write_text(json.dumps(dict(stopped_by=stopped, arguments=arguments, argv=sys.argv[1:])))
+    summary = dict(stopped_by=stopped, arguments=arguments, argv=sys.argv[1:])
+    (out / "summary.json").write_text(json.dumps(summary))
     sys.exit("error: no" if args.seed == 13 else 0)
 if __name__ == "__main__":
     main()
@@ -172,7 +178,27 @@ def test_a_run_with_another_argument_is_not_reused(runs, flags, settings, words,
 
 def test_the_arguments_of_each_script_are_all_that_its_summary_says():
     for script, flags in (("train.py", ["--lr", 2e-4]), ("finetune.py", ["--rank", 4]),
-                          ("eval.py", ["--limit", 16384]), ("decompose.py", ["--model", "tiny", "--ratio", 0.8])):
+                          ("eval.py", ["--limit", 16384]),
+                          ("decompose.py", ["--model", "tiny", "--ratio", 0.8])):
         found = common.arguments_of(script, flags, dict(dropout=0.3) if script == "train.py" else {})
         assert found[flags[-2][2:].replace("-", "_")] == flags[-1] and found["out_dir"]
     assert common.arguments_of("train.py", [], dict(dropout=0.3))["dropout"] == 0.3
+
+
+@pytest.mark.slow
+def test_the_scripts_themselves_are_run_once(tmp_path, text_file):
+    tiny = ["--model", "tiny", "--batch-size", 2, "--seq-len", 32]
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([dict(instruction="Say it.", input=f"{i}", output=f"= {i}") for i in range(40)]))
+    jobs = [("train.py", tmp_path / "model", *tiny, "--data", text_file, "--max-iters", 2),
+            ("decompose.py", tmp_path / "low", "--model", tmp_path / "model", "--ratio", 0.7),
+            ("eval.py", tmp_path / "ppl", "--model", tmp_path / "low", "--data", text_file, "--limit", 600),
+            ("finetune.py", tmp_path / "adapter", "--base", tmp_path / "model", "--task", rows,
+             "--max-iters", 2, "--batch-size", 2)]
+    for script, folder, *flags in jobs:
+        summary = common.run_once(script, folder, *flags, quiet=True)
+        before = (folder / "summary.json").stat().st_mtime_ns
+        assert common.run_once(script, folder, *flags, quiet=True) == summary
+        assert (folder / "summary.json").stat().st_mtime_ns == before, f"{script} ran again"
+        with pytest.raises(InputError, match=f"{folder.name} holds a run with "):
+            common.run_once(script, folder, *flags[:-1], flags[-1] / 2 if script == "decompose.py" else 300)
