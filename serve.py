@@ -12,8 +12,9 @@ The `openai` client works as it is. What a request asks for and can't have is re
 
 One thread owns the model. Before each step it moves the requests that came into the engine
 (beyond/batching.py), so that requests of different times and adapters share every product; after it, their
-handlers send what is new. Models are in float32 here, where an answer does not depend on the others in the
-batch. A client that leaves cancels its request. After SIGTERM only what was begun is finished.
+handlers send what is new. Models are in float32 here, so that an answer does not depend on the others in the
+batch (how far, is said there). A client that leaves cancels its request. After SIGTERM only what was begun is
+finished.
 
 Needs `pip install fastapi uvicorn`. It listens on this machine alone: another --host needs an --api-key.
 """
@@ -130,8 +131,8 @@ class Answer:
         rows = []
         for i in places:
             logprob, best = self.request.scores[i]
-            row = entry(self.request.tokens[i], logprob)
-            rows.append(row | dict(top_logprobs=[entry(*likely) for likely in best]))
+            best = dict(top_logprobs=[entry(*likely) for likely in best])
+            rows.append(entry(self.request.tokens[i], logprob) | best)
         if self.chat:
             return dict(content=rows)
         best = [{likely["token"]: likely["logprob"] for likely in row["top_logprobs"]} for row in rows]
@@ -299,7 +300,7 @@ def make_app(server, api_key=None):
         rows = [dict(id=name, object="model", created=0, owned_by="local") for name in server.names]
         return dict(object="list", data=rows)
 
-    async def answered(http, own, kind):
+    async def answered(http, own, kinds):
         size = http.headers.get("content-length", "")
         if not size.isdigit() or int(size) > MAX_BODY:
             raise Refusal(413, f"the body must have a Content-Length of at most {MAX_BODY}, got {size!r}")
@@ -309,21 +310,20 @@ def make_app(server, api_key=None):
             raise InputError(f"the body is not JSON: {e}") from None
         values = checked(body, own, server.names)
         answer = server.submit(values, http)
-        head = dict(id=f"answer-{random.getrandbits(64):016x}", object=kind, created=int(time.time()),
-                    model=values["model"])
+        head = dict(id=f"answer-{random.getrandbits(64):016x}", object=kinds[values["stream"]],
+                    created=int(time.time()), model=values["model"])
         if not values["stream"]:
             return await answer.whole(head)
-        head["object"] = kind.replace("chat.completion", "chat.completion.chunk")
         events = answer.events(head, values["stream_options"].get("include_usage"))
         return StreamingResponse(events, media_type="text/event-stream")
 
     @app.post("/v1/completions")
     async def completions(http: Request):
-        return await answered(http, OF_COMPLETIONS, "text_completion")
+        return await answered(http, OF_COMPLETIONS, ["text_completion"] * 2)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(http: Request):
-        return await answered(http, OF_CHATS, "chat.completion")
+        return await answered(http, OF_CHATS, ["chat.completion", "chat.completion.chunk"])
     return app
 
 

@@ -12,8 +12,8 @@ a request that ended leaves it and gives its blocks back (paged_cache.py), the n
 A prompt that begins as the text of a running request does (the same instructions, say) shares those blocks.
 When the pool is full the request that came last gives its blocks up; it is read again later, with the tokens
 that it has. Each request draws from a random generator of its own, and a row of a product does not know of
-the others. So in float32 its tokens are what they would be alone. In bfloat16 they may differ: products of
-more rows add up in another order, and the rounding decides between tokens that are nearly as likely.
+the others. So in float32 its tokens are what they would be alone, unless two are as likely to some five
+digits: products of more rows add up in another order. In bfloat16, of two digits, half of the answers differ.
 
     adapters = Adapters(model, {"news": "out/news", "tweets": "out/tweets"})
     engine = Engine(model, Pool(model.config, blocks=512), adapters=adapters)
@@ -139,9 +139,8 @@ class Engine:
     def __init__(self, model, pool, stop=(), vocabulary=None, adapters=None, batch_size=32):
         self.model, self.pool, self.stop, self.vocabulary = model, pool, stop, vocabulary
         self.adapters, self.batch_size = adapters or Adapters(model), batch_size
-        self.waiting = deque()
-        self.running = []       # in the order of joining
-        self.peak = (0, 0)      # bytes of the cache reserved and used, when most were reserved
+        self.waiting, self.running = deque(), []  # in the order of joining
+        self.peak = (0, 0)  # bytes of the cache reserved and used, when most were reserved
 
     def run(self, requests):
         """Yield each request when it has ended."""
