@@ -1,7 +1,7 @@
 """Low-rank linear layers (sections III.B, IV.A and V.A of the paper): y = B A x in place of y = W x.
 
 A weight W of n_out x n_in numbers is replaced by B (n_out x r) times A (r x n_in): r (n_in + n_out) numbers,
-and as many multiplications for each token: few, if r is far below n_in n_out / (n_in + n_out).
+and as many multiplications for each token. That is less than W's where r < n_in n_out / (n_in + n_out).
 
        x (n_in)           x (n_in)               x (n_in)                   x (n_in)
           |                  |                  /        \\                /        \\
@@ -14,7 +14,7 @@ and as many multiplications for each token: few, if r is far below n_in n_out / 
 
     Method 1    LowRankLinear with random factors, trained from scratch.
     Method 2    LowRankLinear whose factors are the truncated SVD of a pretrained W.
-    Method 3    BlendedLinear: begins as W (a near 1), ends as B A (a = 0), and is then a LowRankLinear.
+    Method 3    BlendedLinear: begins mostly as W (a = 0.9), ends as B A (a = 0), then is a LowRankLinear.
     Finetuning  LoRALinear: W stays, B A is learned beside it.
 
     replace_linears(model, 192)                             # method 1: every linear layer, in place
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from common.cli import InputError
 from model import Layer, count_parameters, dense_weight, is_linear, multiplications
 
-FLOAT32_IS_ENOUGH = 1e-3  # where more than this share is cut off: see `eigen`
+FLOAT32_IS_ENOUGH = 1e-3  # if the eigenvalues that are cut off add up to more than this times the largest
 
 
 def check_rank(rank, in_features, out_features):
@@ -142,7 +142,7 @@ class LoRALinear(Layer):
 
     def forward(self, x):
         if isinstance(self.base, Layer) and not self.training:
-            y = self.base.with_lora(x, self.A, self.B, self.scale)  # one launch, for a few rows on a GPU
+            y = self.base.with_lora(x, self.A, self.B, self.scale)  # one fused kernel, for few rows on a GPU
             if y is not None:
                 return y
         h = self.scale * F.linear(self.dropped(x).to(self.A.dtype), self.A)  # (..., r)
@@ -153,7 +153,7 @@ class LoRALinear(Layer):
         if not self.training or self.dropout.p == 0:
             return x
         if getattr(x, "dropped", None) is None:
-            x.dropped = self.dropout(x)  # lives as long as x
+            x.dropped = self.dropout(x)  # kept on the tensor: one mask and one result for the three
         return x.dropped
 
     @property
@@ -178,10 +178,10 @@ class LoRALinear(Layer):
 @torch.no_grad()
 def init_factors(A, B, std, start="normal"):
     """Random A (r, in) and B (out, r), in place of a dense W (out, in) of deviation std.
-    start: normal      numbers of one deviation s, such that B A has W's: r (s s)^2 = std^2
-           cola        the deviation of CoLA (2502.10940), r^-1/4 (in + out)^-1/4, whatever W's
+    start: normal      normal numbers of deviation s; r s^4 = std^2 gives B A the variance of W
+           cola        the same with CoLA's deviation (2502.10940), r^-1/4 (in + out)^-1/4
            svd         the truncated SVD of a random W (Khodak et al. 2105.01029)
-           orthogonal  orthonormal directions, equally long, with |B A|_F = std sqrt(in out)
+           orthogonal  orthonormal rows of A and columns of B, scaled so that |B A|_F = std sqrt(in out)
     """
     out, r, width = *B.shape, A.shape[1]
     if start == "svd":
@@ -198,12 +198,12 @@ def init_factors(A, B, std, start="normal"):
 
 
 def svd_factors(W, r):
-    """The truncated SVD U S V^T of W (out, in): (U S^1/2, S^1/2 V^T) and S^2 (m,). From the eigenproblem of
-    the smaller side, W W^T = U S^2 U^T (then A ~ U^T W) or W^T W = V S^2 V^T (then B ~ W V): several times as
-    fast as the SVD of W itself."""
+    """((B, A), eigenvalues) of W (out, in), its truncated SVD U S V^T: B = U S^1/2 (out, r), A = S^1/2 V^T
+    (r, in), and all S^2 (m,). From the eigenproblem of the smaller side, W W^T = U S^2 U^T (then A ~ U^T W)
+    or W^T W = V S^2 V^T (then B ~ W V): several times as fast as the SVD of W itself."""
     W = W.detach().float()
-    values, V = eigen(W, r, gram)
-    B, A = (V, V.T @ W) if W.shape[0] <= W.shape[1] else (W @ V, V.T)
+    values, vectors = eigen(W, r, gram)
+    B, A = (vectors, vectors.T @ W) if W.shape[0] <= W.shape[1] else (W @ vectors, vectors.T)
     return balanced(B, A), values
 
 
@@ -212,13 +212,15 @@ def gram(W):
     return W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
 
 
-def eigen(W, r, gram):
-    """All eigenvalues (m,) of gram(W) in float64, largest first, and r eigenvectors, the columns of (m, r).
-    Values below 1e-7 of the largest are lost in float32. That matters only if what is cut off is so small:
-    below 1e-3, all is done again in float64, which costs twice the time."""
-    values, vectors = torch.linalg.eigh(gram(W))
+def eigen(W, r, gram_of):
+    """All eigenvalues (m,) of gram_of(W) in float64, largest first, and r eigenvectors, columns of (m, r).
+
+    gram_of: `gram`, or one that weights the inputs (beyond/activations.py). Float32 loses eigenvalues below
+    1e-7 of the largest; if those that are cut off add up to less than 1e-3 of it, all is done again in
+    float64, which takes twice the time."""
+    values, vectors = torch.linalg.eigh(gram_of(W))
     if values[:-r].clamp_min(0).sum() < FLOAT32_IS_ENOUGH * values[-1]:
-        values, vectors = torch.linalg.eigh(gram(W.double()))
+        values, vectors = torch.linalg.eigh(gram_of(W.double()))
     return values.flip(-1).clamp_min(0).double(), vectors.flip(-1)[:, :r].float()
 
 
@@ -232,8 +234,8 @@ def balanced(B, A):
 # ----------------------------------------------------------------------------- swapping layers
 
 def swap_layers(model, make, wanted=is_linear):
-    """The one walker that changes layers: each module that `wanted` accepts is replaced by make(name,
-    module), or stays if that is None. It does not look inside a wanted layer. Returns the replaced names."""
+    """Replace in place each module that `wanted` accepts by make(name, module); where make returns None it
+    stays. It does not look inside a wanted layer. Returns the names of what was replaced."""
     swapped = []
 
     def visit(parent, prefix):
@@ -252,13 +254,14 @@ def swap_layers(model, make, wanted=is_linear):
 def replace_linears(model, rank, method=1, embedding_rank=0, start="normal", head=True):
     """Replace every linear layer, and with `head` also W^H, by one of `rank`; with embedding_rank also W^E.
 
-    method 1: random factors (`init_factors`); 2: the truncated SVD of the layer's weight; 3: a blend of
-    both. On the meta device only shapes are made. Returns the line that says what was done.
+    method 1: random factors (`init_factors`; those of W^E always normal); 2: the truncated SVD of the layer's
+    weight; 3: method 2's factors, blended with that weight. On the meta device only shapes are made. Returns
+    the line that says what was done.
     """
-    before = count_parameters(model)
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if not head:
-        del linears["head"]
+    before, linears = count_parameters(model), {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (head or name != "head"):
+            linears[name] = module
     bar = tqdm(linears.items(), desc="decomposing", unit=" layers", disable=None, leave=False)
     new = {name: low_rank_layer(dense, rank, method, start) for name, dense in bar}
     swap_layers(model, lambda name, dense: new.get(name))
@@ -309,7 +312,7 @@ def blend_alpha(step, steps, start=0.9, until=0.5):
 
 
 def set_alpha(model, alpha):
-    """Set a in every BlendedLinear of the model; returns how many there are."""
+    """Set a of equation 6 in every BlendedLinear of the model; returns how many there are."""
     layers = [m for m in model.modules() if isinstance(m, BlendedLinear)]
     for layer in layers:
         layer.alpha.fill_(alpha)
@@ -334,7 +337,7 @@ def blend_with(model, dense_weight):
 
 
 def finish_blend(model):
-    """Turn every BlendedLinear, whose a must be 0, into its LowRankLinear. Returns how many."""
+    """Replace each BlendedLinear by its LowRankLinear, when a is 0. Returns how many."""
     def make(name, layer):
         if layer.alpha != 0:
             raise InputError(f"{name} still has alpha = {float(layer.alpha):.3f}: a blend must have ended")
@@ -344,13 +347,14 @@ def finish_blend(model):
 
 def attach_lora(model, r=8, alpha=32, targets=("q", "k", "v", "qkv"), dropout=0.0):
     """Freeze the model and put a LoRALinear around each layer whose last name is in `targets`."""
-    def make(name, layer):
-        names.add(name.rsplit(".", 1)[-1])
-        return LoRALinear(layer, r, alpha, dropout) if name.rsplit(".", 1)[-1] in targets else None
-
-    names = set()
+    names, base = set(), count_parameters(model)
     model.requires_grad_(False)
-    base, wrapped = count_parameters(model), swap_layers(model, make)
+
+    def make(name, layer):
+        last = name.rsplit(".", 1)[-1]
+        names.add(last)
+        return LoRALinear(layer, r, alpha, dropout) if last in targets else None
+    wrapped = swap_layers(model, make)
     if not wrapped:
         there = ", ".join(sorted(names))
         raise InputError(f"no layer is called {', '.join(targets)}: this model has {there}")
@@ -362,10 +366,10 @@ def attach_lora(model, r=8, alpha=32, targets=("q", "k", "v", "qkv"), dropout=0.
 @torch.no_grad()
 def merge_lora(model):
     """Every adapted layer becomes its base with W + (alpha/r) B A in place of W, in its own format. Returns
-    what this rounding loses, relative to what was added."""
+    |rounding error| / |what was added|, Frobenius norms over all layers."""
     if model.config.tied and isinstance(model.head, LoRALinear):
-        raise InputError("the head shares its weights with the embedding, which the adapter is not for: "
-                         "it can't be merged, keep it beside")
+        raise InputError("the head shares its weights with the embedding, and merging would change both: "
+                         "keep the adapter beside the model")
     lost = added = 0.0
 
     def make(name, layer):
