@@ -195,13 +195,13 @@ def edited(kind, folder, **changes):
 
 
 @pytest.mark.parametrize("kind, changes, words", [
-    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is None, and no model"),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is None"),
     ("llama", {"rope_parameters": {"type": "yarn"}}, "rope_scaling is 'yarn'"),
     ("llama", {"rope_parameters": {"type": "linear"}}, "factor is None, and no model"),
     ("llama", {"attention_bias": True}, "attention_bias is True"),
     ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
     ("llama", {"head_dim": 32}, "head_dim is 32"),
-    ("llama", {"model_type": "gemma"}, "model_type is 'gemma'; only 'gpt2' or 'llama' or 'qwen2' or 'mistral' is"),
+    ("llama", {"model_type": "gemma"}, "'gemma'; only 'gpt2' or 'llama' or 'qwen2' or 'mistral' is supported"),
     ("llama", {"model_type": "mistral"}, "sliding_window is 4096; only None is supported"),
     ("llama", {"hidden_size": "big"}, "hidden_size is big, and no model can have that"),
     ("llama", {"hidden_size": None}, "hidden_size is None, and no model can have that"),
@@ -439,8 +439,8 @@ def write_gguf(path, reference, pack, kind="llama", change=None):
 
 
 @pytest.mark.parametrize("kind, pack", [
-    ("llama", "F32"), ("llama", "F16"), ("llama", "BF16"), ("llama", "Q4_0"), ("llama", "Q4_1"), ("llama", "Q8_0"),
-    ("qwen2", "F32"), ("qwen2", "Q8_0")])
+    ("llama", "F32"), ("llama", "F16"), ("llama", "BF16"), ("llama", "Q4_0"), ("llama", "Q4_1"),
+    ("llama", "Q8_0"), ("qwen2", "F32"), ("qwen2", "Q8_0")])
 @pytest.mark.parametrize("tied", [True, False])
 def test_gguf(kind, pack, tied, tmp_path):
     write_gguf(tmp_path / "m.gguf", theirs(kind, tied), gguf.GGMLQuantizationType[pack], kind)
@@ -501,8 +501,8 @@ def test_gguf_with_llama_3s_scaling(factor, tmp_path):
     """Its file has the quotients of the frequencies; at 8,192 original tokens most of these turn often."""
     scaling = LLAMA3 | dict(factor=factor, original_max_position_embeddings=8192, rope_theta=5e5)
     reference = theirs("llama", rope_parameters=scaling)
-    plain = theirs("llama", rope_parameters=dict(rope_type="default", rope_theta=5e5)).model.rotary_emb.inv_freq
-    quotients = (plain / reference.model.rotary_emb.inv_freq).numpy()
+    plain = theirs("llama", rope_parameters=dict(rope_type="default", rope_theta=5e5))
+    quotients = (plain.model.rotary_emb.inv_freq / reference.model.rotary_emb.inv_freq).numpy()
     assert quotients.max() > factor - 1e-3 and quotients.min() == 1
 
     def change(writer):
@@ -529,7 +529,8 @@ def llama_cpp(file, tokens):
     ("llama", "F32", lambda w: None), ("qwen2", "F32", lambda w: None), ("llama", "Q8_0", lambda w: None),
     ("llama", "F32", lambda w: w.add_rope_scaling_factor(4.0)),
     ("llama", "F32", lambda w: w.add_float32("llama.rope.scale_linear", 4.0)),
-    ("llama", "F32", lambda w: [w.add_rope_scaling_type(gguf.RopeScalingType.NONE), w.add_rope_scaling_factor(4.)]),
+    ("llama", "F32", lambda w: [w.add_rope_scaling_factor(4.0),
+                                w.add_rope_scaling_type(gguf.RopeScalingType.NONE)]),
     ("llama", "F32", lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32))),
     ("llama", "F32", lambda w: w.kv_data[0].update(per_block([2, 2, 2])))])
 def test_gguf_against_llama_cpp(kind, pack, change, tmp_path):

@@ -18,8 +18,9 @@ from lowrank import replace_linears
 from model import Transformer
 from quant import quantize
 
-VALUES = [None, True, False, -1, 0, 1, 2, 3, 8, 64, 0.5, -0.5, 1e-5, 1e300, 10 ** 30, float("nan"), float("inf"), "", "x",
-          "1", "linear", "llama3", "default", "float64", [], [1], ["full_attention"], {}, {"rope_type": "linear"}]
+VALUES = [None, True, False, -1, 0, 1, 2, 3, 8, 64, 0.5, -0.5, 1e-5, 1e300, 10 ** 400, float("nan"), float("inf"),
+          "", "x", "1", "linear", "llama3", "default", "float64", [], [1], ["full_attention"], {},
+          {"rope_type": "linear", "factor": 2.0}]
 COMPARED = 40  # of the files that load, in each test
 
 
@@ -46,7 +47,8 @@ def damaged_json(draw, text):
         other, name = draw.choice(list(places(content)))
         parent[str(name)] = parent.pop(key)
     elif kind == 3 and type(value) in (int, float):
-        parent[key] = draw.choice([value + 1, value - 1, value * 2, value // 2, -value, float(value), str(value)])
+        near = [value + 1, value - 1, value * 2, value // 2, -value, float(value), str(value)]
+        parent[key] = draw.choice(near)
     else:
         parent[key] = draw.choice(VALUES)
     return json.dumps(content)
@@ -79,7 +81,8 @@ def same_logits(model, reference):
 def reference_of(folder, **more):
     """transformers' model, or None where it refuses."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **more)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                                           output_loading_info=True, **more)
     except Exception:
         return None
     return None if info["missing_keys"] or info["mismatched_keys"] else model.eval()
@@ -103,7 +106,8 @@ def test_config_json(kind, tied, tmp_path):
     theirs(kind, tied).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     text, compared = file.read_text(), 0
-    kept = survivors(lambda draw: damaged_json(draw, text), file.write_text, lambda: formats.open_source(tmp_path), 700)
+    kept = survivors(lambda draw: damaged_json(draw, text), file.write_text,
+                     lambda: formats.open_source(tmp_path), 700)
     for content, source in kept[:COMPARED]:
         file.write_text(content)
         reference = reference_of(tmp_path)
