@@ -122,12 +122,10 @@ def read_settings(file):
 
 def rank_and_scale(config, module=""):
     """r, and alpha / r or alpha / sqrt(r), of a layer by PEFT's name; of all whose end no pattern matches."""
-    values = []
-    for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+    def own(key, patterns):
         table = config.get(patterns) or {}
-        fits = [pattern for pattern in table if re.match(rf"(.*\.)?({pattern})$", module)]
-        values.append(table[fits[0]] if fits else config[key])
-    rank, alpha = values
+        return next((table[p] for p in table if re.match(rf"(.*\.)?({p})$", module)), config[key])
+    rank, alpha = own("r", "rank_pattern"), own("lora_alpha", "alpha_pattern")
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

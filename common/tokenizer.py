@@ -349,7 +349,8 @@ def load_tokenizer(folder):
 
 
 def add_tokens(backend, file, added, roles):
-    """Tokens that may be named beside the vocabulary only. added: id -> AddedToken's arguments, or None."""
+    """Tokens that may be named beside the vocabulary only. added: id -> AddedToken's arguments, or None.
+    Those with a role come last, where they are not among them."""
     if added is None:  # the older way
         old = read_json(file.parent / "added_tokens.json").items()
         added = {i: dict(content=text, special=text in roles.values()) for text, i in old}
@@ -361,6 +362,8 @@ def add_tokens(backend, file, added, roles):
         found = backend.token_to_id(token.content)
         refuse(found != int(i), f"{token.content!r} is token {found} in {file} and {i} beside it: they are "
                "not of the same model")
+    there = {token.content for token in backend.get_added_tokens_decoder().values()}
+    backend.add_special_tokens([token for token in roles.values() if token not in there])
 
 
 # ----------------------------------------------------------------------------- chat

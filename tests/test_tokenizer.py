@@ -192,6 +192,22 @@ def test_begin_is_transformers(processor, config, tmp_path, corpus):
     assert tokenizer.begin == (0 if ids[0] == 0 else None) and tokenizer.end == 1
 
 
+@pytest.mark.parametrize("role", [BEGIN, "<|new|>"])
+def test_a_role_makes_a_token_special(role, tmp_path, corpus):
+    """Also one that is a plain token of the vocabulary, or in none: as transformers, which adds it."""
+    byte_level_json(tmp_path, corpus[:20_000], BYTES, [BEGIN, END])
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["added_tokens"] = content["added_tokens"][1:]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": role, "eos_token": END}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer, theirs = ours.load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in (f"a{role}b {END}", f"{BEGIN} c"):
+        assert tokenizer.encode(text, special=True) == theirs(text, add_special_tokens=False).input_ids
+        assert tokenizer.encode(text) == theirs(text, split_special_tokens=True).input_ids
+    assert tokenizer.vocab_size == len(theirs)
+
+
 def test_qwen2_reads_text_in_its_normal_form(tmp_path, corpus):
     text, cut = corpus[:100_000] + "caf\u00e9 " * 50, ours.GGUF_CUTS["qwen2"]
     made = byte_level_json(tmp_path, text, cut, ["<|endoftext|>"])
