@@ -73,7 +73,8 @@ def make_parser():
     add("--seq-len", type=at_least_1, help="tokens in a window (default: 256, on a GPU up to 1,024)")
     add("--max-iters", type=at_least_1, help="steps of the whole schedule (default: 150, on a GPU 5,000)")
     add("--stop-at", type=at_least_1, help="end after so many steps; the schedule stays that of --max-iters")
-    add("--lr", type=positive, help="highest learning rate (default: 1e-3, by method 2 with adamw 1e-4)")
+    add("--lr", type=positive,
+        help="highest learning rate (default: 1e-3; adamw with --init-from 1e-4, by method 3 3e-4)")
     add("--seed", type=seed, default=1, help="of weights, batches and dropout")
     add = p.add_argument_group("machine").add_argument
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
@@ -205,13 +206,15 @@ def fill_in(args, device):
     has_muon = importlib.util.find_spec("beyond") is not None
     optimizer = args.optimizer or ("muon" if has_muon and not args.init_from else "adamw")
     method = args.method or (2 if args.init_from else 1)
-    fragile = method == 2 and optimizer == "adamw"  # at 1e-3 its first steps raise the loss
+    lr = 1e-3
+    if args.init_from and optimizer == "adamw":  # whose first steps at 1e-3 raise the loss
+        lr = 3e-4 if method == 3 else 1e-4
     steps = args.max_iters or (5000 if gpu else 150)
     batch, parts = 16 if gpu else 4, args.microbatches or 1
     batch += -batch % parts  # it must divide into the microbatches
     values = dict(
         model="gpt2", method=method, optimizer=optimizer, max_iters=steps,
-        lr=1e-4 if fragile else 1e-3, warmup=min(200, steps // 10), batch_size=batch,
+        lr=lr, warmup=min(200, steps // 10), batch_size=batch,
         eval_interval=-(-steps // 4),
         recompute="block" if args.pipeline and args.schedule == "gpipe" else "sdpa",
         start="orthogonal" if optimizer == "muon" else "normal")
