@@ -74,8 +74,8 @@ def tie(model):
     """One matrix for a head and an embedding that are tied, dense or quantized."""
     model.tie()
     if not isinstance(model.embed, (nn.Embedding, LowRankEmbedding)):
-        from quant import tie
-        tie(model)
+        from quant import tie_quantized
+        tie_quantized(model)
 
 
 def own_tensors(model):

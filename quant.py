@@ -1,16 +1,16 @@
-"""int8 and int4 weights (section V.B): a vector of W is stored as integers q with a scale s and an offset o.
+"""int8 and int4 weights (section V.B): integers q for W, a scale s and an offset o for each vector of it.
 
-    s = (max - min) / (2^bits - 1)         of each vector: a whole row of W, or a group of its numbers
+    s = (max - min) / (2^bits - 1)         of each vector: a whole row of W, or a group of numbers in a row
     o = min + 2^(bits - 1) s               so that q is centred: -128..127, or -8..7
     q = round((w - o) / s),   w ~ s q + o
 
-s and o are float16: with a group of 64 a weight takes 4.5 or 8.5 bits. Matrices that are too large or too
-small for that are refused, and a W^E of low rank stays in 16 bit. The product never needs W itself:
+s and o are float16: with groups of 64 a weight takes 4.5 or 8.5 bits. Weights that are too large or too small
+for float16 are refused, and a W^E of low rank stays as it is. The product can do without W itself:
 
     y = W x = s * (q x) + o * sum(x)       over each group, and added up over the groups of a row
 
-In decoding a token meets every weight once, and the time is that of reading them. With many rows of x
-arithmetic counts, and dequantizing is little beside it; without g++, or nvcc on a GPU, it is always done:
+Decoding has one row of x at a time and takes the time of reading W, of which integers are fewer bytes. With
+many rows arithmetic takes longer, and dequantizing adds little; without g++ or nvcc it is always done:
 
     rows of x          on a CPU                                     on a GPU
     few                beyond/cpu_kernels.py: W stays in integers   kernels.cu, likewise
@@ -41,8 +41,8 @@ MANY_ROWS = 128             # with more, a GPU is faster with a dequantized W
 
 
 def check_format(bits, group, width):
-    """The length of a vector. group: numbers, 0 for a whole row, or None: at 4 bits the largest power of two
-    up to 64 that divides the row, if that is worth a scale; at 8 a whole row."""
+    """The length of a vector. group: that length, 0 for a whole row, or None: at 8 bits a row, at 4 bits the
+    largest power of two up to 64 that divides the row, or the row if that is less than 16."""
     if bits not in (4, 8):
         raise InputError(f"bits must be 4 or 8, got {bits}")
     if group is None:
@@ -65,7 +65,7 @@ def nearest(w, scale, offset, bits):
 
 
 def encode(w, scale, offset, bits):
-    """The nearest integers: w (..., in), s and o (..., in / group) -> int8 (..., in)."""
+    """`nearest` with a scale for each group, as int8: w (..., in), s and o (..., in / group) -> (..., in)."""
     w = w.unflatten(-1, (scale.shape[-1], -1))
     return nearest(w, scale.float()[..., None], offset.float()[..., None], bits).to(torch.int8).flatten(-2)
 
@@ -92,8 +92,8 @@ def check_range(weight, bits, group, name):
     s, o = scale_and_offset(low, high, bits)
     finest = max((high - low).max() / (2 ** bits - 1) / 2, torch.maximum(high, -low).max() / 1024)
     if not (s + o).isfinite().all() or 0 < finest < (2 ** (bits - 3) + 2) * SMALLEST_HALF:
-        raise InputError(f"{name} has weights from {low.min():.3g} to {high.max():.3g}: {bits} bits with "
-                         "float16 scales can't hold them, keep the model at 16 (--bits 16)")
+        raise InputError(f"{name} has weights from {low.min():.3g} to {high.max():.3g}: float16 scales can't "
+                         f"hold these at {bits} bits, keep the model at 16 (--bits 16)")
 
 
 def pack(q, bits):
@@ -117,20 +117,20 @@ def unpack(packed, bits, width):
     if bits == 8:
         return packed[:, :width]
     words = packed.view(torch.int32)
-    pairs = torch.stack([words >> 4 * i & 0x000f000f for i in range(4)], -1)  # (out, words, 4)
+    pairs = torch.stack([(words >> 4 * i) & 0x000f000f for i in range(4)], -1)  # (out, words, 4)
     return pairs.flatten(1).view(torch.int16)[:, :width].to(torch.int8).sub_(8)
 
 
 class QuantMatrix(Packed):
-    """W (out, in) as integers. Not a layer: `times(x)` is x W^T, `rows(i)` some rows, `dense()` all of W."""
+    """W (out, in) as integers; layers may share one. times(x) is x W^T, rows(i) some rows, dense() all."""
 
     def __init__(self, out, width, bits, group=None):
         super().__init__()
         self.out_features, self.in_features, self.bits = out, width, bits
         self.packed_weights = out * width  # for model.count_parameters
         self.group = check_format(bits, group, width)
-        row_bytes, dtype = -(-width * bits // 128) * 16, torch.int8 if bits == 8 else torch.uint8
-        self.register_buffer("q", torch.zeros(out, row_bytes, dtype=dtype))
+        row_bytes = -(-width * bits // 128) * 16  # a multiple of 16
+        self.register_buffer("q", torch.zeros(out, row_bytes, dtype=torch.int8 if bits == 8 else torch.uint8))
         self.register_buffer("scale", torch.zeros(out, width // self.group, dtype=torch.float16))
         self.register_buffer("offset", torch.zeros(out, width // self.group, dtype=torch.float16))
 
@@ -170,10 +170,10 @@ class QuantMatrix(Packed):
         return product(x, self) if y is None else y
 
     def _apply(self, fn, *args):
-        exact = self.scale, self.offset
+        saved = self.scale, self.offset
         super()._apply(fn, *args)
-        if self.scale.dtype != torch.float16:  # model.bfloat16() converts every buffer of floats: not these
-            self.scale, self.offset = (t.to(self.q.device) for t in exact)
+        if self.scale.dtype != torch.float16:  # model.bfloat16() converts all floats, but these stay float16
+            self.scale, self.offset = (t.to(self.q.device) for t in saved)
         return self
 
 
@@ -195,7 +195,8 @@ class _Product(torch.autograd.Function):
 
 def product(x, W):
     """x W^T: by kernels.cu for few rows on a GPU, else with W dequantized for the moment."""
-    few = MANY_ROWS if W.group in (W.in_features, 64, 128, 256) else MATVEC_ROWS
+    tiles = W.group in (W.in_features, 64, 128, 256)  # the groups that the tensor cores' kernel takes
+    few = MANY_ROWS if tiles else MATVEC_ROWS
     if x.is_cuda and x.numel() <= few * W.in_features and load_kernels():
         return on_gpu(load_kernels().product, x, *W.parts())
     return F.linear(x, W.dense(x.dtype))
@@ -217,7 +218,7 @@ def on_gpu(kernel, x, *args, bias=None):
 
 
 def one_launch(x, *matrices):
-    """Whether the fused kernels take x: few rows, no backward pass, and groups of at least 16 bytes."""
+    """Whether the fused kernels take x: few rows, no backward pass, groups of a multiple of 16 bytes."""
     if not x.is_cuda or x.numel() > MATVEC_ROWS * x.shape[-1] or torch.is_grad_enabled():
         return False
     groups_fit = all(m.group == m.in_features or m.group % (128 // m.bits) == 0 for m in matrices)
@@ -293,7 +294,7 @@ class QuantLowRank(Layer):
 
 
 class QuantEmbedding(Layer):
-    """tokens (...) -> rows of W: (vocabulary, n), in the dtype of the rest of the model: see tie()."""
+    """tokens (...) -> rows of W: (vocabulary, n), in the dtype of the rest of the model."""
     multiplications = 0  # looking up a row multiplies nothing
     dtype = torch.float32
 
@@ -315,14 +316,11 @@ class QuantEmbedding(Layer):
 KINDS = {"quant": QuantLinear, "quant lowrank": QuantLowRank, "quant embedding": QuantEmbedding}
 
 
-def matrices(layer):
-    return [m for m in layer.modules() if isinstance(m, QuantMatrix)]
-
-
 def describe(layer):
     """What config.json says of a quantized layer."""
     kind = next(kind for kind, cls in KINDS.items() if type(layer) is cls)
-    form = dict(kind=kind, bits=matrices(layer)[0].bits, group=[m.group for m in matrices(layer)])
+    matrices = [m for m in layer.modules() if isinstance(m, QuantMatrix)]
+    form = dict(kind=kind, bits=matrices[0].bits, group=[m.group for m in matrices])
     return form | dict(rank=layer.rank) if kind == "quant lowrank" else form
 
 
@@ -340,20 +338,18 @@ def quantize_layer(layer, bits, group=None, rounding=quantize_rows, name="a laye
     """The quantized layer that takes the place of a dense or low-rank one."""
     def of(weight, part):
         return QuantMatrix.of(weight, bits, group, rounding, f"{name}.{part}")
-
     if isinstance(layer, nn.Linear):
         return QuantLinear(of(layer.weight, "weight"), layer.bias)
     if isinstance(layer, LowRankLinear):
         return QuantLowRank(of(layer.A, "A"), of(layer.B, "B"), layer.bias)
     if isinstance(layer, nn.Embedding):
         return QuantEmbedding(QuantMatrix.of(layer.weight, bits, group, name=f"{name}.weight"))
-    if isinstance(layer, BlendedLinear):
-        raise InputError("a blend of W and B A can't be quantized: let alpha fall to 0 first")
-    raise InputError(f"a {type(layer).__name__} can't be quantized: take a model of 16 or 32 bit")
+    why = "let alpha fall to 0 first" if isinstance(layer, BlendedLinear) else "take a model of 16 or 32 bit"
+    raise InputError(f"a {type(layer).__name__} can't be quantized: {why}")
 
 
-def tie(model):
-    """One matrix for an embedding and a head that are tied; and the embedding learns the model's dtype."""
+def tie_quantized(model):
+    """Give the embedding the model's dtype, and a tied head the embedding's matrix."""
     if isinstance(model.embed, QuantEmbedding):
         model.embed.dtype = model.norm.weight.dtype
         if model.config.tied and isinstance(model.head, (nn.Linear, QuantLinear)):
@@ -361,14 +357,16 @@ def tie(model):
 
 
 def formats(model, bits, group=None):
-    """name -> (bits, group) of what is quantized: linear layers and a dense W^E. The rest stays in 16 bit.
-    Where W^E and W^H are one matrix, which every token meets twice, it stays at 8 bits."""
-    embed, head = model.embed, model.head
-    tied = isinstance(head, nn.Linear) and isinstance(embed, nn.Embedding) and head.weight is embed.weight
+    """name -> (bits, group) of what is quantized: linear layers and a dense W^E. The rest is left as it is.
+    W^E and W^H in one matrix, used for input and for output, stay at 8 bits."""
+    dense = isinstance(model.head, nn.Linear) and isinstance(model.embed, nn.Embedding)
+    tied = dense and model.head.weight is model.embed.weight
     kinds, forms = (nn.Linear, LowRankLinear, BlendedLinear, nn.Embedding), {}
     for name, m in model.named_modules():
         if isinstance(m, kinds) and m is not model.positions:
-            forms[name] = (8, None) if tied and bits == 4 and m in (embed, head) else (bits, group)
+            forms[name] = bits, group
+    if tied and bits == 4:
+        forms["embed"] = forms["head"] = 8, None
     return forms
 
 
@@ -378,7 +376,7 @@ def quantize(model, bits, group=None, rounding=quantize_rows):
     for name, form in formats(model, bits, group).items():
         layer = model.get_submodule(name)
         model.set_submodule(name, quantize_layer(layer, *form, rounding, name).train(layer.training))
-    tie(model)
+    tie_quantized(model)
 
 
 def stored_bytes(model):
@@ -402,8 +400,8 @@ class FakeQuantize(torch.autograd.Function):
 
 def rounded_forward(layer, x):
     """layer(x) as if its matrices were quantized to layer.rounded_to."""
-    plain = copy.copy(layer)  # shares the parameters, and has the forward of its class
-    del plain.forward
+    plain = copy.copy(layer)
+    del plain.forward  # else functional_call would come back here: a copy has its class's own
     matrices = {name: p for name, p in layer.named_parameters() if p.dim() == 2}
     rounded = {name: FakeQuantize.apply(p, *layer.rounded_to) for name, p in matrices.items()}
     return functional_call(plain, rounded, (x,))

@@ -255,7 +255,7 @@ def test_a_quantized_model(kind, rank, tied, bits, tmp_path):
         again = Transformer(model.config)
         for name, form in forms.items():
             again.set_submodule(name, quant.from_description(form, again.get_submodule(name)))
-        quant.tie(again)
+        quant.tie_quantized(again)
     again.to_empty(device="cpu")
     own = dict(again.named_parameters()) | dict(again.named_buffers())
     read = load_file(tmp_path / "m.safetensors")
