@@ -106,17 +106,18 @@ struct Input {
   }
 };
 
-// y[m][r] = row n + r of W times row m of x. A group is a multiple of 64, or the whole row, whose last chunk
-// may end beyond it: there x is 0, and cpu_kernels.py keeps all that is read inside its memory.
-template <int BITS, int ROWS, int M>
+// y[m][r] = row n + r of W (or the last one) times row m of x. A group is a multiple of 64, or the whole row,
+// whose last chunk may end beyond it: there x is 0, and cpu_kernels.py keeps what is read inside its memory.
+template <int BITS, int M>
 static void multiply(const Matrix& W, int n, const Input* in, float (*y)[4]) {
-  constexpr int BYTES = CHUNK * BITS / 8, AHEAD = 4096;
+  constexpr int BYTES = CHUNK * BITS / 8, AHEAD = 4096, ROWS = 4;
   const int groups = W.width / W.group, in_group = (W.group + CHUNK - 1) / CHUNK;
   const int next = (AHEAD / (ROWS * W.row_bytes) + 1) * ROWS * W.row_bytes;  // some rows ahead
   const uint8_t* q[ROWS];
   const shorts* x[M];
   floats sum[ROWS][M] = {}, of_group[ROWS][M];
-  for (int r = 0; r < ROWS; r++) q[r] = W.q + (size_t)(n + r) * W.row_bytes;
+  size_t row[ROWS];
+  for (int r = 0; r < ROWS; r++) row[r] = std::min(n + r, W.rows - 1), q[r] = W.q + row[r] * W.row_bytes;
   for (int m = 0; m < M; m++) x[m] = (const shorts*)in[m].x.data();
 
   for (int g = 0; g < groups; g++) {
@@ -138,17 +139,17 @@ static void multiply(const Matrix& W, int n, const Input* in, float (*y)[4]) {
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-      for (int m = 0; m < M; m++) sum[r][m] += of_group[r][m] * (float)W.scale[(size_t)(n + r) * groups + g];
+      for (int m = 0; m < M; m++) sum[r][m] += of_group[r][m] * (float)W.scale[row[r] * groups + g];
   }
   for (int r = 0; r < ROWS; r++)
     for (int m = 0; m < M; m++) {
-      const _Float16* o = W.offset + (size_t)(n + r) * groups;
+      const _Float16* o = W.offset + row[r] * groups;
       y[m][r] = add_up(sum[r][m]);
       for (int g = 0; g < groups; g++) y[m][r] += (float)o[g] * in[m].sums[g];
     }
 }
 
-// This thread's share of y (M, rows) = x W^T + bias: four rows of W by four of x at a time, then the rest.
+// This thread's share of y (M, rows) = x W^T + bias: four rows of W by four of x at a time, or by one.
 template <int BITS>
 static void share(const Matrix& W, const std::vector<Input>& in, const float* bias, float* y) {
   int thread = omp_get_thread_num(), threads = omp_get_num_threads(), fours = (W.rows + 3) / 4, M = in.size();
@@ -156,15 +157,11 @@ static void share(const Matrix& W, const std::vector<Input>& in, const float* bi
   for (int n = first; n < last && n < W.rows; n += 4)
     for (int m = 0, count; m < M; m += count) {  // the four rows of W stay in the cache for all rows of x
       float sum[4][4];
-      int rows = W.rows - n < 4 ? 1 : 4;
       count = M - m < 4 ? 1 : 4;
-      for (int r = 0; r < 4 && n + r < W.rows; r += rows) {
-        if (rows == 4) (count == 4 ? multiply<BITS, 4, 4> : multiply<BITS, 4, 1>)(W, n, &in[m], sum);
-        else (count == 4 ? multiply<BITS, 1, 4> : multiply<BITS, 1, 1>)(W, n + r, &in[m], sum);
-        for (int i = 0; i < count; i++)
-          for (int j = n + r; j < n + r + rows; j++)
-            y[(size_t)(m + i) * W.rows + j] = sum[i][j - n - r] + (bias ? bias[j] : 0);
-      }
+      (count == 4 ? multiply<BITS, 4> : multiply<BITS, 1>)(W, n, &in[m], sum);
+      for (int i = 0; i < count; i++)
+        for (int r = 0; r < 4 && n + r < W.rows; r++)
+          y[(size_t)(m + i) * W.rows + n + r] = sum[i][r] + (bias ? bias[n + r] : 0);
     }
 }
 
