@@ -195,8 +195,7 @@ class _Product(torch.autograd.Function):
 
 def product(x, W):
     """x W^T: by kernels.cu for few rows on a GPU, else with W dequantized for the moment."""
-    tiles = W.group in (W.in_features, 64, 128, 256)  # the groups that the tensor cores' kernel takes
-    few = MANY_ROWS if tiles else MATVEC_ROWS
+    few = MANY_ROWS if W.group in (W.in_features, 64, 128, 256) else MATVEC_ROWS  # those of the matmul kernel
     if x.is_cuda and x.numel() <= few * W.in_features and load_kernels():
         return on_gpu(load_kernels().product, x, *W.parts())
     return F.linear(x, W.dense(x.dtype))
@@ -316,11 +315,14 @@ class QuantEmbedding(Layer):
 KINDS = {"quant": QuantLinear, "quant lowrank": QuantLowRank, "quant embedding": QuantEmbedding}
 
 
+def matrices(layer):
+    return [m for m in layer.modules() if isinstance(m, QuantMatrix)]
+
+
 def describe(layer):
     """What config.json says of a quantized layer."""
     kind = next(kind for kind, cls in KINDS.items() if type(layer) is cls)
-    matrices = [m for m in layer.modules() if isinstance(m, QuantMatrix)]
-    form = dict(kind=kind, bits=matrices[0].bits, group=[m.group for m in matrices])
+    form = dict(kind=kind, bits=matrices(layer)[0].bits, group=[m.group for m in matrices(layer)])
     return form | dict(rank=layer.rank) if kind == "quant lowrank" else form
 
 

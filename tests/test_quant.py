@@ -1,6 +1,5 @@
 """quant.py: the format, the quantized layers against float64 and autograd, rounding, and models on disk."""
 import copy
-import random
 
 import pytest
 import torch
@@ -29,9 +28,7 @@ from quant import (
 
 @pytest.fixture(autouse=True)
 def seed():
-    value = random.randrange(10 ** 6)
-    print(f"seed {value}")
-    torch.manual_seed(value)
+    torch.manual_seed(0)
 
 
 def small(kind="gpt2", rank=0, tied=True):
@@ -118,7 +115,7 @@ def test_the_matrix_that_is_refused_is_named(tmp_path):
     other = copy.deepcopy(model)
     for make in (lambda: quantize(model, 8), lambda: load_model(tmp_path / "m", bits=8),
                  lambda: quantize_calibrated(other, 8, [torch.randint(0, 211, (1, 64))])):
-        with pytest.raises(InputError, match=r"blocks\.1\.mlp\.up\.B has weights from .*: 8 bits with float16 scales"):
+        with pytest.raises(InputError, match=r"blocks\.1\.mlp\.up\.B has weights from .*: float16 scales can't hold these at 8 bits"):
             make()
     model = small("gpt2")
     model.embed.weight.data *= 1e-8
