@@ -4,13 +4,12 @@
     W = read_rows("model.gguf", tensors["token_embd.weight"], torch.arange(1000))
 
 The gguf package knows the packings and unpacks them. Its reader of headers takes seconds for the 100,000
-strings of a vocabulary, so the header is read here.
+strings of a vocabulary, so the header is read here. It is imported where a GGUF is read, and not before.
 """
 import math
 import struct
 from dataclasses import dataclass, replace
 
-import gguf
 import numpy as np
 import torch
 
@@ -70,6 +69,7 @@ def read_gguf(path):
 
 
 def read_header(file):
+    import gguf
     if file.read(4) != b"GGUF" or number(file, "I") not in (2, 3):
         raise ValueError("it does not begin as GGUF version 2 or 3 does")
     count, fields = number(file, "Q"), number(file, "Q")
@@ -94,6 +94,7 @@ def aligned(offset, alignment):
 
 def read_rows(path, tensor, order=None):
     """The tensor with its rows in the `order` given; float32, or as it is where it is not packed."""
+    import gguf
     order, plain = torch.arange(tensor.rows) if order is None else order, PLAIN.get(tensor.packing.name)
     mapped = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.rows, tensor.row))
     rows = torch.empty(len(order), tensor.shape[-1], dtype=plain or torch.float32)
