@@ -37,7 +37,7 @@ from common.cli import Parser, at_least_0, at_least_1, command, positive, refuse
 from common.device import find_device, peak_memory
 from common.loss import head_loss
 from common.optimizers import learning_rate, make_optimizers, moments_of, restore_moments, set_rate, step_all
-from common.processes import all_reduce, any_process, is_first, process_group, surround, world_size
+from common.processes import all_reduce, any_process, is_first, process_group, strategy_for, world_size
 from common.run import RunFolder, check_rows, must_resume, parse, plot_losses, restore_arguments
 from common.storage import read_state, replace_state
 from lowrank import attach_lora
@@ -121,13 +121,14 @@ def finetune(args, given):
     refuse(state is not None and state.get("text") != data.text, f"--task {args.task} has not the rows that "
            "the run began with: give those, or another --out-dir")
 
-    # What surrounds the model, the optimizer, and the folder of the run.
-    around = surround(model, lambda batch: head_loss(model.head, batch.hidden(model), batch.targets), device,
-                      args.shard)
-    trainable = sum(p.numel() for p in around.own_parameters())
+    # One process or several, the optimizer, and the folder of the run.
+    def loss_of(batch):
+        return head_loss(model.head, batch.hidden(model), batch.targets)
+    strategy = strategy_for(model, loss_of, device, args.shard)
+    trainable = sum(p.numel() for p in strategy.own_parameters())
     optimizers = make_optimizers(model, args.lr, args.weight_decay)
-    restore_moments(model, optimizers, moments, around.own_part)
-    rows = args.batch_size * args.grad_accum * around.replicas  # of a step, in all processes
+    restore_moments(model, optimizers, moments, strategy.own_part)
+    rows = args.batch_size * args.grad_accum * strategy.replicas  # of a step, in all processes
     check_rows(args, state, rows)
     last = min(args.stop_at or args.max_iters, args.max_iters)
     folder, stop = RunFolder(args, state, last), cli.StopSignal()
@@ -135,7 +136,7 @@ def finetune(args, given):
         return 0
     if is_first():
         (folder.path / "heldout.json").write_text(json.dumps(data.indices) + "\n")
-    before = state["before"] if state else scores_of("before", around, tokenizer, data.test)
+    before = state["before"] if state else scores_of("before", strategy, tokenizer, data.test)
     tokens = []  # of each step's rows
 
     while folder.step < last:
@@ -145,13 +146,13 @@ def finetune(args, given):
         rate = learning_rate(step, args)
         set_rate(optimizers, rate)
         step_rows = pick(data.train, rows, args.seed, step)
-        batches, weights = batches_of(step_rows, args, around, device)
-        loss = around.backward(batches, (args.seed, step), weights)
-        loss = all_reduce(loss) / around.replicas
+        batches, weights = batches_of(step_rows, args, strategy, device)
+        loss = strategy.backward(batches, (args.seed, step), weights)
+        loss = all_reduce(loss) / strategy.replicas
         if not abs(loss) < float("inf"):
             raise folder.not_finite(f"the loss is {loss}", args, step + 1)
         if args.grad_clip:
-            around.clip(args.grad_clip)
+            strategy.clip(args.grad_clip)
         step_all(optimizers)
         tokens.append(sum(len(r.ids) for r in step_rows))
         folder.advance(time.perf_counter() - began)
@@ -162,17 +163,17 @@ def finetune(args, given):
         if step == 1 or step % args.log_interval == 0 or evaluates or stopped:
             row = dict(loss=loss, lr=rate)
             if evaluates:
-                row["val_loss"] = held_out_loss(around, data, args, device)
+                row["val_loss"] = held_out_loss(strategy, data, args, device)
             fast, memory = speed(tokens, folder), peak_memory(device.torch_device)
             row |= dict(tokens_per_second=fast, peak_memory_bytes=memory)
             folder.log(f"{fast:.0f} tok/s {memory / 1e9:.1f} GB", **row)
         if stopped or step == last or step % args.save_interval == 0:
-            save(folder, model, optimizers, around, args, rows, before, own_id, data.text)
+            save(folder, model, optimizers, strategy, args, rows, before, own_id, data.text)
         if stopped:
             return folder.say_stopped("finetune.py", stop.name)
 
     # The scores after, summary.json, and what to type next.
-    after = scores_of("after", around, tokenizer, data.test)
+    after = scores_of("after", strategy, tokenizer, data.test)
     folder.finish(
         device, base=args.base, base_id=own_id, bits=args.bits, rank=args.rank, f1_before=mean_f1(before),
         f1_after=mean_f1(after), scores_before=before, scores_after=after, trainable_parameters=trainable,
@@ -215,17 +216,17 @@ def adapted_model(args, device):
     return use_recompute(model, args.recompute).train(), tokenizer
 
 
-def batches_of(step_rows, args, around, device):
+def batches_of(step_rows, args, strategy, device):
     """This process's batches of a step's rows, and the weight of each one's mean loss: its share of the
     answers' tokens."""
     share_prefix = args.recompute != "block" and not args.shard  # these pass every block once a batch
     answers = sum(len(r.ids) - r.start for r in step_rows)
     batches, weights = [], []
-    for i in range(around.replica * args.grad_accum, (around.replica + 1) * args.grad_accum):
+    for i in range(strategy.replica * args.grad_accum, (strategy.replica + 1) * args.grad_accum):
         mine = step_rows[i * args.batch_size:(i + 1) * args.batch_size]
         batch = Batch(mine, share_prefix, device.torch_device)
         batches.append((batch,))
-        weights.append(batch.answers / answers * around.replicas)
+        weights.append(batch.answers / answers * strategy.replicas)
     return batches, weights
 
 
@@ -279,16 +280,16 @@ class Data:
 
 
 @torch.no_grad()
-def held_out_loss(around, data, args, device):
+def held_out_loss(strategy, data, args, device):
     """Mean loss of the held-out rows' answers; None where no rows are held out."""
-    around.model.eval()
+    strategy.model.eval()
     total = count = 0
     rows = sorted(data.held_out, key=lambda r: (r.group, len(r.ids)))
     for i in range(0, len(rows), args.batch_size):
         batch = Batch(rows[i:i + args.batch_size], device=device.torch_device)
-        total += around.loss(batch).item() * batch.answers
+        total += strategy.loss(batch).item() * batch.answers
         count += batch.answers
-    around.model.train()
+    strategy.model.train()
     return total / count if count else None
 
 
@@ -299,11 +300,11 @@ def speed(tokens, folder):
     return sum(tokens[1:] or tokens) / sum(folder.times[1:] or folder.times)
 
 
-def save(folder, model, optimizers, around, args, rows, before, own_id, text):
+def save(folder, model, optimizers, strategy, args, rows, before, own_id, text):
     """Replace OUT/state: the adapter, the moments, and what the run needs to go on."""
-    folder.check_finite(around, args)
-    learned = around.gather({name: p for name, p in model.named_parameters() if p.requires_grad})
-    moments = around.gather(moments_of(model, optimizers))
+    folder.check_finite(strategy, args)
+    learned = strategy.gather({name: p for name, p in model.named_parameters() if p.requires_grad})
+    moments = strategy.gather(moments_of(model, optimizers))
     if is_first():
         state = dict(step=folder.step, rows=rows, text=text, args=vars(args), before=before)
         state["seconds"] = folder.seconds()
@@ -315,11 +316,11 @@ def save(folder, model, optimizers, around, args, rows, before, own_id, text):
 
 
 @torch.no_grad()
-def scores_of(when, around, tokenizer, test):
+def scores_of(when, strategy, tokenizer, test):
     """task -> weighted F1 of the likeliest label and of the generated answer, and chance beside them."""
-    model, found = around.model.eval(), {}
+    model, found = strategy.model.eval(), {}
     for task, examples in test.items():
-        r = around.run(evaluation.score_task, model, tokenizer, around.device, task, examples)
+        r = strategy.run(evaluation.score_task, model, tokenizer, strategy.device, task, examples)
         best = r.get("likeliest", r)  # NER is generated alone
         found[task] = dict(f1=best["f1"], interval=best["interval"], rows=len(examples),
                            f1_generated=r["f1"], answered=r["parsed"], majority=r["majority"])

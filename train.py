@@ -4,7 +4,7 @@
     python train.py --model tiny --rank 16 --data my_books/     a small model on your own text
     python train.py --method 2 --init-from gpt2 --rank 192      start from the SVD of a pretrained model
     python train.py --method 2 --init-from out/decomposed       ... or from what decompose.py made of it
-    python train.py --method 3 --init-from gpt2 --rank 192      blend it away: y = a W x + (1-a) B A x
+    python train.py --method 3 --init-from gpt2 --rank 192      fade W out: y = a W x + (1-a) B A x
     python train.py --rank 192 --bits 4                         train the model that is rounded to 4 bits
     torchrun --nproc_per_node 8 train.py --rank 192 --data openwebtext
     torchrun --nproc_per_node 8 train.py --rank 192 --pipeline 4     4 stages x 2 replicas
@@ -15,6 +15,7 @@ and the state to resume from; with --bits also OUT/int8 or OUT/int4, the rounded
 straight down.
 """
 import importlib.util
+import math
 import os
 import shutil
 import time
@@ -29,13 +30,13 @@ from common.data import check_length, eval_batches, open_corpus, prepare, train_
 from common.device import find_device, matmul_rate, peak_memory
 from common.loss import head_loss
 from common.optimizers import learning_rate, make_optimizers, moments_of, restore_moments, set_rate, step_all
-from common.processes import all_reduce, any_process, in_turn, is_first, process_group, surround, world_size
+from common.processes import all_reduce, any_process, in_turn, is_first, process_group, strategy_for, world_size
 from common.run import RunFolder, check_rows, must_resume, parse, plot_losses, restore_arguments
 from common.storage import read_state, replace_state
 from lowrank import LowRankLinear, blend_alpha, blend_with, finish_blend, replace_linears, set_alpha
 from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_token
 
-# What is rarely turned, and has no flag: main(argv, dropout=0.1) gives another value. A run remembers them.
+# Rarely changed settings, without a flag: main(argv, dropout=0.1) gives another value. A run remembers them.
 SETTINGS = dict(
     weight_decay=0.1,     # of matrices; vectors have none
     grad_clip=1.0,        # the largest norm of the whole gradient; 0: any
@@ -52,7 +53,7 @@ SETTINGS = dict(
 # What a resumed run may not change: with another value it would be another run.
 FIXED = ("model", "rank", "method", "init_from", "bits", "optimizer", "seq_len", "seed", "dropout", "start",
          "head", "embedding_rank", "warm_start", "vocabulary")
-SMALL = ("tiny", "small")  # models whose vocabulary is as large as their tokenizer's
+SMALL = ("tiny", "small")  # their vocabulary is as large as the data's tokenizer; others keep their own
 
 
 def make_parser():
@@ -103,13 +104,13 @@ def main(argv=None, **settings):
 
 
 def train(args, given):
-    # The run to go on from, and the device.
+    # The state to resume from, and the device.
     state, state_folder, moments = None, None, {}
     if must_resume(args):
         state_folder, state, moments = read_state(args.out_dir)
         restore_arguments(args, given, state["args"], FIXED)
     device = find_device(args.dtype)
-    args.dtype = str(device.dtype)[6:]  # a resumed run computes as it began
+    args.dtype = str(device.dtype).removeprefix("torch.")  # a resumed run computes as it began
     say(f"device {device.name}" + (f", {world_size()} processes" if world_size() > 1 else ""))
     say(f"dtype {args.dtype} ({device.why}), {device.rate / 1e12:.2f} TFLOPS in products")
     fill_in(args, device)
@@ -140,10 +141,10 @@ def train(args, given):
            f"--seq-len {args.seq_len} is longer than the model's context of {context}")
     check_length(tokens.train, args.seq_len, "training")
 
-    # What surrounds the model, the optimizers, and the folder of the run.
-    around, optimizers = set_up(model, args, device, moments)
+    # One process or several, the optimizers, and the folder of the run.
+    strategy, optimizers = set_up(model, args, device, moments)
     count = args.batch_size * args.grad_accum          # sequences a step in this replica
-    rows = count * around.replicas                     # and in all
+    rows = count * strategy.replicas                   # and in all
     check_rows(args, state, rows)
     last = min(args.stop_at or args.max_iters, args.max_iters)
     folder, stop = RunFolder(args, state, last), cli.StopSignal()
@@ -163,17 +164,17 @@ def train(args, given):
             warming, moments = False, moments_of(model, optimizers)
             line = replace_linears(model, args.rank, 2, args.embedding_rank, head=args.head == "lowrank")
             say(f"step {step}: {line}")
-            around, optimizers = set_up(model, args, device, moments)
+            strategy, optimizers = set_up(model, args, device, moments)
 
         # One step: rate, batch, forward and backward, clip, update.
         rate = learning_rate(step, args)
         set_rate(optimizers, rate)
-        x, y = train_batch(tokens.train, args.seq_len, rows, args.seed, step, around.replica * count, count)
+        x, y = train_batch(tokens.train, args.seq_len, rows, args.seed, step, strategy.replica * count, count)
         x, y = x.to(device.torch_device), y.to(device.torch_device)  # (count, T)
         batches = list(zip(x.split(args.batch_size), y.split(args.batch_size)))
-        loss = around.backward(batches, (args.seed, step))
+        loss = strategy.backward(batches, (args.seed, step))
         if args.grad_clip:
-            around.clip(args.grad_clip)
+            strategy.clip(args.grad_clip)
         step_all(optimizers)
         folder.advance(time.perf_counter() - began)
 
@@ -181,18 +182,18 @@ def train(args, given):
         step, stopped = folder.step, any_process(stop.name is not None)
         evaluates = step % args.eval_interval == 0 or step == last
         if step == 1 or step % args.log_interval == 0 or evaluates or stopped:
-            loss = all_reduce(loss) / around.replicas
-            if not abs(loss) < float("inf"):
+            loss = all_reduce(loss) / strategy.replicas
+            if not math.isfinite(loss):
                 raise folder.not_finite(f"the loss is {loss}", args, step)
             row = dict(loss=loss, lr=rate, tokens=step * rows * args.seq_len)
             if evaluates:
-                row["val_loss"] = evaluate(around, tokens.val, args)
+                row["val_loss"] = evaluate(strategy, tokens.val, args)
                 device.rate = max(device.rate, matmul_rate(device.torch_device, device.dtype))
             row |= speed(model, folder.step_seconds(args.log_interval), rows, args, device)
             folder.log("{tokens_per_second:.0f} tok/s {step_ms:.0f} ms {gb:.1f} GB mfu {mfu:.0%}".format(
                 gb=row["peak_memory_bytes"] / 1e9, **row), **row)
         if stopped or step == last or step % args.save_interval == 0:
-            save(folder, model, tokens, optimizers, around, args, rows, text)
+            save(folder, model, tokens, optimizers, strategy, args, rows, text)
         if stopped:
             break
 
@@ -211,11 +212,10 @@ def fill_in(args, device):
         lr = 3e-4 if method == 3 else 1e-4
     steps = args.max_iters or (5000 if gpu else 150)
     batch, parts = 16 if gpu else 4, args.microbatches or 1
-    batch += -batch % parts  # it must divide into the microbatches
+    batch += -batch % parts  # up to a multiple of the microbatches
     values = dict(
-        model="gpt2", method=method, optimizer=optimizer, max_iters=steps,
-        lr=lr, warmup=min(200, steps // 10), batch_size=batch,
-        eval_interval=-(-steps // 4),
+        model="gpt2", method=method, optimizer=optimizer, max_iters=steps, lr=lr, batch_size=batch,
+        warmup=min(200, steps // 10), eval_interval=-(-steps // 4),
         recompute="block" if args.pipeline and args.schedule == "gpipe" else "sdpa",
         start="orthogonal" if optimizer == "muon" else "normal")
     for name, value in values.items():
@@ -227,7 +227,7 @@ def fill_in(args, device):
 
 def check(args, given):
     """Refuse what can't go together, before anything slow begins."""
-    config_for(args.model)
+    config_for(args.model)  # refuses an unknown name
     refuse(args.init_from == "", "--init-from is empty: a folder, a file or a known name")
     decomposed = args.init_from and decomposed_from(args.init_from)
     refuse(args.method == 2 and not args.init_from,
@@ -291,7 +291,7 @@ def random_model(args, vocab_size, home):
 
 
 def set_up(model, args, device, moments):
-    """What surrounds the model, and its optimizers with their moments."""
+    """The strategy that trains the model, and its optimizers with their moments."""
     if args.recompute != "sdpa" or model.config.kind != "gpt2":
         from recompute import use_recompute
         use_recompute(model, args.recompute)
@@ -304,26 +304,28 @@ def set_up(model, args, device, moments):
             block.compile()
     if args.pipeline:
         from pipeline import Pipeline
-        around = Pipeline(model, args.pipeline, args.schedule, args.microbatches * args.grad_accum,
-                          args.seq_len, device)
-        say(around)
+        microbatches = args.microbatches * args.grad_accum
+        strategy = Pipeline(model, args.pipeline, args.schedule, microbatches, args.seq_len, device)
+        say(strategy)
     else:
-        around = surround(model, lambda x, y: head_loss(model.head, model.hidden(x), y), device, args.shard)
-    optimizers = make_optimizers(model, args.lr, args.weight_decay, args.optimizer, around)
-    restore_moments(model, optimizers, moments, around.own_part)
-    return around, optimizers
+        def loss_of(x, y):
+            return head_loss(model.head, model.hidden(x), y)
+        strategy = strategy_for(model, loss_of, device, args.shard)
+    optimizers = make_optimizers(model, args.lr, args.weight_decay, args.optimizer, strategy)
+    restore_moments(model, optimizers, moments, strategy.own_part)
+    return strategy, optimizers
 
 
 @torch.no_grad()
-def evaluate(around, val, args):
+def evaluate(strategy, val, args):
     """Mean loss over the same windows of the validation text at every call."""
-    around.model.eval()
-    device, total, count = around.device.torch_device, 0.0, 0
+    strategy.model.eval()
+    device, total, count = strategy.device.torch_device, 0.0, 0
     for x, y in eval_batches(val, args.seq_len, args.batch_size, args.eval_tokens):
-        loss = around.loss(x.to(device), y.to(device))
-        if loss is not None:  # else another stage of the pipeline has it
+        loss = strategy.loss(x.to(device), y.to(device))
+        if loss is not None:  # None: another stage of the pipeline has it
             total, count = total + loss.item() * len(x), count + len(x)
-    around.model.train()
+    strategy.model.train()
     return all_reduce(total) / all_reduce(count)
 
 
@@ -341,10 +343,10 @@ def rank_of(model):
     return max((m.rank for m in model.modules() if isinstance(m, LowRankLinear)), default=0)
 
 
-def save(folder, model, tokens, optimizers, around, args, rows, text):
+def save(folder, model, tokens, optimizers, strategy, args, rows, text):
     """Replace OUT/state. Process 0 writes the whole model, however it is spread over processes."""
-    folder.check_finite(around, args)
-    tensors, moments = around.gather(own_tensors(model)), around.gather(moments_of(model, optimizers))
+    folder.check_finite(strategy, args)
+    tensors, moments = strategy.gather(own_tensors(model)), strategy.gather(moments_of(model, optimizers))
     if is_first():
         state = dict(step=folder.step, rows=rows, text=text, args=vars(args), seconds=folder.seconds())
         replace_state(args.out_dir, lambda new: save_model(new, model, tokens.tokenizer, tensors),
@@ -362,7 +364,7 @@ def finish(folder, model, rows, args, device, stopped_by):
     model_bytes = 4 * parameters
     if args.bits < 16 and is_first():
         from quant import stored_bytes
-        # exactly the model whose loss was measured
+        # from the saved state: exactly the model whose loss was measured
         rounded, tokenizer = load_model(args.out_dir, bits=args.bits)
         model_bytes = stored_bytes(rounded)
         replace_model(folder.path / f"int{args.bits}", rounded, tokenizer)

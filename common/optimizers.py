@@ -12,11 +12,11 @@ import torch
 from common.processes import Single
 
 
-def make_optimizers(model, lr, weight_decay, kind="adamw", around=Single):
+def make_optimizers(model, lr, weight_decay, kind="adamw", strategy=Single):
     """A list of optimizers: AdamW alone; or for kind "muon" beyond/muon.py's for the matrices of the blocks
     and AdamW for the rest (embedding, head, biases, norms), as is usual. Matrices decay, vectors do not.
 
-    around: what surrounds the model (processes.py), which may keep a part of a matrix in each process.
+    strategy: of processes.py; it may keep a part of a matrix in each process.
     """
     own = [p for p in model.parameters() if p.requires_grad and not p.is_meta]  # meta: of another stage
     by_muon = {p for p in model.blocks.parameters() if p.dim() == 2} if kind == "muon" else set()
@@ -29,7 +29,7 @@ def make_optimizers(model, lr, weight_decay, kind="adamw", around=Single):
         optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True))
     if orthogonal:
         from beyond.muon import Muon
-        optimizers.append(Muon(orthogonal, lr, weight_decay, around=around))
+        optimizers.append(Muon(orthogonal, lr, weight_decay, strategy=strategy))
     return optimizers
 
 

@@ -1,7 +1,7 @@
-"""The processes of a run, as torchrun starts them, and what surrounds a model in each of them.
+"""The processes of a run, as torchrun starts them, and the strategies by which they train one model.
 
-A step's whole batch is shared out among the `replicas` of the model. One object stands between a loop and the
-processes:
+A step's whole batch is shared out among the `replicas` of the model. One object, the strategy, stands between
+a training loop and the processes:
 
     Single        one process
     Replicas      every process has the whole model and a share of the batch (torch's DistributedDataParallel)
@@ -14,11 +14,11 @@ What data parallelism costs with N processes and P parameters, 4 bytes each, and
     Replicas      16 P                         2 P numbers: the gradients, around a ring and back
     Sharded       16 P / N, and one block      3 P numbers: parameters forward and backward, gradients once
 
-    around = surround(model, loss_of, device)
-    loss = around.backward(batches, seed)    # the gradients of the whole batch's mean loss are in .grad now
-    around.clip(1.0)                         # the norm of the whole gradient
-    around.loss(*batch)                      # without a gradient
-    around.gather(tensors)                   # whole tensors, in process 0
+    strategy = strategy_for(model, loss_of, device)
+    loss = strategy.backward(batches, seed)    # the gradients of the whole batch's mean loss are in .grad now
+    strategy.clip(1.0)                         # the norm of the whole gradient
+    strategy.loss(*batch)                      # without a gradient
+    strategy.gather(tensors)                   # whole tensors, in process 0
 """
 import math
 import os
@@ -92,7 +92,7 @@ def seed_random(*numbers):
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
-class Around(nn.Module):
+class AnyForward(nn.Module):
     """A forward pass that calls any function of the model's parts, a loss or a generation: what
     DistributedDataParallel and fully_shard watch are forward passes."""
 
@@ -110,7 +110,7 @@ class Single:
 
     def __init__(self, model, loss_of, device):
         self.model, self.loss_of, self.device = model, loss_of, device
-        self.module = Around(model)
+        self.module = AnyForward(model)
 
     def run(self, function, *args):
         """function(*args), which may use the model's parts."""
@@ -220,7 +220,7 @@ class Sharded(Single):
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def surround(model, loss_of, device, shard=False):
+def strategy_for(model, loss_of, device, shard=False):
     """The one of these that fits the number of processes."""
     if world_size() == 1:
         return Single(model, loss_of, device)

@@ -144,9 +144,9 @@ class RunFolder:
         return InputError(f"{what} at step {step}: the run stops, {self.path}/state keeps step "
                           f"{self.saved_at}. A smaller --lr than {args.lr:g} usually helps")
 
-    def check_finite(self, around, args):
+    def check_finite(self, strategy, args):
         """Refuse, in all processes, to replace a good state by one with parameters that are not finite."""
-        if any_process(not around.is_finite()):
+        if any_process(not strategy.is_finite()):
             raise self.not_finite("some weights are not finite", args, self.step)
 
     def say_stopped(self, script, signal_name):

@@ -316,8 +316,8 @@ def test_rounded_training_saves_the_model_whose_loss_it_saw(bits, rank, more, tm
 
     def val_loss(folder):
         model = load_model(folder)[0]
-        around = Single(model, lambda x, y: train.head_loss(model.head, model.hidden(x), y), train.find_device("float32"))
-        return train.evaluate(around, val, args)
+        strategy = Single(model, lambda x, y: train.head_loss(model.head, model.hidden(x), y), train.find_device("float32"))
+        return train.evaluate(strategy, val, args)
     rounded = val_loss(tmp_path / "b" / f"int{bits}")
     assert abs(rounded - summary["val_loss"]) < 1e-5, "not the loss that training saw"
     assert val_loss(tmp_path / "b") != rounded
