@@ -37,7 +37,7 @@ from common.cli import Parser, at_least_0, at_least_1, command, positive, refuse
 from common.device import find_device, peak_memory
 from common.loss import head_loss
 from common.optimizers import learning_rate, make_optimizers, moments_of, restore_moments, set_rate, step_all
-from common.processes import all_reduce, any_process, is_first, process_group, strategy_for, world_size
+from common.processes import all_reduce, any_process, distribute, is_first, process_group, world_size
 from common.run import RunFolder, check_rows, must_resume, parse, plot_losses, restore_arguments
 from common.storage import read_state, replace_state
 from lowrank import attach_lora
@@ -124,7 +124,7 @@ def finetune(args, given):
     # One process or several, the optimizer, and the folder of the run.
     def loss_of(batch):
         return head_loss(model.head, batch.hidden(model), batch.targets)
-    strategy = strategy_for(model, loss_of, device, args.shard)
+    strategy = distribute(model, loss_of, device, args.shard)
     trainable = sum(p.numel() for p in strategy.own_parameters())
     optimizers = make_optimizers(model, args.lr, args.weight_decay)
     restore_moments(model, optimizers, moments, strategy.own_part)

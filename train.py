@@ -30,7 +30,7 @@ from common.data import check_length, eval_batches, open_corpus, prepare, train_
 from common.device import find_device, matmul_rate, peak_memory
 from common.loss import head_loss
 from common.optimizers import learning_rate, make_optimizers, moments_of, restore_moments, set_rate, step_all
-from common.processes import all_reduce, any_process, in_turn, is_first, process_group, strategy_for, world_size
+from common.processes import all_reduce, any_process, distribute, in_turn, is_first, process_group, world_size
 from common.run import RunFolder, check_rows, must_resume, parse, plot_losses, restore_arguments
 from common.storage import read_state, replace_state
 from lowrank import LowRankLinear, blend_alpha, blend_with, finish_blend, replace_linears, set_alpha
@@ -310,7 +310,7 @@ def set_up(model, args, device, moments):
     else:
         def loss_of(x, y):
             return head_loss(model.head, model.hidden(x), y)
-        strategy = strategy_for(model, loss_of, device, args.shard)
+        strategy = distribute(model, loss_of, device, args.shard)
     optimizers = make_optimizers(model, args.lr, args.weight_decay, args.optimizer, strategy)
     restore_moments(model, optimizers, moments, strategy.own_part)
     return strategy, optimizers

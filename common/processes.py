@@ -14,7 +14,7 @@ What data parallelism costs with N processes and P parameters, 4 bytes each, and
     Replicas      16 P                         2 P numbers: the gradients, around a ring and back
     Sharded       16 P / N, and one block      3 P numbers: parameters forward and backward, gradients once
 
-    strategy = strategy_for(model, loss_of, device)
+    strategy = distribute(model, loss_of, device)
     loss = strategy.backward(batches, seed)    # the gradients of the whole batch's mean loss are in .grad now
     strategy.clip(1.0)                         # the norm of the whole gradient
     strategy.loss(*batch)                      # without a gradient
@@ -220,7 +220,7 @@ class Sharded(Single):
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def strategy_for(model, loss_of, device, shard=False):
+def distribute(model, loss_of, device, shard=False):
     """The one of these that fits the number of processes."""
     if world_size() == 1:
         return Single(model, loss_of, device)
