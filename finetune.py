@@ -107,7 +107,7 @@ def finetune(args, given):
         state_folder, state, moments = read_state(args.out_dir)
         restore_arguments(args, given, state["args"], FIXED)
     device = find_device(args.dtype)
-    args.dtype = str(device.dtype)[6:]  # a resumed run computes as it began
+    args.dtype = str(device.dtype).removeprefix("torch.")  # a resumed run computes as it began
     say(f"device {device.name}" + (f", {world_size()} processes" if world_size() > 1 else ""))
     say(f"dtype {args.dtype} ({device.why}), {device.rate / 1e12:.2f} TFLOPS in products")
     fill_in(args)

@@ -259,7 +259,7 @@ def test_a_cancelled_request_gives_its_blocks_back_and_the_others_do_not_notice(
 
 @pytest.mark.slow
 def test_the_real_model_writes_the_same_in_every_way():
-    """smollm2-135m: without a cache, contiguous and paged, alone and in a batch; no adapter, one, sixteen: the same tokens, logits to 1e-4."""
+    """smollm2-135m: without a cache, contiguous and paged, alone and in a batch; no adapter, one, sixteen: the same tokens, logits to 2e-5 of the largest."""
     try:
         model, tokenizer = load_model("smollm2-135m")
     except InputError as e:
@@ -294,7 +294,8 @@ def test_the_real_model_writes_the_same_in_every_way():
             for j in range(4):
                 step = model(torch.tensor([[tokens[j]] for tokens in uncached]), cache)[:, 0]
                 for i, prompt in enumerate(prompts):
-                    assert (step[i] - logits[i][len(prompt) + j]).abs().max() < 1e-4, (names[i], i, j)
+                    expected = logits[i][len(prompt) + j]
+                    assert (step[i] - expected).abs().max() < 2e-5 * expected.abs().max(), (names[i], i, j)
         answers.add(str(uncached))
     assert len(answers) == 3, "the adapters change what is written"
 
