@@ -190,7 +190,7 @@ def sentencepiece_bpe(tokens, scores, kinds, unknown, adds_space):
         splits = [(text[:k], text[k:]) for k in range(1, len(text))]
         merges += [(left, right) for left, right in splits if left in normal and right in normal]
     vocab = {text: i for i, text in enumerate(tokens)}
-    model = models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback="<0x00>" in vocab)
+    model = models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     backend = tokenizers.Tokenizer(model)
     add, strip = ([normalizers.Prepend("▁")], [decoders.Strip(" ", 1, 0)]) if adds_space else ([], [])
     backend.normalizer = normalizers.Sequence([*add, normalizers.Replace(" ", "▁")])

@@ -94,8 +94,8 @@ def winogrande(folder):
 
 
 def fpb(folder):
-    """The file is latin-1; some copies of it are UTF-8, which latin-1 never is by chance."""
-    for n, line in enumerate(read_lines(folder / PHRASES, "latin-1"), 1):
+    """The file is latin-1, or Windows' cp1252 that extends it; some copies are UTF-8, never by chance."""
+    for n, line in enumerate(read_lines(folder / PHRASES, "cp1252"), 1):
         text, at, label = line.rpartition("@")
         check(at and label in SENTIMENTS, folder / PHRASES, n,
               f"it must end with @ and one of {', '.join(SENTIMENTS)}")
@@ -248,10 +248,13 @@ def read_text(path, otherwise=None):
     try:
         with open_text(path, newline="") as f:
             return f.read()
-    except InputError:
+    except InputError as e:
         if otherwise is None:
             raise
-        return path.read_bytes().decode(otherwise)
+        try:
+            return path.read_bytes().decode(otherwise)
+        except UnicodeDecodeError:
+            raise e from None
 
 
 def read_lines(path, otherwise=None):
