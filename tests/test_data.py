@@ -220,7 +220,7 @@ def test_what_is_no_text_is_named(name, content, message, tmp_path):
 def test_nothing_but_an_input_error_is_raised_for_a_damaged_text(suffix, tmp_path):
     random, path = np.random.default_rng(0), tmp_path / f"a{suffix}"
     whole = packed('{"text": "some text, \\u00e9"}\n' * 20, suffix)
-    for _ in range(300):
+    for _ in range(2000):
         content = bytearray(whole)
         for place in random.integers(len(whole), size=random.integers(1, 4)):
             content[place] = random.integers(256)
