@@ -14,9 +14,7 @@ from quant import QuantMatrix, load_kernels, quantize_layer
 
 @pytest.fixture(autouse=True)
 def seed():
-    value = random.randrange(10 ** 6)
-    print(f"seed {value}")
-    torch.manual_seed(value)
+    torch.manual_seed(0)
 
 
 def relative(a, b):

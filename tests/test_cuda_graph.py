@@ -1,5 +1,4 @@
 """beyond/cuda_graph.py: the step that a graph records gives the tokens of the ordinary step, on a CPU too."""
-import random
 
 import pytest
 import torch
@@ -13,9 +12,7 @@ from quant import quantize
 
 @pytest.fixture(params=["gpt2", "llama"])
 def model(request):
-    seed = random.randrange(10 ** 6)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     kv_heads = 2 if request.param == "llama" else 4
     return Transformer(Config(request.param, 211, 64, 3, 4, kv_heads, width=64, ffn=128)).eval()
 

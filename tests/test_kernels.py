@@ -51,9 +51,8 @@ def kernels(tmp_path_factory):
 
 @pytest.fixture
 def draw():
-    """A random source with a fresh seed, printed where a test fails."""
-    seed = int(os.environ.get("SEED", random.randrange(10 ** 6)))
-    print(f"SEED={seed}")
+    """A random source; SEED=n in the environment tries other numbers."""
+    seed = int(os.environ.get("SEED", 0))
     torch.manual_seed(seed)
     return random.Random(seed)
 
