@@ -231,14 +231,16 @@ def test_method_3_blends_from_the_dense_model_to_the_decomposed_one(dense, tmp_p
 
 
 @pytest.mark.slow
-def test_the_first_steps_from_pretrained_factors_do_not_raise_the_loss(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_first_steps_from_pretrained_factors_do_not_raise_the_loss(optimizer, tmp_path):
     """At the default rate, without a warm-up; 1e-3 takes this real model's loss from 11 to 16 and more."""
     try:
         open_dense("smollm2-135m")
     except InputError as e:
         pytest.skip(str(e))
     command = ("--method", 2, "--init-from", "smollm2-135m", "--rank", 128, "--max-iters", 3, "--batch-size", 2,
-               "--seq-len", 64, "--dtype", "float32", "--log-interval", 1, "--out-dir", tmp_path)
+               "--seq-len", 64, "--dtype", "float32", "--log-interval", 1, "--out-dir", tmp_path,
+               "--optimizer", optimizer)
     assert train.main([str(a) for a in command], eval_tokens=128) == 0
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 3 and max(losses[1:]) < losses[0]
