@@ -10,11 +10,11 @@
 
 The `openai` client works as it is. What a request asks for and can't have is refused, never ignored.
 
-One thread owns the model. Before each step it moves the requests that came into the engine
-(beyond/batching.py), so that requests of different times and adapters share every product; after it, their
-handlers send what is new. Models are in float32 here, so that an answer does not depend on the others in the
-batch (how far, is said there). A client that leaves cancels its request. After SIGTERM only what was begun is
-finished.
+One thread owns the model. Before each step it hands new requests to the engine (beyond/batching.py), so that
+requests of different times and adapters share every product; after the step, their handlers send the new
+text. Models compute in float32 here, so that an answer does not depend on the others in the batch
+(batching.py says how exactly). A client that leaves cancels its request. After SIGTERM the server finishes
+what it has begun and takes nothing new.
 
 Needs `pip install fastapi uvicorn`. It listens on this machine alone: another --host needs an --api-key.
 """
@@ -82,7 +82,7 @@ class Answer:
         self.request.cancelled = True
 
     async def pieces(self):
-        """Yield (text, the places of its tokens) until the answer ends. What may be the beginning of a stop
+        """Yield (text, positions of its tokens) until the answer ends. What may be the beginning of a stop
         text is held back."""
         request, decoder, text, sent, shown = self.request, Utf8Decoder("replace"), "", 0, 0
         try:
@@ -91,7 +91,7 @@ class Answer:
                 self.news.clear()
                 if self.failure:
                     raise Refusal(500, f"the engine has failed: {self.failure}")
-                over = request.ended  # asked before the tokens are read, or the last one could be missed
+                over = request.ended  # asked first: if it has ended now, all of its tokens are there
                 while self.read < len(request.tokens) and not self.finish:
                     token = request.tokens[self.read]
                     ends = token in self.tokenizer.stop_ids
@@ -112,16 +112,16 @@ class Answer:
             request.cancelled = True
 
     def held_back(self, text):
-        """The length of the longest end of the text with which a stop text begins."""
+        """The length of the longest end of the text that is the beginning of a stop text."""
         return max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
-    def choice(self, text, places, key):
+    def choice(self, text, positions, key):
         """A piece of the answer in OpenAI's form. key: delta or message, for a chat."""
-        content = dict(content=text, role="assistant") if places.start == 0 else dict(content=text)
+        content = dict(content=text, role="assistant") if positions.start == 0 else dict(content=text)
         content = {key: content} if self.chat else dict(text=text)
-        return content | dict(index=0, finish_reason=self.finish, logprobs=self.logprobs(places))
+        return content | dict(index=0, finish_reason=self.finish, logprobs=self.logprobs(positions))
 
-    def logprobs(self, places):
+    def logprobs(self, positions):
         """Of the tokens there, in the form of chats or of completions; None if nobody asked."""
         def entry(token, logprob):
             piece, logprob = self.tokenizer.piece(token), max(logprob, -9999.0)  # JSON has no infinity
@@ -129,7 +129,7 @@ class Answer:
         if self.request.top is None:
             return None
         rows = []
-        for i in places:
+        for i in positions:
             logprob, best = self.request.scores[i]
             best = dict(top_logprobs=[entry(*likely) for likely in best])
             rows.append(entry(self.request.tokens[i], logprob) | best)
@@ -152,8 +152,8 @@ class Answer:
         def event(content):
             return f"data: {json.dumps(content)}\n\n"
         try:
-            async for text, places in self.pieces():
-                yield event(head | dict(choices=[self.choice(text, places, "delta")]))
+            async for text, positions in self.pieces():
+                yield event(head | dict(choices=[self.choice(text, positions, "delta")]))
             if with_usage:
                 yield event(head | dict(choices=[], usage=self.usage()))
             yield "data: [DONE]\n\n"
