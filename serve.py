@@ -7,6 +7,7 @@
     POST /v1/chat/completions    messages: [{"role": "user", "content": "..."}], by the model's own template
     GET  /v1/models              the base and its adapters; a request's "model" is one of their names
     GET  /health  /metrics       whether it works; what it does, in the text form of Prometheus
+    GET  /                       a page: chat, and with --teach the rank bench (beyond/rank_bench.py)
 
 The `openai` client works as it is. What a request asks for and can't have is refused, never ignored.
 
@@ -23,14 +24,15 @@ import contextlib
 import hmac
 import ipaddress
 import json
-import queue
 import random
 import socket
-import threading
 import time
 import traceback
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+from checkpoint import decomposed_from
 from common.adapters import base_id
 from common.cli import InputError, Parser, at_least_1, command, refuse, say
 from common.tokenizer import Utf8Decoder, render_chat, valid
@@ -48,6 +50,7 @@ FIELDS = dict(model=([str], None), user=([str], None), n=([int], 1, 1, 1), max_t
 OF_COMPLETIONS = dict(prompt=([str, list], None), logprobs=([int], None, 0, 20))
 OF_CHATS = dict(messages=([list], None), max_completion_tokens=([int], None, 1, MANY),
                 logprobs=([bool], False), top_logprobs=([int], 0, 0, 20))
+OF_MEASUREMENTS = dict(text=([str], ""))
 
 
 class Refusal(InputError):
@@ -161,7 +164,7 @@ class Answer:
             yield event(error(e))
 
 
-def checked(body, own, names):
+def checked(body, own, server):
     """The fields of a request's body, with defaults for those that are not there, and `top`, how many likely
     tokens it wants to see. own: the fields of its endpoint."""
     refuse(not isinstance(body, dict), "the body must be a JSON object")
@@ -178,50 +181,57 @@ def checked(body, own, names):
         values["stop"] = [values["stop"]]
     texts = all(isinstance(s, str) and s for s in values["stop"])
     refuse(not texts, "stop must be a text or a list of texts")
-    values["model"] = values["model"] or names[0]
-    if values["model"] not in names:
-        raise Refusal(404, f"no model is called {values['model']!r}: there are {', '.join(names)}")
+    values["model"] = values["model"] or server.names[0]
+    if values["model"] not in {server.names[0], *server.engine.adapters.names}:
+        raise Refusal(404, f"no model is called {values['model']!r}: there are {', '.join(server.names)}")
     if values["seed"] is None:
         values["seed"] = random.getrandbits(31)
-    values["top"] = values["logprobs"]
+    values["top"] = values.get("logprobs")
     if own is OF_CHATS:
         values["top"] = values["top_logprobs"] if values["logprobs"] else None
         values["max_tokens"] = values["max_completion_tokens"] or values["max_tokens"]
     return values
 
 
-class Server(threading.Thread):
+class Server:
     """The one thread that computes, and what handlers need to give it requests."""
 
-    def __init__(self, name, model, tokenizer, folders):
+    def __init__(self, name, model, tokenizer, folders, teach=False):
         from beyond.batching import Adapters, Engine
-        super().__init__(daemon=True)
         adapters = Adapters(model, folders, base_id(name) if folders else None)
         self.tokenizer, self.names = tokenizer, [name, *folders]
-        self.engine = Engine(model, make_pool(model), tokenizer.stop_ids, tokenizer.vocab_size, adapters)
-        self.incoming, self.answers, self.failure = queue.Queue(), {}, None  # request -> its Answer
+        parts = model, make_pool(model), tokenizer.stop_ids, tokenizer.vocab_size, adapters
+        if teach:
+            from beyond.rank_bench import Bench
+            self.engine = self.bench = Bench(tokenizer, decomposed_from(name) is not None, *parts)
+        else:
+            self.engine, self.bench = Engine(*parts), None
+        self.thread = ThreadPoolExecutor(1)  # does in order what it is given: steps, and things between them
+        self.answers, self.failure = {}, None  # request -> its Answer
         self.totals = Counter(requests=0, prompt_tokens=0, tokens=0, first_tokens=0, first_token_seconds=0)
-        self.start()
 
-    def run(self):
-        try:
-            while True:
-                self.step()
-        except Exception as e:  # out of memory, say: nobody is left waiting
-            traceback.print_exc()
-            self.failure, failed = e, list(self.answers.values())
-        while True:
-            for answer in failed:
-                answer.failure = self.failure
-                answer.wake()
-            failed = [self.incoming.get()]
+    def begin(self, request):
+        """Give a request to the engine, and set it going if it rests."""
+        resting = not self.engine.running and not self.engine.waiting
+        self.engine.submit(request)
+        if resting or self.failure:
+            self.thread.submit(self.step)
 
     def step(self):
-        while not self.incoming.empty() or not self.answers:  # with nothing to do, wait for a request
-            answer = self.incoming.get()
-            self.answers[answer.request] = answer
-            self.engine.submit(answer.request)
-        ended = self.engine.step()
+        try:
+            if self.failure:
+                raise self.failure
+            ended = self.engine.step()
+        except Exception as e:  # out of memory, say: nobody is left waiting, now and later
+            self.failure = e
+            traceback.print_exc()
+            while self.answers:
+                answer = self.answers.popitem()[1]
+                answer.failure = e
+                answer.wake()
+            return
+        if self.engine.running or self.engine.waiting:
+            self.thread.submit(self.step)
         for request in [*self.engine.running, *ended]:
             self.answers[request].wake()
         for request in ended:
@@ -232,7 +242,7 @@ class Server(threading.Thread):
 
     def state(self):
         """Requests in the batch and before it; blocks of the cache."""
-        pool, waiting = self.engine.pool, len(self.engine.waiting) + self.incoming.qsize()
+        pool, waiting = self.engine.pool, len(self.answers) - len(self.engine.running)
         return dict(running=len(self.engine.running), waiting=waiting, blocks=len(pool.users),
                     blocks_used=len(pool.users) - len(pool.free))
 
@@ -253,27 +263,27 @@ class Server(threading.Thread):
     def submit(self, values, http):
         """The Answer of a request that is on its way."""
         from beyond.batching import Request
-        adapter = values["model"] if values["model"] in self.names[1:] else None
+        adapter = None if values["model"] == self.names[0] else values["model"]
         request = Request(self.ids(values), values["max_tokens"], values["temperature"], values["top_p"],
                           values["seed"], adapter, values["top"])
         self.engine.check(request)
         if self.state()["waiting"] >= WAITING:
             raise Refusal(429, f"{WAITING} requests are waiting already: try again later")
-        answer = Answer(request, self.tokenizer, values["stop"], "messages" in values)
-        self.incoming.put(answer)
+        answer = self.answers[request] = Answer(request, self.tokenizer, values["stop"], "messages" in values)
+        self.thread.submit(self.begin, request)
         answer.watching = asyncio.create_task(answer.watch(http))  # kept, or it would be collected
         return answer
 
 
 def make_app(server, api_key=None):
     from fastapi import Depends, FastAPI, Request
-    from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+    from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 
     async def allowed(http: Request):
         given, wanted = http.headers.get("authorization", "").encode(), f"Bearer {api_key}".encode()
-        if api_key and http.url.path != "/health" and not hmac.compare_digest(given, wanted):
+        if api_key and http.url.path not in ("/", "/health") and not hmac.compare_digest(given, wanted):
             raise Refusal(401, "this server wants its --api-key: Authorization: Bearer KEY")
     app = FastAPI(dependencies=[Depends(allowed)], docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -300,15 +310,32 @@ def make_app(server, api_key=None):
         rows = [dict(id=name, object="model", created=0, owned_by="local") for name in server.names]
         return dict(object="list", data=rows)
 
-    async def answered(http, own, kinds):
+    @app.get("/")
+    def page():
+        return FileResponse(Path(__file__).with_name("beyond") / "page.html")
+
+    @app.get("/about")
+    def about():
+        return dict(chat=bool(server.tokenizer.chat_template), bench=server.bench and server.bench.facts)
+
+    @app.post("/measure")
+    async def measure(http: Request):
+        refuse(not server.bench, "there is no rank bench: start serve.py with --teach")
+        values = checked(await content(http), OF_MEASUREMENTS, server)
+        work = server.thread.submit(server.bench.measure, values["model"], values["text"])
+        return await asyncio.wrap_future(work)
+
+    async def content(http):
         size = http.headers.get("content-length", "")
         if not size.isdigit() or int(size) > MAX_BODY:
             raise Refusal(413, f"the body must have a Content-Length of at most {MAX_BODY}, got {size!r}")
         try:
-            body = json.loads(await http.body())
+            return json.loads(await http.body())
         except (ValueError, RecursionError) as e:
             raise InputError(f"the body is not JSON: {e}") from None
-        values = checked(body, own, server.names)
+
+    async def answered(http, own, kinds):
+        values = checked(await content(http), own, server)
         answer = server.submit(values, http)
         head = dict(id=f"answer-{random.getrandbits(64):016x}", object=kinds[values["stream"]],
                     created=int(time.time()), model=values["model"])
@@ -345,6 +372,7 @@ def main(argv=None):
                    help="an adapter of finetune.py or PEFT, any number of times (default: none)")
     p.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
     p.add_argument("--port", type=at_least_1, default=8000, help="(default: %(default)s)")
+    p.add_argument("--teach", action="store_true", help="decompose the model, for the rank bench of the page")
     p.add_argument("--api-key", help="what clients must send to be answered (default: none)")
     args = p.parse_args(argv)
     try:
@@ -356,8 +384,8 @@ def main(argv=None):
     refuse(args.model in folders, f"an adapter and the model are called {args.model}: rename the adapter")
     listener = listen(args.host, args.port, args.api_key)
     model, tokenizer, _ = open_model(args.model, args.bits)
-    app = make_app(Server(args.model, model, tokenizer, folders), args.api_key)
-    say(f"serving {', '.join([args.model, *folders])} at http://{args.host}:{args.port}/v1")
+    app = make_app(Server(args.model, model, tokenizer, folders, args.teach), args.api_key)
+    say(f"serving {', '.join([args.model, *folders])} at http://{args.host}:{args.port}/v1, and a page at /")
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 
