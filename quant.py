@@ -23,6 +23,8 @@ many rows arithmetic takes longer, and dequantizing adds little; without g++ or 
 import copy
 import functools
 import math
+import os
+import sys
 from pathlib import Path
 from types import MethodType
 
@@ -229,10 +231,13 @@ def load_kernels():
     """kernels.cu as a module, compiled at the first use; None, said once, where that can't be."""
     from torch.utils.cpp_extension import load
     say("kernels.cu: compiling, or loading what was compiled before (a minute the first time) ...")
+    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # ninja, in an environment not active
     try:
         return load("fingpt_kernels", [str(Path(__file__).with_name("kernels.cu"))])
     except (RuntimeError, OSError, ImportError) as e:
-        say(f"kernels.cu is not used, which is slower: it needs nvcc and ninja ({str(e).strip()[:200]!r})")
+        lines = str(e).strip().splitlines()
+        why = [line for line in lines if "error:" in line][:2] or lines[:1]  # the compiler's own
+        say(f"kernels.cu is not used, which is slower: it needs nvcc and ninja ({' | '.join(why)[:400]})")
         return None
 
 

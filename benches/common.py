@@ -32,13 +32,17 @@ def numbers(text):
 FLAGS = {  # name -> (type, help); each bench has defaults for those that it takes
     "base": (str, "the pretrained model"), "model": (str, "a known name, a folder or a file"),
     "batch": (at_least_1, "sequences of a step"), "batch_size": (at_least_1, "sequences or rows of a step"),
-    "batches": (at_least_1, "batches of a round"), "bits": (numbers, "of weights"),
+    "batches": (at_least_1, "batches of a round"), "bits": (numbers, "of weights, separated by commas"),
     "calibration": (str, "text of the activations: a file, a folder or builtin"),
+    "compile": (bool, "compile the blocks of our models with torch.compile"),
     "data": (str, "text to train on, as for train.py"), "data_dir": (str, "where the tasks' files are"),
     "dtype": (str, "float32, bfloat16, or auto: the faster here"), "dtypes": (words, "of matrix products"),
+    "dry_run": (bool, "the smallest sizes, also without a GPU, to find slips"),
+    "eager": (bool, "also launch by launch: without the CUDA graph, or without the one call on a CPU"),
     "eval_limit": (at_least_1, "with --quality: rows of each task that are scored"),
     "jobs": (at_least_1, "runs at a time"), "lengths": (numbers, "the shortest and the longest prompt"),
     "limit": (at_least_0, "rows of each task, or tokens of the text; 0: all"),
+    "minutes": (positive, "of the whole run"),
     "max_iters": (at_least_1, "steps of each run"), "models": (words, "separated by commas"),
     "nanogpt": (str, "also time nanoGPT's 124M, from this checkout of its repository"),
     "new_tokens": (at_least_1, "written after each prompt"), "quality": (bool, "scores in place of times"),
@@ -49,7 +53,8 @@ FLAGS = {  # name -> (type, help); each bench has defaults for those that it tak
     "seq": (at_least_1, "tokens of each sequence"), "seq_len": (at_least_1, "tokens of each sequence"),
     "sequences": (at_least_1, "prompts"), "stages": (at_least_1, "processes"),
     "task": (str, "where the rows are from; made-up headlines where it is not at hand"),
-    "tasks": (str, "separated by commas"), "text": (str, "text to measure: a file, a folder or builtin"),
+    "tables": (words, "of the paper"), "tasks": (str, "separated by commas"),
+    "text": (str, "text to measure: a file, a folder or builtin"),
 }
 
 

@@ -2,13 +2,14 @@
 
     python bench.py decode
     python bench.py decode --models gpt2 --new-tokens 50
+    python bench.py decode --models llama2-7b --ranks 0 --bits 4 --eager
 
 A prompt of 100 tokens and 100 new ones; random weights (speed does not depend on them) in bfloat16 or
 quantized; the peer is GPT-2 of transformers in bfloat16. Two things are told apart, as usual: the seconds
-until the first token is there, which is reading the prompt, and the tokens a second from then on; `with
-prompt` is the rate of both together. Each model lives in a process of its own, for its peak memory; the
-processes generate in turn, and medians of the rounds are shown. Without the cache each token costs the whole
-text: a few are timed.
+until the first token is there, which is reading the prompt, and the tokens a second from the second on (a
+GPU records its CUDA graph before that one); `with prompt` is the rate of all together. Each model lives in a
+process of its own, for its peak memory; the processes generate in turn, and medians of the rounds are shown.
+Without the cache each token costs the whole text: a few are timed.
 """
 import importlib.util
 import statistics
@@ -27,12 +28,13 @@ from common.generate import generate
 from model import config_for
 from quant import stored_bytes
 
-RANKS = {"gpt2": 192, "gpt2-xl": 384}  # the paper's, of Table VIII
-PROMPT, UNCACHED = list(range(100)), 3  # new tokens without the cache
-DEFAULTS = dict(models=",".join(RANKS), new_tokens=100, rounds=3)
+RANKS = {"gpt2": 192, "gpt2-xl": 384}  # the paper's, of Table VIII, beside full rank
+PROMPT, UNCACHED = list(range(100)), 4  # new tokens without the cache
+DEFAULTS = dict(models="gpt2,gpt2-xl", ranks=None, bits="16,8,4", eager=False, batch=1, new_tokens=100,
+                rounds=3)
 
 
-def transformers_run(name, device):
+def transformers_run(name, batch, device):
     """The peer, GPT-2 of transformers with random weights in bfloat16: run and bytes, as of `our_run`."""
     from transformers import GPT2Config, GPT2LMHeadModel
     c = config_for(name)
@@ -43,7 +45,7 @@ def transformers_run(name, device):
         p.data.normal_(std=0.02)
     model.tie_weights()
     model.eval()
-    prompt, times = torch.tensor([PROMPT], device=device), []
+    prompt, times = torch.tensor([PROMPT] * batch, device=device), []
 
     def note(tokens=None):
         times.append(time.perf_counter())
@@ -56,40 +58,45 @@ def transformers_run(name, device):
     return run, sum(p.nbytes for p in model.parameters())
 
 
-def our_run(name, rank, bits, device):
+def our_run(name, rank, bits, make_step, batch, device):
     """run(count, cache) generates so many tokens, always the likeliest, and returns when each came; and the
     model's bytes."""
     model = random_model(name, rank, bits, device=device)
 
     def run(count, cache):
-        steps = generate(model, [PROMPT], count, temperature=0, use_cache=cache, make_step=decoding_step)
+        steps = generate(model, [PROMPT] * batch, count, temperature=0, use_cache=cache, make_step=make_step)
         return [time.perf_counter() for _ in steps]
     return run, stored_bytes(model)
 
 
 @torch.inference_mode()
-def measurer(name, rank, bits, engine):
+def measurer(name, batch, rank, bits, engine):
     """For a Worker: a function of (count, cache) that measures one generation."""
     device = find_device("bfloat16").torch_device
-    ours = engine == "ours"
-    run, size = our_run(name, rank, bits, device) if ours else transformers_run(name, device)
+    if engine == "transformers":
+        run, size = transformers_run(name, batch, device)
+    else:
+        make_step = decoding_step if engine == "ours" else None
+        run, size = our_run(name, rank, bits, make_step, batch, device)
 
     @torch.inference_mode()
     def measure(asked):
         count, cache = asked
         start = time.perf_counter()
         times = [t - start for t in run(count, cache)]
-        return dict(prompt_seconds=times[0], tokens_per_second=(count - 1) / (times[-1] - times[0]),
-                    with_prompt=count / times[-1], model_bytes=size, peak_memory_bytes=peak_memory(device))
+        return dict(prompt_seconds=times[0], tokens_per_second=batch * (count - 2) / (times[-1] - times[1]),
+                    with_prompt=batch * count / times[-1], model_bytes=size,
+                    peak_memory_bytes=peak_memory(device))
     return measure
 
 
 def measure_all(name, args, bar):
     """The rows of all models of one size."""
-    jobs = [(rank, bits, "ours") for rank in (0, RANKS[name]) for bits in (16, 8, 4)]
-    if importlib.util.find_spec("transformers"):
+    engines, ranks = ["ours", "ours, eager"][:1 + args.eager], args.ranks or [0, RANKS[name]]
+    jobs = [(rank, bits, engine) for rank in ranks for bits in args.bits for engine in engines]
+    if importlib.util.find_spec("transformers") and config_for(name).kind == "gpt2":
         jobs.insert(0, (0, 16, "transformers"))
-    workers, rows = {job: Worker(measurer, name, *job) for job in jobs}, []
+    workers, rows = {job: Worker(measurer, name, args.batch, *job) for job in jobs}, []
     for worker in workers.values():
         worker.ask((3, True))  # the process begins, makes its model and warms up, before the next one
     for cache, count, rounds in ((True, args.new_tokens, args.rounds), (False, UNCACHED, 1)):
@@ -100,25 +107,26 @@ def measure_all(name, args, bar):
                 bar.update()
         for (rank, bits, engine), results in found.items():
             row = {key: statistics.median(r[key] for r in results) for key in results[0]}
-            rows.append(dict(model=name, rank=rank, bits=bits, engine=engine, cache=cache, new_tokens=count,
-                             rounds=rounds, **row))
+            rows.append(dict(model=name, batch=args.batch, rank=rank, bits=bits, engine=engine, cache=cache,
+                             new_tokens=count, rounds=rounds, **row))
     for worker in workers.values():
         worker.shutdown()
-    return sorted(rows, key=lambda r: (r["engine"] == "ours", r["rank"], -r["bits"], not r["cache"]))
+    return sorted(rows, key=lambda r: (r["engine"] != "transformers", r["rank"], -r["bits"], not r["cache"]))
 
 
 def bench(args):
     """A row for each model, with and without the cache."""
     most = config_for("gpt2").context - len(PROMPT)
     for name in args.models:
-        refuse(name not in RANKS, f"--models {name!r} is not among {', '.join(RANKS)}")
-    refuse(not 2 <= args.new_tokens <= most, f"--new-tokens {args.new_tokens} is not in 2..{most}")
+        refuse(args.ranks is None and name not in RANKS, f"--models {name!r} is not among "
+               f"{', '.join(RANKS)}: give --ranks too")
+    refuse(not 3 <= args.new_tokens <= most, f"--new-tokens {args.new_tokens} is not in 3..{most}")
     if importlib.util.find_spec("transformers") is None:
         print("transformers is not installed: its rows are left out (pip install transformers)")
     with tqdm(desc="generating", disable=None, leave=False) as bar:
         rows = [row for name in args.models for row in measure_all(name, args, bar)]
     device = find_device("bfloat16")
-    print(f"{device.name}: batch 1, prompt of {len(PROMPT)} tokens")
+    print(f"{device.name}: batch {args.batch}, prompt of {len(PROMPT)} tokens")
     return device, rows
 
 
@@ -126,7 +134,8 @@ def report(rows):
     base = {(r["model"], r["cache"]): r["tokens_per_second"] for r in rows if r["engine"] == "transformers"}
 
     def over(r):
-        return f"{r['tokens_per_second'] / base[r['model'], r['cache']]:.1f}x" if base else ""
+        peer = base.get((r["model"], r["cache"]))
+        return f"{r['tokens_per_second'] / peer:.1f}x" if peer else ""
     return table(shown(rows, over=over), {
         "model": "model", "rank": "rank", "bits": "bits", "engine": "engine", "cache": "cache",
         "new": "new_tokens", "prompt s": ("prompt_seconds", "{:.2f}"),

@@ -1,6 +1,6 @@
 """Decomposition (section IV.B): time and error against a loop of torch.linalg.svd, and perplexity.
 
-    python bench.py decompose        all matrices of smollm2-135m and random ones of GPT-2's shapes
+    python bench.py decompose        all matrices of smollm2-135m and random ones of GPT-2's shapes (--models)
     python bench.py decompose --quality --text wikitext2-valid.txt --calibration fiction/
                                      perplexity after 80, 60 and 40%, and after recovery by methods 2 and 3
 
@@ -25,8 +25,9 @@ from lowrank import svd_factors
 from model import config_for
 
 STEPS, RECOVERED = 200, 0.6  # of 2 x 256 tokens; the share from which recovery is measured
-RANDOM = "gpt2"  # the name of the rows of random matrices
-DEFAULTS = dict(quality=False, text=None, calibration=None, out_dir="out/bench_decompose")
+REAL = "smollm2-135m"
+DEFAULTS = dict(models=f"{REAL},gpt2", quality=False, text=None, calibration=None,
+                out_dir="out/bench_decompose")
 
 
 @torch.no_grad()
@@ -48,9 +49,9 @@ def smollm2(device):
     return W, H, groups
 
 
-def random_matrices(device):
-    """Random matrices of GPT-2's shapes (flat spectra), and inputs whose deviations fall as 1/sqrt(i)."""
-    config = config_for("gpt2")
+def random_matrices(name, device):
+    """Random matrices of a GPT-2's shapes (flat spectra), and inputs whose deviations fall as 1/sqrt(i)."""
+    config = config_for(name)
     n, m = config.width, config.ffn
     torch.manual_seed(0)
     W, H = {}, {}
@@ -103,10 +104,10 @@ def compare(W, H, groups, ours, describe):
     return *seconds, worst
 
 
-def speed(device):
+def speed(models, device):
     rows = []
-    for model, matrices in (("smollm2-135m", smollm2), (RANDOM, random_matrices)):
-        W, H, sharing = matrices(device.torch_device)
+    for model in models:
+        W, H, sharing = smollm2(device) if model == REAL else random_matrices(model, device)
         kinds = defaultdict(list)
         for name in W:
             kinds[name.rsplit(".", 1)[1]].append(name)
@@ -148,7 +149,7 @@ def quality(args):
 def bench(args):
     device = find_device("float32")
     torch.set_float32_matmul_precision("highest")
-    return device, quality(args) if args.quality else speed(device)
+    return device, quality(args) if args.quality else speed(args.models, device.torch_device)
 
 
 def report(rows):
@@ -156,7 +157,7 @@ def report(rows):
         return table(rows, {"method": "method", "kept": ("ratio", "{:.0%}"), "steps of recovery": "steps",
                             "perplexity": ("perplexity", "{:,.1f}")})
 
-    names = {RANDOM: "random, as GPT-2"}
+    names = {"gpt2": "random, as GPT-2"}
     rows = shown(rows, model=lambda r: names.get(r["model"], r["model"]))
     return table(rows, {
         "matrices of": "model", "method": "method", "seconds": ("seconds", "{:.1f}"),

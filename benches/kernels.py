@@ -1,15 +1,16 @@
-"""Each CUDA kernel against the copy bandwidth, torch in 16 bit and bitsandbytes (needs a GPU and nvcc).
+"""Each CUDA kernel beside cuBLAS in 16 bit and torch's int4, checked, then timed (needs a GPU and nvcc).
 
-    python bench.py kernels --json results/kernels.json
+    python bench.py kernels --json results/kernels.json     also prints each row as it comes
+    python bench.py kernels --dry-run                       small matrices on a CPU, kernels.cu emulated
 
-Shapes are those of Llama2-7B and of its factors of rank 512. In decoding, each matrix is read once a token.
-So every call of a measurement has other weights, together more than the L2 holds, and all calls are replayed
-from one CUDA graph, so that launching costs what it costs in decoding. The copy bandwidth, bytes read and
-written of a large copy, is of the same run. GB/s counts the weights (and what quantize and dequantize read
-and write).
+As in decoding, every call has other weights, together more than the L2 holds, and all are replayed from one
+CUDA graph. What a call computes is first compared with float64. GB/s counts weights, scales and offsets (and
+what quantize and dequantize read and write). The first rows are floors: a copy, reading, an empty launch.
 """
-import importlib.util
+import json
 import statistics
+import time
+import timeit
 from functools import partial
 
 import torch
@@ -17,152 +18,173 @@ import torch
 from benches.common import table
 from common.cli import refuse
 from common.device import find_device
-from quant import QuantMatrix, load_kernels
+from quant import QuantMatrix, decode, load_kernels, quantize_rows, unpack
 
-SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (512, 4096), (4096, 512)]  # (out, in)
-RANK, ROWS = 512, (1, 4, 8, 16, 32, 64)
+SHAPES = [(4096, 4096, 512), (11008, 4096, 512), (4096, 11008, 512),  # Llama2-7B: out, in, rank of factors
+          (1600, 1600, 384), (4800, 1600, 384), (6400, 1600, 384), (1600, 6400, 384)]  # GPT-2 XL
+FORMS = [(8, 0), (8, 64), (4, 0), (4, 64)]  # bits, group (0: a row)
+ROWS = 1, 4, 8, 16, 32, 64, 128
 L2_BYTES = 256 << 20  # more than the L2 of any GPU
-DEFAULTS = {}
+WRONG = 0.02  # of the norm of what float64 gives
+WARM_UP = 0.03  # seconds of replays before the timed ones, until the clocks have risen
+DEFAULTS = dict(dry_run=False)
 
 
 def graph_seconds(calls, rounds=20):
     """Median seconds of one call, the calls being recorded one after the other in a CUDA graph."""
-    stream = torch.cuda.Stream()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
+        calls[0]()
+    torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
-    times = []
-    for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times, start = [], time.perf_counter()
+    while len(times) < rounds:
         begin.record()
         graph.replay()
         end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / len(calls))
-    return statistics.median(times[2:])
+        end.synchronize()
+        if time.perf_counter() - start > WARM_UP:
+            times.append(begin.elapsed_time(end) / 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def cpu_seconds(calls):
+    """The same without a graph, once."""
+    return timeit.timeit(lambda: [call() for call in calls], number=1) / len(calls)
+
+
+def bytes_of(thing):
+    """Bytes of a tensor, of a QuantMatrix with its scales and offsets, or of several of these."""
+    if isinstance(thing, torch.Tensor):
+        return thing.nbytes
+    return sum(map(bytes_of, thing.parts() if isinstance(thing, QuantMatrix) else thing))
+
+
+def exact(W):
+    """W in float64, not by kernels.cu."""
+    is_dense = isinstance(W, torch.Tensor)
+    return (W if is_dense else decode(unpack(W.q, W.bits, W.in_features), W.scale, W.offset)).double()
 
 
 class Measurement:
-    """Collects rows; `seconds(calls)` times a list of calls, `kernels` is kernels.cu. Tests give it others,
-    on a CPU."""
+    """Collects rows; seconds(calls) times a list of calls."""
 
-    def __init__(self, kernels, seconds, device, l2_bytes=L2_BYTES):
-        self.kernels, self.seconds, self.device = kernels, seconds, device
-        self.l2_bytes, self.rows = l2_bytes, []
-        a = self.random(l2_bytes * 2)
-        b = torch.empty_like(a)
-        self.copy = 2 * a.nbytes / seconds([lambda: b.copy_(a)] * 3)  # bytes a second
+    def __init__(self, kernels, seconds, device, l2_bytes):
+        self.kernels, self.seconds, self.device, self.l2_bytes = kernels, seconds, device, l2_bytes
+        self.rows, self.copy = [], None
+        a, b, one = (self.random(1, n) for n in (2 * l2_bytes, 2 * l2_bytes, 1))
+        add = partial(self.add, engine="torch", shape=(), form=(16, 0))
+        add("copy", x=a, call=lambda x, to: to.copy_(x), things=[b] * 3, wanted=a, more=a.nbytes)
+        integers = a.view(torch.int64)
+        add("read", x=a, call=lambda x, W: W.sum(), things=[integers] * 3, wanted=integers.sum())
+        add("empty launch", x=one, call=lambda x, W: W.mul_(1), things=[one] * 100, wanted=one)
 
     def random(self, *shape):
         return 0.02 * torch.randn(*shape, device=self.device, dtype=torch.bfloat16)
 
-    def enough(self, make, out, width, bits):
-        """So many different matrices that the L2 can't hold them."""
-        return [make() for _ in range(max(2, -(-self.l2_bytes // (out * width * bits // 8))))]
+    def enough(self, make):
+        """So many different things that the L2 can't hold them."""
+        return [make() for _ in range(2 + self.l2_bytes // bytes_of(make()))]
 
-    def matrices(self, out, width, bits):
-        return self.enough(lambda: QuantMatrix.of(self.random(out, width), bits), out, width, bits)
+    def matrices(self, out, width, form):
+        return self.enough(lambda: QuantMatrix.of(self.random(out, width), *form))
 
-    def add(self, kernel, engine, shape, bits, x, call, things, more=0):
-        """Time call(x, thing) over things: matrices (out, in), or pairs of factors (out, rank, in). more:
-        other bytes that are read or written."""
+    def add(self, kernel, engine, shape, form, x, call, things, wanted, more=0):
+        """Compare call(x, things[0]) with what is wanted, then time call over all things. more: other bytes
+        that are read or written."""
+        row = dict(kernel=kernel, engine=engine, shape="x".join(map(str, shape)), bits=form[0], group=form[1],
+                   rows=len(x))
+        error = ((call(x, things[0]).double() - wanted).norm() / wanted.double().norm()).item()
+        refuse(not error < WRONG, f"{row}: off by {error:.3g} of the result: not timed")
         s = self.seconds([partial(call, x, thing) for thing in things])
-        size = sum(a * b for a, b in zip(shape, shape[1:])) * bits // 8 + more
-        self.rows.append(dict(kernel=kernel, engine=engine, shape="x".join(map(str, shape)), rows=len(x),
-                              bits=bits, us=s * 1e6, gb_s=size / s / 1e9, share_of_copy=size / s / self.copy))
+        speed = (bytes_of(things[0]) + more) / s
+        self.copy = self.copy or speed  # bytes a second; the first row is that of the copy
+        row |= dict(us=s * 1e6, gb_s=speed / 1e9, share_of_copy=speed / self.copy, error=error)
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
 
-    def products(self, out, width, bits):
-        """x W^T, W x + s B (A x), quantize, dequantize, and what torch takes for the 16-bit matrix."""
-        k, shape, Ws = self.kernels, (out, width), self.matrices(out, width, bits)
-        dense = self.enough(lambda: self.random(out, width), out, width, 16)
-        A, B, dense_bytes = self.random(8, width), self.random(out, 8), 2 * out * width
-
-        def product(x, W, step=2):
-            return k.product(x, *W.parts(), step)
+    def products(self, dense, form):
+        """x W^T, g W, W x + s B (A x), quantize and dequantize, of matrices as large as the dense ones; and
+        what cuBLAS takes for these, with the first form."""
+        k, (out, width) = self.kernels, dense[0].shape
+        Ws = self.matrices(out, width, form)
+        add, size = partial(self.add, shape=(out, width), form=form, things=Ws), (form[0], Ws[0].group)
+        A, B, W = self.random(8, width), self.random(out, 8), exact(Ws[0])
 
         def dequantize(x, W):
             return k.dequantize(*W.parts(), width, torch.bfloat16)
+        peer = form == (4, 64) and width % 128 == 0 and dense[0].is_cuda
+        packed = [int4pack(W) for W in Ws if peer]
         for M in ROWS:
-            x, kernel = self.random(M, width), name_of(M)
-            self.add(kernel, "ours", shape, bits, x, product, Ws)
-            self.add(kernel, "torch", shape, 16, x, lambda x, W: x @ W.T, dense)
-            self.add(kernel, "torch, dequantized first", shape, bits, x,
-                     lambda x, W: x @ dequantize(x, W).T, Ws)
-        one = self.random(1, width)
-        self.add("matvec", "ours, a warp a row", shape, bits, one, partial(product, step=1), Ws)
-        for x in (one, self.random(8, width)):
-            self.add("lora", "ours", shape, bits, x, lambda x, W: k.lora(x, *W.parts(), A, B, 4.0), Ws)
-            self.add("lora", "ours, launch by launch", shape, bits, x,
-                     lambda x, W: product(x, W) + 4.0 * (x @ A.T @ B.T), Ws)
-        all_rows, group = dense[0], Ws[0].group
-        self.add("quantize", "ours", shape, bits, all_rows, lambda x, W: k.quantize(W, bits, group), dense,
-                 more=dense_bytes)
-        self.add("dequantize", "ours", shape, bits, all_rows, dequantize, Ws, more=dense_bytes)
+            x, g = self.random(M, width), self.random(M, out)
+            back = partial(add, "back", x=g, wanted=g.double() @ W)
+            product = partial(add, "product", x=x, wanted=x.double() @ W.T)
+            product("ours", call=lambda x, W: k.product(x, *W.parts()))
+            back("ours", call=lambda g, W: k.matmul_back(g, *W.parts(), width))
+            if form == FORMS[0]:
+                cublas = dict(engine="torch", form=(16, 0), things=dense)
+                product(**cublas, call=lambda x, W: x @ W.T, wanted=x.double() @ exact(dense[0]).T)
+                back(**cublas, call=lambda g, W: g @ W, wanted=g.double() @ exact(dense[0]))
+            if M >= 16:
+                product("torch, dequantized first", call=lambda x, W: x @ dequantize(x, W).T)
+                back("torch, dequantized first", call=lambda g, W: g @ dequantize(g, W))
+            if M == 1:
+                product("ours, a warp a row", call=lambda x, W: k.product(x, *W.parts(), 1))
+            if peer:
+                product("torch int4pack", things=packed,
+                        call=lambda x, W: torch._weight_int4pack_mm(x, W[0], 64, W[1]))
+            if M <= 8:
+                lora = partial(add, "lora", x=x, wanted=x.double() @ (W + 4 * B.double() @ A.double()).T)
+                lora("ours", call=lambda x, W: k.lora(x, *W.parts(), A, B, 4.0))
+                lora("ours, 4 launches", call=lambda x, W: k.product(x, *W.parts()) + 4 * (x @ A.T @ B.T))
+        add("dequantize", "ours", x=dense[0], call=dequantize, wanted=W, more=bytes_of(dense[0]))
+        add("quantize", "ours", x=dense[0], things=dense, call=lambda x, W: k.quantize(W, *size)[1],
+            wanted=quantize_rows(dense[0], *size)[1], more=bytes_of(Ws[0]))
 
-    def factors(self, out, width, rank, bits):
+    def factors(self, out, width, rank, form):
         """B (A x) in one launch and in two."""
-        k, shape = self.kernels, (out, rank, width)
-        pairs = list(zip(self.matrices(rank, width, bits), self.matrices(out, rank, bits)))
+        k, pairs = self.kernels, list(zip(self.matrices(rank, width, form), self.matrices(out, rank, form)))
+        A, B = map(exact, pairs[0])
         for M in (1, 8, 16):
             x = self.random(M, width)
-            self.add("lowrank", "ours", shape, bits, x,
-                     lambda x, AB: k.lowrank(x, *AB[0].parts(), *AB[1].parts()), pairs)
-            self.add("lowrank", "ours, two launches", shape, bits, x,
-                     lambda x, AB: k.product(k.product(x, *AB[0].parts()), *AB[1].parts()), pairs)
-
-    def bitsandbytes(self, out, width, bits):
-        """The peer's products with 4-bit (nf4, groups of 64) and 8-bit weights."""
-        import bitsandbytes as bnb
-
-        def make():
-            if bits == 8:
-                return bnb.nn.Linear8bitLt(width, out, bias=False, has_fp16_weights=False).to(self.device)
-            how = dict(compute_dtype=torch.bfloat16, quant_type="nf4")
-            return bnb.nn.Linear4bit(width, out, bias=False, **how).to(self.device)
-        layers = self.enough(make, out, width, bits)
-        for M in (1, 16, 64):
-            x = self.random(M, width).to(torch.bfloat16 if bits == 4 else torch.float16)
-            self.add(name_of(M), "bitsandbytes", (out, width), bits, x, lambda x, layer: layer(x), layers)
+            add = partial(self.add, "lowrank", shape=(out, rank, width), form=form, x=x, things=pairs,
+                          wanted=x.double() @ A.T @ B.T)
+            add("ours", call=lambda x, p: k.lowrank(x, *p[0].parts(), *p[1].parts()))
+            add("ours, two launches", call=lambda x, p: k.product(k.product(x, *p[0].parts()), *p[1].parts()))
 
 
-def name_of(rows):
-    return "matvec" if rows <= 16 else "matmul"
+def int4pack(W):
+    """The same integers, scales and offsets as torch's product of int4 takes them."""
+    q = (unpack(W.q, 4, W.in_features) + 8).to(torch.uint8)
+    packed = torch._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8)
+    return packed, torch.stack([W.scale.T, W.offset.T], -1).bfloat16().contiguous()
 
 
-def measure(m, shapes=SHAPES, rank=RANK):
-    """All rows."""
-    peer = importlib.util.find_spec("bitsandbytes") is not None
-    if not peer:
-        print("bitsandbytes is not installed: its rows are left out (pip install bitsandbytes)")
-    for out, width in shapes:
-        for bits in (8, 4):
-            m.products(out, width, bits)
-            if min(out, width) > rank:
-                m.factors(out, width, rank, bits)
-            if peer:
-                m.bitsandbytes(out, width, bits)
-    return m.rows
-
-
+@torch.inference_mode()
 def bench(args):
-    refuse(not torch.cuda.is_available(), "bench.py kernels needs a GPU: here tests/test_kernels.py can only "
-           "run the kernels, which says nothing of their speed")
-    device, kernels = find_device("bfloat16"), load_kernels()
-    refuse(kernels is None, "kernels.cu could not be built (the line above says why): install nvcc and "
-           "ninja, and set CUDA_HOME")
-    m = Measurement(kernels, graph_seconds, device.torch_device)
-    with torch.inference_mode():
-        rows = measure(m)
-    print(f"{device.name}: a copy moves {m.copy / 1e9:.0f} GB/s")
-    return device, rows
+    refuse(not torch.cuda.is_available() and not args.dry_run, "bench.py kernels needs a GPU: here --dry-run "
+           "can only run the kernels through their emulation, which says nothing of their speed")
+    device, shapes = find_device("bfloat16"), SHAPES
+    if args.dry_run:
+        from tests.cuda_on_cpu import Kernels
+        m, shapes = Measurement(Kernels(), cpu_seconds, torch.device("cpu"), 1 << 10), [(48, 128, 64)]
+    else:
+        refuse(load_kernels() is None, "kernels.cu could not be built: the line above says why")
+        m = Measurement(load_kernels(), graph_seconds, device.torch_device, L2_BYTES)
+    for out, width, rank in shapes:
+        dense = m.enough(lambda shape=(out, width): m.random(*shape))
+        for form in FORMS:
+            m.products(dense, form)
+            m.factors(out, width, rank, form)
+    return device, m.rows
 
 
 def report(rows):
     return table(rows, {
-        "kernel": "kernel", "engine": "engine", "shape": "shape", "rows": "rows", "bits": "bits",
-        "us": ("us", "{:.1f}"), "GB/s": ("gb_s", "{:.0f}"), "of copy": ("share_of_copy", "{:.0%}")})
+        "kernel": "kernel", "engine": "engine", "shape": "shape", "bits": "bits", "group": "group",
+        "rows": "rows", "us": ("us", "{:.1f}"), "GB/s": ("gb_s", "{:.0f}"),
+        "of copy": ("share_of_copy", "{:.0%}")})

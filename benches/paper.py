@@ -14,6 +14,7 @@ from benches.account import account, by_kind, meta_model
 from benches.common import PAPER, interleaved, own_columns
 from benches.train import gpt2_of_rank, peak_of_one, shapes_of_rank, training_step
 from checkpoint import random_model
+from common.cli import refuse
 from common.device import find_device, matmul_rate, peak_memory
 from common.generate import generate
 from common.loss import head_loss
@@ -24,7 +25,7 @@ from recompute import use_recompute
 
 TARGETS = {"llama2-7b": ("q", "v"), "llama2-13b": ("q", "k", "v")}
 FINETUNED = 512  # tokens of a finetuning step
-DEFAULTS = dict(dtype="auto", batch_size=4, seq_len=256, rounds=3)
+DEFAULTS = dict(dtype="auto", batch_size=4, seq_len=256, rounds=3, tables="V,VI,IX")
 
 
 def row(of, what, quantity, value, paper, how):
@@ -122,8 +123,11 @@ def table_ix(device):
 def bench(args):
     device = find_device(args.dtype)
     torch.manual_seed(0)
-    rows = table_v(device.torch_device) + table_vi(device, args.batch_size, args.seq_len, args.rounds)
-    return device, rows + table_ix(device)
+    tables = {"V": partial(table_v, device.torch_device), "IX": partial(table_ix, device),
+              "VI": partial(table_vi, device, args.batch_size, args.seq_len, args.rounds)}
+    for name in args.tables:
+        refuse(name not in tables, f"--tables {name!r} is not among {', '.join(tables)}")
+    return device, [row for name in args.tables for row in tables[name]()]
 
 
 def report(rows):

@@ -23,7 +23,7 @@ from model import Transformer, config_for, count_parameters, flops_per_token
 # Speedup over full rank, Tables VI and VII.
 PAPER = {("gpt2", 192): "1.14x", ("gpt2", 96): "1.18x", ("gpt2", 48): "1.19x", ("gpt2-xl", 384): "1.31x"}
 DEFAULTS = dict(model="gpt2", ranks="0,192,96,48", dtypes="bfloat16,float32", batch_size=4, seq_len=256,
-                rounds=5, nanogpt=None)
+                rounds=5, nanogpt=None, compile=False)
 
 
 def timed_step(device, loss_of, model, optimizer, batch, length, vocabulary=50257):
@@ -90,6 +90,7 @@ def two_steps(name, rank, dtype, batch, length):
 
 
 def peak_of_one(*job):
+    torch.cuda.empty_cache()  # what this process has freed
     with Worker(two_steps, *job) as worker:
         return worker.ask(None)
 
@@ -100,13 +101,17 @@ def bench(args):
     dtypes = {d: getattr(torch, d) for d in args.dtypes}
     rates = {d: matmul_rate(device.torch_device, dtype) for d, dtype in dtypes.items()}
     shapes = {(args.model, rank): shapes_of_rank(args.model, rank) for rank in args.ranks}
-    steps = {key: training_step(gpt2_of_rank(*key, device), device, batch, length) for key in shapes}
+    models = {key: gpt2_of_rank(*key, device) for key in shapes}
+    for block in [block for model in models.values() for block in model.blocks if args.compile]:
+        block.compile()
+    steps = {key: training_step(model, device, batch, length) for key, model in models.items()}
     if args.nanogpt:
         shapes["nanoGPT", 0] = shapes_of_rank("gpt2", 0)  # the same
         steps["nanoGPT", 0] = nanogpt_step(args.nanogpt, device, batch, length)
     timed = {(*key, d): partial(step, dtype) for key, step in steps.items() for d, dtype in dtypes.items()}
-    rows = []
-    for (name, rank, d), s in interleaved(timed, args.rounds).items():
+    rows, seconds = [], interleaved(timed, args.rounds)
+    del models, steps, timed  # the peaks need the memory
+    for (name, rank, d), s in seconds.items():
         model = shapes[name, rank]
         # the first time may have been a busy one
         rate = max(rates[d], matmul_rate(device.torch_device, dtypes[d]))

@@ -1,7 +1,10 @@
 """beyond/cpu_kernels.py: products of kernels_cpu.cpp against float64, and where it can't be had."""
 import copy
+import os
 import platform
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,4 +119,18 @@ def test_without_nvcc_the_cuda_kernels_are_not_used_and_it_is_said_once(monkeypa
     load_kernels.cache_clear()
     assert load_kernels() is None and load_kernels() is None
     assert capsys.readouterr().out.count("kernels.cu is not used") == 1
+    load_kernels.cache_clear()
+
+
+def test_where_kernels_cu_does_not_compile_the_compilers_error_is_shown(monkeypatch, capsys):
+    import torch.utils.cpp_extension
+
+    def load(name, sources):
+        assert str(Path(sys.executable).parent) in os.environ["PATH"].split(os.pathsep), "ninja is beside the interpreter"
+        raise RuntimeError("Error building extension 'x': [1/2] nvcc -c\nkernels.cu(7): error: no such name\n1 error detected")
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(torch.utils.cpp_extension, "load", load)
+    load_kernels.cache_clear()
+    assert load_kernels() is None
+    assert "kernels.cu(7): error: no such name" in capsys.readouterr().out
     load_kernels.cache_clear()

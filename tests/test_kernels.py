@@ -3,7 +3,6 @@
     pytest tests/test_kernels.py             # here, without a GPU
     pytest tests/test_kernels.py -m slow     # compile it for sm_80 and sm_90, with nvcc; run it, with a GPU
 """
-import ctypes
 import itertools
 import os
 import random
@@ -14,39 +13,19 @@ from sysconfig import get_paths
 
 import pytest
 import torch
+from cuda_on_cpu import FAST, NAIVE, ROOT, TYPES, WARP, Kernels
 
-from beyond.cpu_kernels import Matrix, struct_of
 from quant import QuantMatrix, decode, quantize_rows, unpack
 
-ROOT = Path(__file__).resolve().parent.parent
-TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-NAIVE, WARP, FAST = range(3)
 ROUNDING = {torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11}  # of one number, to its size
 SIZES = [*range(1, 18), 31, 33, 63, 64, 65, 100, 127, 128, 130, 192, 257, 1000]
 
 
-class Form(ctypes.Structure):
-    _fields_ = [("W", Matrix), ("bits", ctypes.c_int)]
-
-
-def pointer(tensor):
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def form(m):
-    return Form(struct_of(m), m.bits)
-
-
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
+def kernels():
+    if shutil.which("g++") is None:
         pytest.skip("no g++ to compile kernels.cu with")
-    library = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    flags = ["-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-DCUDA_ON_CPU", "-x", "c++"]
-    command = [compiler, *flags, "-I", ROOT / "tests", ROOT / "kernels.cu", "-o", library]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(library)
+    return Kernels()
 
 
 @pytest.fixture
@@ -61,10 +40,6 @@ def random_matrix(rows, width, bits, group):
     """Weights as large models have them: small, not centred, some far out."""
     w = 0.02 * torch.randn(rows, width) + 0.005 * torch.randn(rows, 1)
     return QuantMatrix.of(torch.where(torch.rand(rows, width) < 0.01, 5 * w, w), bits, group)
-
-
-def poisoned(*shape, dtype):
-    return torch.full(shape, float("nan"), dtype=dtype)
 
 
 def some_group(draw, width, multiple_of=1):
@@ -83,7 +58,9 @@ def assert_product(y, x, w, inner=0.0):
 
 
 def cases(count):
-    return list(itertools.product((8, 4), (torch.bfloat16, torch.float16), range(count)))
+    """(bits, dtype, i) of a test, with names that do not move: bench.py gpu calls some."""
+    every = itertools.product((8, 4), (torch.bfloat16, torch.float16), range(count))
+    return [pytest.param(*case, id=f"int{case[0]}-{str(case[1])[6:]}-{case[2]}") for case in every]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -95,15 +72,11 @@ def test_quantize_and_dequantize(kernels, draw, bits, dtype, step):
         group = some_group(draw, width)
         w = (0.02 * torch.randn(rows, width)).to(dtype)
         w[0] = 0.25  # a vector without a range
-        m = QuantMatrix(rows, width, bits, group)
-        for part in m.parts():
-            part.fill_(77)
-        kernels.run_quantize(TYPES[dtype], pointer(w), form(m), step, None)
-        q, scale, offset = quantize_rows(w, bits, m.group)
-        assert torch.equal(m.scale, scale) and torch.equal(m.offset, offset)
-        assert torch.equal(unpack(m.q, bits, width), q)
-        out = poisoned(rows, width, dtype=dtype)
-        kernels.run_dequantize(TYPES[dtype], form(m), pointer(out), step, None)
+        found = kernels.quantize(w, bits, group or width, step)
+        q, scale, offset = quantize_rows(w, bits, group or width)
+        assert torch.equal(found[1], scale) and torch.equal(found[2], offset)
+        assert torch.equal(unpack(found[0], bits, width), q)
+        out = kernels.dequantize(*found, width, dtype, step)
         assert torch.equal(out, decode(q, scale, offset).to(dtype))
 
 
@@ -112,9 +85,7 @@ def test_quantize_and_dequantize(kernels, draw, bits, dtype, step):
 def test_plain_product(kernels, draw, step, bits, dtype, i):
     M, rows, width = draw.randint(1, 35), draw.choice(SIZES[:26]), draw.choice(SIZES)
     m, x = random_matrix(rows, width, bits, some_group(draw, width)), torch.randn(M, width, dtype=dtype)
-    y = poisoned(M, rows, dtype=dtype)
-    kernels.run_product(TYPES[dtype], pointer(x), M, form(m), pointer(y), step, None)
-    assert_product(y, x, m.dense())
+    assert_product(kernels.product(x, *m.parts(), step), x, m.dense())
 
 
 @pytest.mark.parametrize("bits, dtype, i", cases(10))
@@ -125,9 +96,7 @@ def test_matvec(kernels, draw, bits, dtype, i):
     group = words * 128 // bits
     width = draw.choice(SIZES) if i < 4 else group * draw.choice([1, 2, 3, 7])
     m, x = random_matrix(rows, width, bits, 0 if i < 4 else group), torch.randn(M, width, dtype=dtype)
-    y = poisoned(M, rows, dtype=dtype)
-    kernels.run_product(TYPES[dtype], pointer(x), M, form(m), pointer(y), FAST, None)
-    assert_product(y, x, m.dense())
+    assert_product(kernels.product(x, *m.parts()), x, m.dense())
 
 
 @pytest.mark.parametrize("bits, dtype, i", cases(6))
@@ -137,18 +106,14 @@ def test_matmul(kernels, draw, bits, dtype, i):
     group = [0, 64, 128, 0, 192, 0][i]
     width = group * draw.choice([1, 2, 3]) if group else draw.choice(SIZES)
     m, x = random_matrix(rows, width, bits, group), torch.randn(M, width, dtype=dtype)
-    y = poisoned(M, rows, dtype=dtype)
-    kernels.run_product(TYPES[dtype], pointer(x), M, form(m), pointer(y), FAST, None)
-    assert_product(y, x, m.dense())
+    assert_product(kernels.product(x, *m.parts()), x, m.dense())
 
 
 def test_x_that_begins_anywhere(kernels, draw):
     """A slice of a larger tensor need not begin at 16 bytes."""
     m, x = random_matrix(33, 128, 4, 64), torch.randn(20 * 128 + 1, dtype=torch.bfloat16)[1:].view(20, 128)
     for M in (3, 20):
-        y = poisoned(M, 33, dtype=torch.bfloat16)
-        kernels.run_product(0, pointer(x), M, form(m), pointer(y), FAST, None)
-        assert_product(y, x[:M], m.dense())
+        assert_product(kernels.product(x[:M], *m.parts()), x[:M], m.dense())
 
 
 @pytest.mark.parametrize("bits, dtype, i", cases(4))
@@ -156,10 +121,8 @@ def test_x_that_begins_anywhere(kernels, draw):
 def test_matmul_back(kernels, draw, bits, dtype, i, step):
     M, rows, width = draw.choice([1, 17, 64, 65]), draw.choice(SIZES[:26]), draw.choice(SIZES[:26])
     m, g = random_matrix(rows, width, bits, some_group(draw, width)), torch.randn(M, rows, dtype=dtype)
-    out = poisoned(M, width, dtype=dtype)
-    kernels.run_matmul_back(TYPES[dtype], pointer(g), M, form(m), pointer(out), step, None)
     inner = ROUNDING[dtype] if step == FAST else 0  # the fast one rounds W to T
-    assert_product(out, g, m.dense().T, inner)
+    assert_product(kernels.matmul_back(g, *m.parts(), width, step), g, m.dense().T, inner)
 
 
 @pytest.mark.parametrize("bits, dtype, i", cases(6))
@@ -171,14 +134,10 @@ def test_lowrank_in_one_launch(kernels, draw, bits, dtype, i):
         rank, width = group * draw.choice([1, 2, 3]), group * draw.choice([1, 4, 9])
     A, B = random_matrix(rank, width, bits, group), random_matrix(rows, rank, bits, group)
     x = torch.randn(M, width, dtype=dtype)
-    counters = torch.zeros(4, dtype=torch.int32)
     for _ in range(2):  # the counters must be ready for the next launch
-        h, y = poisoned(M, rank, dtype=dtype), poisoned(M, rows, dtype=dtype)
-        kernels.run_lowrank(TYPES[dtype], pointer(x), M, form(A), form(B), pointer(h), pointer(y),
-                            pointer(counters), None)
+        y, h = kernels.lowrank_and_h(x, A.parts(), B.parts())
         assert_product(h, x, A.dense())
         assert_product(y, h, B.dense())
-        assert not counters.any()
 
 
 @pytest.mark.parametrize("bits, dtype, i", cases(4))
@@ -188,13 +147,10 @@ def test_lora_in_one_launch(kernels, draw, bits, dtype, i):
     width, group = (draw.choice(SIZES), 0) if i % 2 else (192, 64)
     m, x = random_matrix(rows, width, bits, group), torch.randn(M, width, dtype=dtype)
     A, B = (0.1 * torch.randn(*shape) for shape in ((r, width), (rows, r)))
-    A, B, counters = A.to(dtype), B.to(dtype), torch.zeros(4, dtype=torch.int32)
+    A, B = A.to(dtype), B.to(dtype)
     for _ in range(2):
-        h, y = poisoned(M, r, dtype=torch.float32), poisoned(M, rows, dtype=dtype)
-        kernels.run_lora(TYPES[dtype], pointer(x), M, form(m), pointer(A), pointer(B), r,
-                         ctypes.c_float(scale), pointer(h), pointer(y), pointer(counters), None)
+        y = kernels.lora(x, *m.parts(), A, B, scale)
         assert_product(y, x, m.dense().double() + scale * (B.double() @ A.double()))
-        assert not counters.any()
 
 
 # ----------------------------------------------------------------------------- on the real thing
@@ -258,6 +214,7 @@ def test_one_launch_on_a_gpu(on_gpu, draw, bits, dtype, i):
     W = random_matrix(rows, width, bits, 64).cuda()
     product = on_gpu.product(on_gpu.product(x, *A.parts()), *B.parts())
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(50):
             y, z = on_gpu.lowrank(x, *A.parts(), *B.parts()), on_gpu.lora(x, *W.parts(), a, b, 0.5)
