@@ -80,19 +80,15 @@ class Bench(Engine):
 
     def make(self, name):
         """The model at a position of the sliders."""
-        share, bits = self.settings[name]
-
-        def reduced(layer_name, layer):
-            B, A, values = self.factors.get(layer_name, (None, (), ()))
+        (share, bits), model = self.settings[name], sharing(self.whole)
+        for layer_name, (B, A, values) in self.factors.items():
             r = max(1, share * len(values) // 100)
-            if r > len(A):  # factors would be no smaller
-                return None
-            with torch.device("meta"):
-                new = LowRankLinear(layer.in_features, layer.out_features, r, bias=False)
-            new.B, new.A, new.bias = nn.Parameter(B[:, :r]), nn.Parameter(A[:r]), layer.bias
-            return new
-        model = sharing(self.whole)
-        swap_layers(model, reduced)
+            if r <= len(A):  # else factors would be no smaller
+                layer = model.get_submodule(layer_name)
+                with torch.device("meta"):
+                    new = LowRankLinear(layer.in_features, layer.out_features, r, bias=False)
+                new.B, new.A, new.bias = nn.Parameter(B[:, :r]), nn.Parameter(A[:r]), layer.bias
+                model.set_submodule(layer_name, new)
         if share < 100:  # W^E and W^H do not depend on the rank: they are quantized once
             ends = self.model_of(f"rank-100%-{bits}bit")
             model.embed, model.head = ends.embed, ends.head

@@ -411,7 +411,7 @@ def test_a_newer_position_cancels_the_answer_under_way(server, address, page, sl
     for share in range(20, 40, 2):
         page.fill("#share", str(share))
         page.wait_for_timeout(250)
-    wanted = ask(address, "rank-38%-16bit", prompt="The capital of France is", max_tokens=60)
+    wanted = ask(address, "rank-38%-16bit", prompt="The bank said on Monday that its profit", max_tokens=60)
     expect(page.locator("#reduced .answer")).to_have_text(wanted)
     assert server.totals["tokens"] - before < 60 * 7, "ten answers of 60 tokens, the whole one and ours"
 
