@@ -14,7 +14,7 @@ many rows arithmetic takes longer, and dequantizing adds little; without g++ or 
 
     rows of x          on a CPU                                     on a GPU
     few                beyond/cpu_kernels.py: W stays in integers   kernels.cu, likewise
-    many               W is dequantized, then torch's product       the same
+    many               the same, x rounded to 16 bits               W is dequantized, then torch's product
     with a gradient    W is dequantized                             kernels.cu for few
 
     python checkpoint.py quantize out/train out/int8 --bits 8
@@ -204,7 +204,7 @@ def product(x, W):
 
 
 def on_cpu(x, A, B=None, bias=None):
-    """x A^T, or x A^T B^T + bias, from integers. None for many rows, in training and without a compiler."""
+    """x A^T, or x A^T B^T + bias, from integers. None in training and without a compiler."""
     if x.is_cuda or torch.is_grad_enabled():
         return None
     from beyond.cpu_kernels import product

@@ -12,7 +12,7 @@ import weakref
 
 import torch
 
-from beyond.cpu_kernels import FEW_ROWS, Matrix, load, struct_of, takes
+from beyond.cpu_kernels import Matrix, load, struct_of, takes
 from common.cli import say
 from model import Attention, Block, FeedForward, attend, is_linear
 from quant import QuantLinear, QuantLowRank, matrices
@@ -44,7 +44,7 @@ class NetworkStruct(ctypes.Structure):
 def cpu_step(model, cache):
     """A CPUStep for a KVCache that has read the prompts. None where something is in the way: layers that are
     not plain quantized ones, something attached to one, another kind of block, no compiler."""
-    stored = cache.k[0].dtype in (torch.float32, torch.bfloat16) and len(cache.lengths) <= FEW_ROWS
+    stored = cache.k[0].dtype in (torch.float32, torch.bfloat16)
     if not stored or load() is None or not all(map(is_plain, model.blocks)):
         return None
     step = CPUStep(model, cache)

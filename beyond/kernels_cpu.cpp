@@ -1,11 +1,13 @@
-// Decoding on a CPU (sections V.B and V.C): W x and B (A x) with int8 or int4 weights, and a whole step.
+// Decoding on a CPU (sections V.B and V.C): W x and B (A x) with W in 4, 8, 16 or 32 bits, and a whole step.
 //
 // Decoding a token reads every weight once and multiplies it once, so the time is that of reading. For that:
-//   - little work for a weight. x is rounded to integers, too, of 16 bits, with a scale for each 64 (that is
-//     better than bfloat16): then 32 products of integers and their sums are one or two instructions;
+//   - little work for a weight. Where W has integers, x is rounded to integers, too, of 16 bits, with a scale for
+//     each 128 or fewer (better than float16): then 32 products and their sums are one instruction;
 //   - four rows of W side by side, whose sums do not wait for each other, and prefetch (1.6 times as fast);
+//   - weights are unpacked once for four rows of x;
 //   - everything else where the numbers already are: the conversion of x, s and o, the bias, and for
 //     y = B (A x) both products in one call, with one barrier of the threads between them.
+// A row of y does not depend on the other rows of x, to the last bit: they are tiled, and never added.
 //
 // cpu_kernels.py compiles this file at the first use and calls it through ctypes; cpu_step.py calls `step`.
 #include <algorithm>
@@ -13,9 +15,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #include <omp.h>
-#ifdef __AVX512BW__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -37,160 +40,236 @@ static inline void store(bfloat16& to, float v) {  // to the nearest, ties to ev
   to.bits = v != v ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16;
 }
 
-// ---------------------------------------------------------------------------- 64 weights at a time
+// ------------------------------------------------------------------------- a vector of weights at a time
 
-constexpr int CHUNK = 64;
-typedef float floats __attribute__((vector_size(64)));                // 16 numbers
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef int16_t shorts __attribute__((vector_size(64), aligned(2)));  // 32, anywhere in memory
-
-// Half j (0 or 1) of a chunk of W. g++ does not find these instructions; the loop below says what they do.
-template <int BITS> static inline shorts weights(const uint8_t* q, int j) {
-#ifdef __AVX512BW__
-  if (BITS == 8) return (shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)q + j));
-  __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)q));  // 8 words, twice
-  const __m512i shift = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4);
-  words = _mm512_srlv_epi32(words, _mm512_add_epi32(shift, _mm512_set1_epi32(8 * j)));
-  words = _mm512_and_si512(words, _mm512_set1_epi32(0x000f000f));
-  return (shorts)_mm512_sub_epi16(words, _mm512_set1_epi16(8));
+#if defined(__AVX512BW__)
+constexpr int BYTES = 64;  // of a vector
+#elif defined(__AVX2__)
+constexpr int BYTES = 32;
 #else
-  shorts w;
-  for (int i = 0; i < 32; i++)
-    w[i] = BITS == 8 ? (int8_t)q[32 * j + i] : (q[i / 2 % 8 * 4 + i % 2 * 2 + j] >> i / 16 * 4 & 15) - 8;
-  return w;
+constexpr int BYTES = 16;
+#endif
+constexpr int LANES = BYTES / 4;
+typedef float floats __attribute__((vector_size(BYTES)));
+typedef int32_t ints __attribute__((vector_size(BYTES)));
+typedef int16_t shorts __attribute__((vector_size(BYTES)));
+typedef uint16_t ushorts __attribute__((vector_size(BYTES)));
+
+template <class T> static inline T load(const void* from) { T v; memcpy(&v, from, sizeof(T)); return v; }
+
+// sum + a b, of neighbours two by two. g++ does not find these instructions; the loop says what they do.
+static inline ints dot(ints sum, ints a, ints b) {
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+  return (ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return sum + (ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__) && defined(__AVXVNNI__)
+  return (ints)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__)
+  return sum + (ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  shorts c = (shorts)a, d = (shorts)b;
+  for (int i = 0; i < LANES; i++) sum[i] += c[2 * i] * d[2 * i] + c[2 * i + 1] * d[2 * i + 1];
+  return sum;
 #endif
 }
 
-// The position in a chunk of weight i of these: int4 are taken out of words as in quant.py's pack().
-template <int BITS> static constexpr int position(int i) {
-  return BITS == 8 ? i : 8 * (i % 16 / 2) + 2 * (i / 16) + i % 2;
-}
-
-// sum + a b, of neighbours two by two.
-static inline ints dot(ints sum, shorts a, shorts b) {
-#ifdef __AVX512VNNI__
-  return (ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+static inline floats from_half(const _Float16* h) {
+#if defined(__AVX512BW__)
+  return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)h));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)h));
 #else
-  for (int i = 0; i < 16; i++) sum[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
-  return sum;
+  floats f;
+  for (int i = 0; i < LANES; i++) f[i] = (float)h[i];
+  return f;
 #endif
 }
 
 static inline float add_up(floats v) {
   float sum = 0;
-  for (int i = 0; i < 16; i++) sum += v[i];
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < LANES; i++) sum += v[i];
   return sum;
 }
 
-// What all rows of W need of one x: its chunks as integers in the order of the weights, their scales, and the
-// sum of x over each group.
-struct Input {
-  std::vector<int16_t> x;
-  std::vector<float> scale, sums;
-
-  template <int BITS> void round(const float* from, int width, int group) {
-    int chunks = (width + CHUNK - 1) / CHUNK;
-    x.resize((size_t)chunks * CHUNK), scale.resize(chunks), sums.assign(width / group, 0);
-    for (int c = 0; c < chunks; c++) {
-      float v[CHUNK] = {};
-      memcpy(v, from + c * CHUNK, sizeof(float) * std::min(CHUNK, width - c * CHUNK));
-      uint32_t most = 0;  // floats without a sign are in order as integers; infinity and NaN are the largest
-      for (int i = 0; i < CHUNK; i++) most = std::max(most, bits_of(v[i]) & 0x7fffffff);
-      float largest = as_float(most), inverse = largest > 0 ? 32767 / largest : 0;
-      int sum = 0;
-      for (int i = 0; i < CHUNK; i++) x[c * CHUNK + i] = (int)rintf(v[position<BITS>(i)] * inverse);
-      for (int i = 0; i < CHUNK; i++) sum += x[c * CHUNK + i];
-      scale[c] = largest - largest == 0 ? largest / 32767 : NAN;
-      sums[c * CHUNK / group] += scale[c] * sum;
-    }
+// A lane of a vector has 4 bytes of a row of W: 8 int4 in the order of quant.py's pack(), 4 int8, 2 bfloat16 or
+// a float. They are taken out in parts: integers two by two, 16 bits each, and floats one by one. A chunk is as
+// many weights as have one scale of x; int8 with one scale for the row can do with fewer of them.
+template <int BITS, bool GROUPS> struct Format {
+  static constexpr int in_lane = 32 / BITS, in_part = BITS > 8 ? 1 : 2, of_vector = in_lane / in_part;
+  static constexpr int vectors = BITS == 8 && !GROUPS ? 2 : 1, parts = vectors * of_vector;
+  using number = std::conditional_t<BITS <= 8, int16_t, float>;  // of x
+  using vector = std::conditional_t<BITS <= 8, shorts, floats>;
+  static constexpr int bytes = vectors * BYTES, weights = vectors * LANES * in_lane;
+  // The weight of a chunk that is number j of part i.
+  static constexpr int place(int i, int j) {
+    int lane = j / in_part, h = j % in_part, p = i % of_vector;
+    return (i / of_vector * LANES + lane) * in_lane + (BITS == 4 ? 2 * p + h : p + 2 * h);
   }
 };
 
-// y[m][r] = row n + r of W (or the last one) times row m of x. A group is a multiple of 64, or the whole row,
-// whose last chunk may end beyond it: there x is 0, and cpu_kernels.py keeps what is read inside its memory.
-template <int BITS, int M>
-static void multiply(const Matrix& W, int n, const Input* in, float (*y)[4]) {
-  constexpr int BYTES = CHUNK * BITS / 8, AHEAD = 4096, ROWS = 4;
-  const int groups = W.width / W.group, in_group = (W.group + CHUNK - 1) / CHUNK;
-  const int next = (AHEAD / (ROWS * W.row_bytes) + 1) * ROWS * W.row_bytes;  // some rows ahead
-  const uint8_t* q[ROWS];
-  const shorts* x[M];
-  floats sum[ROWS][M] = {}, of_group[ROWS][M];
-  size_t row[ROWS];
-  for (int r = 0; r < ROWS; r++) row[r] = std::min(n + r, W.rows - 1), q[r] = W.q + row[r] * W.row_bytes;
-  for (int m = 0; m < M; m++) x[m] = (const shorts*)in[m].x.data();
+template <int BITS> static inline ints part(ints lanes, int i) {
+  if (BITS == 32) return lanes;
+  if (BITS == 16) return i ? lanes & (int)0xffff0000 : lanes << 16;
+  if (BITS == 8) return (ints)((i ? (shorts)lanes : (shorts)lanes << 8) >> 8);  // weights 0, 2; then 1, 3
+  return (ints)((ushorts)lanes >> 4 * i & (uint16_t)15);                        // 0, 1; 2, 3; ...: 0 to 15
+}
 
-  for (int g = 0; g < groups; g++) {
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS * M; i++) of_group[i / M][i % M] = floats{};
-    for (int c = g * in_group; c < (g + 1) * in_group; c++) {
+// What all rows of W need of one x: its chunks in the order of the parts of W, as integers with a scale for each
+// chunk if W has integers; and the sum over each group.
+struct Input {
+  std::vector<ints> x;
+  std::vector<float> scale, sums, rounded;
+
+  template <int BITS, bool GROUPS> void read(const float* from, int width, int group) {
+    using F = Format<BITS, GROUPS>;
+    constexpr int N = F::weights, P = F::parts;
+    int chunks = (width + N - 1) / N;
+    x.resize((size_t)chunks * P), scale.resize(chunks), rounded.resize(chunks * N);
+    sums.assign(width / group + LANES, 0);
+    for (int c = 0; c < chunks; c++) {
+      float v[N] = {};
+      typename F::number numbers[N];
+      memcpy(v, from + c * N, sizeof(float) * std::min(N, width - c * N));
+      scale[c] = round(v, numbers, N);
+      for (int i = 0; i < P; i++)
+        for (int j = 0; j < LANES * F::in_part; j++)
+          ((typename F::vector&)x[c * P + i])[j] = numbers[F::place(i, j)];
+      for (int i = 0; i < N; i++) rounded[c * N + i] = scale[c] * numbers[i];
+    }
+    for (int g = 0; g < width / group && BITS <= 8; g++) {
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int i = 0; i < group; i++) sum += rounded[g * group + i];
+      sums[g] = sum;
+    }
+  }
+
+  // To integers of 16 bits. Returns their scale; NaN where a number is not finite.
+  static float round(const float* v, int16_t* to, int n) {
+    uint32_t most = 0;  // floats without a sign are in order as integers; infinity and NaN are the largest
+    for (int i = 0; i < n; i++) most = std::max(most, bits_of(v[i]) & 0x7fffffff);
+    float largest = as_float(most), inverse = largest > 0 ? 32767 / largest : 0;
+    bool finite = largest - largest == 0;
+    for (int i = 0; i < n; i++) to[i] = finite ? (int)rintf(v[i] * inverse) : 0;
+    return finite ? largest / 32767 : NAN;
+  }
+
+  static float round(const float* v, float* to, int n) { return memcpy(to, v, n * sizeof *v), 1; }
+};
+
+// y[m rows + r] = row n + r of W times row m of x, and the bias. GROUPS: W has a scale for each group, and not for
+// the row. Where the last chunk ends beyond the row x is 0; cpu_kernels.py keeps what is read inside its memory.
+template <int BITS, bool GROUPS, int M>
+static void multiply(const Matrix& W, int n, const Input* in, const float* bias, float* y) {
+  using F = Format<BITS, GROUPS>;
+  constexpr int ROWS = 4, AHEAD = 4096, N = F::weights, P = F::parts;
+  const int groups = W.width / W.group, lanes_in_group = W.group / F::in_lane;
+  const int next = (AHEAD / (ROWS * W.row_bytes) + 1) * ROWS * W.row_bytes;  // some rows ahead
+  const int chunks = (W.width + N - 1) / N;
+  const int span = GROUPS ? lanes_in_group : chunks;  // chunks whose scales, one for each group, fill a vector
+  const uint8_t* q[ROWS];
+  const _Float16 *scale[ROWS], *offset[ROWS];
+  const ints* x[M];
+  floats sum[ROWS][M] = {}, s[ROWS], first_lane;
+  for (int i = 0; i < LANES; i++) first_lane[i] = i + 0.5f;
+  for (int r = 0; r < ROWS; r++) {
+    size_t row = std::min(n + r, W.rows - 1);
+    q[r] = W.q + row * W.row_bytes, scale[r] = W.scale + row * groups, offset[r] = W.offset + row * groups;
+  }
+  for (int m = 0; m < M; m++) x[m] = in[m].x.data();
+
+  for (int begin = 0; begin < chunks; begin += span) {
+    if (GROUPS)
+      for (int r = 0; r < ROWS; r++) s[r] = from_half(scale[r] + begin / span * LANES);
+    floats lane = first_lane;
+    for (int c = begin; c < std::min(begin + span, chunks); c++, lane += LANES) {
+      ints group = __builtin_convertvector(lane * (1.0f / lanes_in_group), ints);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
-        const uint8_t* at = q[r] + c * BYTES;
-        __builtin_prefetch(at + next);
-        shorts w[2] = {weights<BITS>(at, 0), weights<BITS>(at, 1)};
+        const uint8_t* at = q[r] + c * F::bytes;
+        ints w[P];
+#pragma GCC unroll 2
+        for (int i = 0; i < F::bytes; i += BYTES) __builtin_prefetch(at + next + i);
 #pragma GCC unroll 4
-        for (int m = 0; m < M; m++) {
-          ints sum = dot(dot(ints{}, w[0], x[m][2 * c]), w[1], x[m][2 * c + 1]);
-          of_group[r][m] += __builtin_convertvector(sum, floats) * in[m].scale[c];
-        }
+        for (int i = 0; i < P; i++)
+          w[i] = part<BITS>(load<ints>(at + i / F::of_vector * BYTES), i % F::of_vector);
+        floats of_lane = GROUPS ? __builtin_shuffle(s[r], group) : floats{} + 1;
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++)
+          if constexpr (BITS > 8) {
+#pragma GCC unroll 4
+            for (int i = 0; i < P; i++) sum[r][m] += (floats)w[i] * (floats)x[m][c * P + i];
+          } else {
+            ints d = {};
+#pragma GCC unroll 4
+            for (int i = 0; i < P; i++) d = dot(d, w[i], x[m][c * P + i]);
+            floats both = GROUPS ? of_lane * in[m].scale[c] : floats{} + in[m].scale[c];
+            sum[r][m] += __builtin_convertvector(d, floats) * both;
+          }
       }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-      for (int m = 0; m < M; m++) sum[r][m] += of_group[r][m] * (float)W.scale[row[r] * groups + g];
   }
-  for (int r = 0; r < ROWS; r++)
+  for (int r = 0; r < ROWS && n + r < W.rows; r++)
     for (int m = 0; m < M; m++) {
-      const _Float16* o = W.offset + row[r] * groups;
-      y[m][r] = add_up(sum[r][m]);
-      for (int g = 0; g < groups; g++) y[m][r] += (float)o[g] * in[m].sums[g];
+      if (BITS <= 8 && !GROUPS) sum[r][m] *= (float)scale[r][0];
+      for (int g = 0; g < groups && BITS <= 8; g += LANES) {
+        floats o = from_half(offset[r] + g) - (BITS == 4 ? 8.0f : 0.0f) * from_half(scale[r] + g);
+        sum[r][m] += o * load<floats>(&in[m].sums[g]);
+      }
+      y[(size_t)m * W.rows + r] = add_up(sum[r][m]) + (bias ? bias[n + r] : 0);
     }
 }
 
-// This thread's share of y (M, rows) = x W^T + bias: four rows of W by four of x at a time, or by one.
-template <int BITS>
+// x (M, width) as W wants it.
+template <int BITS, bool GROUPS>
+static void read(std::vector<Input>& in, const float* x, int M, const Matrix* W) {
+  in.resize(M);
+#pragma omp parallel for if (M > 4)
+  for (int m = 0; m < M; m++) in[m].read<BITS, GROUPS>(x + (size_t)m * W->width, W->width, W->group);
+}
+
+// This thread's share of y (M, rows) = x W^T + bias: tiles of four rows of W by four of x, or by one.
+template <int BITS, bool GROUPS>
 static void share(const Matrix& W, const std::vector<Input>& in, const float* bias, float* y) {
-  int thread = omp_get_thread_num(), threads = omp_get_num_threads(), fours = (W.rows + 3) / 4, M = in.size();
-  int first = (long)fours * thread / threads * 4, last = (long)fours * (thread + 1) / threads * 4;
-  for (int n = first; n < last && n < W.rows; n += 4)
-    for (int m = 0, count; m < M; m += count) {  // the four rows of W stay in the cache for all rows of x
-      float sum[4][4];
-      count = M - m < 4 ? 1 : 4;
-      (count == 4 ? multiply<BITS, 4> : multiply<BITS, 1>)(W, n, &in[m], sum);
-      for (int i = 0; i < count; i++)
-        for (int r = 0; r < 4 && n + r < W.rows; r++)
-          y[(size_t)(m + i) * W.rows + n + r] = sum[i][r] + (bias ? bias[n + r] : 0);
-    }
+  constexpr int BLOCK = 64;  // rows of x that stay in the cache for all rows of W
+  long thread = omp_get_thread_num(), threads = omp_get_num_threads(), tiles = (W.rows + 3) / 4;
+  int first = tiles * thread / threads * 4, last = std::min((int)(tiles * (thread + 1) / threads * 4), W.rows);
+  for (int block = 0, M = in.size(); block < M; block += BLOCK)
+    for (int n = first; n < last; n += 4)
+      for (int m = block, count; m < std::min(block + BLOCK, M); m += count) {
+        float* to = y + (size_t)m * W.rows + n;
+        count = M - m < 4 ? 1 : 4;
+        (count == 4 ? multiply<BITS, GROUPS, 4> : multiply<BITS, GROUPS, 1>)(W, n, &in[m], bias, to);
+      }
 }
 
 template <int BITS>
 static void run(const float* x, int M, const Matrix* A, const Matrix* B, const float* bias, float* y) {
   static thread_local std::vector<Input> in, middle;
   static thread_local std::vector<float> h;
-  auto round = [&](std::vector<Input>& to, const float* from, const Matrix* W) {
-    to.resize(M);
-    for (int m = 0; m < M; m++) to[m].round<BITS>(from + (size_t)m * W->width, W->width, W->group);
-  };
-  round(in, x, A);
+  auto grouped = [](const Matrix* W) { return W->group < W->width; };
+  (grouped(A) ? read<BITS, true> : read<BITS, false>)(in, x, M, A);
   if (B) h.resize((size_t)M * A->rows);
   auto& inputs = in;  // the vectors of the thread that calls, for all threads
   float* hidden = h.data();
 #pragma omp parallel
-  if (B) {
-    share<BITS>(*A, inputs, nullptr, hidden);
+  {
+    (grouped(A) ? share<BITS, true> : share<BITS, false>)(*A, inputs, B ? nullptr : bias, B ? hidden : y);
+    if (B) {
 #pragma omp barrier
-    round(middle, hidden, B);  // every thread for itself: that is quicker than waiting for one that does it
-    share<BITS>(*B, middle, bias, y);
-  } else
-    share<BITS>(*A, inputs, bias, y);
+      // every thread for itself: that is quicker than waiting for one that does it
+      (grouped(B) ? read<BITS, true> : read<BITS, false>)(middle, hidden, M, B);
+      (grouped(B) ? share<BITS, true> : share<BITS, false>)(*B, middle, bias, y);
+    }
+  }
 }
 
 // y (M, rows) = x W^T + bias, W = A, or B A if B is not null; bias may be null.
 extern "C" void product(const float* x, int M, const Matrix* A, const Matrix* B, int bits, const float* bias,
                         float* y) {
-  (bits == 8 ? run<8> : run<4>)(x, M, A, B, bias, y);
+  (bits == 4 ? run<4> : bits == 8 ? run<8> : bits == 16 ? run<16> : run<32>)(x, M, A, B, bias, y);
 }
 
 // ------------------------------------------- a whole step: one token of each row through all blocks (Fig. 2)
@@ -220,8 +299,11 @@ static inline float exponential(float x) {  // 2^n times a polynomial, of whole 
 static void normalize(const Network& net, const Norm& norm, const float* x, float* y) {
   for (int row = 0, n = net.width; row < net.rows; row++, x += n, y += n) {
     float mean = 0, squares = 0;
-    for (int i = 0; norm.bias && i < n; i++) mean += x[i];
+    if (norm.bias)
+#pragma omp simd reduction(+ : mean)
+      for (int i = 0; i < n; i++) mean += x[i];
     mean /= n;
+#pragma omp simd reduction(+ : squares)
     for (int i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
     float scale = 1 / sqrtf(squares / n + net.eps);
     for (int i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * norm.weight[i];
@@ -246,10 +328,12 @@ static void answer(const float* q, const T* keys, const T* values, int length, i
   float *p = memory.data(), most = -INFINITY, total = 0;
   for (int j = 0; j < length; j++, keys += d) {
     float score = 0;
+#pragma omp simd reduction(+ : score)
     for (int c = 0; c < d; c++) score += q[c] * to_float(keys[c]);
     p[j] = score / sqrtf(d);
     most = p[j] > most ? p[j] : most;
   }
+#pragma omp simd reduction(+ : total)
   for (int j = 0; j < length; j++) total += p[j] = exponential(p[j] - most);
   for (int c = 0; c < d; c++) y[c] = 0;
   for (int j = 0; j < length; j++, values += d)

@@ -24,27 +24,27 @@ def relative(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-def some_matrix(bits, rows, width, grouped):
-    """In groups of 64, or whole rows of any length; weights are not centred, as in large models."""
-    width = 64 * -(-width // 64) if grouped else width
+def some_matrix(bits, rows, width, group):
+    """In groups, or whole rows of any length (0); weights are not centred, as in large models."""
+    width = group * -(-width // group) if group else width
     w = 0.02 * torch.randn(rows, width) + 0.005 * torch.randn(rows, 1)
-    return QuantMatrix.of(w, bits, 64 if grouped else 0)
+    return QuantMatrix.of(w, bits, group)
 
 
 def off_by(x, w, error):
-    """How far x W^T may be off if x is, by `error`, and then rounded to 16 bits with a scale for each 64."""
-    chunks = torch.nn.functional.pad(x.abs() + error, (0, -x.shape[1] % 64)).unflatten(1, (-1, 64))
+    """How far x W^T may be off if x is, by `error`, and then rounded to 16 bits with a scale for each 128."""
+    chunks = torch.nn.functional.pad(x.abs() + error, (0, -x.shape[1] % 128)).unflatten(1, (-1, 128))
     step = (chunks.amax(-1, keepdim=True) / 32767).expand_as(chunks).flatten(1)[:, :x.shape[1]]
     return (error + 0.501 * step + 1e-6 * x.abs()) @ w.abs().T
 
 
-@pytest.fixture(params=["as it is", "-mno-avx512vnni", "-mno-avx512f"])
+@pytest.fixture(params=["as it is", "-mno-avx512vnni", "-mno-avx512f", "-mno-avx512f -mno-avxvnni", "-mno-avx2"])
 def cpu(request, monkeypatch):
     """kernels_cpu.cpp as it is compiled on this machine, and on one that lacks some instructions."""
     if request.param != "as it is":
         if platform.machine() != "x86_64":
             pytest.skip("other CPUs take the plain loops in any case")
-        monkeypatch.setattr(cpu_kernels, "FLAGS", [*cpu_kernels.FLAGS, request.param])
+        monkeypatch.setattr(cpu_kernels, "FLAGS", [*cpu_kernels.FLAGS, *request.param.split()])
     cpu_kernels.load.cache_clear()
     if cpu_kernels.load() is None:
         pytest.skip("no g++ to compile kernels_cpu.cpp with")
@@ -53,18 +53,16 @@ def cpu(request, monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("group", [0, 8, 24, 32, 64, 128])
 @pytest.mark.parametrize("dtype, rounding", [
     (torch.float32, 1e-6), (torch.bfloat16, 2 ** -8), (torch.float16, 2 ** -11)])
-def test_the_cpu_kernels_equal_float64(bits, grouped, dtype, rounding, cpu):
+def test_the_cpu_kernels_equal_float64(bits, group, dtype, rounding, cpu):
     """W x and B (A x) + bias of fresh random sizes, with outliers in x, to the rounding of x and y."""
     sizes = [1, 2, 3, 4, 5, 17, 63, 64, 65, 100, 129, 192, 300]
     for _ in range(8):
         rows, width, rank, count = (random.choice(sizes) for _ in range(4))
-        A, count = some_matrix(bits, rank, width, grouped), min(count, cpu_kernels.FEW_ROWS)
-        B, bias = some_matrix(bits, rows, rank, grouped), torch.randn(rows)
-        if grouped:
-            A = some_matrix(bits, B.in_features, width, True)
+        B, bias = some_matrix(bits, rows, rank, group), torch.randn(rows)
+        A = some_matrix(bits, B.in_features, width, group)
         x = (torch.randn(count, A.in_features) * torch.randn(A.in_features).mul(2).exp()).to(dtype)
         with torch.no_grad():
             h, y = product(x, A), product(x, A, B, bias.to(dtype))
@@ -74,6 +72,16 @@ def test_the_cpu_kernels_equal_float64(bits, grouped, dtype, rounding, cpu):
         assert ((h.double() - exact).abs() <= error + rounding * (exact.abs() + error) + 1e-7).all()
         whole, error = exact @ b.T + bias.to(dtype).double(), off_by(exact, b, error)
         assert ((y.double() - whole).abs() <= error + rounding * (whole.abs() + error) + 1e-6).all()
+
+
+@pytest.mark.parametrize("bits, group", [(8, 0), (8, 32), (4, 0), (4, 64)])
+def test_a_row_is_the_same_to_the_last_bit_whatever_the_others_are(bits, group, cpu):
+    A, B = some_matrix(bits, 64, 576, group), some_matrix(bits, 50, 64, group)
+    x, bias = torch.randn(71, 576), torch.randn(50)
+    with torch.no_grad():
+        alone = torch.cat([product(row[None], A, B, bias) for row in x])
+        for count in (2, 3, 4, 5, 8, 15, 71):
+            assert torch.equal(product(x[:count], A, B, bias), alone[:count])
 
 
 @pytest.mark.parametrize("bits", [8, 4])
