@@ -1,11 +1,11 @@
 """The decoder-only transformer (section III.A, equations 1 to 3, Fig. 2); its relatives are rows of data.
 
-               GPT-2                              Llama                                 Qwen2
-    norm       LayerNorm                          RMSNorm                               as Llama
-    positions  a table, added to the embedding    RoPE, rotating q and k
-    attention  one matrix W^QKV, h heads          W^Q, W^K, W^V; heads may share k, v
+               GPT-2                              Llama                               as Llama, but
+    norm       LayerNorm                          RMSNorm                             Qwen3: of q and k too
+    positions  a table, added to the embedding    RoPE, rotating q and k              SmolLM3: some blocks
+    attention  one matrix W^QKV, h heads          W^Q, W^K, W^V; heads share k, v     Mistral: in a window
     feed-fwd   W^D gelu(W^U x)                    W^D (silu(W^G x) * W^U x)
-    biases     everywhere but in the head         none                                  in W^Q, W^K, W^V
+    biases     everywhere but in the head         none                                Qwen2: in W^Q, W^K, W^V
 
 The head W^H is the embedding W^E (tied) or a matrix of its own. Low rank, quantization and recomputation
 change a model from outside: they swap its layers (lowrank.py, quant.py) or what it calls (recompute.py).
@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.cli import InputError, refuse
+from common.rope import apply_rope, check_rope, rope_tables
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,16 @@ class Architecture:
     inputs: tuple   # the matrices with which attention reads x: W^QKV, or W^Q, W^K and W^V
     gate: bool      # the feed-forward has a gate W^G
     biases: tuple   # the matrices that have a bias
+    qk_norm: bool = False  # q and k of each head are normalized
 
 
 QKV = ("q", "k", "v")
+LLAMA = Architecture(nn.RMSNorm, True, inputs=QKV, gate=True, biases=())
 ARCHITECTURES = {
     "gpt2": Architecture(nn.LayerNorm, False, inputs=("qkv",), gate=False, biases=("qkv", "o", "up", "down")),
-    "llama": Architecture(nn.RMSNorm, True, inputs=QKV, gate=True, biases=()),
-    "qwen2": Architecture(nn.RMSNorm, True, inputs=QKV, gate=True, biases=QKV),
+    "llama": LLAMA, "mistral": LLAMA, "smollm3": LLAMA,
+    "qwen2": replace(LLAMA, biases=QKV),
+    "qwen3": replace(LLAMA, qk_norm=True),
 }
 
 
@@ -57,24 +61,31 @@ class Config:
     norm_eps: float = 1e-5
     rope_base: float = 10000.0    # with RoPE only
     dropout: float = 0.0
-    rope_factor: float = 1.0      # RoPE turns so much slower, for a longer context
-    rope_original: int = 0        # Llama 3: the context before; pairs that turn often in it stay as they are
-    rope_low: float = 1.0         #   turns up to which a pair is slower,
-    rope_high: float = 4.0        #   and from which it stays
+    # Up to here 13 settings of all models; those of some:
+    head_dim: int = 0             # of each head; 0: width / heads
+    attention_bias: bool = False  # W^Q, W^K, W^V and W^O have a bias
+    no_rope: tuple = ()           # blocks without RoPE
+    window: int = 0               # a query sees so many tokens, its own the last of them; 0: all
+    full: tuple = ()              # blocks without the window
+    rope_scaling: str = "linear"  # common/rope.py has its kinds, and what the numbers mean
+    rope_factor: float = 1.0
+    rope_original: int = 0
+    rope_low: float = 1.0
+    rope_high: float = 4.0
+    rope_attention: float = 1.0
 
     def __post_init__(self):
         for name in ("vocab_size", "context", "blocks", "heads", "kv_heads", "width", "ffn"):
             refuse(getattr(self, name) < 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        refuse(self.kind not in ARCHITECTURES,
-               f"kind must be one of {', '.join(ARCHITECTURES)}, got {self.kind}")
-        refuse(self.width % self.heads, f"width {self.width} is not divisible by {self.heads} heads")
-        refuse(self.heads % self.kv_heads,
-               f"{self.heads} heads can't share {self.kv_heads} key/value heads: one must divide the other")
-        refuse(self.architecture.rope and self.head_size % 2,
-               f"RoPE turns pairs: the head size must be even, got {self.width}/{self.heads}")
+        refuse(self.kind not in ARCHITECTURES, f"kind is {self.kind}, none of {', '.join(ARCHITECTURES)}")
+        refuse(self.width % self.heads and not self.head_dim,
+               f"width {self.width} is not divisible by {self.heads} heads")
+        refuse(self.heads % self.kv_heads, f"{self.heads} heads can't share {self.kv_heads} key/value heads")
         refuse(not 0 <= self.dropout < 1, f"dropout must be in 0..1 (1 excluded), got {self.dropout}")
-        refuse(self.rope_factor <= 0 or self.rope_low >= self.rope_high, "RoPE's factor must be above 0, low "
-               f"below high: got {self.rope_factor}, {self.rope_low}, {self.rope_high}")
+        refuse(not {*self.no_rope, *self.full} <= set(range(self.blocks)),
+               f"no_rope {self.no_rope} and full {self.full} must be blocks 0..{self.blocks - 1}")
+        if self.architecture.rope:
+            check_rope(self)
 
     @property
     def architecture(self):
@@ -82,15 +93,19 @@ class Config:
 
     @property
     def head_size(self):
-        return self.width // self.heads
+        return self.head_dim or self.width // self.heads
 
-    def make_norm(self):
-        return self.architecture.norm(self.width, eps=self.norm_eps)
+    @property
+    def biases(self):
+        return self.architecture.biases + ((*QKV, "o") if self.attention_bias else ())
+
+    def make_norm(self, size):
+        return self.architecture.norm(size, eps=self.norm_eps)
 
     def as_dict(self):
-        """Without RoPE's scaling where there is none."""
-        names = ("rope_factor", "rope_original", "rope_low", "rope_high") if self.rope_factor == 1 else ()
-        return {name: value for name, value in asdict(self).items() if name not in names}
+        """The settings of all models, and those of some where they are not as above."""
+        items = enumerate(asdict(self).items())
+        return {name: value for i, (name, value) in items if i < 13 or value != getattr(Config, name)}
 
 
 CONFIGS = {name: Config(*row) for name, *row in (
@@ -164,28 +179,11 @@ def last_product(layer, x, dtype):
     return layer.last_product(x, dtype) if isinstance(layer, Layer) else (x, layer.weight)
 
 
-def rope_frequencies(config, device=None):
-    """By how much a token turns each pair of coordinates: (d/2,), float32."""
-    d = config.head_size
-    f = config.rope_base ** (-torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
-    if config.rope_factor == 1:
-        return f
-    turns = config.rope_original * f / (2 * math.pi)
-    kept = ((turns - config.rope_low) / (config.rope_high - config.rope_low)).clamp(0, 1)
-    return f * (kept + (1 - kept) / config.rope_factor)
-
-
-def rope_tables(positions, config):
-    """RoPE's cos and sin: positions (..., T) -> two of (..., T, d/2), float32."""
-    angle = positions[..., None].float() * rope_frequencies(config, positions.device)
-    return angle.cos(), angle.sin()
-
-
-def apply_rope(x, cos, sin):
-    """Turn the pairs (x_i, x_{i+d/2}) of x (B, heads, T, d) by the angles of their positions."""
-    cos, sin = (t.unsqueeze(-3).to(x.dtype) for t in (cos, sin))  # (1 or B, 1, T, d/2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+def visible(queries, keys, window=0):
+    """Whether a query sees a key: positions (T,) or (B, T) and (S,) or (B, S) -> (1 or B, 1, T, S)."""
+    queries, keys = queries[..., :, None], keys[..., None, :]
+    seen = (keys <= queries) & (keys > queries - (window or 1 << 40))
+    return seen.reshape(-1, 1, *seen.shape[-2:])
 
 
 def attend(q, k, v, mask=None, dropout=0.0):
@@ -204,20 +202,25 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer = config, layer
-        n, biases = config.width, config.architecture.biases
+        self.turns, self.windowed = layer not in config.no_rope, layer not in config.full
+        n, d, biases = config.width, config.head_size, config.biases
+        sizes = {"qkv": 3 * config.heads * d, "q": config.heads * d}
         for name in config.architecture.inputs:
-            size = {"qkv": 3 * n, "q": n}.get(name, config.kv_heads * config.head_size)
-            self.add_module(name, nn.Linear(n, size, bias=name in biases))
-        self.o = nn.Linear(n, n, bias="o" in biases)
+            self.add_module(name, nn.Linear(n, sizes.get(name, config.kv_heads * d), bias=name in biases))
+        self.q_norm = config.make_norm(d) if config.architecture.qk_norm else None
+        self.k_norm = config.make_norm(d) if config.architecture.qk_norm else None
+        self.o = nn.Linear(config.heads * d, n, bias="o" in biases)
 
-    def forward(self, x, rope=None, cache=None, mask=None):
-        B, T, C = x.shape
+    def forward(self, x, rope=None, cache=None, masks=None):
+        B, T, _ = x.shape
         fused = self.config.architecture.inputs == ("qkv",)
-        parts = self.qkv(x).split(C, dim=-1) if fused else (self.q(x), self.k(x), self.v(x))
+        parts = self.qkv(x).chunk(3, dim=-1) if fused else (self.q(x), self.k(x), self.v(x))
         q, k, v = (p.view(B, T, -1, self.config.head_size).transpose(1, 2) for p in parts)  # (B, heads, T, d)
-        if rope is not None:
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None and self.turns:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        attend = self.attend
+        attend, mask = self.attend, masks and masks[self.windowed]
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, kv_heads, S, d)
             attend = cache.attend or attend
@@ -228,7 +231,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        n, m, biases = config.width, config.ffn, config.architecture.biases
+        n, m, biases = config.width, config.ffn, config.biases
         self.gate = nn.Linear(n, m, bias="gate" in biases) if config.architecture.gate else None
         self.up = nn.Linear(n, m, bias="up" in biases)
         self.down = nn.Linear(m, n, bias="down" in biases)
@@ -242,14 +245,14 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.norm1 = config.make_norm()
+        self.norm1 = config.make_norm(config.width)
         self.attention = Attention(config, layer)
-        self.norm2 = config.make_norm()
+        self.norm2 = config.make_norm(config.width)
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope=None, cache=None, mask=None):
-        x = x + self.dropout(self.attention(self.norm1(x), rope, cache, mask))
+    def forward(self, x, rope=None, cache=None, masks=None):
+        x = x + self.dropout(self.attention(self.norm1(x), rope, cache, masks))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -262,7 +265,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)  # W^E
         self.positions = None if config.architecture.rope else nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.blocks))
-        self.norm = config.make_norm()
+        self.norm = config.make_norm(config.width)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)  # W^H
         self.dropout = nn.Dropout(config.dropout)
         self.tie()
@@ -303,23 +306,33 @@ class Transformer(nn.Module):
             block.attention.config, block.dropout.p = self.config, p
         self.dropout.p = p
 
-    def begin(self, tokens, cache=None):
-        """The embeddings (B, T, C), and the rope tables and the mask that every block is given."""
-        T, seen = tokens.shape[1], cache.end if cache else 0
-        refuse(seen + T > self.config.context, f"{seen + T} tokens do not fit the context of "
-               f"{self.config.context}: shorten the prompt or the window")
+    def layout(self, tokens, cache=None):
+        """Of tokens (B, T): positions, RoPE's tables, and the masks of blocks without and with a window."""
+        c, T = self.config, tokens.shape[1]
+        end = T + (cache.end if cache else 0)
+        why = " (more would turn the keys in a cache anew)" if c.rope_scaling == "dynamic" else ""
+        refuse(end > c.context and (cache or not why), f"{end} tokens do not fit the context of "
+               f"{c.context}{why}: shorten the prompt or the window")
         positions = cache.positions(T) if cache else torch.arange(T, device=tokens.device)
+        rope = rope_tables(positions, c, end) if c.architecture.rope else None
+        mask = near = cache.mask(T) if cache else None
+        if 0 < c.window < end:
+            near = cache.mask(T, c.window) if cache else visible(positions, positions, c.window)
+        return positions, rope, (mask, near)
+
+    def begin(self, tokens, cache=None):
+        """The embeddings (B, T, C), and the rope tables and masks that every block is given."""
+        positions, rope, masks = self.layout(tokens, cache)
         x = self.embed(tokens)
         if self.positions is not None:
             x = x + self.positions(positions)
-        rope = rope_tables(positions, self.config) if self.config.architecture.rope else None
-        return self.dropout(x), rope, cache.mask(T) if cache else None
+        return self.dropout(x), rope, masks
 
     def hidden(self, tokens, cache=None):
         """tokens (B, T) -> what the head reads, (B, T, C)."""
-        x, rope, mask = self.begin(tokens, cache)
+        x, rope, masks = self.begin(tokens, cache)
         for block in self.blocks:
-            x = block(x, rope, cache, mask)
+            x = block(x, rope, cache, masks)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.norm(x)
@@ -343,9 +356,8 @@ def matmul_weights(module):
 
 def flops_per_token(model, length, training=False):
     """Floating-point operations a token of a sequence of `length`: 2 for each weight, and in each block
-    2 x 2 x length/2 x width for q k^T and s v, which look at half of the sequence on average. Training is
-    three times that: the backward pass multiplies twice. Recomputation is no progress, and not counted."""
-    attention = 2 * length * model.config.width * model.config.blocks
+    2 x 2 x length/2 x heads x d for q k^T and s v over half of it. Training is three times that."""
+    attention = 2 * length * model.config.heads * model.config.head_size * model.config.blocks
     return (2 * matmul_weights(model) + attention) * (3 if training else 1)
 
 
@@ -354,7 +366,7 @@ class Cache:
 
         lengths, end          tokens of each row that are in it; the longest
         positions(T)          of the next T tokens: (T,) or (B, T)
-        mask(T)               of the next T tokens: (1 or B, 1, T, S), or None where all may be seen
+        mask(T, window=0)     of the next T tokens: (1 or B, 1, T, S), or None where all may be seen
         update(layer, k, v)   store k, v of the next T tokens in a layer; returns all keys and values
         advance(T)            after the last layer: T more tokens are in it
         attend                in place of the model's own attention (None: that one)
@@ -387,12 +399,11 @@ class KVCache(Cache):
         begin = self.end if self.uniform else torch.tensor(self.lengths, device=self.device)[:, None]
         return torch.arange(T, device=self.device) + begin
 
-    def mask(self, T):
-        """True where the key's slot is not after the query's position."""
-        if self.uniform and (T == 1 or self.end == 0):
+    def mask(self, T, window=0):
+        """True where the key's slot is not after the query's position, nor before its window."""
+        if self.uniform and not window and (T == 1 or self.end == 0):
             return None
-        keys = torch.arange(self.end + T, device=self.device)
-        return (keys <= self.positions(T)[..., None]).reshape(-1, 1, T, self.end + T)
+        return visible(self.positions(T), torch.arange(self.end + T, device=self.device), window)
 
     def update(self, layer, k, v):
         """k, v (B, kv_heads, T, d) -> all keys and values, (B, kv_heads, S, d)."""

@@ -36,7 +36,7 @@ import torch.nn as nn
 from common.cli import InputError, Parser, at_least_1, command, refuse
 from common.loss import head_loss
 from common.processes import Single, seed_random
-from model import matmul_weights, rope_tables
+from model import matmul_weights
 
 SCHEDULES = ("gpipe", "1f1b")
 TIMEOUT = timedelta(minutes=10)  # the longest that a process may wait: compiling and evaluating take minutes
@@ -288,16 +288,15 @@ class Pipeline(Single):
 
         seed: of a microbatch. Each piece draws its own dropout from it, whichever process computes it.
         """
-        rope = None
         if self.grid.first:
             seed_random(*seed, 0)
-            x, rope, _ = self.model.begin(tokens)
-        elif self.model.config.architecture.rope:
-            rope = rope_tables(torch.arange(tokens.shape[1], device=tokens.device), self.model.config)
+            x, rope, masks = self.model.begin(tokens)
+        else:
+            _, rope, masks = self.model.layout(tokens)
         for i, block in enumerate(self.model.blocks, 1):
             if i in self.pieces:
                 seed_random(*seed, i)
-                x = block(x, rope)
+                x = block(x, rope, None, masks)
         return x
 
     def backward(self, batches, seed):

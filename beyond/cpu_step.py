@@ -44,7 +44,9 @@ class NetworkStruct(ctypes.Structure):
 def cpu_step(model, cache):
     """A CPUStep for a KVCache that has read the prompts. None where something is in the way: layers that are
     not plain quantized ones, something attached to one, another kind of block, no compiler."""
-    stored = cache.k[0].dtype in (torch.float32, torch.bfloat16)
+    c, stored = model.config, cache.k[0].dtype in (torch.float32, torch.bfloat16)
+    if c.window or c.no_rope or c.architecture.qk_norm:
+        return None
     if not stored or load() is None or not all(map(is_plain, model.blocks)):
         return None
     step = CPUStep(model, cache)

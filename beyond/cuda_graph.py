@@ -9,14 +9,14 @@ On a CPU the same step runs without a graph, so that tests can compare it with t
 """
 import torch
 
-from model import Cache
+from model import Cache, visible
 
 
 class GraphCache(Cache):
     """A KVCache with the next slot of each row in a tensor, for one token of each row."""
-    end = 0  # the caller knows that the tokens fit
 
     def __init__(self, cache):
+        self.end = cache.capacity - 1  # so that masks are made for the longest text
         self.k, self.v = cache.k, cache.v
         self.slot = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=cache.device)  # (B, 1)
         self.rows = torch.arange(len(cache.lengths), device=cache.device)[:, None]
@@ -25,8 +25,8 @@ class GraphCache(Cache):
     def positions(self, T):
         return self.slot
 
-    def mask(self, T):
-        return (self.keys <= self.slot)[:, None, None]  # (B, 1, 1, S)
+    def mask(self, T, window=0):
+        return visible(self.slot, self.keys, window)  # (B, 1, 1, S)
 
     def update(self, layer, k, v):
         """k, v (B, kv_heads, 1, d) of the next token -> all slots, also those that the mask hides."""

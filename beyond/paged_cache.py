@@ -30,7 +30,7 @@ import math
 import torch
 
 from common.cli import refuse
-from model import KVCache, attend
+from model import KVCache, attend, visible
 
 SIZE = 16  # tokens of a block: 64 waste four times as much at a sequence's end, 4 make long tables
 
@@ -130,8 +130,15 @@ class PagedCache(KVCache):
             sequence.length += T
         self.prepared = False
 
-    def mask(self, T):
-        return None if T == 1 else super().mask(T)  # for one token `attend` below knows what each block holds
+    def mask(self, T, window=0):
+        """For one token what `attend` below adds to scores: -inf at slots of a block that its row does not
+        see, (E, 1, 1, size)."""
+        if T > 1:
+            return super().mask(T, window)
+        if not self.prepared:
+            self.prepare(T)
+        seen = visible(self.last[:, None], torch.arange(self.pool.size, device=self.device), window)
+        return torch.where(seen, 0.0, -math.inf)
 
     def prepare(self, T):
         """Reserve the blocks of the next T tokens, and say where they go; once a step, for all layers."""
@@ -148,21 +155,20 @@ class PagedCache(KVCache):
         self.prepared = True
 
     def prepare_blocks(self):
-        """For attention by blocks: which blocks (used), the row that each belongs to (owner), and -inf at
-        slots beyond its row's end (beyond). A block that rows share is there once for each."""
-        size, parts = self.pool.size, []  # (block, row, slots of the block that the row has)
+        """For attention by blocks: which blocks (used), the row that each belongs to (owner), and the slot of
+        the row's next token, counted from the block's first (last). A block that rows share is there once for
+        each."""
+        size, parts = self.pool.size, []  # (block, row, last)
         for row, s in enumerate(self.sequences):
-            parts += [(block, row, min(size, s.length + 1 - i * size)) for i, block in enumerate(s.table)]
+            parts += [(block, row, s.length - i * size) for i, block in enumerate(s.table)]
         once = {part[0]: part for part in parts}
         high = max(once) + 1
         if len(once) == len(parts) and high <= 1.25 * len(parts):  # read the pool as it lies, without a copy,
             self.used = slice(high)                                # with the few blocks of others in between
-            parts = [once.get(block, (block, 0, 0)) for block in range(high)]
+            parts = [once.get(block, (block, 0, -1)) for block in range(high)]
         else:
             self.used = torch.tensor([block for block, *_ in parts], device=self.device)
-        _, self.owner, filled = torch.tensor(parts, device=self.device).T
-        beyond = torch.arange(size, device=self.device) >= filled[:, None, None, None]  # (E, 1, 1, size)
-        self.beyond = torch.where(beyond, -math.inf, 0.0)
+        _, self.owner, self.last = torch.tensor(parts, device=self.device).T
 
     def update(self, layer, k, v):
         """Store k, v (B, kv_heads, T, d). Returns what `attend` reads: for one token the blocks in use,
@@ -182,12 +188,12 @@ class PagedCache(KVCache):
         return rows.flatten(3, 4)[:, :, :, :self.end + T].transpose(1, 2)  # (2, B, kv_heads, S, d)
 
     def attend(self, q, k, v, mask=None, dropout=0.0):
-        """Equation 1 for one query of each row. q (B, h, 1, d); k, v as `update` returns them."""
+        """Equation 1 for one query of each row. q (B, h, 1, d); k, v, mask: of `update` and of `mask`."""
         if q.shape[2] > 1:
             return attend(q, k, v, mask)
         B, h, _, d = q.shape
         q = (q * d ** -0.5).reshape(B, k.shape[1], -1, d)  # (B, kv_heads, g, d): g queries a key head
-        owner, s = self.owner, (q[self.owner] @ k.transpose(2, 3)).float().add_(self.beyond)
+        owner, s = self.owner, (q[self.owner] @ k.transpose(2, 3)).float().add_(mask)
         part = s.amax(-1)  # of s (E, kv_heads, g, size)
         top = part.new_full(q.shape[:3], -math.inf)
         top.scatter_reduce_(0, owner[:, None, None].expand_as(part), part, "amax")

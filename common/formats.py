@@ -1,4 +1,4 @@
-"""Models in other people's files: Hugging Face folders, read and written, and GGUF files, read.
+"""Models in other people's files: Hugging Face folders, read and written; common/gguf_file.py reads GGUF.
 
 They differ from ours in four things, which the tables below say:
 
@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from common.cli import InputError, check_folder, refuse, write_atomic
-from common.gguf_file import read_gguf, read_rows
+from common.cli import check_folder, refuse, write_atomic
+from common.rope import yarn_attention
 from common.storage import opened, replaced, sharded, write_tensors
-from common.tokenizer import from_gguf, load_tokenizer, read_json
-from model import Config, Transformer, dense_weight, rope_frequencies
+from common.tokenizer import load_tokenizer, read_json
+from model import Config, Transformer, dense_weight
 
 SETTINGS = """
     ours            gpt2                  llama                      gguf
@@ -40,6 +40,9 @@ SETTINGS = """
     tied            tie_word_embeddings   tie_word_embeddings        -
     norm_eps        layer_norm_epsilon    rms_norm_eps               attention.layer_norm_rms_epsilon
     rope_base       -                     rope_theta                 rope.freq_base
+    head_dim        -                     head_dim                   attention.key_length
+    attention_bias  -                     attention_bias             -
+    window          -                     sliding_window             attention.sliding_window
 """
 NAMES = """
     ours            gpt2                  llama                      gguf
@@ -51,6 +54,8 @@ NAMES = """
     attention.q     -                     self_attn.q_proj           attn_q
     attention.k     -                     self_attn.k_proj           attn_k
     attention.v     -                     self_attn.v_proj           attn_v
+    attention.q_norm  -                   self_attn.q_norm           attn_q_norm
+    attention.k_norm  -                   self_attn.k_norm           attn_k_norm
     attention.o     attn.c_proj           self_attn.o_proj           attn_output
     norm2           ln_2                  post_attention_layernorm   ffn_norm
     mlp.gate        -                     mlp.gate_proj              ffn_gate
@@ -76,28 +81,40 @@ class Family:
     network: str      # transformers' class
     defaults: dict    # our settings where their configuration leaves them out
     only: dict        # other settings: the values for which model.py computes the same, the default first
+    some: tuple = ()  # of SOME, what its configuration can say
     conv1d: bool = False           # the matrices of blocks are stored transposed
     gguf_neighbours: bool = None   # RoPE's pairs in a GGUF are neighbours; None: such a GGUF is not read
 
 
-LIKE_LLAMA = dict(tied=False, norm_eps=1e-6, rope_base=10000.0)
+LIKE_LLAMA = dict(tied=False, norm_eps=1e-6, rope_base=10000.0, head_dim=0, attention_bias=False, window=0)
+SILU, NO_BIAS = dict(hidden_act=("silu", "swish")), dict(mlp_bias=(False,))
+SOME = ("head_dim", "attention_bias", "window", "full", "no_rope")  # settings of some families only
 FAMILIES = {
     "gpt2": Family(
         "gpt2", "transformer.", "GPT2LMHeadModel",
         dict(vocab_size=50257, context=1024, blocks=12, heads=12, width=768, tied=True, norm_eps=1e-5),
         dict(activation_function=("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), scale_attn_weights=(True,),
              scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,)), conv1d=True),
-    "llama": Family(
-        "llama", "model.", "LlamaForCausalLM", LIKE_LLAMA | dict(context=2048),
-        dict(hidden_act=("silu", "swish"), attention_bias=(False,), mlp_bias=(False,)), gguf_neighbours=True),
-    "qwen2": Family(
-        "llama", "model.", "Qwen2ForCausalLM", LIKE_LLAMA | dict(context=32768),
-        dict(hidden_act=("silu", "swish"), use_sliding_window=(False,)), gguf_neighbours=False),
+    "llama": Family("llama", "model.", "LlamaForCausalLM", LIKE_LLAMA | dict(context=2048), SILU | NO_BIAS,
+                    SOME[:2], gguf_neighbours=True),
+    "mistral": Family("llama", "model.", "MistralForCausalLM", LIKE_LLAMA | dict(context=131072),
+                      SILU, ("head_dim", "window"), gguf_neighbours=True),
+    "smollm3": Family("llama", "model.", "SmolLM3ForCausalLM", LIKE_LLAMA | dict(
+        context=32768, tied=True, rope_base=2e6), SILU | NO_BIAS, SOME, gguf_neighbours=True),
+    "qwen2": Family("llama", "model.", "Qwen2ForCausalLM", LIKE_LLAMA | dict(context=32768), SILU,
+                    ("head_dim", "window", "full"), gguf_neighbours=False),
+    "qwen3": Family("llama", "model.", "Qwen3ForCausalLM", LIKE_LLAMA | dict(context=32768, head_dim=128),
+                    SILU, SOME[:4], gguf_neighbours=False),
 }
 # RoPE's scalings at Hugging Face: our settings -> theirs.
-SCALINGS = {"default": {}, "linear": dict(rope_factor="factor"),
+SCALINGS = {"default": {}, "linear": dict(rope_factor="factor"), "dynamic": dict(rope_factor="factor"),
             "llama3": dict(rope_factor="factor", rope_low="low_freq_factor", rope_high="high_freq_factor",
-                           rope_original="original_max_position_embeddings")}
+                           rope_original="original_max_position_embeddings"),
+            "yarn": dict(rope_factor="factor", rope_low="beta_slow", rope_high="beta_fast",
+                         rope_original="original_max_position_embeddings", rope_attention="attention_factor")}
+LAYER_TYPES = ("full_attention", "sliding_attention")
+ROPE_ONLY = {"partial_rotary_factor": (None, 1.0), "truncate": (True,), "mscale": (None,),
+             "mscale_all_dim": (None,)}
 GPT2_ALIASES = dict(n_positions="max_position_embeddings", n_layer="num_hidden_layers",
                     n_head="num_attention_heads", n_embd="hidden_size")
 # What a model does not read: constants in old files, the head of a classifier.
@@ -163,6 +180,7 @@ def open_source(path):
     path = Path(path)
     if (path / "config.json").is_file():
         return HuggingFaceSource(path)
+    from common.gguf_file import GGUFSource  # which needs the tables above
     files = [path] if path.suffix == ".gguf" and path.is_file() else sorted(path.glob("*.gguf"))
     refuse(len(files) != 1, f"{path} is no model that can be read: neither a folder with config.json and "
            f"model.safetensors, nor a .gguf file or a folder with one (it has {len(files)})")
@@ -183,7 +201,7 @@ def make_config(file, settings, keys=None):
     """Config(**settings), each of the type that its field has. keys: our names -> theirs, for the error."""
     for name, value in settings.items():
         kind = TYPES.get(name)
-        right = type(value) is kind or kind is float and type(value) is int
+        right = type(value) is kind or (type(value), kind) in ((int, float), (list, tuple))
         refuse(not right or kind in (int, float) and not 0 <= value <= LARGEST[name],
                f"{file}: {(keys or {}).get(name, name)} is {str(value)[:50]}, and no model can have that")
     return Config(**{name: TYPES[name](value) for name, value in settings.items()})
@@ -195,7 +213,14 @@ def read_settings(file, kind, keys, theirs, defaults):
     settings = dict.fromkeys(keys) | dict(kind=kind, kv_heads=found.get("heads")) | defaults | found
     if settings["ffn"] is None and type(settings["width"]) is int:
         settings["ffn"] = 4 * settings["width"]
-    return make_config(file, settings, keys)
+    config = make_config(file, settings, keys)
+    return replace(config, head_dim=0) if config.head_dim * config.heads == config.width else config
+
+
+def settings_of(family):
+    """Our names of its settings -> its own."""
+    keys = column(SETTINGS, family.column)
+    return {ours: key for ours, key in keys.items() if ours not in SOME or ours in family.some}
 
 
 def require(file, settings, allowed):
@@ -209,11 +234,8 @@ def require(file, settings, allowed):
 def huggingface_config(file):
     """config.json -> Config. Values left out have transformers' defaults."""
     theirs = {"model_type": None} | read_json(file)
-    require(file, theirs, {"model_type": [*FAMILIES, "mistral"]})
+    require(file, theirs, {"model_type": list(FAMILIES)})
     kind = theirs["model_type"]
-    if kind == "mistral":  # a Llama whose attention looks back no farther than its window
-        require(file, {"sliding_window": 4096} | theirs, {"sliding_window": (None,)})
-        kind = "llama"
     family = FAMILIES[kind]
     for key, alias in GPT2_ALIASES.items() if kind == "gpt2" else ():
         require(file, theirs, {alias: (theirs.setdefault(key, theirs.get(alias)),)})
@@ -222,14 +244,42 @@ def huggingface_config(file):
     theirs["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta"))
     scaling, original = rope.get("rope_type", rope.get("type", "default")), "original_max_position_embeddings"
     require(file, {"rope_scaling": scaling}, {"rope_scaling": list(SCALINGS)})
+    require(file, theirs | rope, ROPE_ONLY)
     require(file, theirs, {original: (rope.get(original),)})
     theirs |= {key: rope.get(key) for key in SCALINGS[scaling].values()}
-    keys = column(SETTINGS, family.column) | SCALINGS[scaling]
-    config = read_settings(file, kind, keys, theirs, family.defaults)
-    only = dict(quantization_config=(None,), is_causal=(True,), head_dim=(config.head_size, None),
-                layer_types=(None, ["full_attention"] * config.blocks))
-    require(file, theirs, family.only | only)
-    return config
+    defaults = dict(family.defaults)
+    if scaling != "default":
+        defaults |= dict(rope_scaling=scaling)
+    if "rope_original" in SCALINGS[scaling]:
+        defaults |= dict(rope_original=theirs.get("max_position_embeddings"))
+    if scaling == "yarn":
+        defaults |= dict(rope_low=1.0, rope_high=32.0, rope_attention=yarn_attention(rope.get("factor")))
+    if kind != "mistral" and not theirs.get("use_sliding_window"):
+        theirs["sliding_window"] = 0
+    theirs["sliding_window"] = theirs.get("sliding_window", 0 if kind == "smollm3" else 4096)
+    config = read_settings(file, kind, settings_of(family) | SCALINGS[scaling], theirs, defaults)
+    require(file, theirs, family.only | dict(quantization_config=(None,), is_causal=(True,)))
+    return config if kind == "mistral" else with_uneven_blocks(file, theirs, config)
+
+
+def with_uneven_blocks(file, theirs, config):
+    """The Config with the blocks that have no RoPE, and those that have no window."""
+    blocks, smollm3 = range(config.blocks), config.kind == "smollm3"
+    step, first = theirs.get("no_rope_layer_interval", 4), theirs.get("max_window_layers", 28)
+    refuse(type(step) is not int or step < 1 or type(first) is not int, f"{file}: no_rope_layer_interval is "
+           f"{step!r}, max_window_layers is {first!r}: get it again")
+
+    def listed(key, usual, known):
+        values = usual if theirs.get(key) is None else theirs[key]
+        fits = type(values) is list and len(values) >= len(blocks) and all(value in known for value in values)
+        refuse(not fits, f"{file}: {key} is {str(values)[:80]}; only {len(blocks)} of {known} are supported")
+        return values
+    turns = listed("no_rope_layers", [int((i + 1) % step > 0) for i in blocks], (0, 1)) if smollm3 else []
+    config = replace(config, no_rope=tuple(i for i, turned in zip(blocks, turns) if not turned))
+    slides = [config.window > 0 and (i in config.no_rope if smollm3 else i >= first) for i in blocks]
+    kinds = listed("layer_types", [LAYER_TYPES[s] for s in slides], LAYER_TYPES[:2 if config.window else 1])
+    full = tuple(i for i in blocks if kinds[i] == LAYER_TYPES[False])
+    return replace(config, full=full if config.window else ())
 
 
 @dataclass(frozen=True)
@@ -337,82 +387,20 @@ def export(model, tokenizer, out, dtype=torch.float32):
 
 def their_config(config, dtype, tokenizer):
     """transformers' config.json."""
-    family, values = FAMILIES[config.kind], config.as_dict()
-    settings = {key: values[ours] for ours, key in column(SETTINGS, family.column).items()}
-    plain = {key: allowed[0] for key, allowed in family.only.items()}
+    family, blocks = FAMILIES[config.kind], range(config.blocks)
+    lost = config.as_dict().keys() & set(SOME) - set(family.some)
+    refuse(lost, f"a {family.network} of transformers has no {', '.join(sorted(lost))}: no export can say it")
+    values = vars(config) | dict(head_dim=config.head_size, window=config.window or None)
+    settings = {key: values[ours] for ours, key in settings_of(family).items()}
+    settings |= {key: allowed[0] for key, allowed in family.only.items()}
+    if "no_rope" in family.some:
+        settings["no_rope_layers"] = [int(i not in config.no_rope) for i in blocks]
+    if "full" in family.some:
+        types = [LAYER_TYPES[config.window > 0 and i not in config.full] for i in blocks]
+        settings |= dict(use_sliding_window=config.window > 0, layer_types=types)
     if config.rope_factor != 1:
-        scaling = "llama3" if config.rope_original else "linear"
-        rope = {key: values[ours] for ours, key in SCALINGS[scaling].items()}
-        plain["rope_scaling"] = dict(rope_type=scaling) | rope
+        rope = {key: values[ours] for ours, key in SCALINGS[config.rope_scaling].items()}
+        settings["rope_scaling"] = rope | dict(rope_type=config.rope_scaling)
     ends = tokenizer and dict(bos_token_id=tokenizer.begin, eos_token_id=sorted(tokenizer.stop_ids))
     return dict(model_type=config.kind, architectures=[family.network], torch_dtype=str(dtype)[6:],
-                **settings, **plain, **(ends or dict(bos_token_id=None, eos_token_id=None)))
-
-
-# ------------------------------------------------------------------------------------------------------ GGUF
-
-# Settings that change the network, and the values with which they don't.
-GGUF_ONLY = {"rope.scaling.type": ("linear", "none"), "rope.scaling.attn_factor": (1.0,),
-             "attention.clamp_kqv": (0.0,), "attention.causal": (True,), "logit_scale": (0.0, 1.0),
-             "expert_count": (0,), "split.count": (0, 1)}
-
-
-def gguf_config(file, fields, packed):
-    known = [kind for kind, family in FAMILIES.items() if family.gguf_neighbours is not None]
-    require(file, fields, {"general.architecture": known})
-    kind = fields.get("general.architecture", known[0])
-    theirs = {}
-    for key, value in fields.items():  # a list has a value for each block
-        alike = isinstance(value, list) and value and value.count(value[0]) == len(value)
-        theirs[key.removeprefix(f"{kind}.")] = value[0] if alike else value
-    embed, tied = packed.get("token_embd.weight"), "output.weight" not in packed
-    defaults = dict(vocab_size=embed and embed.shape[0], tied=tied, rope_base=10000.0)
-    if theirs.get("rope.scaling.type") != "none":  # as llama.cpp does, where the type is left out
-        factor = theirs.get("rope.scaling.factor") or theirs.get("rope.scale_linear") or 1.0
-        defaults |= dict(rope_factor=factor)
-    config = read_settings(file, kind, column(SETTINGS, "gguf"), theirs, defaults)
-    sizes = ("rope.dimension_count", "attention.key_length", "attention.value_length")
-    require(file, theirs, GGUF_ONLY | dict.fromkeys(sizes, (config.head_size,)))
-    return replace(config, norm_eps=float(f"{config.norm_eps:.7g}"))  # the digits that a float32 has
-
-
-def scaled(file, config, factors):
-    """The Config with Llama 3's scaling, of which a GGUF has only what RoPE's frequencies are divided by."""
-    plain, known = rope_frequencies(config), [config]
-    if config.rope_factor == 1:
-        known += [replace(config, rope_factor=factor, rope_original=8192) for factor in (8.0, 32.0)]
-    for other in known:
-        if factors.shape == plain.shape and torch.allclose(plain / rope_frequencies(other), factors, 1e-3):
-            return other
-    raise InputError(f"{file}: rope_freqs.weight scales RoPE's frequencies as no Llama 3 does")
-
-
-class GGUFSource(Source):
-    def __init__(self, file):
-        self.path, self.bytes = file, file.stat().st_size
-        self.fields, packed = read_gguf(file)
-        self.config = gguf_config(file, self.fields, packed)
-        self.shapes = shapes_of(self.config)
-        self.find(packed, self.shapes, lambda name: their_name(name, "gguf"), "rope_freqs.weight")
-        if "rope_freqs.weight" in packed:
-            self.config = scaled(file, self.config, read_rows(file, packed["rope_freqs.weight"]))
-
-    def get(self, name, rows=None):
-        """Its rows in our order: of RoPE's neighbours 0 2 4 ... 1 3 5 ... of each head."""
-        packed = self.stored[name]
-        order = torch.arange(packed.rows)
-        heads = {"q": self.config.heads, "k": self.config.kv_heads}.get(name.split(".")[-2])
-        if heads and FAMILIES[self.config.kind].gguf_neighbours:
-            order = order.view(heads, -1, 2).transpose(1, 2).reshape(-1)  # (heads, d/2, 2) -> (heads, 2, d/2)
-        return read_rows(self.path, packed, order[:rows])
-
-    def tokenizer(self):
-        if "tokenizer.ggml.model" not in self.fields:
-            return None
-        tokens, rows = self.fields.get("tokenizer.ggml.tokens"), self.config.vocab_size
-        refuse(not isinstance(tokens, list) or len(tokens) > rows,
-               f"{self.path} has no list of at most {rows:,} tokens, the rows of its embedding")
-        for role in ("bos", "eos"):
-            i = self.fields.get(f"tokenizer.ggml.{role}_token_id", 0)
-            refuse(i not in range(len(tokens)), f"{self.path}: its {role} is {i} of {len(tokens)} tokens")
-        return from_gguf(self.path.stem, self.fields)
+                pad_token_id=None, **settings, **(ends or dict(bos_token_id=None, eos_token_id=None)))

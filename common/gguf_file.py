@@ -13,7 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from common.cli import InputError
+from common import formats
+from common.cli import InputError, refuse
+from common.rope import rope_frequencies, yarn_attention
+from common.tokenizer import from_gguf
 
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # kinds of values, in struct's letters
 STRING, ARRAY = 8, 9
@@ -107,3 +110,86 @@ def read_rows(path, tensor, order=None):
                              "get another quantization") from None
         out.copy_(torch.from_numpy(unpacked).view(plain or torch.float32).view(out.shape))
     return rows.view(-1, *tensor.shape[1:])
+
+
+# ----------------------------------------------------------------------------- a model in it
+
+# Settings that change the network, and the values with which they don't.
+GGUF_ONLY = {"rope.scaling.type": ("linear", "none", "yarn"), "rope.scaling.attn_factor": (1.0,),
+             "attention.clamp_kqv": (0.0,), "attention.causal": (True,), "logit_scale": (0.0, 1.0),
+             "expert_count": (0,), "split.count": (0, 1)}
+
+
+def gguf_config(file, fields, packed):
+    known = [kind for kind, family in formats.FAMILIES.items() if family.gguf_neighbours is not None]
+    formats.require(file, fields, {"general.architecture": known})
+    kind = fields.get("general.architecture", known[0])
+    theirs = {}
+    for key, value in fields.items():  # a list has a value for each block
+        alike = isinstance(value, list) and value and value.count(value[0]) == len(value)
+        theirs[key.removeprefix(f"{kind}.")] = value[0] if alike else value
+    get, embed = theirs.get, packed.get("token_embd.weight")
+    defaults = formats.LIKE_LLAMA | dict(
+        vocab_size=embed and embed.shape[0], tied="output.weight" not in packed, norm_eps=None,
+        attention_bias="blk.0.attn_output.bias" in packed)
+    if get("rope.scaling.type") != "none":  # as llama.cpp does, where the type is left out
+        defaults |= dict(rope_factor=get("rope.scaling.factor") or get("rope.scale_linear") or 1.0)
+    if get("rope.scaling.type") == "yarn":
+        original = get("rope.scaling.original_context_length") or get("context_length")
+        defaults |= dict(rope_scaling="yarn", rope_original=original, rope_attention=yarn_attention(
+            defaults["rope_factor"]), rope_low=get("rope.scaling.yarn_beta_slow", 1.0),
+            rope_high=get("rope.scaling.yarn_beta_fast", 32.0))
+    config = formats.read_settings(file, kind, formats.column(formats.SETTINGS, "gguf"), theirs, defaults)
+    sizes = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+    formats.require(file, theirs, GGUF_ONLY | dict.fromkeys(sizes, (config.head_size,)))
+    window = config.window if config.window < config.context else 0
+    refuse(window and kind != "llama", f"{file}: attention.sliding_window is {window}, and which blocks of a "
+           f"{kind} have it is not said")
+    return replace(config, norm_eps=float(f"{config.norm_eps:.7g}"),  # the digits that a float32 has
+                   kind="mistral" if window else kind, window=window,
+                   no_rope=tuple(range(3, config.blocks, 4)) if kind == "smollm3" else ())
+
+
+def scaled(file, config, factors):
+    """The Config with Llama 3's scaling, of which a GGUF has only what RoPE's frequencies are divided by."""
+    plain, known = rope_frequencies(config), [config]
+    if config.rope_factor == 1:
+        llama3 = replace(config, rope_scaling="llama3", rope_original=8192)
+        known += [replace(llama3, rope_factor=factor) for factor in (8.0, 32.0)]
+    for other in known:
+        if factors.shape == plain.shape and torch.allclose(plain / rope_frequencies(other), factors, 1e-3):
+            return other
+    raise InputError(f"{file}: rope_freqs.weight scales RoPE's frequencies as no Llama 3 does")
+
+
+class GGUFSource(formats.Source):
+    def __init__(self, file):
+        self.path, self.bytes = file, file.stat().st_size
+        self.fields, packed = read_gguf(file)
+        self.config = gguf_config(file, self.fields, packed)
+        self.shapes = formats.shapes_of(self.config)
+        self.find(packed, self.shapes, lambda name: formats.their_name(name, "gguf"), "rope_freqs.weight")
+        if "rope_freqs.weight" in packed:
+            self.config = scaled(file, self.config, read_rows(file, packed["rope_freqs.weight"]))
+
+    def get(self, name, rows=None):
+        """Its rows in our order: of RoPE's neighbours 0 2 4 ... 1 3 5 ... of each head."""
+        packed = self.stored[name]
+        order = torch.arange(packed.shape[0])
+        heads = {"q": self.config.heads, "k": self.config.kv_heads}.get(name.split(".")[-2])
+        if heads and formats.FAMILIES[self.config.kind].gguf_neighbours:
+            order = order.view(heads, -1, 2).transpose(1, 2).reshape(-1)  # (heads, d/2, 2) -> (heads, 2, d/2)
+        if len(packed.shape) == 1:
+            return read_rows(self.path, packed)[order]
+        return read_rows(self.path, packed, order[:rows])
+
+    def tokenizer(self):
+        if "tokenizer.ggml.model" not in self.fields:
+            return None
+        tokens, rows = self.fields.get("tokenizer.ggml.tokens"), self.config.vocab_size
+        refuse(not isinstance(tokens, list) or len(tokens) > rows,
+               f"{self.path} has no list of at most {rows:,} tokens, the rows of its embedding")
+        for role in ("bos", "eos"):
+            i = self.fields.get(f"tokenizer.ggml.{role}_token_id", 0)
+            refuse(i not in range(len(tokens)), f"{self.path}: its {role} is {i} of {len(tokens)} tokens")
+        return from_gguf(self.path.stem, self.fields)

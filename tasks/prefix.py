@@ -18,7 +18,7 @@ import os
 
 import torch
 
-from model import Cache
+from model import Cache, visible
 
 
 def common_length(lists):
@@ -56,10 +56,12 @@ class PrefixCache(Cache):
             return self.given_positions
         return torch.arange(self.end, self.end + T, device=self.device)
 
-    def mask(self, T):
-        if self.given_mask is not None or self.end == 0:
+    def mask(self, T, window=0):
+        if not window and (self.given_mask is not None or self.end == 0):
             return self.given_mask
-        return torch.ones(1, 1, T, self.end + T, dtype=torch.bool, device=self.device).tril(self.end)
+        own, before = self.positions(T), torch.arange(self.length if self.layers else 0, device=self.device)
+        near = visible(own, torch.cat((before.expand(*own.shape[:-1], -1), own), -1), window)
+        return near if self.given_mask is None else self.given_mask & near
 
     def update(self, layer, k, v):
         if len(self.layers) == layer and self.length:  # the prefix itself is being read

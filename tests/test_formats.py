@@ -9,32 +9,28 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from checkpoint import load_model, save_model
 from common import formats
 from common.cli import InputError
 from common.download import fetch_smollm2
 from common.generate import generate
-from common.gguf_file import Packed
+from common.gguf_file import GGUFSource, Packed
 from common.tokenizer import render_chat
 from lowrank import attach_lora, replace_linears
 from model import Config, KVCache, Transformer
 from quant import quantize
 
 DATA = Path(os.environ.get("DATA_DIR", "data"))
-KINDS = ["gpt2", "llama", "qwen2"]
+# Of transformers: the name, and settings with which a network differs from a Llama.
+SLIDING = dict(use_sliding_window=True, sliding_window=20)
+NETWORKS = {"llama": ("Llama", {}), "qwen2": ("Qwen2", {}), "mistral": ("Mistral", dict(sliding_window=20)),
+            "qwen3": ("Qwen3", dict(head_dim=24)),
+            "smollm3": ("SmolLM3", dict(no_rope_layer_interval=2, pad_token_id=0))}
+KINDS = ["gpt2", *NETWORKS]
 TOKENS = torch.arange(2 * 50).reshape(2, 50) * 37 % 300
 
 
@@ -44,10 +40,11 @@ def theirs(kind, tied=True, **more):
     more |= {"vocab_size": 300, "tie_word_embeddings": tied, "initializer_range": 0.2}
     if kind == "gpt2":
         return GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=48, n_layer=3, n_head=4, **more)).eval()
-    network, config = (LlamaForCausalLM, LlamaConfig) if kind == "llama" else (Qwen2ForCausalLM, Qwen2Config)
-    more = {"num_key_value_heads": 2} | more
-    model = network(config(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                           max_position_embeddings=64, rms_norm_eps=1e-5, **more))
+    name, own = NETWORKS[kind]
+    config = getattr(transformers, f"{name}Config")(**dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5) | own | more)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
     for name, p in model.named_parameters():
         if name.endswith("bias"):  # which transformers begins with zeros
             torch.nn.init.normal_(p)
@@ -106,9 +103,9 @@ def test_an_export_is_the_same_model_and_the_same_configuration(kind, tied, tmp_
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     a, b = (AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in ("theirs", "ours"))
-    for key in formats.column(formats.SETTINGS, formats.FAMILIES[kind].column).values():
-        x, y = (c["rope_parameters"]["rope_theta"] if key == "rope_theta" else c[key] for c in (a, b))
-        assert x == y or key == "n_inner" and x is None, key
+    for key in formats.settings_of(formats.FAMILIES[kind]).values():
+        x, y = (c["rope_parameters"]["rope_theta"] if key == "rope_theta" else c.get(key) for c in (a, b))
+        assert x == y or x is None and key in ("n_inner", "head_dim"), key
     assert a["architectures"] == b["architectures"]
 
 
@@ -196,13 +193,16 @@ def edited(kind, folder, **changes):
 
 @pytest.mark.parametrize("kind, changes, words", [
     ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is None"),
-    ("llama", {"rope_parameters": {"type": "yarn"}}, "rope_scaling is 'yarn'"),
+    ("llama", {"rope_parameters": {"type": "yarn"}}, "factor is None, and no model"),
+    ("llama", {"rope_scaling": {"type": "longrope"}}, "rope_scaling is 'longrope'"),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}}, "mscale is 0.7"),
     ("llama", {"rope_parameters": {"type": "linear"}}, "factor is None, and no model"),
-    ("llama", {"attention_bias": True}, "attention_bias is True"),
+    ("llama", {"attention_bias": True}, "lacks 12 of 41 tensors, layers.0.self_attn.q_proj.bias"),
+    ("llama", {"mlp_bias": True}, "mlp_bias is True"),
     ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
-    ("llama", {"head_dim": 32}, "head_dim is 32"),
-    ("llama", {"model_type": "gemma"}, "'gemma'; only 'gpt2' or 'llama' or 'qwen2' or 'mistral' is supported"),
-    ("llama", {"model_type": "mistral"}, "sliding_window is 4096; only None is supported"),
+    ("llama", {"head_dim": 32}, "q_proj.weight has the shape .64, 64., its configuration asks for .128, 64."),
+    ("llama", {"head_dim": 15}, "the head size must be even, got 15"),
+    ("llama", {"model_type": "gemma"}, "'gemma'; only 'gpt2' or 'llama' or 'mistral' or"),
     ("llama", {"hidden_size": "big"}, "hidden_size is big, and no model can have that"),
     ("llama", {"hidden_size": None}, "hidden_size is None, and no model can have that"),
     ("llama", {"intermediate_size": 100},
@@ -212,7 +212,10 @@ def edited(kind, folder, **changes):
     ("llama", {"tie_word_embeddings": False}, "lacks 1 of 30 tensors, lm_head.weight"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
     ("qwen2", {"model_type": "llama"}, "has 9 tensors that a llama model .*proj.bias"),
-    ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True; only False is supported"),
+    ("qwen2", {**SLIDING, "layer_types": ["sliding_attention"]},
+     "layer_types is .'sliding_attention'.; only 3 of .'full_attention', 'sliding_attention'. are supported"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is .1, 0.; only 3 of .0, 1. are supported"),
+    ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types is"),
     ("gpt2", {"activation_function": "relu"},
      "activation_function is 'relu'; only 'gelu_new' or 'gelu_pytorch_tanh'"),
@@ -288,7 +291,14 @@ AS_PEOPLE_HAVE_THEM = {
         ["rope_parameters"], rope_scaling={"type": "linear", "factor": 4.0}, rope_theta=500.0)),
     "Llama 3's scaling": ("llama", dict(rope_parameters=LLAMA3), lambda folder: None),
     "its older words": ("llama", {}, configured(["rope_parameters"], rope_scaling=LLAMA3, rope_theta=1e4)),
-    "a Mistral": ("llama", {}, configured(model_type="mistral", sliding_window=None)),
+    "a Mistral": ("llama", {}, configured(model_type="mistral")),
+    "a Qwen2 that names its windows": ("qwen2", {}, configured(
+        ["layer_types"], use_sliding_window=True, sliding_window=9, max_window_layers=1)),
+    "a SmolLM3 with an interval": ("smollm3", {}, configured(["no_rope_layers"], no_rope_layer_interval=3)),
+    "yarn in older words": ("qwen2", {}, configured(["rope_parameters"], rope_theta=1e4, rope_scaling={
+        "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16})),
+    "yarn without the context before": ("llama", {}, configured(
+        ["rope_parameters"], rope_scaling={"rope_type": "yarn", "factor": 2.0, "beta_fast": 4.0})),
     "swish": ("llama", {}, configured(hidden_act="swish")),
     "no key/value heads": ("llama", dict(num_key_value_heads=4), configured(num_key_value_heads=None)),
     "gelu_fast": ("gpt2", dict(activation_function="gelu_fast"), lambda folder: None),
@@ -307,9 +317,20 @@ AS_PEOPLE_HAVE_THEM = {
 }
 
 
-@pytest.mark.parametrize("scaling", [LINEAR, LLAMA3])
-def test_an_export_keeps_ropes_scaling(scaling, tmp_path):
-    reference = theirs("llama", rope_parameters=scaling)
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
+DYNAMIC = dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0)
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("llama", dict(rope_parameters=LINEAR)), ("llama", dict(rope_parameters=LLAMA3)),
+    ("qwen2", dict(rope_parameters=YARN)), ("llama", dict(rope_parameters=YARN | dict(
+        beta_fast=2.0, beta_slow=0.2, attention_factor=1.5))),
+    ("llama", dict(head_dim=24, attention_bias=True)), ("mistral", dict(sliding_window=None)),
+    ("qwen2", SLIDING | dict(max_window_layers=1)), ("qwen3", SLIDING | dict(max_window_layers=2)),
+    ("qwen3", SLIDING | dict(layer_types=["full_attention", "sliding_attention", "full_attention"])),
+    ("smollm3", SLIDING | dict(attention_bias=True)), ("smollm3", dict(no_rope_layers=[0, 0, 1]))])
+def test_an_export_keeps_what_few_models_have(kind, settings, tmp_path):
+    reference = theirs(kind, **settings)
     reference.save_pretrained(tmp_path / "theirs")
     model = ours(tmp_path / "theirs")
     formats.export(model, None, tmp_path / "ours")
@@ -318,7 +339,33 @@ def test_an_export_keeps_ropes_scaling(scaling, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(TOKENS).logits, reference(TOKENS).logits)
         assert torch.equal(load_model(tmp_path / "own")[0](TOKENS), model(TOKENS))
-        assert (reference(TOKENS).logits - theirs("llama")(TOKENS).logits).abs().max() > 0.1
+        assert (reference(TOKENS).logits - theirs(kind)(TOKENS).logits).abs().max() > 0.1
+    assert_same_logits(model, reference)
+    assert load_model(tmp_path / "own")[0].config == model.config
+
+
+def test_dynamic_scaling(tmp_path):
+    """It changes nothing up to the context. Of a longer text all tokens turn as its length says; a cache has
+    tokens that turned as in a shorter one, and transformers' answer depends on what it read before."""
+    def fresh():
+        return theirs("llama", rope_parameters=DYNAMIC)
+    fresh().save_pretrained(tmp_path / "theirs")
+    model, longer = ours(tmp_path / "theirs"), torch.cat((TOKENS, TOKENS), 1)
+    assert_same_logits(model, fresh())
+    assert_same_logits(model, theirs("llama"))
+    formats.export(model, None, tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    for reference in (fresh(), again):
+        a, b = model(longer), reference(longer).logits
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+    with pytest.raises(InputError, match="100 tokens do not fit .* more would turn the keys"):
+        model(longer, KVCache(model.config, 2, 100))
+
+
+def test_an_export_that_would_be_another_model(tmp_path):
+    config = Config("llama", 300, 64, 3, 4, 2, 64, 96, window=20)
+    with pytest.raises(InputError, match="a LlamaForCausalLM of transformers has no window"):
+        formats.export(Transformer(config), None, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", AS_PEOPLE_HAVE_THEM)
@@ -340,7 +387,6 @@ def test_a_compiled_models_names(tmp_path):
 
 
 @pytest.mark.parametrize("kind, change, words", [
-    ("llama", configured(rope_scaling={"rope_type": "dynamic", "factor": 4.0}), "rope_scaling is 'dynamic'"),
     ("llama", configured(rope_scaling="linear"), "rope_scaling or rope_parameters is no object"),
     ("gpt2", configured(num_attention_heads=6), "num_attention_heads is 6; only 4 is supported"),
     ("llama", configured(num_hidden_layers=10 ** 9), "num_hidden_layers is 1000000000, and no model"),
@@ -401,34 +447,34 @@ def test_damaged_folders(tmp_path):
 # -------------------------------------------------------------------------------------------------- GGUF
 
 def neighbours(weight, heads):
-    """Rows of a Hugging Face W^Q or W^K in the order of llama.cpp's Llama."""
-    halves = weight.view(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
+    """Rows of a Hugging Face W^Q or W^K, or of their biases, in the order of llama.cpp's Llama."""
+    halves = weight.view(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
 def write_gguf(path, reference, pack, kind="llama", change=None):
     c, state = reference.config, reference.state_dict()
+    c.to_json_file(path.with_suffix(".json"))
+    config = formats.huggingface_config(path.with_suffix(".json"))
     writer = gguf.GGUFWriter(path, kind)
-    for add, value in ((writer.add_block_count, c.num_hidden_layers), (writer.add_vocab_size, c.vocab_size),
-                       (writer.add_context_length, c.max_position_embeddings),
-                       (writer.add_embedding_length, c.hidden_size),
-                       (writer.add_feed_forward_length, c.intermediate_size),
-                       (writer.add_head_count, c.num_attention_heads),
-                       (writer.add_head_count_kv, c.num_key_value_heads),
-                       (writer.add_layer_norm_rms_eps, c.rms_norm_eps), (writer.add_rope_freq_base, 10000.0),
-                       (writer.add_rope_dimension_count, c.hidden_size // c.num_attention_heads)):
+    for add, value in ((writer.add_block_count, config.blocks), (writer.add_vocab_size, config.vocab_size),
+                       (writer.add_context_length, config.context),
+                       (writer.add_embedding_length, config.width),
+                       (writer.add_feed_forward_length, config.ffn), (writer.add_head_count, config.heads),
+                       (writer.add_head_count_kv, config.kv_heads),
+                       (writer.add_rope_freq_base, config.rope_base),
+                       (writer.add_layer_norm_rms_eps, config.norm_eps),
+                       (writer.add_key_length, config.head_size), (writer.add_value_length, config.head_size),
+                       (writer.add_rope_dimension_count, config.head_size)):
         add(value)
     if change:
         change(writer)
-    names = formats.shapes_of(Config("qwen2" if kind == "qwen2" else "llama", 300, 64, 3, 4, 2, 64, 96,
-                                     tied=c.tie_word_embeddings))
-    for name in names:
+    for name in formats.shapes_of(config):
         hf = formats.their_name(name, "llama")
         w = state[hf if hf.startswith("lm_head") else f"model.{hf}"].float()
-        if kind != "qwen2" and ".attention.q." in name:
-            w = neighbours(w, 4)
-        elif kind != "qwen2" and ".attention.k." in name:
-            w = neighbours(w, 2)
+        heads = {"q": config.heads, "k": config.kv_heads}.get(name.split(".")[-2])
+        if heads and not kind.startswith("qwen"):
+            w = neighbours(w, heads)
         packing = pack if w.ndim == 2 else gguf.GGMLQuantizationType.F32
         packed = gguf.quantize(w.numpy(), packing)
         writer.add_tensor(formats.their_name(name, "gguf"), packed, raw_dtype=packing)
@@ -457,7 +503,17 @@ def test_gguf(kind, pack, tied, tmp_path):
         assert_same_logits(tmp_path / "m.gguf", theirs(kind, tied))
 
 
-@pytest.mark.parametrize("pack", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("kind, settings", [
+    ("qwen3", {}), ("smollm3", dict(num_hidden_layers=5, no_rope_layer_interval=4)),
+    ("mistral", {}), ("mistral", dict(sliding_window=None)),
+    ("llama", dict(head_dim=24, attention_bias=True)), ("llama", dict(rope_parameters=YARN)), ("qwen3", dict(rope_parameters=YARN | dict(beta_fast=2.0)))])
+def test_gguf_of_other_architectures(kind, settings, tmp_path):
+    reference = theirs(kind, **settings)
+    write_gguf(tmp_path / "m.gguf", reference, gguf.GGMLQuantizationType.F32, *described(reference))
+    assert_same_logits(tmp_path / "m.gguf", reference)
+
+
+@pytest.mark.parametrize("pack", [kind.name for kind in gguf.quants._type_traits if kind.name != "BF16"])
 def test_other_packings_are_unpacked_row_by_row(pack, tmp_path):
     """Any bytes are valid blocks: what a source unpacks in the wanted order is what the gguf package unpacks
     at once, then reordered."""
@@ -466,11 +522,26 @@ def test_other_packings_are_unpacked_row_by_row(pack, tmp_path):
     random = np.random.default_rng(0)
     packed = random.integers(0, 60, (2100, 512 // block * size), dtype=np.uint8)  # below 60: no scale is infinite
     packed.tofile(tmp_path / "packed")
-    source, name = object.__new__(formats.GGUFSource), "blocks.0.attention.q.weight"
+    source, name = object.__new__(GGUFSource), "blocks.0.attention.q.weight"
     source.path, source.config = tmp_path / "packed", Config("llama", heads=35, kv_heads=35, width=2100)
     source.stored = {name: Packed((2100, 512), kind, 512 // block * size, 0)}
     whole = torch.from_numpy(gguf.dequantize(packed, kind)).view(35, 30, 2, 512).transpose(1, 2)
     torch.testing.assert_close(source.get(name), whole.reshape(2100, 512), rtol=0, atol=0)
+
+
+def described(reference):
+    """GGUF's name of an architecture, and a change to a writer that adds the settings of this one."""
+    rope, window = reference.config.rope_parameters, getattr(reference.config, "sliding_window", None)
+
+    def add(writer):
+        if rope["rope_type"] == "yarn":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(rope["factor"])
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+            writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast", 32.0))
+        if window:
+            writer.add_sliding_window(window)
+    return reference.config.model_type.replace("mistral", "llama"), add
 
 
 def per_block(values):
@@ -532,16 +603,24 @@ def llama_cpp(file, tokens):
     ("llama", "F32", lambda w: [w.add_rope_scaling_factor(4.0),
                                 w.add_rope_scaling_type(gguf.RopeScalingType.NONE)]),
     ("llama", "F32", lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32))),
-    ("llama", "F32", lambda w: w.kv_data[0].update(per_block([2, 2, 2])))])
+    ("llama", "F32", lambda w: w.kv_data[0].update(per_block([2, 2, 2]))),
+    (theirs("llama", head_dim=24, attention_bias=True), "F32", lambda w: None),
+    (theirs("llama", rope_parameters=YARN | dict(beta_fast=2.0)), "F32", None),
+    (theirs("qwen3"), "F32", None), (theirs("qwen3"), "Q8_0", None),
+    (theirs("qwen3", rope_parameters=YARN), "F32", None),
+    (theirs("smollm3", num_hidden_layers=5, no_rope_layer_interval=4), "F32", None)])
 def test_gguf_against_llama_cpp(kind, pack, change, tmp_path):
+    reference = theirs(kind) if isinstance(kind, str) else kind
+    name, own_change = described(reference)
+
     def both(writer):
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_list([chr(33 + i) if i < 94 else chr(256 + i) for i in range(298)] + ["ab", "cd"])
         writer.add_token_types([1] * 300)
         writer.add_token_merges(["a b", "c d"])
-        change(writer)
-    write_gguf(tmp_path / "m.gguf", theirs(kind), gguf.GGMLQuantizationType[pack], kind, both)
+        (change or own_change)(writer)
+    write_gguf(tmp_path / "m.gguf", reference, gguf.GGMLQuantizationType[pack], name, both)
     with torch.no_grad():
         mine = ours(tmp_path / "m.gguf")(TOKENS[:1, :40])[0, -1].log_softmax(-1)
     assert mine.std() > 1
@@ -570,9 +649,10 @@ def test_gguf_that_is_not_this_network(tmp_path):
         write_gguf(tmp_path / "m.gguf", theirs("llama"), gguf.GGMLQuantizationType.F16, **how)
         with pytest.raises(InputError, match=words):
             formats.open_source(tmp_path / "m.gguf")
-    refused("general.architecture is 'gemma'; only 'llama' or 'qwen2'", kind="gemma")
+    refused("general.architecture is 'gemma'; only 'llama' or 'mistral' or", kind="gemma")
     for words, change in (
-            ("rope.scaling.type is 'yarn'", lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN)),
+            ("scaling.type is 'longrope'", lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)),
+            ("rope.dimension_count is 16; only 8", lambda w: w.add_key_length(8)),
             ("rope.scaling.attn_factor is 2.0", lambda w: w.add_rope_scaling_attn_factors(2.0)),
             ("attention.clamp_kqv is 8.0", lambda w: w.add_clamp_kqv(8.0)),
             ("logit_scale is 0.5", lambda w: w.add_logit_scale(0.5)),

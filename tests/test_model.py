@@ -1,4 +1,4 @@
-"""model.py and generate.py against transformers' GPT-2, Llama and Qwen2: logits, gradients, cache, texts."""
+"""model.py and generate.py against transformers' networks: logits, gradients, cache, texts."""
 import math
 
 import pytest
@@ -6,8 +6,16 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 
+from beyond.activations import walk
+from beyond.batching import Engine, Request
+from beyond.cuda_graph import GraphStep
+from beyond.decoding import decoding_step
+from beyond.paged_cache import PagedCache, Pool, Sequence
+from common import formats
 from common.cli import InputError
+from common.device import find_device
 from common.generate import generate, sample
+from lowrank import attach_lora, replace_linears
 from model import (
     CONFIGS,
     Config,
@@ -18,15 +26,42 @@ from model import (
     flops_per_token,
     matmul_weights,
 )
+from pipeline import Pipeline
+from quant import quantize
+from recompute import use_recompute
+from tasks.prefix import PrefixCache
 
 GPT2 = Config("gpt2", vocab_size=101, context=48, blocks=3, heads=4, kv_heads=4, width=32, ffn=128)
 LLAMA = Config("llama", 101, 48, 3, 4, 2, 32, 56, tied=False, norm_eps=1e-6, rope_base=500.0)
-QWEN2 = Config(**LLAMA.as_dict() | dict(kind="qwen2"))
-THREE = pytest.mark.parametrize("config", [GPT2, LLAMA, QWEN2], ids=["gpt2", "llama", "qwen2"])
+
+
+def like_llama(kind, **changes):
+    return Config(**LLAMA.as_dict() | dict(kind=kind) | changes)
+
+
+QWEN2 = like_llama("qwen2")
+YARN = dict(rope_scaling="yarn", rope_factor=4.0, rope_original=16, rope_low=0.2, rope_high=2.0,
+            rope_attention=1.3)
+CONFIGS_HERE = {
+    "gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2,
+    "llama tied": like_llama("llama", kv_heads=4, tied=True),
+    "llama wide heads": like_llama("llama", head_dim=12, attention_bias=True),
+    "llama yarn": like_llama("llama", **YARN),
+    "llama dynamic": like_llama("llama", rope_scaling="dynamic", rope_factor=4.0),
+    "llama linear": like_llama("llama", rope_factor=4.0),
+    "llama3": like_llama("llama", rope_scaling="llama3", rope_factor=8.0, rope_original=32),
+    "mistral": like_llama("mistral", window=9, head_dim=6),
+    "qwen2 window": like_llama("qwen2", window=7, full=(0,)),
+    "qwen3": like_llama("qwen3", head_dim=12),
+    "qwen3 window": like_llama("qwen3", attention_bias=True, window=5, full=(1, 2)),
+    "smollm3": like_llama("smollm3", no_rope=(1,), tied=True),
+    "smollm3 window": like_llama("smollm3", no_rope=(0, 2), window=11, full=(1,), attention_bias=True)}
+EACH = pytest.mark.parametrize("config", CONFIGS_HERE.values(), ids=CONFIGS_HERE)
 LLAMAS = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "head": "lm_head",
           "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
           "attention.q": "self_attn.q_proj", "attention.k": "self_attn.k_proj",
           "attention.v": "self_attn.v_proj", "attention.o": "self_attn.o_proj",
+          "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm",
           "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
 GPT2S = {"embed": "transformer.wte", "positions": "transformer.wpe", "blocks": "transformer.h",
          "norm": "transformer.ln_f", "head": "lm_head", "norm1": "ln_1", "norm2": "ln_2",
@@ -50,12 +85,25 @@ def transformers_model(c):
         return hf.GPT2LMHeadModel(hf.GPT2Config(
             vocab_size=c.vocab_size, n_positions=c.context, n_embd=c.width, n_layer=c.blocks, n_head=c.heads,
             resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    rope = dict(rope_type="default", rope_theta=c.rope_base)
+    if c.rope_factor != 1:
+        rope |= dict(rope_type=c.rope_scaling, factor=c.rope_factor, attention_factor=c.rope_attention,
+                     beta_slow=c.rope_low, beta_fast=c.rope_high, low_freq_factor=c.rope_low,
+                     high_freq_factor=c.rope_high, original_max_position_embeddings=c.rope_original or None)
+    kinds = [i not in c.full if c.window else False for i in range(c.blocks)]
+    kinds = ["sliding_attention" if slides else "full_attention" for slides in kinds]
     sizes = dict(vocab_size=c.vocab_size, max_position_embeddings=c.context, hidden_size=c.width,
                  num_hidden_layers=c.blocks, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
                  intermediate_size=c.ffn, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
-                 rope_parameters=dict(rope_type="default", rope_theta=c.rope_base))
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)) if c.kind == "llama" else \
-        hf.Qwen2ForCausalLM(hf.Qwen2Config(**sizes))
+                 rope_parameters=rope, head_dim=c.head_size, attention_bias=c.attention_bias)
+    if c.kind != "llama":
+        sizes |= dict(sliding_window=c.window or None)
+    if c.kind in ("qwen2", "qwen3", "smollm3"):
+        sizes |= dict(use_sliding_window=c.window > 0, layer_types=kinds)
+    if c.kind == "smollm3":
+        sizes |= dict(no_rope_layers=[int(i not in c.no_rope) for i in range(c.blocks)], pad_token_id=0)
+    name = dict(llama="Llama", mistral="Mistral", qwen2="Qwen2", qwen3="Qwen3", smollm3="SmolLM3")[c.kind]
+    return getattr(hf, f"{name}ForCausalLM")(getattr(hf, f"{name}Config")(**sizes))
 
 
 def pair(config):
@@ -75,9 +123,7 @@ def pair(config):
     return ours.eval(), theirs.eval()
 
 
-@pytest.mark.parametrize("config",
-                         [GPT2, LLAMA, Config(**LLAMA.as_dict() | dict(kv_heads=4, tied=True)), QWEN2],
-                         ids=["gpt2", "llama grouped", "llama tied", "qwen2"])
+@EACH
 def test_logits_and_gradients_equal_transformers(config):
     ours, theirs = pair(config)
     tokens = torch.randint(0, config.vocab_size, (2, 40))
@@ -92,7 +138,7 @@ def test_logits_and_gradients_equal_transformers(config):
         assert (p.grad - grad).abs().max() <= 1e-5 * max(1, grad.abs().max()), name
 
 
-@THREE
+@EACH
 def test_cache_gives_the_logits_of_transformers(config):
     """A prompt of 20, then a piece of 5 at once, then one token at a time."""
     ours, theirs = pair(config)
@@ -106,7 +152,7 @@ def test_cache_gives_the_logits_of_transformers(config):
     assert (torch.cat(pieces, 1) - b).abs().max() < 1e-5 * b.abs().max()
 
 
-@THREE
+@EACH
 def test_a_batch_of_prompts_gives_what_each_gives_alone_and_what_transformers_gives(config):
     ours, theirs = pair(config)
     prompts = [[1, 2, 3], [4] * 20, [7, 8], list(range(9))]
@@ -174,7 +220,7 @@ def test_operations_a_token():
     (dict(kv_heads=5, width=768), "12 heads can't share 5"),
     (dict(dropout=1.5), "dropout must be in 0..1"),
     (dict(blocks=0), "blocks must be at least 1, got 0"),
-    (dict(kind="bert"), "kind must be one of gpt2, llama, qwen2, got bert")])
+    (dict(kind="bert"), "kind is bert, none of gpt2, llama, mistral, smollm3, qwen2, qwen3")])
 def test_bad_architectures_are_refused(change, message):
     with pytest.raises(InputError, match=message):
         config_for("gpt2", **change)
@@ -196,3 +242,83 @@ def test_bad_prompts_are_refused():
         ours(torch.zeros(1, 60, dtype=torch.long))
     with pytest.raises(InputError, match="no model is called 'gpt5'"):
         config_for("gpt5")
+
+
+# ----------------------------------------------------------------------------- with all the rest
+
+UNEVEN = pytest.mark.parametrize("name", ["mistral", "qwen3 window", "smollm3 window", "llama yarn"])
+
+
+@UNEVEN
+@pytest.mark.parametrize("mode", ["none", "attention", "block"])
+def test_what_recomputation_gives(name, mode):
+    """In texts that are longer than the windows."""
+    model = pair(CONFIGS_HERE[name])[0]
+    tokens, gradients = torch.randint(0, 101, (2, 41)), []
+    for how in ("sdpa", mode):
+        use_recompute(model, how)
+        model.zero_grad()
+        F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients):
+        assert (a - b).abs().max() <= 2e-5 * max(1, a.abs().max())
+
+
+@UNEVEN
+def test_what_caches_prefixes_batches_and_steps_give(name):
+    model = pair(CONFIGS_HERE[name])[0]
+    prompts, pool = [[1, 2, 3], [4] * 20, list(range(30)), [1, 2, 3, 4] * 5], Pool(model.config, 60, size=4)
+    alone = [[step[0] for step in generate(model, [p], 12, temperature=0)] for p in prompts]
+    cache = PagedCache([Sequence(pool) for _ in prompts])
+    together = list(generate(model, prompts, 12, temperature=0, cache=cache))
+    assert [list(row) for row in zip(*together)] == alone
+    requests = [Request(p, 12) for p in prompts]
+    list(Engine(model, Pool(model.config, 40, size=4), batch_size=3).run(requests))
+    assert [r.tokens for r in requests] == alone
+    for step in (GraphStep, decoding_step):
+        steps = list(generate(model, prompts, 12, temperature=0, make_step=step))
+        assert [list(row) for row in zip(*steps)] == alone
+    tokens = torch.tensor([list(range(40)), [*range(15), *range(50, 75)]])
+    with torch.no_grad():
+        whole, prefix = model.hidden(tokens), PrefixCache(model, tokens[:1, :15])
+        assert (prefix.read(tokens[:, 15:]) - whole[:, 15:]).abs().max() < 1e-4
+        branches = torch.cat((tokens[:1, 15:], tokens[1:, 15:]), 1)  # both texts as branches behind the prefix
+        own = torch.ones(25, 25, dtype=torch.bool).tril()
+        mask = torch.cat((torch.ones(50, 15, dtype=torch.bool), torch.block_diag(own, own)), 1)[None, None]
+        read = prefix.read(branches, torch.arange(15, 40).repeat(2)[None], mask)
+    assert (read.view(2, 25, -1) - whole[:, 15:]).abs().max() < 1e-4
+
+
+@UNEVEN
+def test_factored_quantized_adapted_and_piped(name, tmp_path):
+    """Each change leaves a model that computes what its exported folder computes in transformers."""
+    tokens = torch.randint(0, 101, (2, 40))
+
+    def exported(model, what):
+        formats.export(model, None, tmp_path / what)
+        again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / what, dtype=torch.float32).eval()
+        with torch.no_grad():
+            a, b = model(tokens), again(tokens).logits
+        assert (a - b).abs().max() < 1e-4 * b.abs().max(), what
+    exported(pair(CONFIGS_HERE[name])[0], "dense")
+    for method in (1, 2, 3):
+        model = pair(CONFIGS_HERE[name])[0]
+        replace_linears(model, 6, method)
+        exported(model, f"method {method}")
+    for bits in (8, 4):
+        model = pair(CONFIGS_HERE[name])[0]
+        quantize(model, bits)
+        exported(model, f"{bits} bits")
+        attach_lora(model, 2, 8, ("q", "o"))
+        for block in model.blocks:
+            torch.nn.init.normal_(block.attention.q.B)
+        exported(model, f"{bits} bits with an adapter")
+    model = pair(CONFIGS_HERE[name])[0]
+    piped = Pipeline(model, 1, "gpipe", 1, 40, find_device())
+    with torch.no_grad():
+        streams, wanted = [model.begin(tokens)], model(tokens)
+        piped.grid.first = False  # as in a later stage, which gets x from another process
+        later = piped.run_blocks(tokens, streams[0][0])
+        walk(enumerate(model.blocks), streams, lambda layers, inputs: {})  # as decompose.py --calibration does
+        for h in (later, streams[0][0]):
+            assert (model.head(model.norm(h)) - wanted).abs().max() < 1e-5 * wanted.abs().max()

@@ -103,7 +103,7 @@ def test_attention_by_blocks_is_equation_1(lengths, size, leave, shared, dtype, 
     stay = [i for i in range(len(lengths)) if i not in leave]
     cache = PagedCache([rows[i] for i in stay])
     q, k, v = torch.randn(len(stay), 4, 1, 8, dtype=dtype) * 5, *torch.randn(2, len(stay), 2, 1, 8, dtype=dtype)
-    y = cache.attend(q, *cache.update(0, k, v))
+    y = cache.attend(q, *cache.update(0, k, v), cache.mask(1))
     for j, i in enumerate(stay):
         wanted = softmax_attention(q[j, :, 0], *(torch.cat((old, new[j]), 1) for old, new in zip(written[i], (k, v))))
         assert (y[j, :, 0] - wanted).abs().max() < tolerance * 4, (i, dtype)
