@@ -61,7 +61,7 @@ class Config:
     norm_eps: float = 1e-5
     rope_base: float = 10000.0    # with RoPE only
     dropout: float = 0.0
-    # Up to here 13 settings of all models; those of some:
+    # Up to here 12 settings of all models; those of some:
     head_dim: int = 0             # of each head; 0: width / heads
     attention_bias: bool = False  # W^Q, W^K, W^V and W^O have a bias
     no_rope: tuple = ()           # blocks without RoPE
@@ -99,13 +99,13 @@ class Config:
     def biases(self):
         return self.architecture.biases + ((*QKV, "o") if self.attention_bias else ())
 
-    def make_norm(self, size):
-        return self.architecture.norm(size, eps=self.norm_eps)
+    def make_norm(self, size=None):
+        return self.architecture.norm(size or self.width, eps=self.norm_eps)
 
     def as_dict(self):
         """The settings of all models, and those of some where they are not as above."""
         items = enumerate(asdict(self).items())
-        return {name: value for i, (name, value) in items if i < 13 or value != getattr(Config, name)}
+        return {name: value for i, (name, value) in items if i < 12 or value != getattr(Config, name)}
 
 
 CONFIGS = {name: Config(*row) for name, *row in (
@@ -245,9 +245,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.norm1 = config.make_norm(config.width)
+        self.norm1 = config.make_norm()
         self.attention = Attention(config, layer)
-        self.norm2 = config.make_norm(config.width)
+        self.norm2 = config.make_norm()
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -265,7 +265,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)  # W^E
         self.positions = None if config.architecture.rope else nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.blocks))
-        self.norm = config.make_norm(config.width)
+        self.norm = config.make_norm()
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)  # W^H
         self.dropout = nn.Dropout(config.dropout)
         self.tie()

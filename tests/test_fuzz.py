@@ -12,7 +12,7 @@ from test_formats import TOKENS, ours, theirs, write_gguf
 from transformers import AutoModelForCausalLM
 
 import checkpoint
-from common import formats
+from common import formats, gguf_file
 from common.cli import InputError
 from lowrank import replace_linears
 from model import Transformer
@@ -177,7 +177,7 @@ def test_header_of_gguf(kind, tmp_path):
     file, compared = tmp_path / "m.gguf", 0
     write_gguf(file, theirs(kind, kind == "llama"), gguf.GGMLQuantizationType.Q8_0, kind, vocabulary)
     raw = file.read_bytes()
-    start = min(tensor.offset for tensor in formats.read_gguf(file)[1].values())
+    start = min(tensor.offset for tensor in gguf_file.read_gguf(file)[1].values())
 
     def read():
         source = formats.open_source(file)
