@@ -299,7 +299,8 @@ def test_factored_quantized_adapted_and_piped(name, tmp_path):
         again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / what, dtype=torch.float32).eval()
         with torch.no_grad():
             a, b = model(tokens), again(tokens).logits
-        assert (a - b).abs().max() < 1e-4 * b.abs().max(), what
+        tolerance = 5e-3 if "bits" in what else 1e-4  # the kernels of integers round
+        assert (a - b).abs().max() < tolerance * b.abs().max(), what
     exported(pair(CONFIGS_HERE[name])[0], "dense")
     for method in (1, 2, 3):
         model = pair(CONFIGS_HERE[name])[0]
