@@ -1,15 +1,19 @@
 """serve.py by the openai client: answers are those of the model alone, whoever else asks, leaves or errs."""
 import functools
+import gc
 import http.client
 import json
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import openai
@@ -22,6 +26,7 @@ import serve
 from checkpoint import load_model, save_model
 from common.adapters import base_id, load_adapter, save_adapter
 from common.cli import InputError
+from common.device import give_back_memory
 from common.generate import generate
 from common.tokenizer import render_chat, train_tokenizer
 from lowrank import attach_lora
@@ -219,47 +224,73 @@ def post(port, body, path="/v1/completions"):
     return connection
 
 
-def test_clients_that_vanish_or_err_leave_nothing_behind(server, port, alone):
-    """300 requests, many at a time: good ones, some whose clients leave at once or in the middle of a stream,
-    prompts that are too long, broken JSON, half a body. Blocks in use return to where they began, no good
-    request is lost."""
-    draw, free = random.Random(0), len(server.engine.pool.free)
-    kinds = draw.choices(["good", "good", "leaves", "leaves a stream", "long", "broken", "half"], k=300)
+WRONG = dict(long=(dict(prompt="word " * 500), 400), type=(dict(max_tokens="12"), 400),
+             nobody=(dict(model="nobody"), 404), field=(dict(tools=[]), 400))
+KINDS = [*WRONG, "broken", "half", *["leaves", "leaves a stream"] * 3, *["whole", "stream"] * 4]
 
-    def ask(job):
-        i, kind = job
-        name = (None, *NAMES)[i % 5]
-        body = dict(prompt=f"The statement {i % 11}", model=name, max_tokens=12, temperature=0)
-        if kind == "good":
-            answer = post(port, json.dumps(body)).getresponse()
-            text = json.load(answer)["choices"][0]["text"]
-            return answer.status == 200 and text == alone(body["prompt"], name).text
-        if kind == "long":
-            return post(port, json.dumps(body | dict(prompt="word " * 500))).getresponse().status == 400
-        if kind == "broken":
-            return post(port, json.dumps(body)[:-3]).getresponse().status == 400
-        if kind == "half":
-            connection = http.client.HTTPConnection("127.0.0.1", port)
-            connection.putrequest("POST", "/v1/completions")
-            connection.putheader("Content-Length", "100")
-            connection.endheaders(b'{"prompt"')
-        else:
-            stream = kind == "leaves a stream"
-            connection = post(port, json.dumps(body | dict(max_tokens=50, stream=stream)))
-            if stream:
-                connection.getresponse().readline()
+
+def one_of_many(port, alone, i):
+    """A client of the load test, and how it went: answered, sent away, left, refused or lost."""
+    draw = random.Random(i)
+    kind, name = draw.choice(KINDS), (None, *NAMES)[i % 5]
+    body = dict(prompt=f"The statement {i % 11}", model=name, max_tokens=12, temperature=0,
+                stream="stream" in kind)
+    wanted = alone(body["prompt"], name).text
+    if kind == "half":
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.putrequest("POST", "/v1/completions")
+        connection.putheader("Content-Length", "100")
+        connection.endheaders(b'{"prompt"')
+    elif kind.startswith("leaves"):
+        connection = post(port, json.dumps(body | dict(max_tokens=50)))
+        time.sleep(draw.random() * 0.1)
+        if body["stream"]:
+            answer = connection.getresponse()
+            for _ in range(draw.randrange(20)):
+                answer.readline()
+    else:
+        change, status = WRONG.get(kind, ({}, 400 if kind == "broken" else 200))
+        connection = post(port, json.dumps(body | change)[:-3 if kind == "broken" else None])
+        answer = connection.getresponse()
+        content = answer.read().decode()
         connection.close()
-        return True
-    for i in range(11):
-        for name in (None, *NAMES):
-            alone(f"The statement {i}", name)
-    with ThreadPoolExecutor(24) as threads:
-        results = list(threads.map(ask, enumerate(kinds)))
-    assert all(results), [kind for kind, result in zip(kinds, results) if not result]
-    end = time.monotonic() + 20
-    while server.answers and time.monotonic() < end:
-        time.sleep(0.02)
-    assert not server.answers and len(server.engine.pool.free) == free and not any(server.engine.pool.users)
+        if answer.status != status:
+            return "sent away" if (answer.status, status) == (429, 200) else f"lost: {kind} {answer.status}"
+        if status >= 400:
+            return "refused"
+        parts = content.split("data: ")[1:-1] if body["stream"] else [content]
+        text = "".join(json.loads(part)["choices"][0]["text"] for part in parts)
+        return "answered" if text == wanted else f"lost: {text!r} for {wanted!r}"
+    connection.close()
+    return "left"
+
+
+def resident():
+    gc.collect()
+    give_back_memory()
+    return int(re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def test_two_thousand_clients_leave_nothing_behind(server, port, alone, monkeypatch):
+    """Good requests, wrong ones, and clients that leave at any moment, so many at a time that some are sent
+    away. None is lost; memory and blocks in use return to where they began."""
+    monkeypatch.setattr(serve, "WAITING", 16)
+    monkeypatch.setattr(server.engine, "batch_size", 8)
+    free, outcomes, memory = len(server.engine.pool.free), Counter(), []
+    ask = functools.partial(one_of_many, port, alone)
+    for start in range(0, 2000, 500):  # the first 500 warm up
+        with ThreadPoolExecutor(32) as threads:
+            outcomes.update(threads.map(ask, range(start, start + 500)))
+        end = time.monotonic() + 20
+        while server.answers and time.monotonic() < end:
+            time.sleep(0.02)
+        assert not server.answers and len(server.engine.pool.free) == free
+        assert not any(server.engine.pool.users)
+        memory.append(resident())
+    assert set(outcomes) == {"answered", "sent away", "left", "refused"}, outcomes
+    assert outcomes.total() == 2000 and outcomes["answered"] > 200
+    assert memory[-1] - memory[0] < 2 << 20, memory  # the answers alone would take 3 MB
+    assert get(port, "/health") == (200, '{"status":"ok"}')
 
 
 def test_a_client_that_leaves_is_noticed_before_its_answer_ends(server, port):
