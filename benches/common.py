@@ -1,5 +1,5 @@
 """What the benches share: flags, the paper's figures, timing in turn, processes, runs of scripts, tables."""
-import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -34,11 +34,13 @@ FLAGS = {  # name -> (type, help); each bench has defaults for those that it tak
     "batch": (at_least_1, "sequences of a step"), "batch_size": (at_least_1, "sequences or rows of a step"),
     "batches": (at_least_1, "batches of a round"), "bits": (numbers, "of weights, separated by commas"),
     "calibration": (str, "text of the activations: a file, a folder or builtin"),
+    "clients": (numbers, "at once, separated by commas"),
     "compile": (bool, "compile the blocks of our models with torch.compile"),
     "data": (str, "text to train on, as for train.py"), "data_dir": (str, "where the tasks' files are"),
     "dtype": (str, "float32, bfloat16, or auto: the faster here"), "dtypes": (words, "of matrix products"),
     "dry_run": (bool, "the smallest sizes, also without a GPU, to find slips"),
     "eager": (bool, "also launch by launch: without the CUDA graph, or without the one call on a CPU"),
+    "gguf": (str, "a model as a GGUF file; smollm2-135m is fetched"),
     "eval_limit": (at_least_1, "with --quality: rows of each task that are scored"),
     "jobs": (at_least_1, "runs at a time"), "lengths": (numbers, "the shortest and the longest prompt"),
     "limit": (at_least_0, "rows of each task, or tokens of the text; 0: all"),
@@ -81,6 +83,23 @@ def interleaved(steps, rounds):
             if i:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def installed(package):
+    there = importlib.util.find_spec(package) is not None
+    if not there:
+        print(f"{package} is not installed: its rows are left out (pip install {package})")
+    return there
+
+
+def llama_cpp(file, clients=1, tokens=1024):
+    """llama.cpp's server in this process, for so many requests at once, each with so many tokens."""
+    import xllamacpp
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.verbosity, settings.cache_prompt = file, -1, False
+    settings.n_parallel, settings.n_ctx = clients, clients * tokens
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
+    return xllamacpp.Server(settings)
 
 
 class Worker(ProcessPoolExecutor):

@@ -3,115 +3,107 @@
     python bench.py decode
     python bench.py decode --models gpt2 --new-tokens 50
     python bench.py decode --models llama2-7b --ranks 0 --bits 4 --eager
+    python bench.py decode --gguf smollm2-135m          a real model, beside llama.cpp on the same file
 
 A prompt of 100 tokens and 100 new ones; random weights (speed does not depend on them) in bfloat16 or
-quantized; the peer is GPT-2 of transformers in bfloat16. Two things are told apart, as usual: the seconds
-until the first token is there, which is reading the prompt, and the tokens a second from the second on (a
-GPU records its CUDA graph before that one); `with prompt` is the rate of all together. Each model lives in a
-process of its own, for its peak memory; the processes generate in turn, and medians of the rounds are shown.
-Without the cache each token costs the whole text: a few are timed.
+quantized; the peer is GPT-2 of transformers in bfloat16. Each model lives in a process of its own, for its
+peak memory; all write 1, 2 and 100 tokens in turn, and medians of the rounds are shown. The first token is
+the prompt's time; `tokens/s` counts from the second on (a GPU records its CUDA graph before that one), `with
+prompt` all together. Without the cache each token costs the whole text: a few are timed. `of read` is the
+share of the bandwidth of reading memory, measured in the same rounds, that a token's weights take.
 """
-import importlib.util
-import statistics
-import time
-from types import SimpleNamespace
+from functools import partial
+from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from benches.common import Worker, shown, table
+from benches.common import Worker, installed, interleaved, llama_cpp, shown, table
 from beyond.decoding import decoding_step
-from checkpoint import random_model
+from checkpoint import load_model, locate, random_model
 from common.cli import refuse
 from common.device import find_device, peak_memory
 from common.generate import generate
-from model import config_for
+from model import CONFIGS, config_for
 from quant import stored_bytes
 
 RANKS = {"gpt2": 192, "gpt2-xl": 384}  # the paper's, of Table VIII, beside full rank
 PROMPT, UNCACHED = list(range(100)), 4  # new tokens without the cache
-DEFAULTS = dict(models="gpt2,gpt2-xl", ranks=None, bits="16,8,4", eager=False, batch=1, new_tokens=100,
-                rounds=3)
+READ = 1 << 29  # bytes: more than any CPU's cache holds
+DEFAULTS = dict(models="gpt2,gpt2-xl", gguf=None, ranks=None, bits="16,8,4", eager=False, batch=1,
+                new_tokens=100, rounds=3)
 
 
-def transformers_run(name, batch, device):
-    """The peer, GPT-2 of transformers with random weights in bfloat16: run and bytes, as of `our_run`."""
+# Each gives write(count, cache), which generates so many tokens, always the likeliest, the model's bytes, and
+# those of them that a token reads.
+
+def transformers_engine(name, batch, device):
     from transformers import GPT2Config, GPT2LMHeadModel
     c = config_for(name)
-    with torch.device("meta"):
-        model = GPT2LMHeadModel(GPT2Config(n_embd=c.width, n_layer=c.blocks, n_head=c.heads)).bfloat16()
-    model.to_empty(device=device)
-    for p in model.parameters():
-        p.data.normal_(std=0.02)
-    model.tie_weights()
-    model.eval()
-    prompt, times = torch.tensor([PROMPT] * batch, device=device), []
+    config = GPT2Config(n_embd=c.width, n_layer=c.blocks, n_head=c.heads)
+    model = GPT2LMHeadModel._from_config(config, dtype=torch.bfloat16).to(device).eval()
+    prompt = torch.tensor([PROMPT] * batch, device=device)
 
-    def note(tokens=None):
-        times.append(time.perf_counter())
-
-    def run(count, cache):
-        times.clear()  # then come the prompt's time, that of each token, and the end's
+    def write(count, cache):
         model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, use_cache=cache,
-                       pad_token_id=0, streamer=SimpleNamespace(put=note, end=note))
-        return times[1:-1]
-    return run, sum(p.nbytes for p in model.parameters())
+                       pad_token_id=0)
+    return write, stored_bytes(model), stored_bytes(model)
 
 
-def our_run(name, rank, bits, make_step, batch, device):
-    """run(count, cache) generates so many tokens, always the likeliest, and returns when each came; and the
-    model's bytes."""
-    model = random_model(name, rank, bits, device=device)
+def llama_cpp_engine(file, batch, device):
+    server, size = llama_cpp(file), Path(file).stat().st_size
 
-    def run(count, cache):
-        steps = generate(model, [PROMPT] * batch, count, temperature=0, use_cache=cache, make_step=make_step)
-        return [time.perf_counter() for _ in steps]
-    return run, stored_bytes(model)
+    def write(count, cache):
+        server.handle_completions(dict(prompt=PROMPT, n_predict=count, temperature=0, ignore_eos=True))
+    return write, size, size
 
 
-@torch.inference_mode()
-def measurer(name, batch, rank, bits, engine):
-    """For a Worker: a function of (count, cache) that measures one generation."""
-    device = find_device("bfloat16").torch_device
-    if engine == "transformers":
-        run, size = transformers_run(name, batch, device)
+def our_engine(name, batch, device, rank, bits, make_step):
+    if name in CONFIGS:
+        model = random_model(name, rank, bits, device=device)
     else:
-        make_step = decoding_step if engine == "ours" else None
-        run, size = our_run(name, rank, bits, make_step, batch, device)
+        model, _ = load_model(name, device, torch.bfloat16, bits)
+
+    def write(count, cache):
+        list(generate(model, [PROMPT] * batch, count, temperature=0, use_cache=cache, make_step=make_step))
+    return write, stored_bytes(model), sum(map(stored_bytes, (model.blocks, model.norm, model.head)))
+
+
+def writer(name, batch, engine, rank, bits):
+    """For a Worker: a function of (count, cache) that generates, and returns sizes in bytes."""
+    device = find_device("bfloat16").torch_device
+    peers = {"transformers": transformers_engine, "llama.cpp": llama_cpp_engine}
+    make_step = decoding_step if engine == "ours" else None
+    ours = partial(our_engine, rank=rank, bits=bits, make_step=make_step)
+    write, size, read = peers.get(engine, ours)(name, batch, device)
 
     @torch.inference_mode()
-    def measure(asked):
-        count, cache = asked
-        start = time.perf_counter()
-        times = [t - start for t in run(count, cache)]
-        return dict(prompt_seconds=times[0], tokens_per_second=batch * (count - 2) / (times[-1] - times[1]),
-                    with_prompt=batch * count / times[-1], model_bytes=size,
-                    peak_memory_bytes=peak_memory(device))
-    return measure
+    def answer(asked):
+        write(*asked)
+        return dict(model_bytes=size, read_bytes=read, peak_memory_bytes=peak_memory(device))
+    return answer
 
 
-def measure_all(name, args, bar):
-    """The rows of all models of one size."""
-    engines, ranks = ["ours", "ours, eager"][:1 + args.eager], args.ranks or [0, RANKS[name]]
-    jobs = [(rank, bits, engine) for rank in ranks for bits in args.bits for engine in engines]
-    if importlib.util.find_spec("transformers") and config_for(name).kind == "gpt2":
-        jobs.insert(0, (0, 16, "transformers"))
-    workers, rows = {job: Worker(measurer, name, args.batch, *job) for job in jobs}, []
-    for worker in workers.values():
-        worker.ask((3, True))  # the process begins, makes its model and warms up, before the next one
-    for cache, count, rounds in ((True, args.new_tokens, args.rounds), (False, UNCACHED, 1)):
-        found = {job: [] for job in jobs}
-        for _ in range(rounds):
-            for job, worker in workers.items():
-                found[job].append(worker.ask((count, cache)))
-                bar.update()
-        for (rank, bits, engine), results in found.items():
-            row = {key: statistics.median(r[key] for r in results) for key in results[0]}
-            rows.append(dict(model=name, batch=args.batch, rank=rank, bits=bits, engine=engine, cache=cache,
-                             new_tokens=count, rounds=rounds, **row))
+def measure(name, jobs, batch, runs):
+    """Rows for all jobs (engine, rank, bits) of one model. runs: (cache or not, new tokens, rounds)."""
+    workers, sizes, rows = {job: Worker(writer, name, batch, *job) for job in jobs}, {}, []
+    memory = torch.ones(READ, dtype=torch.int8, device=find_device("bfloat16").torch_device)
+
+    def write(job, count, cache):
+        sizes[job] = workers[job].ask((count, cache))
+    for cache, new, rounds in runs:
+        steps = {(job, count): partial(write, job, count, cache) for job in jobs for count in (1, 2, new)}
+        seconds = interleaved(steps | dict(read=memory.amax), rounds)
+        for job in jobs:
+            prompt, two, whole = (seconds[job, count] for count in (1, 2, new))
+            rate, bandwidth = (new - 2) / (whole - two), READ / seconds["read"]
+            share = sizes[job]["read_bytes"] * rate / bandwidth if cache else None
+            rows.append(dict(model=Path(name).name, batch=batch, engine=job[0], rank=job[1], bits=job[2],
+                             cache=cache, new_tokens=new, rounds=rounds, prompt_seconds=prompt,
+                             tokens_per_second=batch * rate, with_prompt=batch * new / whole,
+                             share_of_read=share, read_bandwidth=bandwidth, **sizes[job]))
     for worker in workers.values():
         worker.shutdown()
-    return sorted(rows, key=lambda r: (r["engine"] != "transformers", r["rank"], -r["bits"], not r["cache"]))
+    return rows
 
 
 def bench(args):
@@ -121,24 +113,36 @@ def bench(args):
         refuse(args.ranks is None and name not in RANKS, f"--models {name!r} is not among "
                f"{', '.join(RANKS)}: give --ranks too")
     refuse(not 3 <= args.new_tokens <= most, f"--new-tokens {args.new_tokens} is not in 3..{most}")
-    if importlib.util.find_spec("transformers") is None:
-        print("transformers is not installed: its rows are left out (pip install transformers)")
-    with tqdm(desc="generating", disable=None, leave=False) as bar:
-        rows = [row for name in args.models for row in measure_all(name, args, bar)]
-    device = find_device("bfloat16")
+    rows, runs, device = [], [(True, args.new_tokens, args.rounds)], find_device("bfloat16")
+    ours = [(engine, bits) for bits in args.bits for engine in ("ours", "ours, eager")[:1 + args.eager]]
+    if args.gguf:
+        jobs = [("llama.cpp", 0, "its own")] if args.batch == 1 and installed("xllamacpp") else []
+        jobs += [(engine, 0, bits) for engine, bits in ours]
+        rows = measure(str(locate(args.gguf)), jobs, args.batch, runs)
+    else:
+        there = installed("transformers")
+        for name in args.models:
+            jobs = [("transformers", 0, 16)] if there and config_for(name).kind == "gpt2" else []
+            for rank in args.ranks or (0, RANKS[name]):
+                jobs += [(engine, rank, bits) for engine, bits in ours]
+            rows += measure(name, jobs, args.batch, [*runs, (False, UNCACHED, 1)])
     print(f"{device.name}: batch {args.batch}, prompt of {len(PROMPT)} tokens")
     return device, rows
 
 
 def report(rows):
-    base = {(r["model"], r["cache"]): r["tokens_per_second"] for r in rows if r["engine"] == "transformers"}
+    peer = "llama.cpp" if rows[0]["engine"] == "llama.cpp" else "transformers"
+    base = {(r["model"], r["cache"]): r["tokens_per_second"] for r in rows if r["engine"] == peer}
 
     def over(r):
-        peer = base.get((r["model"], r["cache"]))
-        return f"{r['tokens_per_second'] / peer:.1f}x" if peer else ""
-    return table(shown(rows, over=over), {
+        rate = base.get((r["model"], r["cache"]))
+        return f"{r['tokens_per_second'] / rate:.1f}x" if rate else ""
+    columns = {
         "model": "model", "rank": "rank", "bits": "bits", "engine": "engine", "cache": "cache",
         "new": "new_tokens", "prompt s": ("prompt_seconds", "{:.2f}"),
-        "tokens/s": ("tokens_per_second", "{:.1f}"), "over transformers": "over",
+        "tokens/s": ("tokens_per_second", "{:.1f}"), f"over {peer}": "over",
         "with prompt": ("with_prompt", "{:.1f}"),
-        "model GB": ("model_bytes", "{:.2f}", 1e9), "peak GB": ("peak_memory_bytes", "{:.2f}", 1e9)})
+        "model GB": ("model_bytes", "{:.2f}", 1e9), "peak GB": ("peak_memory_bytes", "{:.2f}", 1e9)}
+    if "share_of_read" in rows[0]:
+        columns["of read"] = ("share_of_read", "{:.0%}")
+    return table(shown(rows, over=over), columns)

@@ -7,7 +7,6 @@ All engines train on the same rows, with the same batch, rank and dtype; tokens 
 padding, for every engine. peft's batches are what its users have: rows in random order, padded to the
 longest, logits of all tokens. Ours are tasks.rows.Batch.
 """
-import importlib.util
 import statistics
 import tempfile
 import time
@@ -17,9 +16,9 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from benches.common import DATA_DIR, Worker, run_once, shown, table
+from benches.common import DATA_DIR, Worker, installed, run_once, shown, table
 from checkpoint import load_model
-from common.cli import refuse, say
+from common.cli import refuse
 from common.device import find_device, peak_memory
 from common.formats import export
 from common.loss import head_loss
@@ -103,10 +102,8 @@ def bench(args):
     if args.quality:
         return device, quality(args)
     args.dtype, engines = str(device.dtype)[6:], [("ours", bits) for bits in args.bits]
-    if importlib.util.find_spec("peft"):
+    if installed("peft"):
         engines.append(("peft", 16))
-    else:
-        say("peft is not installed, its row is left out (pip install -r requirements-dev.txt)")
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = load_model(args.base)
         export(model, tokenizer, Path(folder) / "hf")

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 
 from benches.account import meta_model
-from benches.common import interleaved, shown, table
+from benches.common import installed, interleaved, shown, table
 from beyond.batching import Adapters, Engine, Request
 from beyond.paged_cache import SIZE, Pool, bytes_per_token
 from common.cli import refuse
@@ -35,11 +35,8 @@ def generation_cost(model, prompt, new, use_cache):
     The paper counts 2 operations for each weight of the model, W^E's included. Attention: q k^T and s v, 2
     each for every key that a query sees.
     """
-    tokens = keys = 0
-    for end in range(prompt, prompt + new):
-        start = end - 1 if use_cache and end > prompt else 0  # a pass reads the positions start..end-1
-        tokens += end - start
-        keys += sum(range(start + 1, end + 1))
+    texts = [prompt + new - 1] if use_cache else range(prompt, prompt + new)  # lengths of what is read whole
+    tokens, keys = sum(texts), sum(n * (n + 1) // 2 for n in texts)
     c = model.config
     return tokens, 2 * count_parameters(model) * tokens, 4 * keys * c.heads * c.head_size * c.blocks
 
@@ -58,10 +55,15 @@ def paper_counts():
     return rows
 
 
-def mixed_prompts(tokenizer, count, shortest, longest):
-    """Stretches of the built-in text, of lengths drawn evenly from a range."""
+def mixed_prompts(model, tokenizer, count, args):
+    """Stretches of the built-in text, of lengths drawn evenly from the range of --lengths."""
+    refuse(len(args.lengths) != 2 or not 1 <= args.lengths[0] <= args.lengths[1],
+           f"--lengths must be the shortest and the longest prompt, as 16,200, got {args.lengths}")
+    refuse(args.lengths[1] + args.new_tokens > model.config.context,
+           f"{args.lengths[1]} + {args.new_tokens} tokens do not fit the context of {model.config.context}: "
+           "lower --lengths or --new-tokens")
     ids, draw = first_tokens("builtin", tokenizer, 100_000), random.Random(0)
-    lengths = [draw.randint(shortest, longest) for _ in range(count)]
+    lengths = [draw.randint(*args.lengths) for _ in range(count)]
     starts = [draw.randrange(len(ids) - n) for n in lengths]
     return [list(ids[start:start + n]) for start, n in zip(starts, lengths)]
 
@@ -80,7 +82,8 @@ def random_adapter(model, seed):
 
 def sequential(model, adapters, prompts, names, new):
     found = [contiguous(model, adapters, [p], [name], new) for p, name in zip(prompts, names)]
-    return [tokens for (tokens,), _, _ in found], max(n for _, n, _ in found), max(n for _, _, n in found)
+    tokens, reserved, used = zip(*found)
+    return [row for row, in tokens], max(reserved), max(used)
 
 
 def contiguous(model, adapters, prompts, names, new):
@@ -99,11 +102,10 @@ def paged(model, adapters, prompts, names, new):
     return [r.tokens for r in requests], reserved, used
 
 
-def transformers_engine(model, device):
+def transformers_engine(model):
     """transformers' generate with the same weights, in one batch padded at the left."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()
+    device = model.norm.weight.device
     with tempfile.TemporaryDirectory() as folder:
         export(model, None, folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
@@ -122,17 +124,10 @@ def transformers_engine(model, device):
 
 def bench(args):
     model, tokenizer, device = open_model(args.model, 16)
-    refuse(len(args.lengths) != 2 or not 1 <= args.lengths[0] <= args.lengths[1],
-           f"--lengths must be the shortest and the longest prompt, as 16,200, got {args.lengths}")
-    refuse(args.lengths[1] + args.new_tokens > model.config.context,
-           f"{args.lengths[1]} + {args.new_tokens} tokens do not fit the context of {model.config.context}: "
-           "lower --lengths or --new-tokens")
-    prompts = mixed_prompts(tokenizer, args.sequences, *args.lengths)
+    prompts = mixed_prompts(model, tokenizer, args.sequences, args)
     cases = [(sequential, 1), *((engine, count) for engine in (contiguous, paged) for count in (0, 1, 16))]
-    try:
-        cases.insert(0, (transformers_engine(model, device.torch_device), 0))
-    except ImportError:
-        print("transformers is not installed: its row is left out (pip install transformers)")
+    if installed("transformers"):
+        cases = [(transformers_engine(model), 0), *cases]
     adapters = Adapters(model)
     for i in range(16):
         adapters.select([None])
@@ -157,7 +152,6 @@ def bench(args):
 
 
 def report(rows):
-    rows = [r for r in rows if "tokens_read" not in r]
     base = next(r["tokens_per_second"] for r in rows if r["engine"] == "sequential")
     rows = shown(rows, over=lambda r: r["tokens_per_second"] / base,
                  room=lambda r: r["kv_bytes_reserved"] / r["kv_bytes_used"])

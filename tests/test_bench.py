@@ -11,8 +11,11 @@ import pytest
 import torch
 
 import bench
-from benches import chance, common, paper, quality
+from benches import chance, common, decode, http, paper, quality
+from checkpoint import save_model
 from common.cli import InputError
+from common.tokenizer import train_tokenizer
+from model import Config, Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -202,3 +205,43 @@ def test_the_scripts_themselves_are_run_once(tmp_path, text_file):
         assert (folder / "summary.json").stat().st_mtime_ns == before, f"{script} ran again"
         with pytest.raises(InputError, match=f"{folder.name} holds a run with "):
             common.run_once(script, folder, *flags[:-1], flags[-1] / 2 if script == "decompose.py" else 300)
+
+
+@pytest.fixture
+def small(tmp_path, text_file):
+    """A folder with a model of two blocks and its tokenizer."""
+    config = Config("llama", vocab_size=500, context=256, blocks=2, heads=4, kv_heads=2, width=64, ffn=64,
+                    tied=False)
+    tokenizer = train_tokenizer([text_file.read_text(encoding="utf-8")], 500)
+    save_model(tmp_path / "m", Transformer(config), tokenizer)
+    return str(tmp_path / "m")
+
+
+@pytest.mark.slow
+def test_clients_over_http(small, monkeypatch, capsys):
+    """Without llama.cpp; its rows are those that no file here is for."""
+    monkeypatch.setattr(http, "installed", lambda package: False)
+    wanted = ["--lengths", "8,20", "--new-tokens", "6", "--rounds", "1", "--bits", "8"]
+    bench.main(["http", "--gguf", small, "--clients", "1,3", *wanted, "--json", f"{small}/rows.json"])
+    rows = json.loads(Path(f"{small}/rows.json").read_text())["rows"]
+    assert [(r["clients"], r["requests"], r["bits"]) for r in rows] == [(1, 2, 8), (3, 6, 8)]
+    assert all(0 < r["first_p50"] <= r["first_p95"] and r["tokens_per_second"] > 0 for r in rows)
+    assert "first token s, median" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--lengths must be the shortest and the longest prompt"):
+        bench.main(["http", "--gguf", small, "--lengths", "8"])
+
+
+def test_a_models_own_file_is_timed_and_its_head_is_read_once(small):
+    answer = decode.writer(small, 1, "ours", 0, 16)
+    sizes = answer((2, True))
+    table_of_input = 500 * 64 * 2  # of which a token reads one row
+    assert sizes["model_bytes"] - sizes["read_bytes"] == table_of_input and sizes["peak_memory_bytes"] > 0
+
+
+def test_each_rows_share_of_the_bandwidth_of_reading():
+    row = dict(model="m", rank=0, cache=True, new_tokens=9, prompt_seconds=0.5, with_prompt=5.0, model_bytes=1e9,
+               peak_memory_bytes=2e9)
+    rows = [row | dict(engine="llama.cpp", bits="its own", tokens_per_second=10.0, share_of_read=0.4),
+            row | dict(engine="ours", bits=4, tokens_per_second=15.0, share_of_read=0.6)]
+    lines = [[cell.strip() for cell in line.split("|")] for line in decode.report(rows).splitlines()]
+    assert "over llama.cpp" in lines[0] and "1.5x" in lines[3] and "60%" in lines[3]
