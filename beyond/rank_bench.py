@@ -39,8 +39,8 @@ KEPT = 6               # models that stay in memory
 
 
 def sharing(model):
-    """A copy with layers of its own, and the same tensors in them."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in own_tensors(model).values()})
+    """A copy with the same layers, in which others can take their places."""
+    return copy.deepcopy(model, {id(m): m for m in model.modules() if not [*m.children()]})
 
 
 def decompose(layer, moments, ordered):
@@ -77,21 +77,22 @@ class Bench(Engine):
         windows = calibration_batches("builtin", tokenizer, model.config.context, TEXT_TOKENS)
         blocks = tqdm(self.whole.blocks, desc="decomposing", unit=" blocks", disable=None, leave=False)
         walk(enumerate(blocks), [self.whole.begin(tokens.to(self.pool.device)) for tokens in windows], look)
+        self.at_bits = {16: self.whole, 8: sharing(self.whole), 4: sharing(self.whole)}
+        for bits in (8, 4):  # now: what stays whole need not be quantized when a slider moves
+            quantize(self.at_bits[bits], bits)
 
     def make(self, name):
         """The model at a position of the sliders."""
-        (share, bits), model = self.settings[name], sharing(self.whole)
+        share, bits = self.settings[name]
+        model = sharing(self.at_bits[bits])
         for layer_name, (B, A, values) in self.factors.items():
             r = max(1, share * len(values) // 100)
             if r <= len(A):  # else factors would be no smaller
-                layer = model.get_submodule(layer_name)
+                layer = self.whole.get_submodule(layer_name)
                 with torch.device("meta"):
                     new = LowRankLinear(layer.in_features, layer.out_features, r, bias=False)
                 new.B, new.A, new.bias = nn.Parameter(B[:, :r]), nn.Parameter(A[:r]), layer.bias
                 model.set_submodule(layer_name, new)
-        if share < 100:  # W^E and W^H do not depend on the rank: they are quantized once
-            ends = self.model_of(f"rank-100%-{bits}bit")
-            model.embed, model.head = ends.embed, ends.head
         if bits < 16:
             quantize(model, bits)
         return model
