@@ -28,6 +28,7 @@ import urllib.request
 from datetime import datetime
 from pathlib import Path
 
+import jinja2.ext
 import jinja2.sandbox
 import sentencepiece
 import tiktoken.load
@@ -300,7 +301,7 @@ def vocabulary(name, fields):
     else:
         backend = byte_level_bpe({token: i for i, token in enumerate(tokens)}, order, cut)
     add_special(backend, tokens, kinds)
-    adds_begin = get("add_bos_token", kind == "llama" or cut is LLAMA3)
+    adds_begin = get("add_bos_token", kind == "llama" or get("pre") in ("llama-bpe", "llama3", "llama-v3"))
     begin, end = adds_begin and roles.get("bos_token"), get("add_eos_token") and roles.get("eos_token")
     set_template(backend, begin, end)
     return backend, roles
@@ -368,6 +369,15 @@ def add_tokens(backend, file, added, roles):
 
 # ----------------------------------------------------------------------------- chat
 
+class Generation(jinja2.ext.Extension):
+    """{% generation %} of transformers (SmolLM3 has it) marks what a model writes; here it changes nothing."""
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
 def render_chat(tokenizer, messages, add_generation_prompt=True):
     """The text of a conversation, [{"role": "user", "content": "..."}, ...], by the model's own template.
 
@@ -377,7 +387,7 @@ def render_chat(tokenizer, messages, add_generation_prompt=True):
     def raise_exception(message):
         raise jinja2.TemplateError(message)
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
     given = dict(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None)

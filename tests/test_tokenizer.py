@@ -513,6 +513,15 @@ TEMPLATES = {
         {%- if add_generation_prompt %}
             {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
         {%- endif %}""",
+    "like smollm3": """
+        {%- for message in messages %}
+            {%- set content = message.content if message.content is string else "" %}
+            {%- if message.role == "user" %}{{ "<|im_start|>user\n" + content + "<|im_end|>\n" }}
+            {%- elif message.role == "assistant" %}{% generation %}
+                {{- "<|im_start|>assistant\n<think>\n\n</think>\n" + content.lstrip("\n") + "<|im_end|>\n" }}
+            {% endgeneration %}{%- endif %}
+        {%- endfor %}
+        {%- if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{%- endif %}""",
     "like qwen3": """
         {%- if tools %}{{- '# Tools' }}{%- for t in tools %}{{- t | tojson }}{%- endfor %}{%- endif %}
         {%- set ns = namespace(last=messages|length - 1, multi=true) %}
