@@ -386,7 +386,8 @@ def main(argv=None):
     model, tokenizer, _ = open_model(args.model, args.bits)
     app = make_app(Server(args.model, model, tokenizer, folders, args.teach), args.api_key)
     say(f"serving {', '.join([args.model, *folders])} at http://{args.host}:{args.port}/v1, and a page at /")
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again when all answers are finished
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -421,7 +421,7 @@ def test_the_command_and_sigterm(folder, run, alone):
         wanted = alone("The statement", "news", 50).text
         rest = ["".join(part.choices[0].text for part in stream) for stream in streams]
         assert [a + b for a, b in zip(first, rest)] == [wanted] * 20
-        process.wait(timeout=60)
+        assert process.wait(timeout=60) == 0, "nothing was lost"
         with pytest.raises(OSError):
             get(port, "/health")
     finally:
