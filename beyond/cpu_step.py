@@ -1,4 +1,4 @@
-"""A whole step of decoding on a CPU in one call: a token of each row through all blocks of a quantized model.
+"""A whole step of decoding on a CPU in one call: a token of each row through all blocks of a model.
 
 At batch 1 a block of gpt2-xl with r = 384 reads 10 MB of weights, which takes 0.35 ms on two cores, and
 calling its layers from Python takes almost as long. So the addresses of all weights and of the cache are
@@ -11,14 +11,18 @@ import ctypes
 import weakref
 
 import torch
+import torch.nn as nn
 
 from beyond.cpu_kernels import Matrix, load, struct_of, takes
 from common.cli import say
+from lowrank import LowRankLinear
 from model import Attention, Block, FeedForward, attend, is_linear
 from quant import QuantLinear, QuantLowRank, matrices
 
 POINTER, MATRIX, INT = ctypes.c_void_p, ctypes.POINTER(Matrix), ctypes.c_int
+BITS = {torch.bfloat16: 16, torch.float32: 32}  # of weights that are no integers
 TOLERANCE = 0.05  # a step in bfloat16 is some 0.01 off; with another kind of block, several times 0.05
+LAYERS = (nn.Linear, LowRankLinear, QuantLinear, QuantLowRank)
 walked = weakref.WeakKeyDictionary()  # model -> whether its blocks are what kernels_cpu.cpp computes
 
 
@@ -43,7 +47,7 @@ class NetworkStruct(ctypes.Structure):
 
 def cpu_step(model, cache):
     """A CPUStep for a KVCache that has read the prompts. None where something is in the way: layers that are
-    not plain quantized ones, something attached to one, another kind of block, no compiler."""
+    none of LAYERS, something attached to one, another kind of block, no compiler."""
     c, stored = model.config, cache.k[0].dtype in (torch.float32, torch.bfloat16)
     if c.window or c.no_rope or c.architecture.qk_norm:
         return None
@@ -63,13 +67,27 @@ def inputs(attention):
 
 
 def is_plain(block):
-    """Whether the block is model.py's, with quantized layers on a CPU, and nothing is attached to it."""
+    """Whether the block is model.py's, with layers on a CPU that can be read, and nothing is attached to it."""
     if [type(m) for m in (block, block.attention, block.mlp)] != [Block, Attention, FeedForward]:
         return False
-    quantized = all(type(m) in (QuantLinear, QuantLowRank) for m in block.modules() if is_linear(m))
-    readable = all(takes(W) and not W.q.is_cuda for W in matrices(block))
+    layers = [m for m in block.modules() if is_linear(m)]
+    readable = all(type(m) in LAYERS and all(map(is_readable, factors(m))) for m in layers)
     own = any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in block.modules())
-    return quantized and readable and not own and block.attention.attend is attend
+    return readable and not own and block.attention.attend is attend
+
+
+def factors(layer):
+    """W of a layer, or A and B: each a QuantMatrix or a tensor."""
+    if isinstance(layer, LowRankLinear):
+        return [layer.A, layer.B]
+    return [layer.weight] if isinstance(layer, nn.Linear) else matrices(layer)
+
+
+def is_readable(W):
+    """Rows of floats must be whole vectors."""
+    if isinstance(W, torch.Tensor):
+        return W.dtype in BITS and not W.is_cuda and W.is_contiguous() and W.shape[1] % 32 == 0
+    return takes(W) and not W.q.is_cuda
 
 
 class CPUStep:
@@ -94,9 +112,16 @@ class CPUStep:
         return NormStruct(self.address(values["weight"]), self.address(values.get("bias")))
 
     def layer(self, layer):
-        Ws = matrices(layer)  # W, or A and B
-        pointers = [ctypes.pointer(struct_of(W)) for W in Ws] + [None] * (2 - len(Ws))
-        return LayerStruct(*pointers, self.address(layer.bias), Ws[0].bits)
+        Ws = factors(layer)
+        pointers = [ctypes.pointer(self.matrix(W)) for W in Ws] + [None] * (2 - len(Ws))
+        bits = BITS[Ws[0].dtype] if isinstance(Ws[0], torch.Tensor) else Ws[0].bits
+        return LayerStruct(*pointers, self.address(layer.bias), bits)
+
+    def matrix(self, W):
+        if not isinstance(W, torch.Tensor):
+            return struct_of(W)
+        self.kept.append(W)
+        return Matrix(W.data_ptr(), None, None, *W.shape, W.shape[1], W.stride(0) * W.itemsize)
 
     def address(self, tensor):
         """Of the tensor in float32, which is kept as long as the step is."""

@@ -11,7 +11,7 @@ from beyond.decoding import decoding_step
 from beyond.paged_cache import PagedCache, Pool, Sequence
 from common.generate import generate
 from lowrank import attach_lora, replace_linears, swap_layers
-from model import Config, KVCache, Layer, Transformer
+from model import Config, KVCache, Layer, Transformer, dense_weight
 from quant import quantize_layer
 
 
@@ -24,14 +24,16 @@ def needs_a_compiler():
 def some_model(kind, rank=False, bits=8):
     """Quantized, with weights, norms and biases that all matter."""
     gpt2 = kind == "gpt2"  # in groups of 64, the others in whole rows
-    shape = dict(kv_heads=4, width=128, ffn=192) if gpt2 else dict(kv_heads=2, width=80, ffn=200)
+    narrow = dict(kv_heads=2, width=80, ffn=200) if bits < 16 else dict(kv_heads=2, width=160, ffn=224)
+    shape = dict(kv_heads=4, width=128, ffn=192) if gpt2 else narrow
     model = Transformer(Config(kind, 211, 90, blocks=2, heads=4, tied=gpt2, norm_eps=1e-3, **shape))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3) if p.dim() == 2 else p.add_(0.2 * torch.randn_like(p))
     if rank:
-        replace_linears(model, 64 if gpt2 else 24, method=2)
-    swap_layers(model.blocks, lambda name, layer: quantize_layer(layer, bits, 64 if gpt2 else 0))
+        replace_linears(model, 64 if gpt2 or bits == 16 else 24, method=2)
+    if bits < 16:
+        swap_layers(model.blocks, lambda name, layer: quantize_layer(layer, bits, 64 if gpt2 else 0))
     return model.eval()
 
 
@@ -39,9 +41,9 @@ def dense(model):
     """The same network with plain layers, in float64."""
     twin = Transformer(replace(model.config, tied=False))
     for name, layer in model.named_modules():
-        if isinstance(layer, Layer):
+        if isinstance(layer, (Layer, torch.nn.Linear)):
             own = twin.get_submodule(name)
-            own.weight.data = layer.dense_weight()
+            own.weight.data = dense_weight(layer).data.clone()
             if own.bias is not None:
                 own.bias.data = layer.bias.data.clone()
         elif isinstance(layer, (torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.Embedding)) or name == "head":
@@ -50,7 +52,7 @@ def dense(model):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-4), (torch.bfloat16, 5e-2)])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("rank", [False, True])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
 @torch.inference_mode()
@@ -92,7 +94,8 @@ def step_of(model):
 def test_where_something_is_in_the_way_it_is_not_taken(monkeypatch):
     assert step_of(some_model("gpt2"))
     plain = Transformer(Config("gpt2", 20, 64, blocks=1, heads=2, kv_heads=2, width=16, ffn=16))
-    assert step_of(plain) is None, "not quantized"
+    assert step_of(plain) is None, "rows of floats that are no whole vectors"
+    assert step_of(some_model("gpt2", bits=16).half()) is None, "float16"
     adapted, hooked, other = some_model("llama"), some_model("gpt2"), some_model("gpt2")
     attach_lora(adapted, r=4, alpha=8, targets=("q",))
     hooked.blocks[1].mlp.register_forward_hook(lambda *_: None)
