@@ -41,8 +41,7 @@ LLAMA = Architecture(nn.RMSNorm, True, inputs=QKV, gate=True, biases=())
 ARCHITECTURES = {
     "gpt2": Architecture(nn.LayerNorm, False, inputs=("qkv",), gate=False, biases=("qkv", "o", "up", "down")),
     "llama": LLAMA, "mistral": LLAMA, "smollm3": LLAMA,
-    "qwen2": replace(LLAMA, biases=QKV),
-    "qwen3": replace(LLAMA, qk_norm=True),
+    "qwen2": replace(LLAMA, biases=QKV), "qwen3": replace(LLAMA, qk_norm=True),
 }
 
 
@@ -60,8 +59,7 @@ class Config:
     tied: bool = True             # the head is the embedding's matrix
     norm_eps: float = 1e-5
     rope_base: float = 10000.0    # with RoPE only
-    dropout: float = 0.0
-    # Up to here 12 settings of all models; those of some:
+    dropout: float = 0.0          # the 12th: up to here of all models, from here on of some
     head_dim: int = 0             # of each head; 0: width / heads
     attention_bias: bool = False  # W^Q, W^K, W^V and W^O have a bias
     no_rope: tuple = ()           # blocks without RoPE

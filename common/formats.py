@@ -113,8 +113,7 @@ SCALINGS = {"default": {}, "linear": dict(rope_factor="factor"), "dynamic": dict
             "yarn": dict(rope_factor="factor", rope_low="beta_slow", rope_high="beta_fast",
                          rope_original="original_max_position_embeddings", rope_attention="attention_factor")}
 LAYER_TYPES = ("full_attention", "sliding_attention")
-ROPE_ONLY = {"partial_rotary_factor": (None, 1.0), "truncate": (True,), "mscale": (None,),
-             "mscale_all_dim": (None,)}
+ROPE_ONLY = dict(partial_rotary_factor=(None, 1.0), truncate=(True,), mscale=(None,), mscale_all_dim=(None,))
 GPT2_ALIASES = dict(n_positions="max_position_embeddings", n_layer="num_hidden_layers",
                     n_head="num_attention_heads", n_embd="hidden_size")
 # What a model does not read: constants in old files, the head of a classifier.
@@ -247,16 +246,13 @@ def huggingface_config(file):
     require(file, theirs | rope, ROPE_ONLY)
     require(file, theirs, {original: (rope.get(original),)})
     theirs |= {key: rope.get(key) for key in SCALINGS[scaling].values()}
-    defaults = dict(family.defaults)
-    if scaling != "default":
-        defaults |= dict(rope_scaling=scaling)
+    defaults = family.defaults | dict(rope_scaling="linear" if scaling == "default" else scaling)
     if "rope_original" in SCALINGS[scaling]:
         defaults |= dict(rope_original=theirs.get("max_position_embeddings"))
     if scaling == "yarn":
         defaults |= dict(rope_low=1.0, rope_high=32.0, rope_attention=yarn_attention(rope.get("factor")))
-    if kind != "mistral" and not theirs.get("use_sliding_window"):
-        theirs["sliding_window"] = 0
-    theirs["sliding_window"] = theirs.get("sliding_window", 0 if kind == "smollm3" else 4096)
+    slides = kind == "mistral" or theirs.get("use_sliding_window")
+    theirs["sliding_window"] = theirs.get("sliding_window", 0 if kind == "smollm3" else 4096) if slides else 0
     config = read_settings(file, kind, settings_of(family) | SCALINGS[scaling], theirs, defaults)
     require(file, theirs, family.only | dict(quantization_config=(None,), is_causal=(True,)))
     return config if kind == "mistral" else with_uneven_blocks(file, theirs, config)

@@ -28,7 +28,6 @@ import urllib.request
 from datetime import datetime
 from pathlib import Path
 
-import jinja2.ext
 import jinja2.sandbox
 import sentencepiece
 import tiktoken.load
@@ -369,15 +368,6 @@ def add_tokens(backend, file, added, roles):
 
 # ----------------------------------------------------------------------------- chat
 
-class Generation(jinja2.ext.Extension):
-    """{% generation %} of transformers (SmolLM3 has it) marks what a model writes; here it changes nothing."""
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-
 def render_chat(tokenizer, messages, add_generation_prompt=True):
     """The text of a conversation, [{"role": "user", "content": "..."}, ...], by the model's own template.
 
@@ -387,11 +377,13 @@ def render_chat(tokenizer, messages, add_generation_prompt=True):
     def raise_exception(message):
         raise jinja2.TemplateError(message)
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
+    # {% generation %} marks what a model writes, for training by transformers: it is made a comment
+    template = re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{#\1 \2#}", tokenizer.chat_template)
     given = dict(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None)
     try:
-        return environment.from_string(tokenizer.chat_template).render(**given, **tokenizer.roles)
+        return environment.from_string(template).render(**given, **tokenizer.roles)
     except Exception as e:  # whatever a template does
         raise InputError(f"the chat template of {tokenizer.name} refuses this conversation: {e}") from None
