@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from beyond.decoding import decoding_step
 from beyond.paged_cache import PagedCache, Sequence
 from common.adapters import read_adapter
 from common.cli import refuse
@@ -139,6 +140,7 @@ class Engine:
     def __init__(self, model, pool, stop=(), vocabulary=None, adapters=None, batch_size=32):
         self.model, self.pool, self.stop, self.vocabulary = model, pool, stop, vocabulary
         self.adapters, self.batch_size = adapters or Adapters(model), batch_size
+        self.take_one = None  # decoding_step's, for the pool; False where it can't be had
         self.waiting, self.running = deque(), []  # in the order of joining
         self.peak = (0, 0)  # bytes of the cache reserved and used, when most were reserved
 
@@ -220,8 +222,7 @@ class Engine:
         """Read the next tokens of these requests, T of each, and draw what follows."""
         self.adapters.select([r.adapter for r in requests])
         tokens = torch.tensor(tokens, device=self.pool.device)  # (B, T)
-        h = self.model.hidden(tokens, PagedCache([r.sequence for r in requests]))[:, -1:]  # (B, 1, C)
-        logits = self.model.head(h)[:, 0, :self.vocabulary]
+        logits = self.logits(tokens, PagedCache([r.sequence for r in requests]))[:, :self.vocabulary]
         for request, token, row in zip(requests, logits.argmax(-1).tolist(), logits.split(1)):
             if request.temperature > 0:
                 token = sample(row, request.temperature, request.top_p, request.generator).item()
@@ -231,6 +232,18 @@ class Engine:
                 request.scores.append((logprobs[token].item(), list(zip(place.tolist(), best.tolist()))))
             request.tokens.append(token)
             request.first = request.first or time.perf_counter()
+
+    def logits(self, tokens, cache):
+        """Of what follows tokens (B, T): (B, vocabulary)."""
+        single = tokens.shape[1] == 1 and not self.adapters.layers
+        if single and self.take_one is None:
+            self.take_one = decoding_step(self.model, cache) or False
+        if not single or not self.take_one:
+            return self.model.head(self.model.hidden(tokens, cache)[:, -1:])[:, 0]
+        self.take_one.cache = cache
+        logits = self.take_one(tokens[:, 0], cache.lengths)
+        cache.advance(1)
+        return logits
 
     def is_over(self, request):
         """At a stop token, at max_new_tokens, where the context is full, or when it was cancelled."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 
 from beyond.cpu_kernels import Matrix, load, struct_of, takes
+from beyond.paged_cache import PagedCache
 from common.cli import say
 from lowrank import LowRankLinear
 from model import Attention, Block, FeedForward, attend, is_linear
@@ -40,15 +41,15 @@ class BlockStruct(ctypes.Structure):
 
 
 class NetworkStruct(ctypes.Structure):
-    sizes = ("count", "rows", "width", "heads", "kv_heads", "d", "ffn", "capacity", "float_cache")
-    _fields_ = [("blocks", POINTER), ("lengths", POINTER), ("cos", POINTER), ("sin", POINTER),
+    sizes = ("count", "rows", "width", "heads", "kv_heads", "d", "ffn", "size", "in_table", "float_cache")
+    _fields_ = [*((name, POINTER) for name in ("blocks", "lengths", "table", "cos", "sin")),
                 *((name, INT) for name in sizes), ("eps", ctypes.c_float)]
 
 
 def cpu_step(model, cache):
-    """A CPUStep for a KVCache that has read the prompts. None where something is in the way: layers that are
+    """A CPUStep for a cache that has read the prompts. None where something is in the way: layers that are
     none of LAYERS, something attached to one, another kind of block, no compiler."""
-    c, stored = model.config, cache.k[0].dtype in (torch.float32, torch.bfloat16)
+    c, stored = model.config, keys_and_values(cache)[0][0].dtype in (torch.float32, torch.bfloat16)
     if c.window or c.no_rope or c.architecture.qk_norm:
         return None
     if not stored or load() is None or not all(map(is_plain, model.blocks)):
@@ -59,6 +60,11 @@ def cpu_step(model, cache):
         if not walked[model]:
             say("kernels_cpu.cpp computes another kind of block than this model's: steps go layer by layer")
     return step if walked[model] else None
+
+
+def keys_and_values(cache):
+    """Those of all layers, each (blocks of slots, kv_heads, slots, d): in a KVCache, a row is such a block."""
+    return cache.pool.kv.unbind(1) if isinstance(cache, PagedCache) else (cache.k, cache.v)
 
 
 def inputs(attention):
@@ -95,10 +101,11 @@ class CPUStep:
 
     def __init__(self, model, cache):
         c, self.model, self.cache, self.kept = model.config, model, cache, []
-        self.blocks = (BlockStruct * c.blocks)(*map(self.block, model.blocks, cache.k, cache.v))
+        keys, values = keys_and_values(cache)
+        self.blocks = (BlockStruct * c.blocks)(*map(self.block, model.blocks, keys, values))
         self.network = NetworkStruct(
-            ctypes.addressof(self.blocks), None, None, None, c.blocks, len(cache.lengths), c.width, c.heads,
-            c.kv_heads, c.head_size, c.ffn, cache.capacity, cache.k[0].dtype is torch.float32, c.norm_eps)
+            ctypes.addressof(self.blocks), None, None, None, None, c.blocks, 0, c.width, c.heads, c.kv_heads,
+            c.head_size, c.ffn, keys[0].shape[2], 0, keys[0].dtype is torch.float32, c.norm_eps)
 
     def block(self, block, k, v):
         a, m = block.attention, block.mlp
@@ -137,7 +144,10 @@ class CPUStep:
         """tokens (B,) -> what the head reads, (B, C)."""
         x, rope, _ = self.model.begin(tokens[:, None], self.cache)  # (B, 1, C)
         dtype, x, slots = x.dtype, x.float().contiguous(), (INT * len(lengths))(*lengths)
-        self.network.lengths = ctypes.addressof(slots)
+        rows = torch.arange(len(lengths))[:, None]
+        table = (self.cache.table if isinstance(self.cache, PagedCache) else rows).int().contiguous()
+        self.network.rows, self.network.in_table = table.shape
+        self.network.lengths, self.network.table = ctypes.addressof(slots), table.data_ptr()
         if rope is not None:
             cos, sin = (t.expand(len(lengths), 1, -1).contiguous() for t in rope)  # (B, 1, d / 2)
             self.network.cos, self.network.sin = cos.data_ptr(), sin.data_ptr()

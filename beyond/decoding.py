@@ -8,14 +8,15 @@ make_step(model, cache), called when the cache has read the prompts, returns a s
                                         cache that are taken. Keys and values go to the next slots; the caller
                                         advances the cache
 """
+from beyond.paged_cache import PagedCache
 from model import KVCache
 
 
 def decoding_step(model, cache):
     """A CUDA graph on a GPU, one call of kernels_cpu.cpp on a CPU; None where neither takes the model."""
-    if type(cache) is not KVCache:
+    if type(cache) is PagedCache and cache.pool.kv.is_cuda or type(cache) not in (KVCache, PagedCache):
         return None
-    if cache.k[0].is_cuda:
+    if type(cache) is KVCache and cache.k[0].is_cuda:
         from beyond.cuda_graph import GraphStep
         return GraphStep(model, cache)
     from beyond.cpu_step import cpu_step

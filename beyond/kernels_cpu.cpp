@@ -279,13 +279,13 @@ struct Layer { const Matrix *A, *B; const float* bias; int bits; };  // B (A x) 
 struct Block {
   Norm norm1, norm2;
   Layer in[3], o, gate, up, down;  // in: q, k, v, or all of them in one; no gate: GELU
-  void *K, *V;                     // the cache: (rows, kv_heads, capacity, d)
+  void *K, *V;                     // the cache: (blocks of slots, kv_heads, size of a block, d)
 };
 struct Network {
   const Block* blocks;
-  const int* lengths;     // (rows): slots of the cache that are taken
+  const int *lengths, *table;  // (rows): slots of the cache that are taken; (rows, in_table): blocks of a row
   const float *cos, *sin; // (rows, d / 2): RoPE, or null
-  int count, rows, width, heads, kv_heads, d, ffn, capacity, float_cache;
+  int count, rows, width, heads, kv_heads, d, ffn, size, in_table, float_cache;
   float eps;
 };
 
@@ -320,24 +320,35 @@ static void rotate(const Network& net, float* x, int heads) {  // (rows, heads, 
     }
 }
 
+// The keys or values of a row and a head.
+template <class T> struct Slots {
+  T* data;
+  const int* table;
+  int size, heads, head, d;
+  T* operator[](int j) const { return data + (((size_t)table[j / size] * heads + head) * size + j % size) * d; }
+};
+
 // Equation 1 for one query: y = softmax(q K^T / sqrt(d)) V over `length` keys.
 template <class T>
-static void answer(const float* q, const T* keys, const T* values, int length, int d, float* y) {
+static void answer(const float* q, Slots<T> keys, Slots<T> values, int length, int d, float* y) {
   static thread_local std::vector<float> memory;
   memory.resize(length);
   float *p = memory.data(), most = -INFINITY, total = 0;
-  for (int j = 0; j < length; j++, keys += d) {
+  for (int j = 0; j < length; j++) {
+    const T* key = keys[j];
     float score = 0;
 #pragma omp simd reduction(+ : score)
-    for (int c = 0; c < d; c++) score += q[c] * to_float(keys[c]);
+    for (int c = 0; c < d; c++) score += q[c] * to_float(key[c]);
     p[j] = score / sqrtf(d);
     most = p[j] > most ? p[j] : most;
   }
 #pragma omp simd reduction(+ : total)
   for (int j = 0; j < length; j++) total += p[j] = exponential(p[j] - most);
   for (int c = 0; c < d; c++) y[c] = 0;
-  for (int j = 0; j < length; j++, values += d)
-    for (int c = 0; c < d; c++) y[c] += p[j] / total * to_float(values[c]);
+  for (int j = 0; j < length; j++) {
+    const T* value = values[j];
+    for (int c = 0; c < d; c++) y[c] += p[j] / total * to_float(value[c]);
+  }
 }
 
 // q, k or v of all rows; `stride` numbers from row to row.
@@ -350,11 +361,12 @@ static void attend(const Network& net, const Block& block, Rows q, Rows k, Rows 
   for (int i = 0; i < net.rows * net.kv_heads; i++) {
     int row = i / net.kv_heads, head = i % net.kv_heads, d = net.d, length = net.lengths[row];
     int queries = net.heads / net.kv_heads;  // that share a key
-    T* keys = (T*)block.K + (size_t)i * net.capacity * d;
-    T* values = (T*)block.V + (size_t)i * net.capacity * d;
+    const int* table = net.table + row * net.in_table;
+    Slots<T> keys{(T*)block.K, table, net.size, net.kv_heads, head, d}, values = keys;
+    values.data = (T*)block.V;
     for (int c = 0; c < d; c++) {
-      store(keys[(size_t)length * d + c], k.data[row * k.stride + head * d + c]);
-      store(values[(size_t)length * d + c], v.data[row * v.stride + head * d + c]);
+      store(keys[length][c], k.data[row * k.stride + head * d + c]);
+      store(values[length][c], v.data[row * v.stride + head * d + c]);
     }
     for (int h = head * queries; h < (head + 1) * queries; h++) {
       float* to = y + ((size_t)row * net.heads + h) * d;

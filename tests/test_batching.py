@@ -9,7 +9,9 @@ from test_model import GPT2, LLAMA, pair
 
 import bench
 from benches.serve import generation_cost, paper_counts
+from beyond import cpu_kernels
 from beyond.batching import Adapters, Engine, Request
+from beyond.cpu_step import CPUStep
 from beyond.paged_cache import PagedCache, Pool, Sequence
 from checkpoint import load_model, save_model
 from common.adapters import base_id, load_adapter, save_adapter, take_off
@@ -44,6 +46,34 @@ def test_each_request_gets_what_it_would_get_alone(config, blocks, batch):
         assert request.tokens == alone(model, request)
         assert request.started <= request.first <= request.ended
     assert len(engine.pool.free) == blocks and not any(engine.pool.users), "all blocks were given back"
+
+
+@pytest.mark.parametrize("bits, group", [(16, None), (8, 0), (4, 32)])
+def test_on_a_cpu_a_token_of_each_row_takes_one_call(bits, group, monkeypatch):
+    """Its rows do not depend on each other to the last bit, and blocks that rows share are read in place."""
+    if cpu_kernels.load() is None:
+        pytest.skip("no g++ to compile kernels_cpu.cpp with")
+    torch.manual_seed(0)
+    model = Transformer(Config("llama", 101, 64, blocks=2, heads=4, kv_heads=2, width=64, ffn=96)).eval()
+    for p in model.parameters():
+        p.data.mul_(4 if p.dim() == 2 else 1)
+    if bits < 16:
+        quantize(model, bits, group)
+    taken, call = [], CPUStep.__call__
+    monkeypatch.setattr(CPUStep, "__call__", lambda self, *args: taken.append(call(self, *args)) or taken[-1])
+    requests = mixed_requests(9) + [Request(list(range(1, 22)) + [i], 8) for i in (3, 4)]
+    logits = {}
+    for batch in (1, 32):
+        for i, request in enumerate(requests):
+            taken.clear()
+            again = Request(request.prompt, request.max_new_tokens)
+            others = [Request(r.prompt, 18) for r in requests] if batch > 1 else []
+            list(Engine(model, Pool(model.config, 200, 4), batch_size=batch).run([again, *others]))
+            assert request.max_new_tokens == 1 or taken
+            logits[batch, i] = again.tokens, {str(row.tolist()) for step in taken for row in step}
+    for i in range(len(requests)):
+        assert logits[1, i][0] == logits[32, i][0]
+        assert logits[1, i][1] <= logits[32, i][1] or bits == 16  # the head is torch's
 
 
 def test_a_full_pool_sends_the_last_request_back():
