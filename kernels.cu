@@ -25,6 +25,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/utils/pybind.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <algorithm>
@@ -52,17 +53,16 @@ __device__ inline void copy_async(void* shared, const void* global, bool valid) 
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;"); }
 template <int N> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N)); }
 
-// Two 16-bit numbers in one register: a - b, and from two floats.
-template <class To, class From> __device__ To as(From v) { return reinterpret_cast<To&>(v); }
-__device__ inline uint32_t minus(uint32_t a, uint32_t b, __nv_bfloat16) {
-  return as<uint32_t>(__hsub2(as<__nv_bfloat162>(a), as<__nv_bfloat162>(b)));
+// (a & b) | c as one instruction, also where b and c are constants.
+__device__ inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
 }
-__device__ inline uint32_t minus(uint32_t a, uint32_t b, __half) {
-  return as<uint32_t>(__hsub2(as<__half2>(a), as<__half2>(b)));
-}
-__device__ inline uint32_t pair(float a, float b, __half) { return as<uint32_t>(__floats2half2_rn(a, b)); }
-__device__ inline uint32_t pair(float a, float b, __nv_bfloat16) {
-  return as<uint32_t>(__floats2bfloat162_rn(a, b));
+// a + b of two bfloat16 in a register.
+__device__ inline uint32_t plus(uint32_t a, uint32_t b) {
+  auto sum = __hadd2(reinterpret_cast<__nv_bfloat162&>(a), reinterpret_cast<__nv_bfloat162&>(b));
+  return reinterpret_cast<uint32_t&>(sum);
 }
 
 template <class... P, class... Args>
@@ -122,22 +122,8 @@ template <int BITS> __device__ void store_scale(float low, float high, __half* s
   *offset = __float2half(low + (1 << (BITS - 1)) * __half2float(s));
 }
 
-// Naive: a thread to each vector. Neighbouring threads read numbers that are a whole vector apart, and of
-// every 32 bytes that memory hands over, a thread uses two and comes back for the rest later.
-template <class T, int BITS>
-__global__ void find_scales_naive(const T* w, int vectors, int group, __half* scale, __half* offset) {
-  int v = blockIdx.x * blockDim.x + threadIdx.x;
-  if (v >= vectors) return;
-  float low = INFINITY, high = -INFINITY;
-  for (int k = 0; k < group; k++) {
-    float value = to_float(w[(size_t)v * group + k]);
-    low = fminf(low, value);
-    high = fmaxf(high, value);
-  }
-  store_scale<BITS>(low, high, scale + v, offset + v);
-}
-
 // A warp to each vector: 32 lanes read 32 neighbours, which memory hands over at once; then they shuffle.
+// With a thread to each vector, neighbours would read numbers a vector apart, two of every 32 bytes.
 template <class T, int BITS>
 __global__ void find_scales(const T* w, int vectors, int group, __half* scale, __half* offset) {
   int v = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
@@ -248,115 +234,107 @@ template <class T, int BITS> __global__ void product_warp(const T* x, int M, Mat
 // in memory, up to 16 bytes in one load, and the x that go with them. No lane needs another's weights.
 //
 // Cheap unpacking. A bfloat16 of 128..255 has steps of 1, so the four bits u of an int4, put into the lowest
-// bits of 0x4300 (128), are the number 128 + u: (word >> 4 i & 0x000f000f) | 0x43004300 makes two at a time,
-// and one subtraction of 136 turns them into q. For half it is 0x6400 (1024). An int8 goes through the same
-// trick with float: 0x4b000000 is 8388608, where steps are 1.
+// bits of 0x4300 (128), are 128 + u: (word >> 4 i & 0x000f000f) | 0x43004300 makes two at a time. A half of
+// 64..127 has steps of 1/16: u goes four bits further left, into 0x5400. What is multiplied is q + CENTRE;
+// CENTRE sum(x) is taken off with the offset. The bytes of int8 fit 0x6400, a half of 1024. A bfloat16 lacks
+// one bit for them: the lower seven make 128..255, the sign -128 or -256, and their sum is q.
 //
-// s and o stay out of it: y = s (q x) + o sum(x). The sum over x comes from the tensor cores too, as a
-// product with ones. Where a row has groups, d is scaled and added up at the end of each.
+// s and o stay out of it: y = s ((q + CENTRE) x) + (o - CENTRE s) sum(x), added up at the end of each chunk.
+// The sum over x comes from the tensor cores too, as a product with ones.
 //
 // A block has 16 rows of W and 8 warps that share the depth, so that even W^O of 4096 x 4096 makes 256 blocks
 // x 8 warps, each with several loads on the way: at 3 TB/s and 600 ns, 1.8 MB must be on the way always.
 
-constexpr int WARPS = 8, LOADS = 4;  // warps of a block; loads of a lane under way for each of its two rows
+constexpr int WARPS = 8;  // of a block
 
-template <class T> constexpr uint32_t MAGIC = std::is_same<T, __half>::value ? 0x64006400 : 0x43004300;
-template <class T> constexpr uint32_t ONES = std::is_same<T, __half>::value ? 0x3c003c00 : 0x3f803f80;
+template <class T> constexpr bool IS_HALF = std::is_same<T, __half>::value;
+template <class T> constexpr uint32_t MAGIC = IS_HALF<T> ? 0x54005400 : 0x43004300;
+template <class T> constexpr uint32_t ONES = IS_HALF<T> ? 0x3c003c00 : 0x3f803f80;
+template <class T, int BITS>
+constexpr float CENTRE = IS_HALF<T> ? (BITS == 8 ? 1024 + 128 : 64 + 8) : (BITS == 8 ? 0 : 128 + 8);
 
-// One word -> its weights in order, two to a register: 2 registers of int8 or 4 of int4.
+// One word -> its weights + CENTRE in order, two to a register: 2 registers of int8 or 4 of int4.
 template <class T, int BITS> __device__ void unpack(uint32_t word, uint32_t* pairs) {
-  if (BITS == 4) {
+  constexpr int left = IS_HALF<T> ? 4 : 0;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      pairs[i] = minus((word >> 4 * i & 0x000f000f) | MAGIC<T>, MAGIC<T> + 0x00080008, T());
-  } else {
-    word ^= 0x80808080;  // -128..127 -> 0..255
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      float low = __uint_as_float(__byte_perm(word, 0x4b000000, 0x7650 + 2 * i)) - 8388736.0f;
-      float high = __uint_as_float(__byte_perm(word, 0x4b000000, 0x7651 + 2 * i)) - 8388736.0f;
-      pairs[i] = pair(low, high, T());
+  for (int i = 0; i < IN_WORD<BITS> / 2; i++) {
+    if (BITS == 4) {
+      uint32_t moved = 4 * i < left ? word << left : word >> (4 * i - left);
+      pairs[i] = and_or(moved, 0x000f000f << left, MAGIC<T>);
+    } else if (IS_HALF<T>) {
+      pairs[i] = __byte_perm(word ^ 0x80808080, 0x64646464, i ? 0x4342 : 0x4140);
+    } else {
+      uint32_t bytes = __byte_perm(word, 0, i ? 0x4342 : 0x4140);  // one in each half of the register
+      pairs[i] = plus(and_or(bytes, 0x007f007f, MAGIC<T>), and_or(bytes, 0x00800080, 0xc300c300));
     }
   }
 }
 
 template <int WORDS> struct alignas(4 * WORDS) Words { uint32_t word[WORDS]; };
 
-// x[k .. k + n) of a row of K numbers, two to a register, zeros where the row has ended.
-template <class T, int n>
-__device__ void load_x(uint32_t* registers, const T* row, int k, int K, bool aligned) {
-  if (aligned && k < K) {
-    *(Words<n / 2>*)registers = *(const Words<n / 2>*)(row + k);
-  } else {
-#pragma unroll
-    for (int i = 0; i < n / 2; i++) {
-      int at = k + 2 * i;
-      registers[i] = pair(at < K ? to_float(row[at]) : 0.0f, at + 1 < K ? to_float(row[at + 1]) : 0.0f, T());
-    }
-  }
-}
-
 // The work of a block: 16 rows of W from `first` on times M <= 8 TILES rows of x. Leaves the sum of each
 // warp's share in part[warp][x row][W row]. A lane loads WORDS words at a time; 4 lanes make a chunk, which
-// must lie in one group. before_x is called when the first weights are on their way.
+// must lie in one group. Rows of x begin at 16 bytes. before_x is called when the first weights are on their
+// way.
 template <class T, int BITS, int WORDS, int TILES, class Wait>
 __device__ void multiply_16_rows(const T* x, int M, const Matrix& W, int first, float (*part)[8 * TILES][16],
                                  Wait before_x) {
-  constexpr int n = IN_WORD<BITS>, LANE_BYTES = 4 * WORDS, CHUNK = 4 * WORDS * n;
+  constexpr int n = IN_WORD<BITS>, CHUNK = 4 * WORDS * n, LOADS = WORDS == 4 ? 4 : 8;  // loads under way
   int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   int K = W.width, chunks = ceil_div(K, CHUNK);
-  bool aligned = K % n == 0 && (size_t)x % 16 == 0, whole_rows = W.group == K;
+  float groups = W.group == K ? 0 : (float)CHUNK / W.group;  // in a chunk
   int row[2] = {min(first + g, W.rows - 1), min(first + g + 8, W.rows - 1)};  // never beyond the last
+  // lanes 0 and 1 of four load s of the two rows, lanes 2 and 3 load o
+  const __half* vectors = (t < 2 ? W.scale : W.offset) + (size_t)(t % 2 ? row[1] : row[0]) * (K / W.group);
   const uint32_t ones[4] = {ONES<T>, ONES<T>, ONES<T>, ONES<T>};
-  float y[TILES][4] = {}, d[TILES][4] = {}, sum_x[TILES][4] = {};
-
-  auto scale_and_add = [&](int k) {  // y += s d + o sum(x), and start over
-    for (int half = 0; half < 2; half++) {
-      float s = scale_of(W, row[half], k), o = offset_of(W, row[half], k);
-#pragma unroll
-      for (int tile = 0; tile < TILES; tile++)
-        for (int i = 2 * half; i < 2 * half + 2; i++) {
-          y[tile][i] += s * d[tile][i] + o * sum_x[tile][i];
-          d[tile][i] = sum_x[tile][i] = 0;
-        }
-    }
-  };
+  float y[TILES][4] = {};
 
   for (int chunk = warp; chunk < chunks || chunk == warp; chunk += WARPS * LOADS) {  // all once, for before_x
     Words<WORDS> words[LOADS][2] = {};
+    float vector[LOADS] = {};
 #pragma unroll
-    for (int i = 0; i < LOADS; i++)
+    for (int i = 0; i < LOADS; i++) {
+      int at = chunk + i * WARPS, byte = (at * 4 + t) * 4 * WORDS;
       for (int half = 0; half < 2; half++) {
-        int byte = ((chunk + i * WARPS) * 4 + t) * LANE_BYTES;
         const uint8_t* from = W.q + (size_t)row[half] * W.row_bytes + byte;
         if (byte < W.row_bytes) words[i][half] = *(const Words<WORDS>*)from;
       }
+      if (at < chunks) vector[i] = __half2float(vectors[(int)((at + 0.5f) * groups)]);  // exact; no division
+    }
     if (chunk == warp) before_x();
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
       int k = (chunk + i * WARPS) * CHUNK;
       if (k >= K) break;  // the same for the whole warp
+      float d[TILES][4] = {}, sum_x[TILES][4] = {};
 #pragma unroll
       for (int w = 0; w < WORDS; w++) {
-        alignas(16) uint32_t weights[2][n / 2], xs[TILES][n / 2];
+        alignas(16) uint32_t weights[2][n / 2];
         unpack<T, BITS>(words[i][0].word[w], weights[0]);
         unpack<T, BITS>(words[i][1].word[w], weights[1]);
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-          int m = 8 * tile + g;
-          load_x<T, n>(xs[tile], x + (size_t)m * K, k + (t * WORDS + w) * n, m < M ? K : 0, aligned);
+          int m = 8 * tile + g, from = k + (t * WORDS + w) * n;
+          Words<n / 2> xs = {};
+          if (m < M && from < K) xs = *(const Words<n / 2>*)(x + (size_t)m * K + from);
 #pragma unroll
           for (int j = 0; j < n / 2; j += 2) {
             uint32_t a[4] = {weights[0][j], weights[1][j], weights[0][j + 1], weights[1][j + 1]};
-            mma(d[tile], a, xs[tile] + j, T());
-            mma(sum_x[tile], ones, xs[tile] + j, T());
+            mma(d[tile], a, xs.word + j, T());
+            mma(sum_x[tile], ones, xs.word + j, T());
           }
         }
       }
-      if (!whole_rows) scale_and_add(k);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {  // y += s d + o sum(x)
+        float s = __shfl_sync(0xffffffff, vector[i], half, 4);
+        float o = __shfl_sync(0xffffffff, vector[i], half + 2, 4) - CENTRE<T, BITS> * s;
+        for (int tile = 0; tile < TILES; tile++)
+          for (int c = 2 * half; c < 2 * half + 2; c++)
+            y[tile][c] = fmaf(o, sum_x[tile][c], fmaf(s, d[tile][c], y[tile][c]));
+      }
     }
   }
-  if (whole_rows) scale_and_add(0);
   for (int tile = 0; tile < TILES; tile++)
     for (int i = 0; i < 4; i++) part[warp][8 * tile + 2 * t + i % 2][g + i / 2 * 8] = y[tile][i];
   __syncthreads();
@@ -402,7 +380,7 @@ __device__ inline void report_done(Counters* c) {
 }
 __device__ inline void wait_until_done(Counters* c, int count) {
   if (threadIdx.x == 0) {
-    while (atomicAdd(&c->done, 0) < count) {}
+    while (*(volatile int*)&c->done < count) __nanosleep(20);  // a plain read: an atomic one would queue up
     __threadfence();  // what is read from here on is not older than the count
   }
   __syncthreads();
@@ -429,31 +407,50 @@ lowrank(const T* x, int M, Matrix A, Matrix B, T* h, T* y, Counters* counters) {
   leave(counters);
 }
 
-// A (r, K) and B (N, r) of the adapter in T; h (M, r) is scratch, in float.
+// A (r, K) and B (N, r) of the adapter in T. h is scratch, in float: (pieces, M, r), what each PIECE of the
+// columns adds to A x. A lane reads 16 bytes of A once for all rows of x.
+constexpr int PIECE = 1024;
 template <class T, int BITS, int WORDS, int TILES>
 __global__ void __launch_bounds__(32 * WARPS)
 lora(const T* x, int M, Matrix W, const T* A, const T* B, int r, float scale, float* h, T* y, Counters* c) {
-  __shared__ float part[WARPS][8 * TILES][16];
-  int tiles_of_h = ceil_div(r, WARPS), ticket = take_ticket(c), K = W.width;
-  if (ticket < tiles_of_h) {  // a warp to each row of A
-    int j = ticket * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int m = 0; m < M && j < r; m++) {
-      float sum = 0;
-      for (int k = lane; k < K; k += 32)
-        sum += to_float(A[(size_t)j * K + k]) * to_float(x[(size_t)m * K + k]);
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
-      if (lane == 0) h[m * r + j] = sum;
+  struct alignas(16) Eight { T value[8]; };
+  __shared__ float part[WARPS][8 * TILES][16], some_h[16][16];
+  int K = W.width, pieces = ceil_div(K, PIECE), ticket = take_ticket(c), i = threadIdx.x, m = i / 16;
+  if (ticket < pieces) {
+    for (int j = i / 32; j < r; j += WARPS) {  // a warp to each row of A
+      float sum[8 * TILES] = {};
+      for (int k = ticket * PIECE + i % 32 * 8; k < min(K, (ticket + 1) * PIECE); k += 32 * 8) {
+        Eight a = *(const Eight*)(A + (size_t)j * K + k);
+#pragma unroll
+        for (int m = 0; m < 8 * TILES; m++) {
+          Eight b = *(const Eight*)(x + (size_t)min(m, M - 1) * K + k);
+          for (int e = 0; e < 8; e++) sum[m] += to_float(a.value[e]) * to_float(b.value[e]);
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < 8 * TILES; m++) {
+        for (int step = 16; step > 0; step /= 2) sum[m] += __shfl_xor_sync(0xffffffff, sum[m], step);
+        if (i % 32 == 0 && m < M) h[(ticket * M + m) * r + j] = sum[m];
+      }
     }
     report_done(c);
   } else {
-    int first = 16 * (ticket - tiles_of_h), i = threadIdx.x, m = i / 16, row = first + i % 16;
+    int first = 16 * (ticket - pieces), row = first + i % 16;
     multiply_16_rows<T, BITS, WORDS, TILES>(x, M, W, first, part, [] {});
-    wait_until_done(c, tiles_of_h);  // long since: h is a small part of the work
-    if (m < M && m < 8 * TILES && row < W.rows) {
-      float sum = 0;
-      for (int j = 0; j < r; j++) sum += to_float(B[(size_t)row * r + j]) * h[m * r + j];
-      y[(size_t)m * W.rows + row] = from_float<T>(add_parts<TILES>(part, i) + scale * sum);
+    wait_until_done(c, pieces);  // long since: h is a small part of the work
+    float sum = 0;
+    for (int from = 0; from < r; from += 16) {  // 16 columns of h and of B
+      int j = from + i % 16;
+      float all = 0;
+      for (int piece = 0; piece < pieces && m < M && j < r; piece++) all += h[(piece * M + m) * r + j];
+      some_h[m][i % 16] = all;
+      __syncthreads();
+      for (int e = 0; e < min(16, r - from) && row < W.rows; e++)
+        sum += to_float(B[(size_t)row * r + from + e]) * some_h[m][e];
+      __syncthreads();
     }
+    if (m < M && m < 8 * TILES && row < W.rows)
+      y[(size_t)m * W.rows + row] = from_float<T>(add_parts<TILES>(part, i) + scale * sum);
   }
   leave(c);
 }
@@ -483,7 +480,6 @@ __global__ void __launch_bounds__(128) matmul(const T* x, int M, Matrix W, T* y)
   int K = W.width, steps = ceil_div(K, STEP), first_row = blockIdx.x * TILE, first_m = blockIdx.y * TILE;
   int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   int warp_row = warp % 2 * 32, warp_m = warp / 2 * 32;
-  bool aligned = K % 8 == 0 && (size_t)x % 16 == 0;
 
   auto fill = [&](int step) {  // always ends a group of copies, so that all waits are alike
     int stage = step % STAGES;
@@ -496,10 +492,7 @@ __global__ void __launch_bounds__(128) matmul(const T* x, int M, Matrix W, T* y)
     for (int i = threadIdx.x; i < TILE * STEP / 8 && step < steps; i += 128) {
       int m = i / (STEP / 8), k = i % (STEP / 8) * 8, from = step * STEP + k;
       bool valid = first_m + m < M && from < K;
-      const T* row = x + (size_t)(valid ? first_m + m : 0) * K;
-      if (aligned) copy_async(&xs[stage][m][k], valid ? row + from : x, valid);
-      else for (int j = 0; j < 8; j++)
-        xs[stage][m][k + j] = valid && from + j < K ? row[from + j] : from_float<T>(0);
+      copy_async(&xs[stage][m][k], valid ? x + (size_t)(first_m + m) * K + from : x, valid);
     }
     copy_commit();
   };
@@ -540,7 +533,7 @@ __global__ void __launch_bounds__(128) matmul(const T* x, int M, Matrix W, T* y)
       for (int i = 0; i < 2; i++)
         for (int half = 0; half < 2; half++) {
           int row = min(first_row + warp_row + 16 * i + 8 * half + g, W.rows - 1);
-          float s = scale_of(W, row, step * STEP), o = offset_of(W, row, step * STEP);
+          float s = scale_of(W, row, step * STEP), o = offset_of(W, row, step * STEP) - CENTRE<T, BITS> * s;
           for (int tile = 0; tile < 4; tile++)
             for (int c = 2 * half; c < 2 * half + 2; c++) {
               out[i][tile][c] += s * d[i][tile][c] + o * sum_x[tile][c];
@@ -660,9 +653,10 @@ template <class F> void with_any_type(int type, int bits, F call) {
   type == FLOAT ? with_bits<float>(bits, call) : with_type(type, bits, call);
 }
 
-// Words that a lane of multiply_16_rows may load so that four lanes stay in one group; 0: not even one.
-inline int words_for(const Form& f) {
-  int words = 4;
+// Words that a lane of multiply_16_rows may load so that four lanes stay in one group; 0: not even one, or
+// rows of x that don't begin at 16 bytes.
+inline int words_for(const Form& f, const void* x) {
+  int words = f.W.width % 8 || (size_t)x % 16 ? 0 : 4;
   while (words && f.W.group != f.W.width && f.W.group % (4 * words * 32 / f.bits)) words /= 2;
   return words;
 }
@@ -676,15 +670,14 @@ template <class F> void with_words(int words, int M, F call) {
 
 extern "C" {
 
-void run_quantize(int type, const void* w, Form f, int step, cudaStream_t stream) {
+void run_quantize(int type, const void* w, Form f, cudaStream_t stream) {
   with_any_type(type, f.bits, [&](auto t, auto bits) {
     using T = decltype(t);
     constexpr int BITS = bits();
     int vectors = f.W.rows * (f.W.width / f.W.group), words = f.W.row_bytes / 4;
     auto scale = (__half*)f.W.scale, offset = (__half*)f.W.offset;
-    auto find = step == NAIVE ? find_scales_naive<T, BITS> : find_scales<T, BITS>;
-    int grid = ceil_div(vectors, step == NAIVE ? 128 : 4);
-    launch(find, grid, 128, stream, (const T*)w, vectors, f.W.group, scale, offset);
+    int grid = ceil_div(vectors, 4);
+    launch(find_scales<T, BITS>, grid, 128, stream, (const T*)w, vectors, f.W.group, scale, offset);
     dim3 blocks(f.W.rows, ceil_div(words, 128));
     launch(encode<T, BITS>, blocks, 128, stream, (const T*)w, f.W, (uint32_t*)f.W.q);
   });
@@ -704,7 +697,7 @@ void run_product(int type, const void* x, int M, Form f, void* y, int step, cuda
   with_type(type, f.bits, [&](auto t, auto bits) {
     using T = decltype(t);
     constexpr int BITS = bits();
-    int words = words_for(f);
+    int words = words_for(f, x);
     Matrix W = f.W;
     auto X = (const T*)x;
     auto Y = (T*)y;
@@ -713,7 +706,7 @@ void run_product(int type, const void* x, int M, Form f, void* y, int step, cuda
       with_words(words, M, [&](auto w, auto tiles) {
         launch(matvec<T, BITS, w(), tiles()>, ceil_div(W.rows, 16), 32 * WARPS, stream, X, M, W, Y);
       });
-    else if (step == FAST && M > 16 && (W.group == W.width || W.group % STEP == 0))
+    else if (step == FAST && M > 16 && words && (W.group == W.width || W.group % STEP == 0))
       launch(matmul<T, BITS>, dim3(ceil_div(W.rows, TILE), ceil_div(M, TILE)), 128, stream, X, M, W, Y);
     else launch(product_warp<T, BITS>, dim3(ceil_div(W.rows, 4), ceil_div(M, 16)), 128, stream, X, M, W, Y);
   });
@@ -724,7 +717,7 @@ void run_lowrank(int type, const void* x, int M, Form a, Form b, void* h, void* 
   with_type(type, a.bits, [&](auto t, auto bits) {
     using T = decltype(t);
     constexpr int BITS = bits();
-    with_words(std::min(words_for(a), words_for(b)), M, [&](auto w, auto tiles) {
+    with_words(std::min(words_for(a, x), words_for(b, h)), M, [&](auto w, auto tiles) {
       int blocks = ceil_div(a.W.rows, 16) + ceil_div(b.W.rows, 16);
       launch(lowrank<T, BITS, w(), tiles()>, blocks, 32 * WARPS, stream, (const T*)x, M, a.W, b.W, (T*)h,
              (T*)y, (Counters*)counters);
@@ -737,8 +730,8 @@ void run_lora(int type, const void* x, int M, Form f, const void* A, const void*
   with_type(type, f.bits, [&](auto t, auto bits) {
     using T = decltype(t);
     constexpr int BITS = bits();
-    with_words(words_for(f), M, [&](auto w, auto tiles) {
-      int blocks = ceil_div(r, WARPS) + ceil_div(f.W.rows, 16);
+    with_words(words_for(f, x), M, [&](auto w, auto tiles) {
+      int blocks = ceil_div(f.W.width, PIECE) + ceil_div(f.W.rows, 16);
       launch(lora<T, BITS, w(), tiles()>, blocks, 32 * WARPS, stream, (const T*)x, M, f.W, (const T*)A,
              (const T*)B, r, scale, (float*)h, (T*)y, (Counters*)counters);
     });
@@ -802,11 +795,15 @@ cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream(); }
 void* counters_for(const Tensor& x) {
   static std::map<std::pair<int, cudaStream_t>, Tensor> all;
   auto& counters = all[{x.get_device(), current_stream()}];
-  if (!counters.defined()) counters = at::zeros({4}, x.options().dtype(at::kInt));
+  if (!counters.defined()) {  // a graph's memory would not outlive it
+    TORCH_CHECK(c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
+                "call this once on the stream before a graph records it");
+    counters = at::zeros({4}, x.options().dtype(at::kInt));
+  }
   return counters.data_ptr();
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_tensor(Tensor w, int64_t bits, int64_t group, int64_t step) {
+std::tuple<Tensor, Tensor, Tensor> quantize_tensor(Tensor w, int64_t bits, int64_t group) {
   int type = type_of(w, "w", true);
   TORCH_CHECK(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
   TORCH_CHECK(group > 0 && w.size(1) % group == 0, "groups of ", group, " don't divide a row of ", w.size(1));
@@ -815,7 +812,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_tensor(Tensor w, int64_t bits, int64
   auto q = at::empty({w.size(0), (w.size(1) * bits + 127) / 128 * 16}, type_of_q);
   auto scale = at::empty({w.size(0), w.size(1) / group}, w.options().dtype(at::kHalf));
   auto offset = at::empty_like(scale);
-  run_quantize(type, w.data_ptr(), form_of(q, scale, offset, w.size(1), w.device()), step, current_stream());
+  run_quantize(type, w.data_ptr(), form_of(q, scale, offset, w.size(1), w.device()), current_stream());
   return {q, scale, offset};
 }
 
@@ -850,7 +847,8 @@ Tensor matmul_back_tensor(Tensor g, Tensor q, Tensor scale, Tensor offset, int64
 void check_few_rows(const Tensor& x, std::initializer_list<Form> forms) {
   TORCH_CHECK(x.size(0) <= 16, "x must have at most 16 rows, it has ", x.size(0));
   for (auto& f : forms)
-    TORCH_CHECK(words_for(f), "groups of ", f.W.group, " are not a multiple of ", 128 / f.bits);
+    TORCH_CHECK(words_for(f, x.data_ptr()), "rows of ", f.W.width, " must be a multiple of 8, groups of ",
+                f.W.group, " of ", 128 / f.bits, ", and x must begin at a multiple of 16 bytes");
 }
 
 Tensor lowrank_tensor(Tensor x, Tensor qA, Tensor sA, Tensor oA, Tensor qB, Tensor sB, Tensor oB) {
@@ -876,7 +874,8 @@ Tensor lora_tensor(Tensor x, Tensor q, Tensor scale, Tensor offset, Tensor A, Te
               B.sizes(), " do not fit W (", f.W.rows, ", ", f.W.width, ") on ", x.device());
   check_few_rows(x, {f});
   c10::cuda::CUDAGuard guard(x.device());
-  auto h = at::empty({x.size(0), A.size(0)}, x.options().dtype(at::kFloat));
+  TORCH_CHECK((size_t)A.data_ptr() % 16 == 0, "A must begin at a multiple of 16 bytes");
+  auto h = at::empty({ceil_div(A.size(1), PIECE) * x.size(0), A.size(0)}, x.options().dtype(at::kFloat));
   auto y = at::empty({x.size(0), f.W.rows}, x.options());
   if (x.size(0))
     run_lora(type, x.data_ptr(), x.size(0), f, A.data_ptr(), B.data_ptr(), A.size(0), factor, h.data_ptr(),
@@ -888,7 +887,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using pybind11::arg;
   auto step = arg("step") = (int)FAST;  // 0 the naive kernel, 1 (products) a warp a row, 2 the fast one
   arg q("q"), scale("scale"), offset("offset"), width("width");
-  m.def("quantize", &quantize_tensor, arg("w"), arg("bits"), arg("group"), step);
+  m.def("quantize", &quantize_tensor, arg("w"), arg("bits"), arg("group"));
   m.def("dequantize", &dequantize_tensor, q, scale, offset, width, arg("dtype"), step);
   m.def("product", &product_tensor, arg("x"), q, scale, offset, step);
   m.def("matmul_back", &matmul_back_tensor, arg("g"), q, scale, offset, width, step);

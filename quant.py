@@ -219,11 +219,11 @@ def on_gpu(kernel, x, *args, bias=None):
 
 
 def one_launch(x, *matrices):
-    """Whether the fused kernels take x: few rows, no backward pass, groups of a multiple of 16 bytes."""
+    """Whether the fused kernels take x: few rows, no backward pass, rows and groups of 16 bytes each."""
     if not x.is_cuda or x.numel() > MATVEC_ROWS * x.shape[-1] or torch.is_grad_enabled():
         return False
     groups_fit = all(m.group == m.in_features or m.group % (128 // m.bits) == 0 for m in matrices)
-    return groups_fit and load_kernels() is not None
+    return groups_fit and all(m.in_features % 8 == 0 for m in matrices) and load_kernels() is not None
 
 
 @functools.cache

@@ -44,10 +44,13 @@ class GraphStep:
     def __init__(self, model, cache):
         self.model, self.cache, self.graph = model, GraphCache(cache), None
         self.tokens = self.cache.slot.clone()
+        # pinned, so that the copy does not wait; the caller has read the tokens before it asks for others
+        self.slots = torch.zeros(self.tokens.shape, dtype=torch.long, pin_memory=self.tokens.is_cuda)
 
     def __call__(self, tokens, lengths):
         self.tokens.copy_(tokens[:, None])
-        self.cache.slot.copy_(torch.tensor(lengths)[:, None])
+        self.slots.copy_(torch.tensor(lengths)[:, None])
+        self.cache.slot.copy_(self.slots, non_blocking=True)
         if not self.tokens.is_cuda:
             return self.run()
         if self.graph is None:

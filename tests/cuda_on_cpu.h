@@ -133,6 +133,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t, Args... a
 
 inline void __syncthreads() { wait(AT_BLOCK); }
 inline void __threadfence() {}
+inline void __nanosleep(unsigned) {}
 inline int atomicAdd(int* p, int v) { return (*p += v) - v; }
 
 inline Thread* exchange() {  // after filling given[turn]: the 32 threads of the warp, all of which have
@@ -140,12 +141,16 @@ inline Thread* exchange() {  // after filling given[turn]: the 32 threads of the
   self().turn ^= 1;
   return &threads[threadIdx.x / 32 * 32];
 }
-inline float __shfl_xor_sync(unsigned, float v, int step) {
+inline float shuffle(float v, int from) {
   int turn = self().turn;
   memcpy(self().given[turn], &v, 4);
   Thread* warp = exchange();
-  memcpy(&v, warp[threadIdx.x % 32 ^ step].given[turn], 4);
+  memcpy(&v, warp[from].given[turn], 4);
   return v;
+}
+inline float __shfl_xor_sync(unsigned, float v, int step) { return shuffle(v, threadIdx.x % 32 ^ step); }
+inline float __shfl_sync(unsigned, float v, int lane, int width) {
+  return shuffle(v, threadIdx.x % 32 / width * width + lane);
 }
 
 inline void copy_async(void* shared, const void* global, bool valid) {
@@ -160,6 +165,7 @@ template <int N> void copy_wait() {
 
 // ---------------------------------------------------------------------------- numbers
 
+inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
 inline float __uint_as_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   uint64_t bytes = (uint64_t)b << 32 | a;
@@ -194,8 +200,9 @@ inline uint16_t bits_of(float f, __half) {
 template <class T> uint32_t pair(float low, float high, T t) {
   return bits_of(low, t) | (uint32_t)bits_of(high, t) << 16;
 }
-template <class T> uint32_t minus(uint32_t a, uint32_t b, T t) {
-  return pair(number(a & 0xffff, t) - number(b & 0xffff, t), number(a >> 16, t) - number(b >> 16, t), t);
+inline uint32_t plus(uint32_t a, uint32_t b) {
+  __nv_bfloat16 t;
+  return pair(number(a & 0xffff, t) + number(b & 0xffff, t), number(a >> 16, t) + number(b >> 16, t), t);
 }
 
 // mma.m16n8k16 as its documentation lays the tiles over the lanes. a (16, 16): register i of lane 4 g + t

@@ -43,11 +43,11 @@ class Kernels:
             self.run = ctypes.CDLL(str(library))
         self.counters = torch.zeros(4, dtype=torch.int32)
 
-    def quantize(self, w, bits, group, step=FAST):
+    def quantize(self, w, bits, group):
         rows, width = w.shape
         q = torch.full((rows, -(-width * bits // 128) * 16), 77, dtype=torch.int8 if bits == 8 else torch.uint8)
         scale, offset = (poisoned(rows, width // group, dtype=torch.float16) for _ in range(2))
-        self.run.run_quantize(TYPES[w.dtype], pointer(w), form(q, scale, offset, width), step, None)
+        self.run.run_quantize(TYPES[w.dtype], pointer(w), form(q, scale, offset, width), None)
         return q, scale, offset
 
     def dequantize(self, q, scale, offset, width, dtype, step=FAST):
@@ -79,7 +79,8 @@ class Kernels:
 
     def lora(self, x, q, scale, offset, A, B, factor):
         M, r = len(x), len(A)
-        h, y = poisoned(M, r, dtype=torch.float32), poisoned(M, len(q), dtype=x.dtype)
+        pieces = -(-x.shape[1] // 1024)
+        h, y = poisoned(pieces * M, r, dtype=torch.float32), poisoned(M, len(q), dtype=x.dtype)
         W = form(q, scale, offset, x.shape[1])
         self.run.run_lora(TYPES[x.dtype], pointer(x), M, W, pointer(A), pointer(B), r, ctypes.c_float(factor),
                           pointer(h), pointer(y), pointer(self.counters), None)

@@ -51,7 +51,7 @@ def assert_product(y, x, w, inner=0.0):
     """y = x w^T up to the rounding of y itself, of float sums, and `inner` for what is rounded on the way."""
     exact = x.double() @ w.double().T
     size = x.double().abs() @ w.double().abs().T  # float sums are right to a part of that
-    allowed = ROUNDING[y.dtype] * exact.abs() + (2e-6 + inner) * size + 1e-7
+    allowed = ROUNDING[y.dtype] * exact.abs() + (4e-6 + inner) * size + 1e-7  # of q + CENTRE, see part 5
     assert torch.isfinite(y).all(), "not every number of y was written"
     worst = ((y.double() - exact).abs() / allowed).max()
     assert worst <= 1, f"{worst:.1f} times the rounding that is allowed"
@@ -72,7 +72,7 @@ def test_quantize_and_dequantize(kernels, draw, bits, dtype, step):
         group = some_group(draw, width)
         w = (0.02 * torch.randn(rows, width)).to(dtype)
         w[0] = 0.25  # a vector without a range
-        found = kernels.quantize(w, bits, group or width, step)
+        found = kernels.quantize(w, bits, group or width)
         q, scale, offset = quantize_rows(w, bits, group or width)
         assert torch.equal(found[1], scale) and torch.equal(found[2], offset)
         assert torch.equal(unpack(found[0], bits, width), q)
@@ -94,7 +94,7 @@ def test_matvec(kernels, draw, bits, dtype, i):
     M, rows = draw.randint(1, 16), draw.choice(SIZES)
     words = [1, 2, 4][i % 3]
     group = words * 128 // bits
-    width = draw.choice(SIZES) if i < 4 else group * draw.choice([1, 2, 3, 7])
+    width = draw.choice([*SIZES, 8, 24, 72, 136, 1600]) if i < 4 else group * draw.choice([1, 2, 3, 7, 9, 20])
     m, x = random_matrix(rows, width, bits, 0 if i < 4 else group), torch.randn(M, width, dtype=dtype)
     assert_product(kernels.product(x, *m.parts()), x, m.dense())
 
@@ -128,7 +128,7 @@ def test_matmul_back(kernels, draw, bits, dtype, i, step):
 @pytest.mark.parametrize("bits, dtype, i", cases(6))
 def test_lowrank_in_one_launch(kernels, draw, bits, dtype, i):
     M, rows, group = draw.randint(1, 16), draw.choice(SIZES), 0
-    width, rank = draw.choice(SIZES), draw.choice([1, 8, 16, 17, 48, 100])
+    width, rank = 8 * draw.choice(SIZES[:20]), draw.choice([8, 16, 24, 48, 104])
     if i % 2:
         group = 128 // bits
         rank, width = group * draw.choice([1, 2, 3]), group * draw.choice([1, 4, 9])
@@ -143,8 +143,8 @@ def test_lowrank_in_one_launch(kernels, draw, bits, dtype, i):
 @pytest.mark.parametrize("bits, dtype, i", cases(4))
 def test_lora_in_one_launch(kernels, draw, bits, dtype, i):
     M, rows = draw.randint(1, 16), draw.choice(SIZES)
-    r, scale = draw.choice([1, 4, 8, 13]), draw.choice([4.0, 0.5])
-    width, group = (draw.choice(SIZES), 0) if i % 2 else (192, 64)
+    r, scale = draw.choice([1, 4, 8, 13, 35]), draw.choice([4.0, 0.5])
+    width, group = (8 * draw.choice([*SIZES[:20], 250]), 0) if i % 2 else (192, 64)
     m, x = random_matrix(rows, width, bits, group), torch.randn(M, width, dtype=dtype)
     A, B = (0.1 * torch.randn(*shape) for shape in ((r, width), (rows, r)))
     A, B = A.to(dtype), B.to(dtype)
