@@ -4,14 +4,13 @@
 // with the reason why. tests/test_kernels.py runs all on a CPU (tests/cuda_on_cpu.h), also in a debugger.
 //
 //   1. the format, and reading one weight of it
-//   2. quantize                              W -> q, s, o
-//   3. dequantize                            q, s, o -> W
-//   4. y = x W^T for any number of rows      one thread a number of y; then one warp a row of W
-//   5. y = x W^T for up to 16 rows of x      tensor cores fed from registers; limited by reading W once
-//   6. y = B (A x) in one launch, and y = W x + scale B (A x)
-//   7. y = x W^T for more rows               tensor cores fed from shared memory, copied ahead (cp.async)
-//   8. g W, the gradient of x
-//   9. what Python calls, with its arguments checked
+//   2. dequantize                            q, s, o -> W
+//   3. y = x W^T for any number of rows      one thread a number of y; then one warp a row of W
+//   4. y = x W^T for up to 16 rows of x      tensor cores fed from registers; limited by reading W once
+//   5. y = B (A x) in one launch, and y = W x + scale B (A x)
+//   6. y = x W^T for more rows               tensor cores fed from shared memory, copied ahead (cp.async)
+//   7. g W, the gradient of x
+//   8. what Python calls, with its arguments checked
 //
 // Names: x (M, K), W (N, K), y (M, N) row by row; M rows of x (tokens), K the input's width, N the output's.
 // T is the type of x and y: bfloat16 or half. Every sum is kept in float.
@@ -21,7 +20,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <ATen/ops/empty.h>  // single headers: torch/extension.h takes twice as long to compile
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/utils/pybind.h>
 #include <c10/cuda/CUDAException.h>
@@ -31,11 +29,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <map>
-#include <tuple>
 
 // The few instructions that C++ has no operator for; tests/cuda_on_cpu.h has each of them in plain C++.
 
-// d += a b for a tile of 16 x 8 numbers and a depth of 16, spread over the registers of a warp (see part 5).
+// d += a b for a tile of 16 x 8 numbers and a depth of 16, spread over the registers of a warp (see part 4).
 #define DEFINE_MMA(T, NAME)                                                                      \
   __device__ inline void mma(float* d, const uint32_t* a, const uint32_t* b, T) {                \
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 "                  \
@@ -113,53 +110,7 @@ template <int BITS> __device__ float weight_of(const Matrix& W, int row, int k, 
   return scale_of(W, row, k) * integer<BITS>(word, k % IN_WORD<BITS>) + offset_of(W, row, k);
 }
 
-// ============================================================================ 2. quantize
-
-// s and o from the smallest and largest number of a vector, exactly as quant.py's scale_and_offset.
-template <int BITS> __device__ void store_scale(float low, float high, __half* scale, __half* offset) {
-  __half s = __float2half(fmaxf((high - low) / ((1 << BITS) - 1), 1.0f / (1 << 24)));
-  *scale = s;
-  *offset = __float2half(low + (1 << (BITS - 1)) * __half2float(s));
-}
-
-// A warp to each vector: 32 lanes read 32 neighbours, which memory hands over at once; then they shuffle.
-// With a thread to each vector, neighbours would read numbers a vector apart, two of every 32 bytes.
-template <class T, int BITS>
-__global__ void find_scales(const T* w, int vectors, int group, __half* scale, __half* offset) {
-  int v = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
-  if (v >= vectors) return;  // a whole warp leaves
-  float low = INFINITY, high = -INFINITY;
-  for (int k = lane; k < group; k += 32) {
-    float value = to_float(w[(size_t)v * group + k]);
-    low = fminf(low, value);
-    high = fmaxf(high, value);
-  }
-  for (int step = 16; step > 0; step /= 2) {
-    low = fminf(low, __shfl_xor_sync(0xffffffff, low, step));
-    high = fmaxf(high, __shfl_xor_sync(0xffffffff, high, step));
-  }
-  if (lane == 0) store_scale<BITS>(low, high, scale + v, offset + v);
-}
-
-// q = round((w - o) / s), a thread to each word of q, so that no two threads write into one byte.
-template <class T, int BITS> __global__ void encode(const T* w, Matrix W, uint32_t* q) {
-  int words = W.row_bytes / 4, row = blockIdx.x, i = blockIdx.y * blockDim.x + threadIdx.x;
-  if (i >= words) return;
-  uint32_t word = 0;
-  for (int j = 0; j < IN_WORD<BITS>; j++) {
-    int k = i * IN_WORD<BITS> + j, integer = 0;
-    if (k < W.width) {
-      float value = to_float(w[(size_t)row * W.width + k]) - offset_of(W, row, k);
-      value = rintf(value / scale_of(W, row, k));
-      integer = (int)fminf(fmaxf(value, -(1 << (BITS - 1))), (1 << (BITS - 1)) - 1);
-    }
-    if (BITS == 8) word |= (uint32_t)(uint8_t)integer << 8 * j;
-    else word |= (uint32_t)(integer + 8) << (16 * (j & 1) + 4 * (j >> 1));
-  }
-  q[(size_t)row * words + i] = word;
-}
-
-// ============================================================================ 3. dequantize
+// ============================================================================ 2. dequantize
 
 // Naive: a thread to each weight. Four or eight threads read the same word, and each writes two bytes.
 template <class T, int BITS> __global__ void dequantize_naive(Matrix W, T* out) {
@@ -186,7 +137,7 @@ template <class T, int BITS> __global__ void dequantize(Matrix W, T* out) {
   else for (int j = 0; j < n && k + j < W.width; j++) to[j] = values.value[j];
 }
 
-// ============================================================================ 4. y = x W^T, plainly
+// ============================================================================ 3. y = x W^T, plainly
 
 // Naive: a thread to each number of y. The threads of a warp walk along 32 rows of W, in 32 lines of memory.
 template <class T, int BITS> __global__ void product_naive(const T* x, Matrix W, T* y) {
@@ -219,7 +170,7 @@ template <class T, int BITS> __global__ void product_warp(const T* x, int M, Mat
   }
 }
 
-// ======================================================================= 5. y = x W^T for up to 16 rows of x
+// ======================================================================= 4. y = x W^T for up to 16 rows of x
 //
 // Now the time should be that of reading W once. At 3 TB/s an H100 reads 6e12 int4 a second, and has about
 // four instructions for each: the kernel above spends twenty. Three things bring that down.
@@ -357,7 +308,7 @@ __global__ void __launch_bounds__(32 * WARPS) matvec(const T* x, int M, Matrix W
     y[(size_t)m * W.rows + row] = from_float<T>(add_parts<TILES>(part, i));
 }
 
-// ================================================ 6. y = B (A x), and y = W x + scale B (A x), in one launch
+// ================================================ 5. y = B (A x), and y = W x + scale B (A x), in one launch
 //
 // Plainly these are two or three launches of the kernels above. A pair of 4096 x 512 factors at int4 takes
 // 0.7 us to read and a launch some 2 us, so the second product has to begin inside the first one's launch,
@@ -455,7 +406,7 @@ lora(const T* x, int M, Matrix W, const T* A, const T* B, int r, float scale, fl
   leave(c);
 }
 
-// =========================================================================== 7. y = x W^T for more rows of x
+// =========================================================================== 6. y = x W^T for more rows of x
 //
 // With more rows each weight is used more often than a register can serve. A block computes 64 rows of W
 // times 64 rows of x, in steps of 64 along the depth, through shared memory, where two warps read a number.
@@ -553,7 +504,7 @@ __global__ void __launch_bounds__(128) matmul(const T* x, int M, Matrix W, T* y)
       }
 }
 
-// ============================================================= 8. g W, the gradient of x: g (M, N) -> (M, K)
+// ============================================================= 7. g W, the gradient of x: g (M, N) -> (M, K)
 
 // Naive: a thread to each number.
 template <class T, int BITS> __global__ void matmul_back_naive(const T* g, Matrix W, T* out) {
@@ -633,7 +584,7 @@ __global__ void __launch_bounds__(128) matmul_back(const T* gradient, int M, Mat
       }
 }
 
-// ============================================================================ 9. what Python calls
+// ============================================================================ 8. what Python calls
 //
 // In plain C first, with types as numbers, so that tests can call it on a CPU. Each function picks a kernel.
 
@@ -669,19 +620,6 @@ template <class F> void with_words(int words, int M, F call) {
 }
 
 extern "C" {
-
-void run_quantize(int type, const void* w, Form f, cudaStream_t stream) {
-  with_any_type(type, f.bits, [&](auto t, auto bits) {
-    using T = decltype(t);
-    constexpr int BITS = bits();
-    int vectors = f.W.rows * (f.W.width / f.W.group), words = f.W.row_bytes / 4;
-    auto scale = (__half*)f.W.scale, offset = (__half*)f.W.offset;
-    int grid = ceil_div(vectors, 4);
-    launch(find_scales<T, BITS>, grid, 128, stream, (const T*)w, vectors, f.W.group, scale, offset);
-    dim3 blocks(f.W.rows, ceil_div(words, 128));
-    launch(encode<T, BITS>, blocks, 128, stream, (const T*)w, f.W, (uint32_t*)f.W.q);
-  });
-}
 
 void run_dequantize(int type, Form f, void* out, int step, cudaStream_t stream) {
   with_any_type(type, f.bits, [&](auto t, auto bits) {
@@ -803,19 +741,6 @@ void* counters_for(const Tensor& x) {
   return counters.data_ptr();
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_tensor(Tensor w, int64_t bits, int64_t group) {
-  int type = type_of(w, "w", true);
-  TORCH_CHECK(bits == 4 || bits == 8, "bits must be 4 or 8, got ", bits);
-  TORCH_CHECK(group > 0 && w.size(1) % group == 0, "groups of ", group, " don't divide a row of ", w.size(1));
-  c10::cuda::CUDAGuard guard(w.device());
-  auto type_of_q = w.options().dtype(bits == 8 ? at::kChar : at::kByte);
-  auto q = at::empty({w.size(0), (w.size(1) * bits + 127) / 128 * 16}, type_of_q);
-  auto scale = at::empty({w.size(0), w.size(1) / group}, w.options().dtype(at::kHalf));
-  auto offset = at::empty_like(scale);
-  run_quantize(type, w.data_ptr(), form_of(q, scale, offset, w.size(1), w.device()), current_stream());
-  return {q, scale, offset};
-}
-
 Tensor dequantize_tensor(Tensor q, Tensor scale, Tensor offset, int64_t width, at::ScalarType dtype,
                          int64_t step) {
   c10::cuda::CUDAGuard guard(q.device());
@@ -887,7 +812,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using pybind11::arg;
   auto step = arg("step") = (int)FAST;  // 0 the naive kernel, 1 (products) a warp a row, 2 the fast one
   arg q("q"), scale("scale"), offset("offset"), width("width");
-  m.def("quantize", &quantize_tensor, arg("w"), arg("bits"), arg("group"));
   m.def("dequantize", &dequantize_tensor, q, scale, offset, width, arg("dtype"), step);
   m.def("product", &product_tensor, arg("x"), q, scale, offset, step);
   m.def("matmul_back", &matmul_back_tensor, arg("g"), q, scale, offset, width, step);

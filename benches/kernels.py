@@ -5,7 +5,7 @@
 
 As in decoding, every call has other weights, together more than the L2 holds, and all are replayed from one
 CUDA graph. What a call computes is first compared with float64. GB/s counts weights, scales and offsets (and
-what quantize and dequantize read and write). The first rows are floors: a copy, reading, an empty launch.
+what dequantize writes). The first rows are floors: a copy, reading, an empty launch.
 """
 import json
 import statistics
@@ -18,7 +18,7 @@ import torch
 from benches.common import table
 from common.cli import refuse
 from common.device import find_device
-from quant import QuantMatrix, decode, load_kernels, quantize_rows, unpack
+from quant import QuantMatrix, decode, load_kernels, unpack
 
 SHAPES = [(4096, 4096, 512), (11008, 4096, 512), (4096, 11008, 512),  # Llama2-7B: out, in, rank of factors
           (1600, 1600, 384), (4800, 1600, 384), (6400, 1600, 384), (1600, 6400, 384)]  # GPT-2 XL
@@ -108,11 +108,11 @@ class Measurement:
         print(json.dumps(row), flush=True)
 
     def products(self, dense, form):
-        """x W^T, g W, W x + s B (A x), quantize and dequantize, of matrices as large as the dense ones; and
+        """x W^T, g W, W x + s B (A x) and dequantize, of matrices as large as the dense ones; and
         what cuBLAS takes for these, with the first form."""
         k, (out, width) = self.kernels, dense[0].shape
         Ws = self.matrices(out, width, form)
-        add, size = partial(self.add, shape=(out, width), form=form, things=Ws), (form[0], Ws[0].group)
+        add = partial(self.add, shape=(out, width), form=form, things=Ws)
         A, B, W = self.random(8, width), self.random(out, 8), exact(Ws[0])
 
         def dequantize(x, W):
@@ -142,8 +142,6 @@ class Measurement:
                 lora("ours", call=lambda x, W: k.lora(x, *W.parts(), A, B, 4.0))
                 lora("ours, 4 launches", call=lambda x, W: k.product(x, *W.parts()) + 4 * (x @ A.T @ B.T))
         add("dequantize", "ours", x=dense[0], call=dequantize, wanted=W, more=bytes_of(dense[0]))
-        add("quantize", "ours", x=dense[0], things=dense, call=lambda x, W: k.quantize(W, *size)[1],
-            wanted=quantize_rows(dense[0], *size)[1], more=bytes_of(Ws[0]))
 
     def factors(self, out, width, rank, form):
         """B (A x) in one launch and in two."""

@@ -43,13 +43,6 @@ class Kernels:
             self.run = ctypes.CDLL(str(library))
         self.counters = torch.zeros(4, dtype=torch.int32)
 
-    def quantize(self, w, bits, group):
-        rows, width = w.shape
-        q = torch.full((rows, -(-width * bits // 128) * 16), 77, dtype=torch.int8 if bits == 8 else torch.uint8)
-        scale, offset = (poisoned(rows, width // group, dtype=torch.float16) for _ in range(2))
-        self.run.run_quantize(TYPES[w.dtype], pointer(w), form(q, scale, offset, width), None)
-        return q, scale, offset
-
     def dequantize(self, q, scale, offset, width, dtype, step=FAST):
         out = poisoned(len(q), width, dtype=dtype)
         self.run.run_dequantize(TYPES[dtype], form(q, scale, offset, width), pointer(out), step, None)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from cuda_on_cpu import FAST, NAIVE, ROOT, TYPES, WARP, Kernels
 
-from quant import QuantMatrix, decode, quantize_rows, unpack
+from quant import QuantMatrix
 
 ROUNDING = {torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11}  # of one number, to its size
 SIZES = [*range(1, 18), 31, 33, 63, 64, 65, 100, 127, 128, 130, 192, 257, 1000]
@@ -51,7 +51,7 @@ def assert_product(y, x, w, inner=0.0):
     """y = x w^T up to the rounding of y itself, of float sums, and `inner` for what is rounded on the way."""
     exact = x.double() @ w.double().T
     size = x.double().abs() @ w.double().abs().T  # float sums are right to a part of that
-    allowed = ROUNDING[y.dtype] * exact.abs() + (4e-6 + inner) * size + 1e-7  # of q + CENTRE, see part 5
+    allowed = ROUNDING[y.dtype] * exact.abs() + (4e-6 + inner) * size + 1e-7  # of q + CENTRE, see part 4
     assert torch.isfinite(y).all(), "not every number of y was written"
     worst = ((y.double() - exact).abs() / allowed).max()
     assert worst <= 1, f"{worst:.1f} times the rounding that is allowed"
@@ -66,18 +66,11 @@ def cases(count):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", list(TYPES))
 @pytest.mark.parametrize("step", [NAIVE, FAST])
-def test_quantize_and_dequantize(kernels, draw, bits, dtype, step):
+def test_dequantize(kernels, draw, bits, dtype, step):
     for _ in range(6):
         rows, width = draw.choice(SIZES[:26]), draw.choice(SIZES)
-        group = some_group(draw, width)
-        w = (0.02 * torch.randn(rows, width)).to(dtype)
-        w[0] = 0.25  # a vector without a range
-        found = kernels.quantize(w, bits, group or width)
-        q, scale, offset = quantize_rows(w, bits, group or width)
-        assert torch.equal(found[1], scale) and torch.equal(found[2], offset)
-        assert torch.equal(unpack(found[0], bits, width), q)
-        out = kernels.dequantize(*found, width, dtype, step)
-        assert torch.equal(out, decode(q, scale, offset).to(dtype))
+        m = random_matrix(rows, width, bits, some_group(draw, width))
+        assert torch.equal(kernels.dequantize(*m.parts(), width, dtype, step), m.dense(dtype))
 
 
 @pytest.mark.parametrize("step", [NAIVE, WARP])
@@ -144,7 +137,7 @@ def test_lowrank_in_one_launch(kernels, draw, bits, dtype, i):
 def test_lora_in_one_launch(kernels, draw, bits, dtype, i):
     M, rows = draw.randint(1, 16), draw.choice(SIZES)
     r, scale = draw.choice([1, 4, 8, 13, 35]), draw.choice([4.0, 0.5])
-    width, group = (8 * draw.choice([*SIZES[:20], 250]), 0) if i % 2 else (192, 64)
+    width, group = [(192, 64), (2000, 0), (192, 64), (8 * draw.choice(SIZES[:20]), 0)][i]
     m, x = random_matrix(rows, width, bits, group), torch.randn(M, width, dtype=dtype)
     A, B = (0.1 * torch.randn(*shape) for shape in ((r, width), (rows, r)))
     A, B = A.to(dtype), B.to(dtype)
@@ -154,6 +147,8 @@ def test_lora_in_one_launch(kernels, draw, bits, dtype, i):
 
 
 # ----------------------------------------------------------------------------- on the real thing
+
+CUT = 3e-5  # of the size: tensor cores cut float sums off instead of rounding them
 
 def cuda_compiler():
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
@@ -193,14 +188,14 @@ def on_gpu():
 def test_products_on_a_gpu(on_gpu, draw, bits, dtype, i):
     M, rows, group = draw.choice([1, 3, 8, 16, 17, 64, 100]), draw.choice(SIZES), [0, 0, 64, 128][i % 4]
     width = group * draw.choice([1, 2, 5]) if group else draw.choice(SIZES)
-    m, x = random_matrix(rows, width, bits, group).cuda(), torch.randn(M, width, dtype=dtype, device="cuda")
+    m, x = random_matrix(rows, width, bits, group), torch.randn(M, width, dtype=dtype, device="cuda")
+    dense, m = m.dense(dtype), m.cuda()
     for step in (NAIVE, WARP, FAST):
-        assert_product(on_gpu.product(x, *m.parts(), step), x, m.dense())
+        assert_product(on_gpu.product(x, *m.parts(), step), x, m.dense(), inner=CUT)
     g = torch.randn(M, rows, dtype=dtype, device="cuda")
     assert_product(on_gpu.matmul_back(g, *m.parts(), width), g, m.dense().T, inner=ROUNDING[dtype])
-    w = m.dense(dtype)
-    again = on_gpu.quantize(w, bits, m.group)
-    assert torch.equal(again[1], quantize_rows(w, bits, m.group)[1])
+    for step in (NAIVE, FAST):
+        assert torch.equal(on_gpu.dequantize(*m.parts(), width, dtype, step).cpu(), dense)
 
 
 @pytest.mark.slow
@@ -228,7 +223,7 @@ def test_one_launch_on_a_gpu(on_gpu, draw, bits, dtype, i):
         graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y, product)
-    assert_product(z, x, W.dense().double() + 0.5 * (b.double() @ a.double()))
+    assert_product(z, x, W.dense().double() + 0.5 * (b.double() @ a.double()), inner=CUT)
 
 
 @pytest.mark.slow
