@@ -3,11 +3,13 @@
     torchrun finetune.py                                  8-bit smollm2-135m, r = 8 on q, k, v: minutes
     python finetune.py --task fpb --bits 4                one task, 4 bits
     python finetune.py --task my_rows.json --rank 16      your own {"instruction", "input", "output"} rows
+    python finetune.py --method full                      every weight learns, or last-block, or head
     torchrun --nproc_per_node 2 finetune.py --base llama2-7b --bits 4 --targets q,v --recompute block
     python finetune.py --resume                           go on after Ctrl-C, a kill or a power cut
 
-It leaves OUT/ as an adapter in PEFT's format (python sample.py --model BASE --bits 8 --adapter OUT), with
-metrics.jsonl, summary.json, loss.png, heldout.json (the rows kept for testing) and the state to resume from.
+It leaves OUT/ as an adapter in PEFT's format (python sample.py --model BASE --bits 8 --adapter OUT), or with
+another --method as a model; with metrics.jsonl, summary.json, loss.png, heldout.json (the rows kept for
+testing) and the state to resume from.
 
 Why it fits: W never changes, so it needs no gradient and no moments and may be integers; A and B are a
 thousandth of it. Why it is fast:
@@ -24,13 +26,15 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 
 import eval as evaluation
-from checkpoint import load_model
+from checkpoint import load_model, own_tensors, save_model
 from common import cli
 from common.adapters import adaptable, base_id, bits_of, load_adapter, save_adapter
 from common.cli import Parser, at_least_0, at_least_1, command, positive, refuse, say, seed
@@ -41,6 +45,7 @@ from common.processes import all_reduce, any_process, distribute, is_first, proc
 from common.run import RunFolder, check_rows, must_resume, parse, plot_losses, restore_arguments
 from common.storage import read_state, replace_state
 from lowrank import attach_lora
+from model import count_parameters
 from recompute import MODES, use_recompute
 from tasks import sets
 from tasks.rows import Batch, encode, made_up_headlines, pick, read_alpaca
@@ -62,15 +67,18 @@ SETTINGS = dict(
     eval_rows=64,         # held-out rows for that loss
 )
 # What a resumed run may not change: with another value it would be another run.
-FIXED = ("base", "bits", "rank", "targets", "task", "seed", "alpha", "dropout", "seq_len")
+FIXED = ("base", "bits", "rank", "method", "targets", "task", "seed", "alpha", "dropout", "seq_len")
+METHODS = ("lora", "full", "last-block", "head")
 
 
 def make_parser():
     p = Parser(__doc__)
     add = p.add_argument_group("model").add_argument
     add("--base", default="smollm2-135m", help="the pretrained model: a known name, a folder or a file")
-    add("--bits", type=int, choices=(4, 8, 16), default=8, help="of the base's weights")
+    add("--bits", type=int, choices=(4, 8, 16), help="of the base's weights (default: 8; 16 if they learn)")
     add("--rank", type=at_least_1, default=8, help="r of A and B")
+    add("--method", choices=METHODS, default="lora",
+        help="what learns: A and B, every weight, those of the last block, or the head's")
     add("--targets", help="layers with an adapter, by their last names (default: q,k,v, of GPT-2 qkv)")
     add = p.add_argument_group("data").add_argument
     add("--task", default="sentiment",
@@ -80,7 +88,7 @@ def make_parser():
     add("--batch-size", type=at_least_1, default=16, help="rows a step in each process")
     add = p.add_argument_group("optimization").add_argument
     add("--max-iters", type=at_least_1, default=150, help="steps of the schedule")
-    add("--lr", type=positive, default=1e-3, help="highest learning rate")
+    add("--lr", type=positive, help="highest learning rate (default: 1e-3 for lora, else 1e-4)")
     add("--seed", type=seed, default=1, help="of A, the batches and dropout")
     add = p.add_argument_group("machine").add_argument
     add("--recompute", choices=MODES, default="sdpa", help="what the backward pass computes again")
@@ -110,13 +118,17 @@ def finetune(args, given):
     args.dtype = str(device.dtype).removeprefix("torch.")  # a resumed run computes as it began
     say(f"device {device.name}" + (f", {world_size()} processes" if world_size() > 1 else ""))
     say(f"dtype {args.dtype} ({device.why}), {device.rate / 1e12:.2f} TFLOPS in products")
-    fill_in(args)
+    fill_in(args, given)
 
-    # The frozen base with its adapters, and the data.
-    model, tokenizer = adapted_model(args, device)
-    own_id = base_id(args.base)
-    if state is not None:
-        load_adapter(model, state_folder, own_id)
+    # The base with what is to learn in it, and the data.
+    lora, own_id = args.method == "lora", base_id(args.base)
+    if lora:
+        model, tokenizer = adapted_model(args, device)
+        if state is not None:
+            load_adapter(model, state_folder, own_id)
+    else:
+        model, tokenizer = trainable_model(args, device, state_folder)
+    use_recompute(model, args.recompute).train()
     data = Data(args, tokenizer, model.config.context)
     refuse(state is not None and state.get("text") != data.text, f"--task {args.task} has not the rows that "
            "the run began with: give those, or another --out-dir")
@@ -168,25 +180,35 @@ def finetune(args, given):
             row |= dict(tokens_per_second=fast, peak_memory_bytes=memory)
             folder.log(f"{fast:.0f} tok/s {memory / 1e9:.1f} GB", **row)
         if stopped or step == last or step % args.save_interval == 0:
-            save(folder, model, optimizers, strategy, args, rows, before, own_id, data.text)
+            state = dict(step=step, rows=rows, text=data.text, before=before)
+            save(folder, model, tokenizer, optimizers, strategy, args, state, own_id)
         if stopped:
             return folder.say_stopped("finetune.py", stop.name)
 
     # The scores after, summary.json, and what to type next.
     after = scores_of("after", strategy, tokenizer, data.test)
     folder.finish(
-        device, base=args.base, base_id=own_id, bits=args.bits, rank=args.rank, f1_before=mean_f1(before),
-        f1_after=mean_f1(after), scores_before=before, scores_after=after, trainable_parameters=trainable,
-        steps=folder.step, loss=folder.last("loss"), val_loss=folder.last("val_loss"),
-        tokens_per_second=speed(tokens, folder), arguments=vars(args))
+        device, base=args.base, base_id=own_id, bits=args.bits, rank=args.rank, method=args.method,
+        f1_before=mean_f1(before), f1_after=mean_f1(after), scores_before=before, scores_after=after,
+        trainable_parameters=trainable, steps=folder.step, loss=folder.last("loss"),
+        val_loss=folder.last("val_loss"), tokens_per_second=speed(tokens, folder), arguments=vars(args))
     bits = f" --bits {args.bits}" if args.bits < 16 else ""
-    say(f"{folder.path}/ has the adapter, metrics.jsonl, summary.json and loss.png; try")
-    say(f"    python sample.py --model {args.base}{bits} --adapter {folder.path} --prompt \"...\"")
+    model = f"{args.base}{bits} --adapter {folder.path}" if lora else folder.path
+    what = "adapter" if lora else "model"
+    say(f"{folder.path}/ has the {what}, metrics.jsonl, summary.json and loss.png; try")
+    say(f"    python sample.py --model {model} --prompt \"...\"")
     return 0
 
 
-def fill_in(args):
+def fill_in(args, given):
     """Give what was not given the value that depends on other arguments, and refuse what can't be."""
+    lora = args.method == "lora"
+    args.bits = args.bits or (8 if lora else 16)
+    args.lr = args.lr or (1e-3 if lora else 1e-4)
+    refuse(args.bits < 16 and not lora,
+           f"--method {args.method} changes weights, which integers can't follow: give --bits 16, or lora")
+    refuse(not lora and given & {"rank", "targets"},
+           f"--rank and --targets are of --method lora, got {args.method}: leave them out")
     if args.warmup is None:
         args.warmup = min(100, args.max_iters // 10)
     if args.eval_interval is None:
@@ -213,7 +235,24 @@ def adapted_model(args, device):
     refuse(not names.issuperset(targets), f"--targets {args.targets}: this model has layers called {known}")
     torch.manual_seed(args.seed)
     say(attach_lora(model, args.rank, args.alpha, targets, args.dropout))
-    return use_recompute(model, args.recompute).train(), tokenizer
+    return model, tokenizer
+
+
+def trainable_model(args, device, saved):
+    """The base, or what a run saved, in 32 bit, frozen but for what --method names; and its tokenizer."""
+    home = "cpu" if args.shard else device.torch_device
+    model, tokenizer = load_model(saved or args.base, home)
+    refuse(tokenizer is None, f"{args.base} has no tokenizer beside its weights: put a tokenizer.json there")
+    if args.method == "head" and model.head.weight is model.embed.weight:
+        model.head.weight = nn.Parameter(model.head.weight.detach().clone())  # the embedding stays
+        model.config = replace(model.config, tied=False)
+    learning = {"full": [model], "last-block": [model.blocks[-1], model.norm], "head": [model.head]}
+    model.requires_grad_(False)
+    for part in learning[args.method]:
+        part.requires_grad_(True)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{args.method}: {count:,} of {count_parameters(model):,} parameters learn")
+    return model, tokenizer
 
 
 def batches_of(step_rows, args, strategy, device):
@@ -300,18 +339,23 @@ def speed(tokens, folder):
     return sum(tokens[1:] or tokens) / sum(folder.times[1:] or folder.times)
 
 
-def save(folder, model, optimizers, strategy, args, rows, before, own_id, text):
-    """Replace OUT/state: the adapter, the moments, and what the run needs to go on."""
+def save(folder, model, tokenizer, optimizers, strategy, args, state, own_id):
+    """Replace OUT/state: the adapter or the model, the moments, and what the run needs to go on."""
     folder.check_finite(strategy, args)
-    learned = strategy.gather({name: p for name, p in model.named_parameters() if p.requires_grad})
-    moments = strategy.gather(moments_of(model, optimizers))
+    lora, tensors = args.method == "lora", own_tensors(model)
+    if lora:
+        tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tensors, moments = strategy.gather(tensors), strategy.gather(moments_of(model, optimizers))
+
+    def write(new):
+        if lora:
+            save_adapter(new, model, args.base, own_id, learned=tensors)
+        else:
+            save_model(new, model, tokenizer, tensors)
     if is_first():
-        state = dict(step=folder.step, rows=rows, text=text, args=vars(args), before=before)
-        state["seconds"] = folder.seconds()
-        replace_state(args.out_dir, lambda new: save_adapter(new, model, args.base, own_id, learned=learned),
-                      moments, state)
-        task = Path(args.task).name
-        plot_losses(folder.path, f"LoRA r = {args.rank} on {args.base}, {args.bits} bit, {task}")
+        replace_state(args.out_dir, write, moments, state | dict(args=vars(args), seconds=folder.seconds()))
+        what = f"LoRA r = {args.rank}" if lora else args.method
+        plot_losses(folder.path, f"{what} on {args.base}, {args.bits} bit, {Path(args.task).name}")
     folder.saved()
 
 

@@ -224,6 +224,47 @@ def test_n_and_n_steps_are_2n(base, tmp_path, bits):
     assert all(torch.equal(x, y) for n in a.factors for x, y in zip(a.factors[n], b.factors[n]))
 
 
+@pytest.mark.parametrize("method", ["full", "last-block", "head"])
+def test_what_a_method_names_learns_as_in_transformers_and_goes_on_where_it_was(base, tmp_path, method):
+    common, out = ["--base", base, "--method", method, "--max-iters", "4", "--lr", "1e-2", *QUIET], tmp_path / "whole"
+    assert call(*common, "--out-dir", out) == 0
+    assert call(*common, "--out-dir", tmp_path / "halves", stop_at=2) == 0
+    assert finetune.main(["--resume", "--out-dir", str(tmp_path / "halves"), "--data-dir", "/nowhere"]) == 0
+    assert losses(out) == losses(tmp_path / "halves")
+    (before, tokenizer), (model, _) = load_model(base), load_model(out)
+    old = dict(before.named_parameters()) | {"head.weight": before.head.weight}
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, old[name])}
+    last = f"blocks.{CONFIG.blocks - 1}."
+    named = {"full": lambda name: True, "last-block": lambda name: name.startswith((last, "norm.")), "head": lambda name: name == "head.weight"}
+    assert changed == {name for name, _ in model.named_parameters() if named[method](name)}
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["trainable_parameters"] == sum(dict(model.named_parameters())[name].numel() for name in changed)
+
+    export(before, tokenizer, tmp_path / "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    if method == "head":
+        theirs.lm_head.weight = nn.Parameter(theirs.lm_head.weight.detach().clone())
+    learning = {"full": theirs, "last-block": nn.ModuleList([theirs.model.layers[-1], theirs.model.norm]), "head": theirs.lm_head}[method]
+    theirs.requires_grad_(False)
+    learning.requires_grad_(True)
+    optimizer = torch.optim.AdamW(learning.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    args = SimpleNamespace(**summary["arguments"])
+    rows = finetune.Data(args, tokenizer, CONFIG.context).train
+    for step in range(4):
+        mine = pick(rows, 4, args.seed, step)
+        total = 0.0
+        for r in mine:
+            total = total + F.cross_entropy(theirs(torch.tensor([r.ids[:-1]])).logits[0, r.start - 1:], torch.tensor(r.ids[r.start:]), reduction="sum")
+        optimizer.zero_grad()
+        (total / sum(len(r.ids) - r.start for r in mine)).backward()
+        nn.utils.clip_grad_norm_(learning.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = finetune.learning_rate(step, args)
+        optimizer.step()
+    tokens = torch.arange(1, 60)[None]
+    assert torch.allclose(model(tokens), theirs(tokens).logits, atol=2e-3) and not torch.allclose(model(tokens), before(tokens), atol=0.05)
+
+
 def test_two_processes_have_the_losses_of_one_with_twice_the_accumulation(base, tmp_path, run):
     common = ["--base", base, "--max-iters", "4", *QUIET]
     assert call(*common, "--out-dir", tmp_path / "one", grad_accum=2) == 0
@@ -250,6 +291,17 @@ def test_two_shards_have_the_losses_of_two_replicas_stopped_and_resumed(base, tm
     whole, sharded = (json.loads((folder / "summary.json").read_text()) for folder in (copies, parts))
     assert whole["trainable_parameters"] == sharded["trainable_parameters"] and whole["scores_before"] == sharded["scores_before"]
     assert whole["val_loss"] == pytest.approx(sharded["val_loss"], abs=1e-5)
+
+
+def test_shards_that_all_learn_have_the_losses_of_one_process(base, tmp_path, run):
+    common = ["--base", base, "--method", "full", "--max-iters", "3", *QUIET]
+    assert call(*common, "--out-dir", tmp_path / "one", grad_accum=2) == 0
+    done = run("finetune.py", *common, "--shard", "--out-dir", tmp_path / "two", processes=2, settings=SETTINGS)
+    assert done.returncode == 0, done.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys() and max(abs(one[s] - two[s]) for s in one) < 1e-5
+    a, b = (dict(load_model(tmp_path / name)[0].named_parameters()) for name in ("one", "two"))
+    assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 
 
 def test_a_quantized_folder_is_not_sharded(base, tmp_path, run):
@@ -447,6 +499,8 @@ def test_a_run_goes_on_with_its_own_rows_alone(base, tmp_path):
     (["--lr", "-1"], "argument --lr: must be a finite number above 0, got -1"),
     (["--lr", "nan"], "argument --lr: must be a finite number above 0, got nan"),
     (["--batch-size", "0"], "argument --batch-size: must be a whole number, at least 1, got 0"),
+    (["--method", "full", "--bits", "8"], "--method full changes weights, which integers can't follow: give --bits 16"),
+    (["--method", "head", "--rank", "4"], "--rank and --targets are of --method lora, got head"),
     (["--shard"], "needs several processes: torchrun --nproc_per_node N finetune.py"),
     (["--base", "nowhere"], "nowhere: no such folder or file, nor a known model"),
 ])
