@@ -4,18 +4,16 @@
     o = min + 2^(bits - 1) s               so that q is centred: -128..127, or -8..7
     q = round((w - o) / s),   w ~ s q + o
 
-s and o are float16: with groups of 64 a weight takes 4.5 or 8.5 bits. Weights that are too large or too small
-for float16 are refused, and a W^E of low rank stays as it is. The product can do without W itself:
+s and o are float16: with groups of 64 a weight takes 4.5 or 8.5 bits. The product can do without W itself:
 
     y = W x = s * (q x) + o * sum(x)       over each group, and added up over the groups of a row
 
-Decoding has one row of x at a time and takes the time of reading W, of which integers are fewer bytes. With
-many rows arithmetic takes longer, and dequantizing adds little; without g++ or nvcc it is always done:
+Decoding takes the time of reading W, of which integers are fewer bytes. Without g++ or nvcc W is dequantized:
 
-    rows of x          on a CPU                                     on a GPU
-    few                beyond/cpu_kernels.py: W stays in integers   kernels.cu, likewise
-    many               the same, x rounded to 16 bits               W is dequantized, then torch's product
-    with a gradient    W is dequantized                             kernels.cu for few
+    rows of x          on a CPU                                               on a GPU
+    few                beyond/cpu_kernels.py: W in integers, x in 16 bits     kernels.cu, W in integers
+    many               the same                                               W is dequantized
+    with a gradient    W is dequantized                                       kernels.cu for few
 
     python checkpoint.py quantize out/train out/int8 --bits 8
     python train.py --rank 192 --bits 4    # section IV: train with rounded weights
@@ -33,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from common.cli import InputError, say
+from common.cli import InputError, refuse, say
 from lowrank import BlendedLinear, LowRankLinear
 from model import Layer, Packed
 
@@ -45,13 +43,12 @@ MANY_ROWS = 128             # with more, a GPU is faster with a dequantized W
 def check_format(bits, group, width):
     """The length of a vector. group: that length, 0 for a whole row, or None: at 8 bits a row, at 4 bits the
     largest power of two up to 64 that divides the row, or the row if that is less than 16."""
-    if bits not in (4, 8):
-        raise InputError(f"bits must be 4 or 8, got {bits}")
+    refuse(bits not in (4, 8), f"bits must be 4 or 8, got {bits}")
     if group is None:
         group = math.gcd(64, width) if bits == 4 and width % 16 == 0 else width
     group = group or width
-    if group < 0 or width % group:
-        raise InputError(f"groups of {group} do not divide a row of {width}: choose a divisor, or 0 (a row)")
+    refuse(group < 0 or width % group,
+           f"groups of {group} do not divide a row of {width}: choose a divisor, or 0 (a row)")
     return group
 
 
@@ -93,9 +90,9 @@ def check_range(weight, bits, group, name):
     low, high = weight.detach().float().unflatten(-1, (-1, group)).aminmax(dim=-1)
     s, o = scale_and_offset(low, high, bits)
     finest = max((high - low).max() / (2 ** bits - 1) / 2, torch.maximum(high, -low).max() / 1024)
-    if not (s + o).isfinite().all() or 0 < finest < (2 ** (bits - 3) + 2) * SMALLEST_HALF:
-        raise InputError(f"{name} has weights from {low.min():.3g} to {high.max():.3g}: float16 scales can't "
-                         f"hold these at {bits} bits, keep the model at 16 (--bits 16)")
+    fits = (s + o).isfinite().all() and not 0 < finest < (2 ** (bits - 3) + 2) * SMALLEST_HALF
+    refuse(not fits, f"{name} has weights from {low.min():.3g} to {high.max():.3g}: float16 scales can't "
+           f"hold these at {bits} bits, keep the model at 16 (--bits 16)")
 
 
 def pack(q, bits):
@@ -204,8 +201,8 @@ def product(x, W):
 
 
 def on_cpu(x, A, B=None, bias=None):
-    """x A^T, or x A^T B^T + bias, from integers. None in training and without a compiler."""
-    if x.is_cuda or torch.is_grad_enabled():
+    """x A^T, or x A^T B^T + bias, from integers. None outside torch.inference_mode or without a compiler."""
+    if x.is_cuda or not torch.is_inference_mode_enabled():  # recompute.py computes the same bits twice
         return None
     from beyond.cpu_kernels import product
     return product(x, A, B, bias)
@@ -235,8 +232,7 @@ def load_kernels():
     try:
         return load("fingpt_kernels", [str(Path(__file__).with_name("kernels.cu"))])
     except (RuntimeError, OSError, ImportError) as e:
-        lines = str(e).strip().splitlines()
-        why = [line for line in lines if "error:" in line][:2] or lines[:1]  # the compiler's own
+        why = [line for line in str(e).splitlines() if "error:" in line][:2] or str(e).splitlines()[:1]
         say(f"kernels.cu is not used, which is slower: it needs nvcc and ninja ({' | '.join(why)[:400]})")
         return None
 
@@ -378,8 +374,7 @@ def formats(model, bits, group=None):
 
 
 def quantize(model, bits, group=None, rounding=quantize_rows):
-    """Quantize the layers of formats(), in place. rounding(W, bits, group) chooses the integers of linear
-    layers: quantize_rows, or one of beyond/rounding.py."""
+    """Quantize the layers of formats(), in place. rounding: quantize_rows, or one of beyond/rounding.py."""
     for name, form in formats(model, bits, group).items():
         layer = model.get_submodule(name)
         model.set_submodule(name, quantize_layer(layer, *form, rounding, name).train(layer.training))

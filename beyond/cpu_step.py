@@ -63,7 +63,7 @@ def cpu_step(model, cache):
 
 
 def keys_and_values(cache):
-    """Those of all layers, each (blocks of slots, kv_heads, slots, d): in a KVCache, a row is such a block."""
+    """Of all layers, each (blocks of slots, kv_heads, slots, d): in a KVCache, a row is such a block."""
     return cache.pool.kv.unbind(1) if isinstance(cache, PagedCache) else (cache.k, cache.v)
 
 
@@ -73,7 +73,7 @@ def inputs(attention):
 
 
 def is_plain(block):
-    """Whether the block is model.py's, with layers on a CPU that can be read, and nothing is attached to it."""
+    """Whether the block is model.py's, with layers on a CPU that can be read, and nothing attached to it."""
     if [type(m) for m in (block, block.attention, block.mlp)] != [Block, Attention, FeedForward]:
         return False
     layers = [m for m in block.modules() if is_linear(m)]

@@ -1,8 +1,8 @@
 // Decoding on a CPU (sections V.B and V.C): W x and B (A x) with W in 4, 8, 16 or 32 bits, and a whole step.
 //
 // Decoding a token reads every weight once and multiplies it once, so the time is that of reading. For that:
-//   - little work for a weight. Where W has integers, x is rounded to integers, too, of 16 bits, with a scale for
-//     each 128 or fewer (better than float16): then 32 products and their sums are one instruction;
+//   - little work for a weight. Where W has integers, x is rounded to integers, too, of 16 bits, with a scale
+//     for each 128 or fewer (better than float16): then 32 products and their sums are one instruction;
 //   - four rows of W side by side, whose sums do not wait for each other, and prefetch (1.6 times as fast);
 //   - weights are unpacked once for four rows of x;
 //   - everything else where the numbers already are: the conversion of x, s and o, the bias, and for
@@ -93,9 +93,9 @@ static inline float add_up(floats v) {
   return sum;
 }
 
-// A lane of a vector has 4 bytes of a row of W: 8 int4 in the order of quant.py's pack(), 4 int8, 2 bfloat16 or
-// a float. They are taken out in parts: integers two by two, 16 bits each, and floats one by one. A chunk is as
-// many weights as have one scale of x; int8 with one scale for the row can do with fewer of them.
+// A lane of a vector has 4 bytes of a row of W: 8 int4 in the order of quant.py's pack(), 4 int8, 2 bfloat16
+// or a float. They are taken out in parts: integers two by two, 16 bits each, and floats one by one. A chunk
+// is as many weights as have one scale of x; int8 with one scale for the row can do with fewer of them.
 template <int BITS, bool GROUPS> struct Format {
   static constexpr int in_lane = 32 / BITS, in_part = BITS > 8 ? 1 : 2, of_vector = in_lane / in_part;
   static constexpr int vectors = BITS == 8 && !GROUPS ? 2 : 1, parts = vectors * of_vector;
@@ -116,8 +116,8 @@ template <int BITS> static inline ints part(ints lanes, int i) {
   return (ints)((ushorts)lanes >> 4 * i & (uint16_t)15);                        // 0, 1; 2, 3; ...: 0 to 15
 }
 
-// What all rows of W need of one x: its chunks in the order of the parts of W, as integers with a scale for each
-// chunk if W has integers; and the sum over each group.
+// What all rows of W need of one x: its chunks in the order of the parts of W, as integers with a scale for
+// each chunk if W has integers; and the sum over each group.
 struct Input {
   std::vector<ints> x;
   std::vector<float> scale, sums, rounded;
@@ -159,8 +159,8 @@ struct Input {
   static float round(const float* v, float* to, int n) { return memcpy(to, v, n * sizeof *v), 1; }
 };
 
-// y[m rows + r] = row n + r of W times row m of x, and the bias. GROUPS: W has a scale for each group, and not for
-// the row. Where the last chunk ends beyond the row x is 0; cpu_kernels.py keeps what is read inside its memory.
+// y[m rows + r] = row n + r of W times row m of x, and the bias. GROUPS: W has several scales in a row.
+// Where the last chunk ends beyond the row x is 0; cpu_kernels.py keeps reads inside its memory.
 template <int BITS, bool GROUPS, int M>
 static void multiply(const Matrix& W, int n, const Input* in, const float* bias, float* y) {
   using F = Format<BITS, GROUPS>;
@@ -168,7 +168,7 @@ static void multiply(const Matrix& W, int n, const Input* in, const float* bias,
   const int groups = W.width / W.group, lanes_in_group = W.group / F::in_lane;
   const int next = (AHEAD / (ROWS * W.row_bytes) + 1) * ROWS * W.row_bytes;  // some rows ahead
   const int chunks = (W.width + N - 1) / N;
-  const int span = GROUPS ? lanes_in_group : chunks;  // chunks whose scales, one for each group, fill a vector
+  const int span = GROUPS ? lanes_in_group : chunks;  // chunks whose scales, one a group, fill a vector
   const uint8_t* q[ROWS];
   const _Float16 *scale[ROWS], *offset[ROWS];
   const ints* x[M];
@@ -235,7 +235,8 @@ template <int BITS, bool GROUPS>
 static void share(const Matrix& W, const std::vector<Input>& in, const float* bias, float* y) {
   constexpr int BLOCK = 64;  // rows of x that stay in the cache for all rows of W
   long thread = omp_get_thread_num(), threads = omp_get_num_threads(), tiles = (W.rows + 3) / 4;
-  int first = tiles * thread / threads * 4, last = std::min((int)(tiles * (thread + 1) / threads * 4), W.rows);
+  int first = tiles * thread / threads * 4, end = tiles * (thread + 1) / threads * 4;
+  int last = std::min(end, W.rows);
   for (int block = 0, M = in.size(); block < M; block += BLOCK)
     for (int n = first; n < last; n += 4)
       for (int m = block, count; m < std::min(block + BLOCK, M); m += count) {
@@ -325,7 +326,9 @@ template <class T> struct Slots {
   T* data;
   const int* table;
   int size, heads, head, d;
-  T* operator[](int j) const { return data + (((size_t)table[j / size] * heads + head) * size + j % size) * d; }
+  T* operator[](int j) const {
+    return data + (((size_t)table[j / size] * heads + head) * size + j % size) * d;
+  }
 };
 
 // Equation 1 for one query: y = softmax(q K^T / sqrt(d)) V over `length` keys.

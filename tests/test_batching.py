@@ -149,7 +149,7 @@ def random_adapter(model, rank, targets, seed=0, size=0.3):
 def merged(config, adapter):
     """The model with W + scale B A in place of W."""
     model, _ = pair(config)
-    with torch.no_grad():
+    with torch.inference_mode():
         for name, (A, B) in adapter.factors.items():
             layer = model.get_submodule(name)
             layer.weight = torch.nn.Parameter(layer.weight + adapter.scale * B @ A)  # GPT-2's head leaves its embedding alone
@@ -167,7 +167,7 @@ def test_rows_with_their_own_adapters_give_the_logits_of_merged_models(config):
     for i, adapter in enumerate(made):
         adapters.add(f"adapter {i}", adapter)
     names = ["adapter 2", "adapter 0", None, "adapter 3", "adapter 1"]
-    with torch.no_grad():
+    with torch.inference_mode():
         wanted = torch.cat([(merged(config, made[int(n[-1])]) if n else pair(config)[0])(t[None]) for n, t in zip(names, tokens)])
         adapters.select(names)
         cache = KVCache(config, 5, 12)
@@ -196,7 +196,7 @@ def test_adapters_on_quantized_layers():
     quantize(model, 8)
     made = [random_adapter(model, 4, ["q", "v"], seed) for seed in (1, 2)]
     tokens, wanted = torch.randint(0, 101, (3, 9)), []
-    with torch.no_grad():
+    with torch.inference_mode():
         for row, adapter in zip(tokens, [*made, None]):
             if adapter:
                 for name, (A, B) in adapter.factors.items():
@@ -223,7 +223,7 @@ def folders(tmp_path_factory):
         torch.manual_seed(i)
         model, _ = pair(LLAMA)
         attach_lora(model, r=1 + i % 4, alpha=4, targets=("q", "k", "v"))
-        with torch.no_grad():
+        with torch.inference_mode():
             for name, p in model.named_parameters():
                 if name.endswith(".B"):
                     p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
@@ -305,7 +305,7 @@ def test_the_real_model_writes_the_same_in_every_way():
         for prompt, name in zip(prompts, names):
             adapters.select([name])
             uncached.append([s[0] for s in generate(model, [prompt], 4, temperature=0, use_cache=False)])
-            with torch.no_grad():
+            with torch.inference_mode():
                 logits.append(model(torch.tensor([prompt + uncached[-1]]))[0])
             assert [s[0] for s in generate(model, [prompt], 4, temperature=0)] == uncached[-1]
         adapters.select(names)
@@ -315,7 +315,7 @@ def test_the_real_model_writes_the_same_in_every_way():
         list(Engine(model, Pool(model.config, 80), adapters=adapters).run(requests))
         assert [r.tokens for r in requests] == uncached
         rows = [Sequence(pool) for pool in [Pool(model.config, 80)] for _ in prompts]
-        with torch.no_grad():
+        with torch.inference_mode():
             for row, prompt, name in zip(rows, prompts, names):
                 adapters.select([name])
                 model.hidden(torch.tensor([prompt]), PagedCache([row]))
@@ -356,7 +356,7 @@ def test_the_benchmark(tmp_path, text_file, capsys):
     """All engines on a small model; how fast is not asked."""
     torch.manual_seed(0)
     model = Transformer(Config("llama", vocab_size=500, context=256, blocks=2, heads=4, kv_heads=2, width=32, ffn=48)).eval()
-    with torch.no_grad():
+    with torch.inference_mode():
         for p in model.parameters():
             p.mul_(8 if p.dim() > 1 else 1)  # so that no two tokens are nearly as likely
     save_model(tmp_path / "m", model, train_tokenizer([text_file.read_text(encoding="utf-8")], 500))

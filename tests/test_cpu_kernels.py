@@ -64,7 +64,7 @@ def test_the_cpu_kernels_equal_float64(bits, group, dtype, rounding, cpu):
         B, bias = some_matrix(bits, rows, rank, group), torch.randn(rows)
         A = some_matrix(bits, B.in_features, width, group)
         x = (torch.randn(count, A.in_features) * torch.randn(A.in_features).mul(2).exp()).to(dtype)
-        with torch.no_grad():
+        with torch.inference_mode():
             h, y = product(x, A), product(x, A, B, bias.to(dtype))
         x, a, b = x.double(), A.dense().double(), B.dense().double()
         exact, error = x @ a.T, off_by(x, a, torch.zeros_like(x))
@@ -78,7 +78,7 @@ def test_the_cpu_kernels_equal_float64(bits, group, dtype, rounding, cpu):
 def test_a_row_is_the_same_to_the_last_bit_whatever_the_others_are(bits, group, cpu):
     A, B = some_matrix(bits, 64, 576, group), some_matrix(bits, 50, 64, group)
     x, bias = torch.randn(71, 576), torch.randn(50)
-    with torch.no_grad():
+    with torch.inference_mode():
         alone = torch.cat([product(row[None], A, B, bias) for row in x])
         for count in (2, 3, 4, 5, 8, 15, 71):
             assert torch.equal(product(x[:count], A, B, bias), alone[:count])
@@ -89,7 +89,7 @@ def test_a_row_is_the_same_to_the_last_bit_whatever_the_others_are(bits, group, 
 def test_numbers_that_are_not_finite_stay_so(bits, bad, cpu):
     x = torch.randn(5, 128)
     x[2, 70] = float(bad)
-    with torch.no_grad():
+    with torch.inference_mode():
         y = QuantMatrix.of(torch.randn(40, 128), bits).times(x)
     assert not torch.isfinite(y[2]).any() and torch.isfinite(y[[0, 1, 3, 4]]).all()
 
@@ -97,7 +97,7 @@ def test_numbers_that_are_not_finite_stay_so(bits, bad, cpu):
 def test_the_cpu_kernels_see_what_became_of_the_integers():
     """Addresses are kept between calls: a copy and other weights must not leave stale ones behind."""
     layer, x = quantize_layer(LowRankLinear(64, 48, 16), 8), torch.randn(1, 64)
-    with torch.no_grad():
+    with torch.inference_mode():
         y = layer(x)
         other = copy.deepcopy(layer)
         other.load_state_dict(quantize_layer(LowRankLinear(64, 48, 16), 8).state_dict())
@@ -114,7 +114,7 @@ def test_without_a_compiler_torch_takes_over_and_it_is_said_once(bits, monkeypat
     monkeypatch.setenv("FINGPT_CACHE", str(tmp_path / "cache"))
     cpu_kernels.load.cache_clear()
     layer, x = quantize_layer(LowRankLinear(65, 48, 17), bits, 0), torch.randn(3, 65)
-    with torch.no_grad():
+    with torch.inference_mode():
         assert relative(layer(x), x @ layer.dense_weight().T + layer.bias) < 0.02
         layer(x)
     cpu_kernels.load.cache_clear()

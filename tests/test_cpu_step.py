@@ -27,7 +27,7 @@ def some_model(kind, rank=False, bits=8):
     narrow = dict(kv_heads=2, width=80, ffn=200) if bits < 16 else dict(kv_heads=2, width=160, ffn=224)
     shape = dict(kv_heads=4, width=128, ffn=192) if gpt2 else narrow
     model = Transformer(Config(kind, 211, 90, blocks=2, heads=4, tied=gpt2, norm_eps=1e-3, **shape))
-    with torch.no_grad():
+    with torch.inference_mode():
         for p in model.parameters():
             p.mul_(3) if p.dim() == 2 else p.add_(0.2 * torch.randn_like(p))
     if rank:
