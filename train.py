@@ -49,10 +49,11 @@ SETTINGS = dict(
     vocabulary=0,         # pieces of a tokenizer that is trained on the data; 0: GPT-2's, if it can be had
     eval_interval=None,   # steps between two losses on the validation text (None: a quarter of all steps)
     eval_tokens=8192,     # tokens of that text
+    shape=None,           # blocks, heads and width in place of the model's (bench.py scaling)
 )
 # What a resumed run may not change: with another value it would be another run.
 FIXED = ("model", "rank", "method", "init_from", "bits", "optimizer", "seq_len", "seed", "dropout", "start",
-         "head", "embedding_rank", "warm_start", "vocabulary")
+         "head", "embedding_rank", "warm_start", "vocabulary", "shape")
 SMALL = ("tiny", "small")  # their vocabulary is as large as the data's tokenizer; others keep their own
 
 
@@ -276,6 +277,9 @@ def random_model(args, vocab_size, home):
     """A model with random weights: shapes first, then memory, then values."""
     torch.manual_seed(args.seed)
     changes = dict(vocab_size=vocab_size) if args.model in SMALL else {}
+    if args.shape:
+        blocks, heads, width = args.shape
+        changes |= dict(blocks=blocks, heads=heads, kv_heads=heads, width=width, ffn=4 * width)
     with torch.device("meta"):
         model = Transformer(config_for(args.model, dropout=args.dropout, **changes))
         line = f"full rank: {count_parameters(model) / 1e6:,.1f}M parameters"

@@ -47,6 +47,8 @@ STAGES = [  # name, seconds at most, the command, the command of a dry run
     ("recompute", 90, f"{BENCH} recompute --dtype bfloat16 --batch-size 16",
      f"{BENCH} recompute --seq-len 64 --rounds 1"),
     ("decompose", 120, f"{BENCH} decompose --models gpt2", f"{BENCH} decompose --models tiny"),
+    ("scaling", None, f"{BENCH} scaling --hours {{hours}}",
+     f"{BENCH} scaling --hours 0.0001 --sizes 64x4 --seeds 1"),
 ]
 
 DEFAULTS = dict(minutes=25.0, out_dir=None, dry_run=False)

@@ -4,14 +4,14 @@ import json
 import math
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import bench
-from benches import chance, common, decode, http, paper, quality
+from benches import chance, common, decode, http, paper, scaling
 from checkpoint import save_model
 from common.cli import InputError
 from common.tokenizer import train_tokenizer
@@ -71,27 +71,67 @@ def test_a_changed_figure_changes_the_table(tmp_path):
     assert "0.123" in text and "old" not in text and text.startswith("before\n") and text.endswith("after\n")
 
 
-@pytest.mark.parametrize("best", [0.25, 0.5, 1, 2, 4])
-def test_the_search_for_a_rate_ends_beyond_the_best_one(best, monkeypatch):
-    monkeypatch.setattr(quality, "train", lambda name, rate, seed, args: dict(lr=rate, val_loss=abs(math.log2(rate / best))))
-    rows = quality.climb("plain", Namespace(rate=1.0, seeds=[1], steps=10))
-    rates = [r["lr"] for r in rows]
-    assert best in rates and len(set(rates)) == len(rates) >= 3
-    assert min(rates) < best < max(rates), "neither end is the best: the search did not stop too early"
+@pytest.mark.parametrize("best", [1e-3, 8e-3, 16e-3, 32e-3, 0.25])
+def test_the_search_for_a_rate_ends_beyond_the_best_one(best):
+    tried = []
+
+    def loss(rate):
+        tried.append(rate)
+        return abs(math.log2(rate / best))
+    found = scaling.best_rate(loss, 16e-3)
+    assert abs(math.log2(found / best)) <= 0.5 and min(tried) < found < max(tried)
+    assert scaling.best_rate(loss, 16e-3, up=False) == min(found, 16e-3)
+    assert math.isnan(scaling.best_rate(lambda rate: math.nan, 16e-3)), "no run begins any more"
 
 
-def test_lines_of_quality_are_means_over_the_seeds_at_the_best_rate():
-    def row(variant, lr, seed, loss, steps=10, equal=False):
-        return dict(variant=variant, rank=0, lr=lr, seed=seed, val_loss=loss, steps=steps, equal_seconds=equal, share=1.0, tokens=100 * steps,
-                    tokens_per_second=50.0, seconds=2.0 * steps)
-    rows = [row("full rank, AdamW", 1e-3, 1, 5.0), row("full rank, AdamW", 2e-3, 1, 4.8), row("full rank, AdamW", 2e-3, 2, 4.6),
-            row("full rank, Muon", 2e-3, 1, 4.0), row("full rank, Muon", 2e-3, 1, 4.5, steps=5, equal=True), row("plain", 1e-3, 1, 4.9)]
-    lines = {r["variant"]: r for r in quality.summary(rows)}
-    adamw = lines["full rank, AdamW"]
-    assert (adamw["lr"], adamw["runs"]) == (2e-3, 2) and [adamw[k] for k in ("mean", "low", "high")] == pytest.approx([4.7, 4.6, 4.8])
-    assert lines["full rank, Muon"]["mean"] == 4.0, "a run of another length is left out"
-    table = quality.report(rows).splitlines()
-    assert len(table) == 2 + 3 and "+0.200" in table[-1] and "+0.900" in table[-1], "plain over full rank with AdamW and with Muon"
+def test_narrow_models_have_as_many_parameters_or_operations():
+    for name, count in (("narrow, parameters of n/4", scaling.count_parameters), ("narrow, operations of n/4", scaling.operations)):
+        narrow, low = count(scaling.shapes(*scaling.variant("64x4", name))), count(scaling.shapes((4, 4, 64), 16))
+        assert abs(narrow / low - 1) < 0.08
+    assert scaling.variant("128x6", "r = 3n/8") == ((6, 8, 128), 48)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_model_that_counts_is_the_textbooks(order, monkeypatch):
+    monkeypatch.setattr(scaling, "VOCABULARY", 5)
+    random = np.random.default_rng(0)
+    train, text = random.integers(0, 5, 400), random.integers(0, 5, 50)
+
+    def p(context, word):
+        if len(context) == 0:
+            lower, grams = 1 / 5, [(w,) for w in train]
+        else:
+            lower, n = p(context[1:], word), len(context) + 1
+            grams = [tuple(train[i:i + n]) for i in range(len(train) - n + 1)]
+        after = [g[-1] for g in grams if g[:-1] == context]
+        if not after:
+            return lower
+        return (max(after.count(word) - 0.75, 0) + 0.75 * len(set(after)) * lower) / len(after)
+    exact = [math.log(p(tuple(text[i - order + 1:i]), text[i])) for i in range(order - 1, len(text))]
+    assert scaling.counting_model(train, text, order) == pytest.approx(-np.mean(exact), rel=1e-12)
+
+
+def scaling_row(variant, loss, seed=1, ratio=20, parameters=100, rank=0):
+    parts = [loss + 0.01 * (i % 2) for i in range(scaling.PARTS)]
+    return dict(size="64x4", variant=variant, ratio=ratio, lr=0.01, seed=seed, rank=rank, shape=[4, 4, 64], parameters=parameters,
+                operations=7 * parameters, tokens=1000, seconds=1.0, choose=loss, loss=sum(parts) / len(parts), parts=parts)
+
+
+def test_the_table_of_scaling_compares_with_full_rank_and_with_dense_models(tmp_path):
+    rows = [scaling_row("full rank", 3.0), scaling_row("full rank", 3.2, seed=2), scaling_row("r = n/4", 3.5, rank=16, parameters=40),
+            scaling_row("r = n/4", 3.6, seed=2, rank=16, parameters=40), scaling_row("r = n/2", 3.25, rank=32, parameters=70),
+            scaling_row("narrow, parameters of n/4", 3.6, parameters=25), dict(size=None, variant="bigrams, counted", tokens=1000, loss=4.1)]
+    lines = {line["variant"]: line for line in scaling.compared(rows)}
+    assert lines["r = n/4"]["gap"] == pytest.approx(0.45) and lines["r = n/4"]["seeds"] == 2
+    assert lines["r = n/4"]["half"] == pytest.approx(12.71 * np.std([0.5, 0.4], ddof=1) / 2 ** 0.5, rel=1e-3)
+    # full rank 3.1 with 100 parameters, narrow 3.6 with 25: 3.55 is nine tenths of the way down, in log N
+    assert scaling.dense_like(lines["r = n/4"], lines.values()) == pytest.approx(0.25 ** 0.9, rel=1e-2)
+    assert scaling.dense_like(lines["r = n/4"] | dict(loss=9.0), lines.values()) is None
+    assert scaling.exponent([(0.5, 0.5 ** 1.3), (0.25, 0.25 ** 1.3)]) == pytest.approx(1.3)
+    text = scaling.report(rows)
+    assert "3.555 (+0.450" in text and "N_eff = N (r/n)^" in text and "bigrams, counted: 4.100 (all 1,000 tokens" in text
+    scaling.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_probabilities_by_chance_are_those_of_drawn_samples():
