@@ -40,7 +40,7 @@ def folder(tmp_path_factory, text_file):
     tokenizer = train_tokenizer([text_file.read_text(encoding="utf-8")], 500)
     tokenizer.chat_template = TEMPLATE
     model = Transformer(Config("llama", 500, context=256, blocks=2, heads=4, kv_heads=2, width=64, ffn=96))
-    with torch.no_grad():
+    with torch.inference_mode():
         model.embed.weight.mul_(8)
         for p in model.blocks.parameters():
             if p.dim() > 1:
@@ -48,7 +48,7 @@ def folder(tmp_path_factory, text_file):
                 p.copy_(U * (S * 0.95 ** torch.arange(len(S))) @ V)
     save_model(path / "model", model, tokenizer)
     attach_lora(model, r=4, alpha=8, targets=("q", "v"))
-    with torch.no_grad():
+    with torch.inference_mode():
         for name, p in model.named_parameters():
             if name.endswith(".B"):
                 p.normal_()
@@ -239,7 +239,7 @@ def test_a_key_is_asked_for_and_without_teach_the_bench_says_how(folder, listeni
 
 def perplexity(model, tokenizer, text):
     ids = torch.tensor([tokenizer.encode(text, around=True)])
-    with torch.no_grad():
+    with torch.inference_mode():
         return math.exp(F.cross_entropy(model(ids)[0, :-1].double(), ids[0, 1:]))
 
 
@@ -252,7 +252,7 @@ def second_moments(model, tokenizer):
                 x = x[0].double().flatten(0, -2)
                 H[name] = H.get(name, 0) + x.T @ x
             hooks.append(layer.register_forward_pre_hook(look))
-    with torch.no_grad():
+    with torch.inference_mode():
         for window in calibration_batches("builtin", tokenizer, 256, 2048):
             model.hidden(window)
     for hook in hooks:
@@ -352,7 +352,7 @@ def test_answers_of_all_positions_in_one_batch_are_those_alone(server, address, 
     model, tokenizer = reduced(folder, exact, 60, 16)
     ids = tokenizer.encode("The statement", around=True)
     for _ in range(20):
-        with torch.no_grad():
+        with torch.inference_mode():
             ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
     assert tokenizer.decode(ids) == "The statement" + alone[2]
 
