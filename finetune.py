@@ -180,8 +180,8 @@ def finetune(args, given):
             row |= dict(tokens_per_second=fast, peak_memory_bytes=memory)
             folder.log(f"{fast:.0f} tok/s {memory / 1e9:.1f} GB", **row)
         if stopped or step == last or step % args.save_interval == 0:
-            state = dict(step=step, rows=rows, text=data.text, before=before)
-            save(folder, model, tokenizer, optimizers, strategy, args, state, own_id)
+            progress = dict(step=step, rows=rows, text=data.text, before=before)
+            save(folder, model, tokenizer, optimizers, strategy, args, progress, own_id)
         if stopped:
             return folder.say_stopped("finetune.py", stop.name)
 
@@ -193,10 +193,10 @@ def finetune(args, given):
         trainable_parameters=trainable, steps=folder.step, loss=folder.last("loss"),
         val_loss=folder.last("val_loss"), tokens_per_second=speed(tokens, folder), arguments=vars(args))
     bits = f" --bits {args.bits}" if args.bits < 16 else ""
-    model = f"{args.base}{bits} --adapter {folder.path}" if lora else folder.path
+    result = f"{args.base}{bits} --adapter {folder.path}" if lora else folder.path
     what = "adapter" if lora else "model"
     say(f"{folder.path}/ has the {what}, metrics.jsonl, summary.json and loss.png; try")
-    say(f"    python sample.py --model {model} --prompt \"...\"")
+    say(f"    python sample.py --model {result} --prompt \"...\"")
     return 0
 
 
@@ -243,7 +243,10 @@ def trainable_model(args, device, saved):
     home = "cpu" if args.shard else device.torch_device
     model, tokenizer = load_model(saved or args.base, home)
     refuse(tokenizer is None, f"{args.base} has no tokenizer beside its weights: put a tokenizer.json there")
-    if args.method == "head" and model.head.weight is model.embed.weight:
+    refuse(any(bits_of(layer) < 16 for layer in adaptable(model).values()), f"--method {args.method} changes "
+           f"weights, and those of {args.base} are integers: give the model that it was made from")
+    dense = isinstance(model.head, nn.Linear) and isinstance(model.embed, nn.Embedding)
+    if args.method == "head" and dense and model.head.weight is model.embed.weight:
         model.head.weight = nn.Parameter(model.head.weight.detach().clone())  # the embedding stays
         model.config = replace(model.config, tied=False)
     learning = {"full": [model], "last-block": [model.blocks[-1], model.norm], "head": [model.head]}
@@ -339,7 +342,7 @@ def speed(tokens, folder):
     return sum(tokens[1:] or tokens) / sum(folder.times[1:] or folder.times)
 
 
-def save(folder, model, tokenizer, optimizers, strategy, args, state, own_id):
+def save(folder, model, tokenizer, optimizers, strategy, args, progress, own_id):
     """Replace OUT/state: the adapter or the model, the moments, and what the run needs to go on."""
     folder.check_finite(strategy, args)
     lora, tensors = args.method == "lora", own_tensors(model)
@@ -353,7 +356,8 @@ def save(folder, model, tokenizer, optimizers, strategy, args, state, own_id):
         else:
             save_model(new, model, tokenizer, tensors)
     if is_first():
-        replace_state(args.out_dir, write, moments, state | dict(args=vars(args), seconds=folder.seconds()))
+        state = progress | dict(args=vars(args), seconds=folder.seconds())
+        replace_state(args.out_dir, write, moments, state)
         what = f"LoRA r = {args.rank}" if lora else args.method
         plot_losses(folder.path, f"{what} on {args.base}, {args.bits} bit, {Path(args.task).name}")
     folder.saved()

@@ -24,7 +24,7 @@ from common.formats import export
 from common.loss import head_loss
 from common.storage import read_state
 from common.tokenizer import train_tokenizer
-from lowrank import LoRALinear, attach_lora
+from lowrank import LoRALinear, attach_lora, replace_linears
 from model import Config, Transformer
 from quant import quantize
 from recompute import MODES, use_recompute
@@ -291,6 +291,17 @@ def test_two_shards_have_the_losses_of_two_replicas_stopped_and_resumed(base, tm
     whole, sharded = (json.loads((folder / "summary.json").read_text()) for folder in (copies, parts))
     assert whole["trainable_parameters"] == sharded["trainable_parameters"] and whole["scores_before"] == sharded["scores_before"]
     assert whole["val_loss"] == pytest.approx(sharded["val_loss"], abs=1e-5)
+
+
+def test_integers_do_not_learn_and_a_head_of_low_rank_does(base, tmp_path):
+    replace_model(tmp_path / "int8", *load_model(base, bits=8))
+    with pytest.raises(InputError, match="--method full changes weights, and those of .*int8 are integers"):
+        call("--base", tmp_path / "int8", "--method", "full", "--max-iters", 1, "--out-dir", tmp_path / "out", *QUIET)
+    model, tokenizer = load_model(base)
+    replace_linears(model, 8, method=2)
+    replace_model(tmp_path / "low", model, tokenizer)
+    assert call("--base", tmp_path / "low", "--method", "head", "--max-iters", 1, "--out-dir", tmp_path / "out", *QUIET) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["trainable_parameters"] == 8 * (32 + 400)
 
 
 def test_shards_that_all_learn_have_the_losses_of_one_process(base, tmp_path, run):
