@@ -28,7 +28,7 @@ from common.formats import Source, export, make_config, open_source, read_header
 from common.storage import read_tensors, replaced, sharded, sync_folder, write_tensors
 from common.tokenizer import read_json
 from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, merge_lora, replace_linears, swap_layers
-from model import CONFIGS, Layer, Transformer, config_for, count_parameters
+from model import CONFIGS, Layer, Packed, Transformer, config_for, count_parameters
 
 FORMAT = "fingpt-hpc"
 KINDS = {"lowrank": LowRankLinear, "blended": BlendedLinear, "lowrank embedding": LowRankEmbedding}
@@ -142,7 +142,7 @@ class FolderSource(Source):
         tensor = self.stored[name].read()
         return tensor if tensor.dim() < 2 else tensor[:rows]
 
-    def tensors(self):
+    def tensors(self, forms=()):
         """All, and their checksums are compared."""
         return itertools.chain.from_iterable(map(read_tensors, self.files))
 
@@ -185,7 +185,7 @@ def load_model(name, device="cpu", dtype=torch.float32, bits=16, group=None):
     stored = min((form["bits"] for form in source.layers.values() if "bits" in form), default=bits)
     refuse(bits < 16 and stored != bits, f"{source.path} has {stored}-bit weights already: leave "
            f"--bits {bits} out, or give the model that it was made from")
-    model = fill(build(source.config, source.layers), source.tensors(), device, dtype, bits, group)
+    model = fill(build(source.config, source.layers), source.tensors, device, dtype, bits, group)
     return model, source.tokenizer()
 
 
@@ -193,7 +193,7 @@ GIVE_BACK = 1 << 28  # bytes of layers that were quantized, after which free mem
 
 
 def fill(model, tensors, device, dtype, bits=16, group=None):
-    """Give a meta model its memory, a tensor (name, tensor) at a time.
+    """Give a meta model its memory, a (name, tensor) of tensors(forms) at a time.
 
     bits 8 or 4: a layer is quantized when it is complete, so that the model never is whole in 16 bit.
     """
@@ -201,11 +201,15 @@ def fill(model, tensors, device, dtype, bits=16, group=None):
     if bits < 16:
         import quant
         forms = quant.formats(model, bits, group)
-    for name, tensor in tensors:
-        place(model, name, tensor, device, dtype)
-        del tensor
+    for name, tensor in tensors(forms):
         owner = name.rpartition(".")[0]
         layer = model.get_submodule(owner)
+        if isinstance(tensor, Packed):  # the file has it in integers
+            model.set_submodule(owner, quant.holding(layer, tensor.to(device)))
+            del forms[owner]
+            continue
+        place(model, name, tensor, device, dtype)
+        del tensor
         if owner in forms and not any(p.is_meta for p in layer.parameters()):
             freed += sum(p.nbytes for p in layer.parameters())
             model.set_submodule(owner, quant.quantize_layer(layer, *forms[owner], name=owner))
@@ -233,7 +237,7 @@ def place(model, name, tensor, device, dtype):
 
 def random_model(name, rank=0, bits=16, group=None, device="cpu", dtype=torch.bfloat16):
     """A known name with random weights, made and quantized a layer at a time: to measure sizes and speeds."""
-    def values(shapes):
+    def values(forms):
         for key, shape in shapes.items():
             value = torch.full(shape, float(key.endswith("weight")), device=device)
             yield key, value if len(shape) == 1 else value.normal_(std=0.02)
@@ -242,7 +246,7 @@ def random_model(name, rank=0, bits=16, group=None, device="cpu", dtype=torch.bf
         if rank:
             replace_linears(model, rank)
     shapes = {key: tensor.shape for key, tensor in own_tensors(model).items()}
-    return fill(model, values(shapes), device, dtype, bits, group)
+    return fill(model, values, device, dtype, bits, group)
 
 
 def quantize(args):

@@ -337,16 +337,20 @@ def from_description(form, dense):
     return KINDS[form["kind"]](*parts)
 
 
+def holding(layer, W):
+    """The quantized layer with W in the place of a dense one."""
+    return QuantEmbedding(W) if isinstance(layer, nn.Embedding) else QuantLinear(W, layer.bias)
+
+
 def quantize_layer(layer, bits, group=None, rounding=quantize_rows, name="a layer"):
     """The quantized layer that takes the place of a dense or low-rank one."""
     def of(weight, part):
-        return QuantMatrix.of(weight, bits, group, rounding, f"{name}.{part}")
-    if isinstance(layer, nn.Linear):
-        return QuantLinear(of(layer.weight, "weight"), layer.bias)
+        rounds = quantize_rows if isinstance(layer, nn.Embedding) else rounding
+        return QuantMatrix.of(weight, bits, group, rounds, f"{name}.{part}")
     if isinstance(layer, LowRankLinear):
         return QuantLowRank(of(layer.A, "A"), of(layer.B, "B"), layer.bias)
-    if isinstance(layer, nn.Embedding):
-        return QuantEmbedding(QuantMatrix.of(layer.weight, bits, group, name=f"{name}.weight"))
+    if isinstance(layer, (nn.Linear, nn.Embedding)):
+        return holding(layer, of(layer.weight, "weight"))
     why = "let alpha fall to 0 first" if isinstance(layer, BlendedLinear) else "take a model of 16 or 32 bit"
     raise InputError(f"a {type(layer).__name__} can't be quantized: {why}")
 
@@ -379,11 +383,6 @@ def quantize(model, bits, group=None, rounding=quantize_rows):
         layer = model.get_submodule(name)
         model.set_submodule(name, quantize_layer(layer, *form, rounding, name).train(layer.training))
     tie_quantized(model)
-
-
-def stored_bytes(model):
-    """Bytes of all parameters and buffers, a shared one once."""
-    return sum(t.nbytes for t in {*model.parameters(), *model.buffers()})
 
 
 # ------------------------------------------------------------------------- training with rounded weights

@@ -27,7 +27,7 @@ from checkpoint import decomposed_from, load_model, open_dense, own_tensors, rep
 from common import cli
 from common.cli import Parser, at_least_0, at_least_1, command, positive, refuse, say, seed
 from common.data import check_length, eval_batches, open_corpus, prepare, train_batch
-from common.device import find_device, matmul_rate, peak_memory
+from common.device import find_device, matmul_rate, peak_memory, stored_bytes
 from common.loss import head_loss
 from common.optimizers import learning_rate, make_optimizers, moments_of, restore_moments, set_rate, step_all
 from common.processes import all_reduce, any_process, distribute, in_turn, is_first, process_group, world_size
@@ -367,7 +367,6 @@ def finish(folder, model, rows, args, device, stopped_by):
     parameters, seconds = count_parameters(model), folder.step_seconds()
     model_bytes = 4 * parameters
     if args.bits < 16 and is_first():
-        from quant import stored_bytes
         # from the saved state: exactly the model whose loss was measured
         rounded, tokenizer = load_model(args.out_dir, bits=args.bits)
         model_bytes = stored_bytes(rounded)

@@ -22,10 +22,9 @@ from benches.common import Worker, installed, interleaved, llama_cpp, shown, tab
 from beyond.decoding import decoding_step
 from checkpoint import load_model, locate, random_model
 from common.cli import refuse
-from common.device import find_device, peak_memory
+from common.device import find_device, peak_memory, stored_bytes
 from common.generate import generate
 from model import CONFIGS, config_for
-from quant import stored_bytes
 
 RANKS = {"gpt2": 192, "gpt2-xl": 384}  # the paper's, of Table VIII, beside full rank
 PROMPT, UNCACHED = list(range(100)), 4  # new tokens without the cache

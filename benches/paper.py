@@ -15,12 +15,12 @@ from benches.common import PAPER, interleaved, own_columns
 from benches.train import gpt2_of_rank, peak_of_one, shapes_of_rank, training_step
 from checkpoint import random_model
 from common.cli import refuse
-from common.device import find_device, matmul_rate, peak_memory
+from common.device import find_device, matmul_rate, peak_memory, stored_bytes
 from common.generate import generate
 from common.loss import head_loss
 from lowrank import attach_lora, replace_linears
 from model import count_parameters, flops_per_token
-from quant import quantize, stored_bytes
+from quant import quantize
 from recompute import use_recompute
 
 TARGETS = {"llama2-7b": ("q", "v"), "llama2-13b": ("q", "k", "v")}

@@ -14,9 +14,9 @@ from benches.common import shown, table
 from beyond.rounding import clip_rows, quantize_calibrated
 from checkpoint import load_model
 from common.data import calibration_batches
-from common.device import find_device
+from common.device import find_device, stored_bytes
 from eval import WINDOW, score_task, text_windows
-from quant import quantize, quantize_rows, stored_bytes
+from quant import quantize, quantize_rows
 
 MODEL, MINMAX, CLIPPED = "smollm2-135m", "to the nearest, min-max", "clipped"
 FEEDBACK, SWEPT = "error feedback", "error feedback, sweeps"  # they learn from the calibration's text

@@ -92,3 +92,8 @@ def peak_memory(device):
     if status.exists():  # a child process inherits its parent's ru_maxrss, but not its VmHWM
         return int(re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.M)[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def stored_bytes(model):
+    """Bytes of all parameters and buffers, a shared one once."""
+    return sum(t.nbytes for t in {*model.parameters(), *model.buffers()})

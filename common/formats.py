@@ -163,8 +163,8 @@ class Source:
         self.stored = {name: stored[key] for name, key in wanted.items()}
         self.bits = {name: tensor.bits for name, tensor in self.stored.items()}
 
-    def tensors(self):
-        """(name, tensor) of all."""
+    def tensors(self, forms=()):
+        """(name, tensor) of all. forms: of quant.formats; a matrix that is stored so is a QuantMatrix."""
         for name in self.shapes:
             yield name, self.get(name)
 

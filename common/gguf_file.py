@@ -21,6 +21,8 @@ from common.tokenizer import from_gguf
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # kinds of values, in struct's letters
 STRING, ARRAY = 8, 9
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # packings that are none
+BLOCKS = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4}  # bits of packings that are quant.py's own, in groups of BLOCK
+BLOCK = 32
 ROWS_AT_ONCE = 1024
 
 
@@ -112,6 +114,28 @@ def read_rows(path, tensor, order=None):
     return rows.view(-1, *tensor.shape[1:])
 
 
+def read_blocks(path, tensor, order):
+    """A matrix in one of BLOCKS as a quant.QuantMatrix, nothing rounded anew. A block of 32 numbers is a float16
+    s, in Q4_1 a float16 minimum m, and the integers, in 4 bits from 0 on: the first 16 in the low halves of
+    bytes. With ours from -8 on, o = m + 8 s, or 0, which float16 holds but for one block in a million."""
+    from quant import QuantMatrix, pack
+    mapped = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.rows, tensor.row))
+    blocks = torch.from_numpy(mapped[order.numpy()]).unflatten(1, (tensor.shape[-1] // BLOCK, -1))
+    name, W = tensor.packing.name, QuantMatrix(*tensor.shape, BLOCKS[tensor.packing.name], BLOCK)
+    W.scale = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
+    if name == "Q4_1":
+        minimum = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0]
+        W.offset = (minimum.float() + 8 * W.scale.float()).half()
+    refuse(not (W.scale + W.offset).isfinite().all(), f"{path} has scales that are no numbers: get it again")
+    if name == "Q8_0":
+        q = blocks[..., 2:].contiguous().view(torch.int8)
+    else:
+        halves = blocks[..., -BLOCK // 2:]
+        q = torch.cat([halves & 15, halves >> 4], -1).to(torch.int8) - 8  # (out, blocks, 32)
+    W.q = pack(q.flatten(1), W.bits)
+    return W
+
+
 # ----------------------------------------------------------------------------- a model in it
 
 # Settings that change the network, and the values with which they don't.
@@ -172,16 +196,27 @@ class GGUFSource(formats.Source):
         if "rope_freqs.weight" in packed:
             self.config = scaled(file, self.config, read_rows(file, packed["rope_freqs.weight"]))
 
-    def get(self, name, rows=None):
+    def order(self, name):
         """Its rows in our order: of RoPE's neighbours 0 2 4 ... 1 3 5 ... of each head."""
-        packed = self.stored[name]
-        order = torch.arange(packed.shape[0])
+        order = torch.arange(self.stored[name].shape[0])
         heads = {"q": self.config.heads, "k": self.config.kv_heads}.get(name.split(".")[-2])
         if heads and formats.FAMILIES[self.config.kind].gguf_neighbours:
             order = order.view(heads, -1, 2).transpose(1, 2).reshape(-1)  # (heads, d/2, 2) -> (heads, 2, d/2)
+        return order
+
+    def get(self, name, rows=None):
+        packed, order = self.stored[name], self.order(name)
         if len(packed.shape) == 1:
             return read_rows(self.path, packed)[order]
         return read_rows(self.path, packed, order[:rows])
+
+    def tensors(self, forms=()):
+        for name in self.shapes:
+            packed, form = self.stored[name], dict(forms).get(name.removesuffix(".weight"))
+            if form and BLOCKS.get(packed.packing.name) == form[0] and form[1] in (None, BLOCK):
+                yield name, read_blocks(self.path, packed, self.order(name))
+            else:
+                yield name, self.get(name)
 
     def tokenizer(self):
         if "tokenizer.ggml.model" not in self.fields:

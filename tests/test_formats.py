@@ -22,7 +22,7 @@ from common.gguf_file import GGUFSource, Packed
 from common.tokenizer import render_chat
 from lowrank import attach_lora, replace_linears
 from model import Config, KVCache, Transformer
-from quant import quantize
+from quant import QuantMatrix, quantize
 
 DATA = Path(os.environ.get("DATA_DIR", "data"))
 # Of transformers: the name, and settings with which a network differs from a Llama.
@@ -501,6 +501,25 @@ def test_gguf(kind, pack, tied, tmp_path):
     assert whole.dtype == plain and torch.equal(source.get("blocks.0.attention.q.weight", 3), whole[:3])
     if pack == "F32":
         assert_same_logits(tmp_path / "m.gguf", theirs(kind, tied))
+
+
+@pytest.mark.parametrize("kind, pack, tied", [
+    ("llama", "Q4_0", False), ("qwen2", "Q4_1", False), ("qwen2", "Q8_0", False), ("llama", "Q8_0", True)])
+def test_the_blocks_of_a_gguf_are_used_as_they_are_stored(kind, pack, tied, tmp_path):
+    """With the bits of the file a model is not rounded again: it computes what transformers does with numbers."""
+    write_gguf(tmp_path / "m.gguf", theirs(kind, tied), gguf.GGMLQuantizationType[pack], kind)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+    bits = int(pack[1])
+    model, _ = load_model(tmp_path / "m.gguf", bits=bits)
+    assert_same_logits(model, reference)
+    made = {m.group for m in model.modules() if isinstance(m, QuantMatrix)}
+    assert made == {32} and model.blocks[1].attention.k.W.bits == bits
+    save_model(tmp_path / "own", model)
+    assert_same_logits(load_model(tmp_path / "own")[0], reference)
+    rounded, _ = load_model(tmp_path / "m.gguf", bits=12 - bits, group=32)  # not its own: 8 in place of 4
+    assert (rounded(TOKENS) - reference(TOKENS).logits).abs().max() > 1e-4
+    asked, _ = load_model(tmp_path / "m.gguf", bits=bits, group=16)
+    assert asked.blocks[1].attention.k.W.group == 16
 
 
 @pytest.mark.parametrize("kind, settings", [

@@ -18,11 +18,12 @@ from checkpoint import load_model, save_model
 from common.adapters import base_id, save_adapter
 from common.cli import InputError
 from common.data import calibration_batches
+from common.device import stored_bytes
 from common.tokenizer import train_tokenizer
 from decompose import main as decompose
 from lowrank import LowRankLinear, attach_lora
 from model import Config, Transformer, count_parameters, is_linear
-from quant import quantize, stored_bytes
+from quant import quantize
 from sample import open_model
 
 CHROMIUM = "/usr/bin/chromium"

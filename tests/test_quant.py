@@ -10,6 +10,7 @@ import quant
 from beyond.rounding import clip_rows, feedback_rows, quantize_calibrated
 from checkpoint import load_model, save_model
 from common.cli import InputError
+from common.device import stored_bytes
 from common.generate import generate
 from lowrank import LoRALinear, LowRankLinear, attach_lora, replace_linears
 from model import Config, Transformer, config_for, count_parameters, dense_weight, matmul_weights
@@ -242,7 +243,7 @@ def test_a_quantized_model(kind, rank, tied, bits, tmp_path):
         after = model(tokens)
     assert relative(after, before) < (0.05 if bits == 8 else 0.5)
     assert count_parameters(model) == parameters and matmul_weights(model) == multiplied
-    assert quant.stored_bytes(model) < (0.45 if bits == 8 else 0.4) * quant.stored_bytes(dense)
+    assert stored_bytes(model) < (0.45 if bits == 8 else 0.4) * stored_bytes(dense)
     list(generate(model, [[1, 2, 3]], 3))  # takes the forms for few rows
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "m.safetensors")
