@@ -117,7 +117,7 @@ def read_rows(path, tensor, order=None):
 def read_blocks(path, tensor, order):
     """A matrix in one of BLOCKS as a quant.QuantMatrix, nothing rounded anew. A block of 32 numbers is a
     float16 s, in Q4_1 a float16 minimum m, and the integers; those of 4 bits begin at 0, and the first 16 are
-    the low halves of bytes. Ours begin at -8: o = m + 8 s, which float16 holds but for one block in a million.
+    the low halves of bytes. Ours begin at -8: o = m + 8 s, which float16 holds but for one in a million.
     """
     from quant import QuantMatrix, pack
     mapped = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.rows, tensor.row))
