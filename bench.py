@@ -20,7 +20,7 @@ import torch
 
 from common.cli import InputError, Parser, check_folder, command, write_atomic
 
-FILES = [f for f in sorted(Path(__file__).parent.glob("benches/*.py")) if f.stem not in ("account", "common")]
+FILES = [f for f in sorted(Path(__file__).parent.glob("benches/*.py")) if f.stem != "common"]
 BENCHES = {f.stem: f.read_text().split("\n")[0].strip('"') for f in FILES}  # name -> its first line
 RESULTS = Path(__file__).parent / "results"
 

@@ -278,9 +278,8 @@ def evaluate(args):
         file = folder / "predictions" / f"{name}.jsonl"
         results[name] = score_task(model, tokenizer, device, name, items[name], file)
     print_results(results)
-    size = 0
-    for t in own_tensors(model).values():  # quantized integers as they are, everything else in 16 bit
-        size += t.numel() * (2 if t.is_floating_point() else t.element_size())
+    # quantized integers as they are, everything else in 16 bit
+    size = sum(t.numel() * min(2, t.element_size()) for t in own_tensors(model).values())
     cost = dict(parameters=count_parameters(model), size_bytes=size,
                 peak_memory_bytes=peak_memory(device.torch_device))
     print(f"\n{args.model}: {cost['parameters'] / 1e6:,.1f}M parameters, {cost['size_bytes'] / 1e6:,.1f} MB, "

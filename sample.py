@@ -26,6 +26,7 @@ from common.device import find_device
 from common.generate import generate
 from common.tokenizer import Utf8Decoder, render_chat
 from model import KVCache
+from tasks.sets import read_jsonl
 
 TOP_P = 0.95         # draw from the likeliest tokens that have this probability together
 SEED = 1             # of the draws; line n of --prompts has SEED + n - 1
@@ -38,14 +39,13 @@ def parse(argv):
     p.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR",
                    help="of finetune.py or PEFT; several with names for --prompts (default: the bare base)")
     p.add_argument("--bits", type=int, default=16, help="8 or 4: quantize (default: %(default)s)")
-    p.add_argument("--prompt", help="the text to continue (default: a new line)")
-    p.add_argument("--prompts", metavar="FILE.jsonl", help="many texts, one a line (default: --prompt)")
-    p.add_argument("--chat", action="store_true", help="talk with an instruction-tuned model")
+    given = p.add_mutually_exclusive_group()
+    given.add_argument("--prompt", help="the text to continue (default: a new line)")
+    given.add_argument("--prompts", metavar="FILE.jsonl", help="many texts, one a line (default: --prompt)")
+    given.add_argument("--chat", action="store_true", help="talk with an instruction-tuned model")
     p.add_argument("--max-new-tokens", type=at_least_1, default=200, help="at most (default: %(default)s)")
     p.add_argument("--temperature", type=not_negative, default=0.8, help="0: greedy (default: %(default)s)")
     args = p.parse_args(argv)
-    refuse([args.prompt is not None, bool(args.prompts), args.chat].count(True) > 1,
-           "--prompt, --prompts and --chat exclude each other: give one of them")
     refuse(len(args.adapter) > 1 and not args.prompts, f"{len(args.adapter)} adapters, and nothing says "
            "which one to use: give one, or --prompts with a name in each line")
     return args
@@ -135,20 +135,11 @@ def make_pool(model, tokens=None, sequences=0):
 def read_requests(args, tokenizer, default):
     """line number -> Request, of every line of --prompts that is not empty."""
     from beyond.batching import Request
-    try:
-        lines = Path(args.prompts).read_bytes().splitlines()
-    except OSError as e:
-        raise InputError(f"--prompts {args.prompts}: {e.strerror}") from None
+    refuse(not Path(args.prompts).is_file(), f"--prompts {args.prompts}: there is no such file")
     requests = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            ids, adapter = tokenizer.encode(row["prompt"], around=True), row.get("adapter", default)
-        except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, no text
-            ids = []
-        good = ids and set(row) <= {"prompt", "adapter"} and isinstance(adapter, str | None)
+    for row, number in read_jsonl(Path(args.prompts), prompt=str):
+        ids, adapter = tokenizer.encode(row["prompt"], around=True), row.get("adapter", default)
+        good = ids and row.keys() <= {"prompt", "adapter"} and isinstance(adapter, str | None)
         refuse(not good, f"{args.prompts}, line {number}: a line is "
                '{"prompt": "...", "adapter": "NAME"}, the adapter may be left out')
         seed = SEED + number - 1

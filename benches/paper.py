@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 
-from benches.account import account, by_kind, meta_model
 from benches.common import PAPER, interleaved, own_columns
+from benches.memory import account, by_kind, meta_model
 from benches.train import gpt2_of_rank, peak_of_one, shapes_of_rank, training_step
 from checkpoint import random_model
 from common.cli import refuse

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from benches.account import Watch
 from benches.common import interleaved, table
+from benches.memory import Watch
 from common.device import find_device
 from common.loss import head_loss
 from model import Transformer, config_for

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import torch
 
-from benches.account import meta_model
 from benches.common import installed, interleaved, shown, table
+from benches.memory import meta_model
 from beyond.batching import Adapters, Engine, Request
 from beyond.paged_cache import SIZE, Pool, bytes_per_token
 from common.cli import refuse

@@ -6,8 +6,17 @@ import torch
 from torch import nn
 
 import bench
-from benches.account import Kept, Watch, account, activations, by_kind, meta_model
-from benches.memory import rows_of, table_iii, table_iv
+from benches.memory import (
+    Kept,
+    Watch,
+    account,
+    activations,
+    by_kind,
+    meta_model,
+    rows_of,
+    table_iii,
+    table_iv,
+)
 from common.loss import head_loss
 from lowrank import attach_lora, replace_linears
 from model import Config, Transformer, config_for

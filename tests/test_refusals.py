@@ -57,7 +57,7 @@ TRAIN = "train --model tiny --rank 8 --max-iters 1 --seq-len 32 --data book.txt 
     ("checkpoint info cut", "is missing, truncated or not a safetensors file"),
     ("checkpoint info list", "list"),
     ("checkpoint merge adapter file", "file is a file: choose another folder"),
-    ("sample --model base --prompt a --chat", "--prompt, --prompts and --chat exclude each other"),
+    ("sample --model base --prompt a --chat", "argument --chat: not allowed with argument --prompt"),
     ("pipeline --stages 0", "must be a whole number, at least 1, got 0"),
     ("pipeline --schedule fifo", "invalid choice: 'fifo'"),
     ("bench memory --json file/m.json", "file is a file: choose another folder"),

@@ -166,12 +166,13 @@ def test_prompts_of_a_file_with_their_adapters(folder, adapters, run, tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    (b"not json", "line 2: a line is"),
-    (b'{"prompt": "\xff"}', "line 2: a line is"),
-    (b'{"text": "x"}', "line 2: a line is"),
-    (b'{"prompt": 5}', "line 2: a line is"),
+    (b"not json", "line 2: it is not JSON"),
+    (b'{"prompt": "\xff"}', "in.jsonl is not UTF-8 text"),
+    (b'{"text": "x"}', "line 2: it needs 'prompt', a str"),
+    (b'{"prompt": 5}', "line 2: it needs 'prompt', a str"),
+    (b'{"prompt": ""}', "line 2: a line is"),
     (b'{"prompt": "x", "adaptor": "news"}', "line 2: a line is"),
-    (b'["prompt"]', "line 2: a line is"),
+    (b'["prompt"]', "line 2: it needs 'prompt', a str"),
     (b'{"prompt": "x", "adapter": 1}', "line 2: a line is"),
     (b'{"prompt": "x", "adapter": "nobody"}', "line 2: no adapter is called 'nobody' \\(none is loaded\\)"),
     (json.dumps(dict(prompt="word " * 100)).encode(), "line 2: a prompt has .* tokens: the model reads 1 to "
@@ -221,9 +222,9 @@ def test_bad_adapters_and_files(folder, adapters, tmp_path):
                           (["--adapter", f"a={adapters / 'news'}", "--adapter", f"a={adapters / 'tweets'}",
                             *one], "two adapters are called a"),
                           (["--adapter", "a="], "--adapter a= has no folder: write NAME=DIR"),
-                          (["--prompts", str(tmp_path / "nowhere.jsonl")], "nowhere.jsonl: No such file"),
+                          (["--prompts", str(tmp_path / "nowhere.jsonl")], "nowhere.jsonl: there is no such file"),
                           (["--prompts", str(tmp_path / "empty.jsonl")], "is empty: write lines like"),
-                          ([*one, "--chat"], "--prompt, --prompts and --chat exclude each other")):
+                          ([*one, "--chat"], "argument --chat: not allowed with argument --prompts")):
         with pytest.raises(InputError, match=message):
             sample.main(["--model", str(path), *args])
 
@@ -233,7 +234,7 @@ def test_bad_adapters_and_files(folder, adapters, tmp_path):
     (["--prompt", "word " * 200], "a prompt has .* tokens: the model reads 1 to 64"),
     (["--temperature", "-1"], "argument --temperature: must be a finite number, at least 0, got -1"),
     (["--max-new-tokens", "0"], "argument --max-new-tokens: must be a whole number, at least 1, got 0"),
-    (["--prompt", "a", "--chat"], "--prompt, --prompts and --chat exclude each other"),
+    (["--prompt", "a", "--chat"], "argument --chat: not allowed with argument --prompt"),
     (["--top-k", "5"], "unrecognized arguments: --top-k 5"),
     (["--chat"], "has no chat template: use --prompt"),
     (["--model", "/nowhere"], "no such folder or file")])
