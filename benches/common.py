@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from common.cli import InputError, Parser, at_least_0, at_least_1, markdown, positive, refuse
 from common.run import NOT_RESTORED
+from common.tokenizer import read_json
 
 DATA_DIR = os.environ.get("DATA_DIR", "data")
 PAPER = json.loads(Path(__file__).with_name("paper_figures.json").read_text())  # its tables
@@ -137,12 +138,6 @@ def call(script, *flags, settings=None, env=None, quiet=False):
     refuse(done.returncode, f"{script} ended with {done.returncode}: {why}")
 
 
-def read_json(folder, name="summary.json"):
-    """A file of a run, {} where there is none."""
-    file = Path(folder) / name
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
 def arguments_of(script, flags, settings):
     """name -> value: all arguments of a script that is called with these flags, its defaults included."""
     module, flags = importlib.import_module(script[:-3]), [str(flag) for flag in flags]
@@ -157,8 +152,9 @@ def run_once(script, folder, *flags, settings=None, **how):
 
     Returns summary.json.
     """
-    summary, state = read_json(folder), read_json(folder, "state/state.json")
-    state = state or read_json(folder, "state.previous/state.json")
+    folder = Path(folder)
+    summary, state = read_json(folder / "summary.json"), read_json(folder / "state/state.json")
+    state = state or read_json(folder / "state.previous/state.json")
     there = summary.get("arguments") or state.get("args") or {}
     for name, value in arguments_of(script, flags, settings or {}).items():
         fixed = value not in (None, "auto") and name not in NOT_RESTORED
@@ -166,7 +162,7 @@ def run_once(script, folder, *flags, settings=None, **how):
                f"{there.get(name)}, and {value} is asked for: remove it, or choose another --out-dir")
     if not summary or summary.get("stopped_by"):
         call(script, *(["--resume"] if state else flags), "--out-dir", folder, settings=settings, **how)
-    return read_json(folder)
+    return read_json(folder / "summary.json")
 
 
 def table(rows, columns):

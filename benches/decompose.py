@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from benches.common import run_once, shown, table
-from beyond.activations import Moments, second_moments, walk
+from beyond.activations import Moments, walk
 from checkpoint import load_model
 from common.cli import refuse
 from common.data import calibration_batches
@@ -33,12 +33,11 @@ DEFAULTS = dict(models=f"{REAL},gpt2", quality=False, text=None, calibration=Non
 @torch.no_grad()
 def smollm2(device):
     """{name: W}, {name: H}, and the names that share an H, from 4,096 tokens of Python's own text."""
-    model, tokenizer = load_model("smollm2-135m", device)
+    model, tokenizer = load_model(REAL, device)
     W, H, groups = {}, {}, []
 
-    def look(layers, inputs):
-        width = next(iter(layers.values())).in_features
-        H.update(dict.fromkeys(layers, second_moments(inputs, width, device)))
+    def look(layers, moments):
+        H.update(dict.fromkeys(layers, moments))
         W.update({name: layer.weight.detach() for name, layer in layers.items()})
         groups.append(list(layers))
         return {}

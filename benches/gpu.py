@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from benches.common import read_json, table
+from benches.common import table
 from common.cli import refuse, say, write_atomic
 from common.device import find_device
+from common.tokenizer import read_json
 
 CHECK = "python -m pytest -q -n0 tests/test_kernels.py"
 SANITIZED = ("'tests/test_kernels.py::test_products_on_a_gpu[int4-bfloat16-2]' "
@@ -91,7 +92,7 @@ def bench(args):
     folder = Path(args.out_dir or ("out/gpu-dry-run" if dry else "results/gpu"))
     folder.mkdir(parents=True, exist_ok=True)
     end, rows, device = time.time() + 60 * args.minutes, [], find_device("float32")
-    took = {row["stage"]: row["seconds"] for row in read_json(folder, "stages.json")}
+    took = {stage: row["seconds"] for stage, row in read_json(folder / "stages.json").items()}
     for name, limit, command, dry_command in STAGES:
         began, left = time.time(), end - time.time()
         if dry:
@@ -105,7 +106,7 @@ def bench(args):
         seconds = took.get(name, 0) if became == "was done before" else time.time() - began
         rows.append(dict(stage=name, seconds=seconds, became=became))
         say(f"{name}: {became}, {seconds:.0f} s")
-        write_atomic(folder / "stages.json", json.dumps(rows, indent=1) + "\n")
+        write_atomic(folder / "stages.json", json.dumps({r["stage"]: r for r in rows}, indent=1) + "\n")
     refuse(dry and any(r["became"].startswith(("failed", "stopped")) for r in rows),
            f"{device.name}: a stage of the dry run failed, see above")
     return device, rows

@@ -8,7 +8,7 @@ as written; beside each its 95% interval, and what always giving the commonest a
 """
 from pathlib import Path
 
-from benches.common import DATA_DIR, call, read_json, table
+from benches.common import DATA_DIR, run_once, table
 from common.device import find_device
 
 DEFAULTS = dict(model="smollm2-135m", bits="16,8,4", tasks="boolq,piqa,winogrande,fpb,fiqa,tfns,ner",
@@ -18,12 +18,12 @@ DEFAULTS = dict(model="smollm2-135m", bits="16,8,4", tasks="boolq,piqa,winogrand
 def bench(args):
     rows = []
     for bits in args.bits:
-        out = Path(args.out_dir) / f"{Path(args.model).name}-{bits}"
+        out = Path(args.out_dir) / f"{Path(args.model).name}-{bits}bit-{args.limit or 'all'}"
         limit = ["--limit", args.limit] if args.limit else []
-        call("eval.py", "--model", args.model, "--bits", bits, "--tasks", args.tasks, "--data-dir",
-             args.data_dir, *limit, "--out-dir", out)
+        summary = run_once("eval.py", out, "--model", args.model, "--bits", bits, "--tasks", args.tasks,
+                           "--data-dir", args.data_dir, *limit)
         for task in args.tasks.split(","):
-            r = read_json(out)[task]
+            r = summary[task]
             best = r.get("likeliest", r)  # of a sentiment, the likeliest label; what is written beside it
             name = "f1" if "f1" in best else "accuracy"
             rows.append(dict(model=args.model, bits=bits, task=task, score=name, value=best[name],

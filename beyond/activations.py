@@ -101,11 +101,13 @@ def second_moments(inputs, width, device):
 def walk(blocks, streams, change):
     """Run a text through the blocks while their linear layers change.
 
-    blocks: pairs (i, block). streams: [(x (B, T, C), rope, mask)], as of model.begin. change(layers, inputs),
-    with {name: layer} of layers that share the inputs [(B, T, in)], returns {name: layer} of those that it
+    blocks: pairs (i, block). streams: [(x (B, T, C), rope, mask)], as of model.begin. change(layers, H), with
+    {name: layer} of layers that share inputs of the second moments H, returns {name: layer} of those that it
     replaces, and the text goes on through these."""
     def changed(part, names, inputs):
-        new = change({prefix + name: getattr(part, name) for name in names}, inputs)
+        layers = {prefix + name: getattr(part, name) for name in names}
+        width = next(iter(layers.values())).in_features
+        new = change(layers, second_moments(inputs, width, block.norm1.weight.device))
         for name, layer in new.items():
             setattr(part, name.removeprefix(prefix), layer)
 
@@ -163,17 +165,13 @@ class Calibrated:
         self.work, self.windows = work, windows
 
     def walk(self, doing, change, device):
-        """change(layers, moments): the Moments of the inputs that the layers share."""
-        def with_moments(layers, inputs):
-            width = next(iter(layers.values())).in_features
-            return change(layers, Moments(second_moments(inputs, width, device)))
-
         lazy = LazyModel(self.work, device)
-        walk(lazy.blocks(doing), lazy.begin(self.windows[rank()::world_size()]), with_moments)
+        walk(lazy.blocks(doing), lazy.begin(self.windows[rank()::world_size()]), change)
 
     def losses(self, device):
         """What it costs to cut off each eigenvalue of each layer: name -> (m,), largest first."""
-        def look(layers, moments):
+        def look(layers, H):
+            moments = Moments(H)
             for name in self.work.mine(layers):
                 self.work.save(f"spectrum-{name}", moments.eigenvalues(layers[name].weight).tolist())
             return {}
@@ -196,7 +194,8 @@ class Calibrated:
     def decompose(self, ranks, device):
         """Each layer is decomposed for the inputs it now has; then the text goes on through its factors, in
         the dtype of the model's files."""
-        def change(layers, moments):
+        def change(layers, H):
+            moments = Moments(H)
             for name in self.work.mine(layers):
                 r = ranks[name]
                 self.work.save_layer(name, r, *moments.factors(layers[name].weight, r or 1))

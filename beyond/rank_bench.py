@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from beyond.activations import Moments, second_moments, walk
+from beyond.activations import Moments, walk
 from beyond.batching import Engine, ManyLoRALinear
 from checkpoint import own_tensors
 from common.cli import refuse
@@ -69,9 +69,8 @@ class Bench(Engine):
         self.adapters.names |= self.settings.keys()
         self.model_of = functools.lru_cache(KEPT)(self.make)
 
-        def look(layers, inputs):
-            width = next(iter(layers.values())).in_features
-            moments = Moments(second_moments(inputs, width, self.pool.device))
+        def look(layers, H):
+            moments = Moments(H)
             self.factors |= {name: decompose(layer, moments, ordered) for name, layer in layers.items()}
             return {}
         windows = calibration_batches("builtin", tokenizer, model.config.context, TEXT_TOKENS)

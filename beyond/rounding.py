@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import quant
-from beyond.activations import second_moments, walk
+from beyond.activations import walk
 from common.cli import InputError
 from lowrank import LowRankLinear
 from quant import QuantMatrix, decode, encode, nearest, scale_and_offset
@@ -120,10 +120,8 @@ def fit_scale(q, target, h, scale, offset):
 @torch.no_grad()
 def quantize_calibrated(model, bits, batches, group=None, sweeps=3):
     """quant.quantize with error feedback in the blocks. Embedding and head are rounded to the nearest."""
-    def change(layers, inputs):
-        width = next(iter(layers.values())).in_features
-        moments = second_moments(inputs, width, inputs[0].device).float()
-        return {n: round_layer(n, layer, bits, group, moments, sweeps) for n, layer in layers.items()}
+    def change(layers, H):
+        return {n: round_layer(n, layer, bits, group, H.float(), sweeps) for n, layer in layers.items()}
 
     blocks = tqdm(model.blocks, desc="rounding", unit=" blocks", disable=None, leave=False)
     walk(enumerate(blocks), [model.begin(tokens) for tokens in batches], change)
