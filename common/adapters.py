@@ -103,6 +103,7 @@ def read_adapter(folder, model=None, base_id=None):
                 fits = layer is not None and size == (layer.in_features, layer.out_features)
                 refuse(not fits, f"{folder}: its adapter for {name}, {size}, fits no layer of this model: it "
                        f"was trained on {base_name}")
+                A, B = without_start(config.get("init_lora_weights"), layer, A, B, own_scale)
             factors[name] = A, B if own_scale == scale else B * (own_scale / scale)
         return Adapter(folder, rank, scale, nn.Dropout(dropout).p, factors, base_name, own_id)
 
@@ -110,7 +111,8 @@ def read_adapter(folder, model=None, base_id=None):
 def read_settings(file):
     """adapter_config.json: every setting in it is understood, or off."""
     config = read_json(file)
-    only = dict(peft_type=("LORA", None), bias=("none", None), init_lora_weights=STARTS)
+    starts = (*STARTS, "pissa") if config.get("fan_in_fan_out") else (*STARTS, "pissa", "olora")
+    only = dict(peft_type=("LORA", None), bias=("none", None), init_lora_weights=starts)
     for key, value in config.items():
         known = value in only.get(key, (value,)) and (not value or key in KNOWN)
         refuse(not known, f"{file}: {key} is {value!r}, which is not read here: let PEFT merge this adapter "
@@ -144,6 +146,22 @@ def read_factors(file, config):
                f"the shapes {shapes}, of rank {rank} they must be A ({rank}, in) and B (out, {rank})")
         factors[name] = pair["A"], pair["B"], scale
     return factors
+
+
+def without_start(start, layer, A, B, scale):
+    """PiSSA (2404.02948) and OLoRA (2406.01775) take what B A is at first off W and train the rest of W with
+    A and B. Here W stays whole: that product, made from W again, is taken off B A, at twice the rank."""
+    if start in STARTS:
+        return A, B
+    base, rank = dict(layer.named_children()).get("base", layer), len(A)
+    refuse(not isinstance(base, nn.Linear),
+           f"an adapter that began as {start} changes its base's weights: give those in 16 bit")
+    W = base.weight.detach().float().cpu()
+    if start == "pissa":
+        U, S, V = torch.linalg.svd(W, full_matrices=False)
+        return torch.cat((A, V[:rank])), torch.cat((B, -U[:, :rank] * (S[:rank] / scale)), dim=1)
+    Q, R = torch.linalg.qr(W)
+    return torch.cat((A, R[:rank])), torch.cat((B, -Q[:, :rank]), dim=1)
 
 
 def adaptable(model):

@@ -41,6 +41,7 @@ CALIBRATION_TOKENS, CALIBRATION_WINDOW = 16384, 512  # more text changes the sec
 NOT_TEXT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "pydoc_data", "lib2to3",
             "turtledemo"}
 SUFFIXES = (".txt", ".md", ".jsonl")  # of the files of a folder that are read, also with .gz behind
+PACKED = {b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "parquet", b"PK\3\4": "zip"}  # by their first bytes
 
 
 # key changes when the text does; documents() yields strings, `total` of them if that is known; each
@@ -143,7 +144,9 @@ def open_text(path, newline=None):
         opener = gzip.open if f.read(2) == b"\x1f\x8b" else open
     try:
         with opener(path, "rb") as f:
-            encoding = "utf-16" if f.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+            start = f.read(4)
+        refuse(start in PACKED, f"{path} is a {PACKED.get(start)} file: unpack it, what is read is text")
+        encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         with opener(path, "rt", encoding=encoding, newline=newline) as f:
             yield f
     except UnicodeDecodeError as e:

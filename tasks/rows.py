@@ -88,14 +88,25 @@ class Batch:
 
 
 ALPACA = '{"instruction": ..., "input": ..., "output": ...}'  # a row; its input may be missing
+CHATS = {"conversations": "a conversation in ShareGPT's form", "messages": "a list of chat messages"}
 
 
 def read_alpaca(path):
-    """Examples of a JSON file in Alpaca's form: a list of rows, or a row a line. Rows with a blank
-    instruction or output, and all but one of equal rows, are left out and counted."""
-    text, kept = sets.read_text(path), {}
-    is_list = text.lstrip().startswith("[")
-    rows = parse_json(text, path) if is_list else [row for row, _ in sets.read_jsonl(path)]
+    """Examples of a JSON file in Alpaca's form: a list of rows, {"data": a list of rows}, or a row a line.
+    Rows with a blank instruction or output, and all but one of equal rows, are left out and counted."""
+    text, rows = sets.read_text(path), []
+    first = text.strip().split("\n")[0].strip()
+    if first.startswith("{") and first.endswith("}"):
+        rows = [row for row, _ in sets.read_jsonl(path)]
+    elif first:
+        rows = [parse_json(text, path)]
+    if len(rows) == 1:
+        rows = rows[0]
+        if isinstance(rows, dict):
+            rows = rows.get("data", rows)
+        if not isinstance(rows, list):
+            rows = [rows]
+    kept = {}
     for n, row in enumerate(rows):
         example = alpaca_example(row, n, f"{path}, row {n}")
         if example.prompt.strip() and example.answer.strip():
@@ -111,6 +122,8 @@ def alpaca_example(row, index, where):
     """A row as an Example; its prompt is blank if its instruction is."""
     form = f"it should be {ALPACA}"
     refuse(not isinstance(row, dict), f"{where} is not an object but {json.dumps(row)[:60]}: {form}")
+    for key, kind in CHATS.items():
+        refuse(key in row, f"{where} is {kind} ({key!r}), which is not read: {form}")
     names = ("prompt", "completion") if "completion" in row else ("instruction", "output")
     asked, answer, given = row.get(names[0]), row.get(names[1]), row.get("input") or ""
     for name, text in zip((*names, "input"), (asked, answer, given)):

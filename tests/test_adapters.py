@@ -84,12 +84,17 @@ def test_peft_loads_ours_and_gives_our_logits(saved):
          rank_pattern={r"layers.0.self_attn.q_proj": 4}),
     dict(target_modules=r".*\.(q_proj|down_proj|c_attn)"), dict(layers_to_transform=[1]),
     dict(init_lora_weights="gaussian"), dict(init_lora_weights="orthogonal", r=4),
-    dict(init_lora_weights="mica")], ids=str)
+                                 dict(init_lora_weights="mica"),
+    dict(init_lora_weights="pissa"), dict(init_lora_weights="olora"),
+    dict(init_lora_weights="pissa", use_rslora=True, alpha_pattern={"q_proj": 5, "c_attn": 5}),
+    dict(init_lora_weights="olora", alpha_pattern={"k_proj": 5}, rank_pattern={"q_proj": 6})], ids=str)
 def test_we_load_what_peft_trained(base, tmp_path, how):
     kind, path = base
     torch.manual_seed(1)
     settings = dict(r=3, lora_alpha=12, target_modules=THEIRS[kind], task_type="CAUSAL_LM",
                     fan_in_fan_out=kind == "gpt2")
+    if kind == "gpt2" and how.get("init_lora_weights") == "olora":  # PEFT's own such adapters don't run
+        settings["target_modules"] = ["attn.c_proj"]
     model = peft.get_peft_model(theirs(path), peft.LoraConfig(**settings | how))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(2):
@@ -99,6 +104,10 @@ def test_we_load_what_peft_trained(base, tmp_path, how):
     model.eval().save_pretrained(tmp_path / "peft")
     mine = ours(path)
     before = mine(TOKENS)
+    if kind == "gpt2" and how.get("init_lora_weights") == "olora":
+        with pytest.raises(InputError, match="init_lora_weights is 'olora', which is not read here"):
+            load_adapter(mine, tmp_path / "peft")
+        return
     adapter = load_adapter(mine, tmp_path / "peft", base_id(path / "ours"))
     assert adapter.rank == how.get("r", 3) and adapter.base_id is None and "believed" in str(adapter)
     logits = mine.eval()(TOKENS)
@@ -110,6 +119,17 @@ def test_we_load_what_peft_trained(base, tmp_path, how):
         assert torch.allclose(again(TOKENS).logits, wanted, atol=2e-5)
     take_off(mine)
     assert torch.equal(mine(TOKENS), before)
+
+
+def test_a_start_that_changes_the_base_needs_its_weights(base, tmp_path):
+    kind, path = base
+    config = peft.LoraConfig(r=2, target_modules=THEIRS[kind], task_type="CAUSAL_LM",
+                             init_lora_weights="pissa")
+    peft.get_peft_model(theirs(path), config).save_pretrained(tmp_path / "peft")
+    mine = ours(path)
+    quantize(mine, 8)
+    with pytest.raises(InputError, match="began as pissa changes its base's weights"):
+        load_adapter(mine, tmp_path / "peft")
 
 
 def test_gradients_of_a_and_b_are_pefts(saved):
@@ -196,7 +216,7 @@ def spoil_settings(**changes):
     (spoil_settings(modules_to_save=["lm_head"]), "modules_to_save"),
     (spoil_settings(rank_pattern={".*": 3}), r"of rank 3 they must be A \(3, in\)"),
     (spoil_settings(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens is"),
-    (spoil_settings(init_lora_weights="pissa"), "init_lora_weights is 'pissa', which is not read here"),
+    (spoil_settings(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
     (spoil_settings(trainable_token_indices=[1]), "trainable_token_indices"),
     (spoil_settings(a_setting_of_tomorrow=0.5), "a_setting_of_tomorrow is 0.5"),
     (spoil_settings(lora_dropout=7), "can't be read"),

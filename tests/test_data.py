@@ -195,8 +195,10 @@ def test_a_folder_says_what_it_leaves_out(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.txt", b"\x28\xb5\x2f\xfd more", "a.txt is not UTF-8 text"),  # zstd
-    ("a.txt.gz", b"PK\3\4\0 more", "a.txt.gz is not text: it has zero bytes"),
+    ("a.txt", b"\x28\xb5\x2f\xfd more", "a.txt is a zstd file: unpack it"),
+    ("a.txt", b"PAR1 more", "a.txt is a parquet file: unpack it"),
+    ("a.txt.gz", b"PK\3\4 more", "a.txt.gz is a zip file: unpack it"),
+    ("a.txt", gzip.compress(b"PAR1 more"), "a.txt is a parquet file"),
     ("a.gz", gzip.compress(b"some text " * 100)[:-20], "a.gz can't be unpacked"),
     ("a.gz", gzip.compress(b"some text " * 100)[:10], "a.gz can't be unpacked"),
     ("a.gz", gzip.compress(b"some text " * 100)[:-8] + b"12345678", "a.gz can't be unpacked .CRC check failed"),

@@ -392,14 +392,15 @@ def test_alpaca_rows_of_a_file(base, tmp_path):
     ('[{"instruction": "a", "output": "b"},\n {"instruction": "a", "output": ]', "rows.json.*: it is not JSON .*line 2 column"),
     ('{"instruction": "a", "output": "b"}\n{"instruction": ', "rows.json, line 2: it is not JSON that can be"),
     ('{"instruction": "a", "output": "b"}{"instruction": "c", "output": "d"}', "it is not JSON .*Extra data"),
-    ('[{"conversations": [{"from": "human", "value": "a"}]}]', "row 0, 'instruction' is null, no text"),
+    ('[{"conversations": [{"from": "human", "value": "a"}]}]', "row 0 is a conversation in ShareGPT's form"),
+    ('{"data": [{"messages": [{"role": "user", "content": "a"}]}]}', "row 0 is a list of chat messages"),
     ('{"rows": []}', "row 0, 'instruction' is null, no text"),
     ('[{"instruction": "a", "output": 3}]', "row 0, 'output' is 3, no text"),
     ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "rows.json, row 1, 'output' is null, no text: it should be"),
     ('[{"instruction": "a", "output": "b"}, 7]', "rows.json, row 1 is not an object but 7"),
     ('[{"instruction": "a", "output": "b", "input": ["c"]}]', r"rows.json, row 0, 'input' is \[\"c\"\], no text: it should"),
     ('[{"instruction": " ", "output": "b"}]', "has no row with text: give rows"),
-    ("instruction,output\na,b\n", "rows.json, line 1: it is not JSON"),
+    ("instruction,output\na,b\n", "rows.json: it is not JSON .*line 1"),
 ])
 def test_malformed_rows_are_refused(text, message, tmp_path):
     (tmp_path / "rows.json").write_text(text)
@@ -413,7 +414,9 @@ PAIR = ("Instruction: a\u2028b\nAnswer: ", "c")
 @pytest.mark.parametrize("text, pairs", [
     ('[{"instruction": "a\u2028b", "output": "c"}]', [PAIR]),
     ('{"instruction": "a\u2028b", "output": "c", "input": null}\r\n\n' * 2, [PAIR]),
-    ('\n [\n{"instruction": "a\u2028b", "output": "c", "input": " "}]\n', [PAIR]),
+    ('{\n "instruction": "a\u2028b",\n "output": "c"\n}\n', [PAIR]),
+    ('{"data": [{"instruction": "a\u2028b", "output": "c", "input": " "}]}', [PAIR]),
+    ('\n{\n"data": [\n{"instruction": "a\u2028b", "output": "c"}]}\n', [PAIR]),
     ('[{"prompt": "Q: a\\n", "completion": "A: b"}]', [("Q: a\n", "A: b")]),
 ])
 def test_forms_of_rows_that_are_read(text, pairs, tmp_path):
