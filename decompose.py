@@ -251,16 +251,15 @@ def plot_spectra(path, rows, title):
 def parse(argv):
     p = Parser(__doc__)
     p.add_argument("--model", required=True, help="a known name, a folder or a file; dense")
-    p.add_argument("--rank", type=at_least_1,
-                   help="of every linear layer of the blocks; what this would not make smaller stays dense")
-    p.add_argument("--ratio", type=share,
-                   help="or: the share of the blocks' matrices to keep, with ranks chosen under this budget")
+    kept = p.add_mutually_exclusive_group(required=True)
+    kept.add_argument("--rank", type=at_least_1, help="of every linear layer of the blocks; what this would "
+                      "not make smaller stays dense")
+    kept.add_argument("--ratio", type=share, help="or: the share of the blocks' matrices to keep, with ranks "
+                      "chosen under this budget")
     p.add_argument("--calibration", metavar="TEXT", help="keep the outputs for this text, not the weights: a "
                    "file, a folder or builtin (default: none, plain SVD)")
     p.add_argument("--out-dir", default="out/decomposed", help="the new model folder (default: %(default)s)")
     args = p.parse_args(argv)
-    if (args.rank is None) == (args.ratio is None):
-        raise InputError("give either --rank R or --ratio S, S the share of parameters to keep")
     check_folder(args.out_dir, new=True)
     return args
 

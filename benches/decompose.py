@@ -8,14 +8,14 @@ All at a third of the ranks. The loop takes W, or W C where inputs count (H = C 
 is given C; ours has to compute it. Gathering H is not timed. error_over_optimum is the largest over all
 matrices, of the Frobenius norm of (W - B A) C over that of the best possible, in float64.
 """
-import time
-from collections import defaultdict
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from benches.common import run_once, shown, table
+from benches.common import interleaved, run_once, shown, table
 from beyond.activations import Moments, walk
 from checkpoint import load_model
 from common.cli import refuse
@@ -62,16 +62,6 @@ def random_matrices(name, device):
     return W, H, [[name] for name in W]
 
 
-def timed(function, *args):
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = function(*args)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - start
-
-
 def loop_of_svd(matrices):
     return [torch.linalg.svd(M, full_matrices=False)[1] for M in matrices]
 
@@ -85,34 +75,33 @@ def activations(matrices, ranks, H):
     return [moments.factors(M, r)[0] for M, r in zip(matrices, ranks)]
 
 
-def compare(W, H, groups, ours, describe):
+def compare(W, H, groups, ours):
     """Seconds of ours and of the loop, in turn, group by group; and the largest error over the optimum."""
-    seconds, worst = [0.0, 0.0], 0.0
-    for n, group in enumerate(tqdm([groups[0], *groups], desc=describe, disable=None, leave=False)):
-        matrices = [W[name] for name in group]
-        C = Moments(H[group[0]]).C if ours is activations else None
+    seconds, worst, found = Counter(), 0.0, {}
+
+    def keep(name, function, *args):
+        found[name] = function(*args)
+
+    for group in groups:
+        matrices, moments = [W[name] for name in group], H[group[0]]
+        C = Moments(moments).C if ours is activations else None
         targets = matrices if C is None else [(M.double() @ C).float() for M in matrices]
-        factors, mine = timed(ours, matrices, [min(M.shape) // 3 for M in matrices], H[group[0]])
-        values, loop = timed(loop_of_svd, targets)
-        if n:  # the first group is done twice: it warms up
-            seconds = [seconds[0] + mine, seconds[1] + loop]
-        for M, (B, A), S in zip(matrices, factors, values):
+        ranks = [min(M.shape) // 3 for M in matrices]
+        seconds.update(interleaved({"ours": partial(keep, "ours", ours, matrices, ranks, moments),
+                                    "loop": partial(keep, "loop", loop_of_svd, targets)}, 1))
+        for M, (B, A), S in zip(matrices, found["ours"], found["loop"]):
             error = M.double() - B.double() @ A.double()
             error = (error if C is None else error @ C).norm()
             worst = max(worst, (error / S[B.shape[1]:].double().norm()).item())
-    return *seconds, worst
+    return seconds["ours"], seconds["loop"], worst
 
 
 def speed(models, device):
     rows = []
     for model in models:
-        W, H, sharing = smollm2(device) if model == REAL else random_matrices(model, device)
-        kinds = defaultdict(list)
-        for name in W:
-            kinds[name.rsplit(".", 1)[1]].append(name)
-        thirds = [names[n::3] for names in kinds.values() for n in range(3)]  # shorter turns
-        for ours, groups in ((plain, thirds), (activations, sharing)):
-            seconds, loop, worst = compare(W, H, groups, ours, f"{model}, {ours.__name__}")
+        W, H, groups = smollm2(device) if model == REAL else random_matrices(model, device)
+        for ours in (plain, activations):
+            seconds, loop, worst = compare(W, H, groups, ours)
             rows.append(dict(model=model, method=ours.__name__, matrices=len(W), seconds=seconds,
                              seconds_loop=loop, speedup=loop / seconds, error_over_optimum=worst))
     return rows

@@ -47,7 +47,7 @@ STAGES = [  # name, seconds at most, the command, the command of a dry run
     ("finetuning_memory", 200, f"{BENCH} paper --tables IX", f"{BENCH} paper --tables IX"),
     ("recompute", 90, f"{BENCH} recompute --dtype bfloat16 --batch-size 16",
      f"{BENCH} recompute --seq-len 64 --rounds 1"),
-    ("decompose", 120, f"{BENCH} decompose --models gpt2", f"{BENCH} decompose --models tiny"),
+    ("decompose", 180, f"{BENCH} decompose --models gpt2", f"{BENCH} decompose --models tiny"),
     ("scaling", None, f"{BENCH} scaling --hours {{hours}}",
      f"{BENCH} scaling --hours 0.0001 --sizes 64x4 --seeds 1"),
 ]

@@ -95,9 +95,6 @@ class Novels:
             if path not in self.held_out:
                 shutil.copyfile(path, self.folder / path.name)
 
-    def token_files(self):
-        return prepare(open_corpus(str(self.folder), str(self.folder)), None, VOCABULARY, own=True)
-
 
 @torch.no_grad()
 def held_out_losses(model, tokenizer, path):
@@ -171,7 +168,7 @@ def bench(args):
                 rows += sum((job.result() for job in jobs), [])
             finally:  # after Ctrl-C, which also stops the runs, no other begins
                 pool.shutdown(cancel_futures=True)
-    files = novels.token_files()
+    files = prepare(open_corpus(str(novels.folder), str(novels.folder)), None, VOCABULARY, own=True)
     tokens = np.array(files.train, np.int64)
     texts = [np.array(first_tokens(str(path), files.tokenizer)) for path in novels.held_out[1:]]
     for order, name in ((2, "bigrams, counted"), (3, "trigrams, counted")):

@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from checkpoint import place
-from common.cli import InputError
+from common.cli import refuse
 from common.loss import head_loss
 from common.processes import barrier, rank, world_size
 from lowrank import LowRankLinear, balanced, eigen
@@ -76,26 +76,18 @@ class Moments:
 
 
 def second_moments(inputs, width, device):
-    """X X^T (in, in) in float64 over the inputs [(B, T, in)] of all processes, the same bits however many
-    there are: each batch's moments are rounded to a fixed point 2^40 below the largest, far finer than their
-    own float32, and sums of such numbers are exact in float64."""
-    largest = torch.zeros((), dtype=torch.float64, device=device)
-    for x in inputs:
-        largest = torch.maximum(largest, x.float().square().sum().double())
-    if dist.is_initialized():
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-    if not 0 < largest < math.inf:
-        raise InputError(f"the inputs of a layer add up to {largest.item()} on the calibration text: "
-                         "is the model whole, and the text of its language?")
-    unit = 2.0 ** (math.floor(math.log2(largest)) - 40)
+    """X X^T (in, in) in float64 over the inputs [(B, T, in)] of all processes."""
     H = torch.zeros(width, width, dtype=torch.float64, device=device)
     with torch.autocast(H.device.type, enabled=False):
         for x in inputs:
             flat = x.reshape(-1, width).float()  # (tokens, in)
-            H += (flat.T @ flat).div_(unit).round_()  # a power of two: exact in float32
+            H += flat.T @ flat
     if dist.is_initialized():
         dist.all_reduce(H)
-    return H * unit
+    total = H.trace().item()
+    refuse(not 0 < total < math.inf, f"the inputs of a layer add up to {total} on the calibration text: is the "
+           "model whole, and the text of its language?")
+    return H
 
 
 def walk(blocks, streams, change):

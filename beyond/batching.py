@@ -185,9 +185,10 @@ class Engine:
     def join(self):
         """Read the prompt of the request that waits longest, if there is room for it and for the next block
         of each running one that will need one."""
-        request = self.waiting[0]
+        request, others = self.waiting[0], 0
         text, sequence = request.text, self.with_shared_prefix(request)
-        others = sum(map(self.will_grow, self.running))
+        for other in self.running:
+            others += self.pool.blocks_for(self.longest(other)) > len(other.sequence.table)
         if self.running and sequence.needs(len(text) - sequence.length) + others > len(self.pool.free):
             sequence.cut()
             return False
@@ -195,9 +196,6 @@ class Engine:
         request.sequence, request.started = sequence, request.started or time.perf_counter()
         self.advance([request], [text[sequence.length:]])
         return True
-
-    def will_grow(self, request):
-        return self.pool.blocks_for(self.longest(request)) > len(request.sequence.table)
 
     def with_shared_prefix(self, request):
         """A sequence with the blocks of the request's text that a running one with the same adapter has. At

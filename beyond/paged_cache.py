@@ -87,10 +87,6 @@ class Sequence:
         """Blocks to take before T more tokens can be written."""
         return max(0, self.pool.blocks_for(self.length + T) - len(self.table))
 
-    def reserve(self, T):
-        """Make room for T more tokens."""
-        self.table += [self.pool.take() for _ in range(self.needs(T))]
-
     def share(self, blocks):
         """A new sequence that begins with this one's first blocks, which are full. It is never cut within
         them, for then it would write what the other reads."""
@@ -143,7 +139,7 @@ class PagedCache(KVCache):
     def prepare(self, T):
         """Reserve the blocks of the next T tokens, and say where they go; once a step, for all layers."""
         for sequence in self.sequences:
-            sequence.reserve(T)
+            sequence.table += [self.pool.take() for _ in range(sequence.needs(T))]
         width = max(len(s.table) for s in self.sequences)  # shorter rows end with any block
         table = [s.table + [0] * (width - len(s.table)) for s in self.sequences]
         self.table = torch.tensor(table, device=self.device)  # (B, blocks)

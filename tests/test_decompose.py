@@ -55,9 +55,9 @@ def tensors(folder):
     return {name: t for file in config["files"] for name, t in read_tensors(folder / file)}
 
 
-def same(a, b):
+def same(a, b, **tolerance):
     a, b = tensors(a), tensors(b)
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    return a.keys() == b.keys() and all(torch.allclose(a[n], b[n], **tolerance or dict(rtol=0, atol=0)) for n in a)
 
 
 # ----------------------------------------------------------------------------- ranks
@@ -113,9 +113,9 @@ def test_one_process_and_two_give_the_same_factors(dense, text, tmp_path, run):
     assert decompose("--model", dense[1], *arguments(kind, text), "--out-dir", tmp_path / "1") == 0
     result = run("decompose.py", "--model", dense[1], *arguments(kind, text), "--out-dir", tmp_path / "2", processes=2)
     assert result.returncode == 0, result.stderr
-    assert same(tmp_path / "1", tmp_path / "2")
+    assert same(tmp_path / "1", tmp_path / "2", rtol=1e-4, atol=1e-5)
     one, two = (json.loads((tmp_path / n / "summary.json").read_text()) for n in "12")
-    assert one["ranks"] == two["ranks"] and one["kept"] == two["kept"]
+    assert one["ranks"] == two["ranks"] and one["kept"] == pytest.approx(two["kept"])
     assert sorted(p.name for p in (tmp_path / "1").iterdir() if not p.name.startswith(("model-", "tokenizer"))) == \
         ["config.json", "spectra.png", "summary.json"]
 
@@ -180,8 +180,8 @@ def test_the_command(tmp_path, text_file, run):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("--rank", 4, "--ratio", 0.5), "give either --rank R or --ratio S"),
-    ((), "give either --rank R or --ratio S"),
+    (("--rank", 4, "--ratio", 0.5), "argument --ratio: not allowed with argument --rank"),
+    ((), "one of the arguments --rank --ratio is required"),
     (("--rank", 0), "--rank: must be a whole number, at least 1, got 0"),
     (("--rank", 20), "--rank 20 would make no matrix smaller: the largest rank that does is 19"),
     (("--ratio", 1.5), "--ratio: must be between 0 and 1, got 1.5"),
