@@ -35,7 +35,7 @@ from common.device import find_device, peak_memory
 from common.processes import barrier, in_turn, is_first, process_group, rank, world_size
 from common.storage import read_tensors, write_tensors
 from lowrank import gram, millions, svd_factors
-from model import Transformer, count_parameters
+from model import count_parameters
 
 # ----------------------------------------------------------------------------- what is done, and by whom
 
@@ -187,9 +187,7 @@ def finish(work, args, device):
     write_config(out, source.config, layers, files, decomposed_from=model)
     how = "activations" if args.calibration else "weights"
     plot_spectra(out / "spectra.png", rows, f"{args.model}, {how}")
-    with torch.device("meta"):
-        before = count_parameters(Transformer(source.config))
-    after = count_parameters(build(source.config, layers))
+    before, after = (count_parameters(build(source.config, swapped)) for swapped in ({}, layers))
     whole = sum(size(shape, 0) for shape in work.shapes.values())
     kept = sum(size(shape, rows[name]["rank"]) for name, shape in work.shapes.items()) / whole
     say(f"{len(layers)} of {len(rows)} matrices low-rank, {millions(before)} -> {millions(after)} parameters "

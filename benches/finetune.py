@@ -1,22 +1,21 @@
 """Finetuning smollm2-135m with LoRA: speed and memory against transformers + peft, and Table VIII's scores.
 
-    python bench.py finetune                 tokens/s and peak memory, engines batch by batch in turn
+    python bench.py finetune                 tokens/s and peak memory, engines in turn
     python bench.py finetune --quality       weighted F1 before and after (an hour or two on two cores)
 
 All engines train on the same rows, with the same batch, rank and dtype; tokens are those of the rows, without
 padding, for every engine. peft's batches are what its users have: rows in random order, padded to the
 longest, logits of all tokens. Ours are tasks.rows.Batch.
 """
-import statistics
 import tempfile
-import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from benches.common import DATA_DIR, Worker, installed, run_once, shown, table
+from benches.common import DATA_DIR, Worker, installed, interleaved, run_once, shown, table
 from checkpoint import load_model
 from common.cli import refuse
 from common.device import find_device, peak_memory
@@ -83,18 +82,17 @@ def peft_steps(args, folder, rows, device):
 
 
 def engine(args, name, bits, folder, rows):
-    """For a Worker: a function of a batch's number, which gives (seconds, tokens, peak memory)."""
+    """For a Worker: a function that trains on the i-th batch, and gives (its tokens, peak memory)."""
     torch.manual_seed(0)
     device = find_device(args.dtype)
     step = our_steps(args, bits, rows, device) if name == "ours" else peft_steps(args, folder, rows, device)
 
-    def measure(i):
-        start = time.perf_counter()
+    def train(i):
         tokens = step(i)
         if device.torch_device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start, tokens, peak_memory(device.torch_device)
-    return measure
+        return tokens, peak_memory(device.torch_device)
+    return train
 
 
 def bench(args):
@@ -122,23 +120,20 @@ def drawn_rows(args, tokenizer):
 
 
 def measure(args, engines, folder, rows):
-    """All engines, batch by batch in turn."""
-    workers = {}
-    for key in engines:
-        workers[key] = Worker(engine, args, *key, folder, rows)
-        workers[key].ask(0)  # a warm-up, and loading does not disturb the others
-    times = {key: [0.0] * args.rounds for key in workers}
-    for r in range(args.rounds):
-        tokens, peaks = dict.fromkeys(workers, 0), {}
+    """A round of an engine is all batches, one after the other."""
+    workers = {key: Worker(engine, args, *key, folder, rows) for key in engines}
+    tokens, peaks = {}, {}
+
+    def train(key):
+        tokens[key] = 0
         for i in range(args.batches):
-            for key, worker in workers.items():
-                seconds, count, peaks[key] = worker.ask(i)
-                times[key][r] += seconds
-                tokens[key] += count
+            count, peaks[key] = workers[key].ask(i)
+            tokens[key] += count
+    seconds = interleaved({key: partial(train, key) for key in engines}, args.rounds)
     refuse(len(set(tokens.values())) > 1, f"the engines did not see the same tokens: {tokens}")
     return [dict(engine=key[0], base=args.base, bits=key[1], rank=args.rank, dtype=args.dtype,
                  batch=args.batch_size, tokens=tokens[key], peak_memory_bytes=peaks[key],
-                 tokens_per_second=tokens[key] / statistics.median(times[key])) for key in engines]
+                 tokens_per_second=tokens[key] / seconds[key]) for key in engines]
 
 
 def quality(args):

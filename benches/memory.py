@@ -28,9 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from benches.common import PAPER, own_columns, shown, table
+from checkpoint import build
 from common.device import find_device
 from common.loss import head_loss
-from model import Attention, Transformer, config_for
+from model import Attention, config_for
 from recompute import MODES, use_recompute
 
 KINDS = ("parameter", "gradient", "optimizer", "activation", "transient")
@@ -206,8 +207,7 @@ def by_kind(rows):
 
 
 def meta_model(name):
-    with torch.device("meta"):
-        return Transformer(config_for(name))
+    return build(config_for(name), {})
 
 
 # ----------------------------------------------------------------------------- the paper's tables

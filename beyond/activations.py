@@ -31,12 +31,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from checkpoint import place
+from checkpoint import build, place
 from common.cli import refuse
 from common.loss import head_loss
 from common.processes import barrier, rank, world_size
 from lowrank import LowRankLinear, balanced, eigen
-from model import Transformer, is_linear
+from model import is_linear
 
 RIDGE = 1e-4             # of the mean of H's diagonal: directions that the text never showed count a little
 SENSITIVITY_WINDOWS = 8  # of the text
@@ -124,8 +124,7 @@ class LazyModel:
 
     def __init__(self, work, device):
         self.work, self.device, self.config = work, device, work.source.config
-        with torch.device("meta"):
-            self.model = Transformer(self.config).eval().requires_grad_(False)
+        self.model = build(self.config, {}).eval().requires_grad_(False)
 
     def load(self, *prefixes):
         for name in self.work.source.shapes:
