@@ -34,7 +34,7 @@ import torch.nn as nn
 from checkpoint import build, place
 from common.cli import refuse
 from common.loss import head_loss
-from common.processes import barrier, rank, world_size
+from common.processes import all_reduce, barrier, rank, world_size
 from lowrank import LowRankLinear, balanced, eigen
 from model import is_linear
 
@@ -168,19 +168,10 @@ class Calibrated:
             return {}
 
         self.walk("spectra", look, device)
-        weights = self.sensitivities(device)
-        return {name: weights[name] * values for name, values in self.work.spectra().items()}
-
-    def sensitivities(self, device):
-        """name -> the sum over the windows, in one order, whichever process found what."""
-        count = min(len(self.windows), SENSITIVITY_WINDOWS)
-        mine = range(rank(), count, world_size())
-        found = sensitivities(LazyModel(self.work, device), [self.windows[n] for n in mine])
-        for i, n in enumerate(mine):
-            self.work.save(f"sensitivities-{n}", {name: values[i] for name, values in found.items()})
-        barrier()
-        rows = [self.work.read(f"sensitivities-{n}") for n in range(count)]
-        return {name: sum(sorted(row[name] for row in rows)) for name in self.work.shapes}
+        windows = self.windows[:SENSITIVITY_WINDOWS][rank()::world_size()]
+        found = sensitivities(LazyModel(self.work, device), windows)
+        spectra = self.work.spectra().items()
+        return {name: all_reduce(sum(found[name])) * values for name, values in spectra}
 
     def decompose(self, ranks, device):
         """Each layer is decomposed for the inputs it now has; then the text goes on through its factors, in
