@@ -26,6 +26,7 @@ from finetune import read_task
 from lowrank import attach_lora
 from recompute import use_recompute
 from tasks.rows import Batch, encode, pick
+from tasks.sets import draw
 
 TARGETS = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
 # Table VIII of the paper: weighted F1 of Llama2-7B untuned and after 8-bit LoRA
@@ -102,21 +103,14 @@ def bench(args):
     args.dtype, engines = str(device.dtype)[6:], [("ours", bits) for bits in args.bits]
     if installed("peft"):
         engines.append(("peft", 16))
+    there = (Path(args.data_dir) / args.task).is_dir()
+    examples, _ = read_task(args.task if there else "made-up", args.data_dir)
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = load_model(args.base)
         export(model, tokenizer, Path(folder) / "hf")
-        return device, measure(args, engines, Path(folder) / "hf", drawn_rows(args, tokenizer))
-
-
-def drawn_rows(args, tokenizer):
-    """The rows of all engines."""
-    there = (Path(args.data_dir) / args.task).is_dir()
-    examples, _ = read_task(args.task if there else "made-up", args.data_dir)
-    count = args.batches * args.batch_size
-    refuse(len(examples) < count, f"--batches {args.batches} of {args.batch_size} rows are more than "
-                                  f"{len(examples)} rows of {args.task}")
-    picked = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    return [encode(tokenizer, examples[i].prompt, examples[i].answer, 512) for i in picked]
+        drawn = draw(examples, args.batches * args.batch_size)
+        rows = [encode(tokenizer, example.prompt, example.answer, 512) for example in drawn]
+        return device, measure(args, engines, Path(folder) / "hf", rows)
 
 
 def measure(args, engines, folder, rows):
