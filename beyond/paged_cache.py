@@ -30,6 +30,7 @@ import math
 import torch
 
 from common.cli import refuse
+from common.generate import padded
 from model import KVCache, attend, visible
 
 SIZE = 16  # tokens of a block: 64 waste four times as much at a sequence's end, 4 make long tables
@@ -140,9 +141,7 @@ class PagedCache(KVCache):
         """Reserve the blocks of the next T tokens, and say where they go; once a step, for all layers."""
         for sequence in self.sequences:
             sequence.table += [self.pool.take() for _ in range(sequence.needs(T))]
-        width = max(len(s.table) for s in self.sequences)  # shorter rows end with any block
-        table = [s.table + [0] * (width - len(s.table)) for s in self.sequences]
-        self.table = torch.tensor(table, device=self.device)  # (B, blocks)
+        self.table = padded([s.table for s in self.sequences], 0, self.device)  # (B, blocks), then any block
         slots = self.positions(T).expand(len(self.sequences), T)
         self.block = self.table.gather(1, slots // self.pool.size)  # (B, T)
         self.offset = slots % self.pool.size                        # (B, T)

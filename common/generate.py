@@ -43,12 +43,16 @@ def check_prompt(prompt, config):
                f"0..{config.vocab_size - 1}: is this the model's tokenizer?")
 
 
+def padded(lists, fill, device):
+    """Lists of any lengths as the rows of one tensor, filled up at the right."""
+    width = max(map(len, lists))
+    return torch.tensor([row + [fill] * (width - len(row)) for row in lists], device=device)
+
+
 def read_prompts(model, rows, cache, device):
     """Logits (B, V) after the last token of each row. What the cache holds are prefixes, not read again."""
     unread = [row[n:] for row, n in zip(rows, cache.lengths)] if cache else rows
-    longest = max(map(len, unread))
-    padded = torch.tensor([row + [0] * (longest - len(row)) for row in unread], device=device)
-    h = model.hidden(padded[:, :model.config.context], cache)  # (B, T, C)
+    h = model.hidden(padded(unread, 0, device)[:, :model.config.context], cache)  # (B, T, C)
     if cache:
         cache.lengths = [len(row) for row in rows]
     last = [min(len(row), h.shape[1]) - 1 for row in unread]

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from common.cli import refuse
-from common.generate import generate
+from common.generate import generate, padded
 from model import KVCache
 from tasks.prefix import PrefixCache, common_length
 
@@ -113,11 +113,6 @@ def shared_prefix(model, trees, device):
     tokens = torch.tensor([trees[0].tokens[:length]], dtype=torch.long, device=device.torch_device)
     with torch.inference_mode(), device.autocast():
         return PrefixCache(model, tokens)
-
-
-def padded(lists, fill, device):
-    width = max(map(len, lists))
-    return torch.tensor([row + [fill] * (width - len(row)) for row in lists], device=device)
 
 
 def read_trees(trees, prefix, store=None):
