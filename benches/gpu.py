@@ -24,7 +24,6 @@ import torch
 from benches.common import table
 from common.cli import refuse, say, write_atomic
 from common.device import find_device
-from common.tokenizer import read_json
 
 CHECK = "python -m pytest -q -n0 tests/test_kernels.py"
 SANITIZED = ("'tests/test_kernels.py::test_products_on_a_gpu[int4-bfloat16-2]' "
@@ -92,7 +91,6 @@ def bench(args):
     folder = Path(args.out_dir or ("out/gpu-dry-run" if dry else "results/gpu"))
     folder.mkdir(parents=True, exist_ok=True)
     end, rows, device = time.time() + 60 * args.minutes, [], find_device("float32")
-    took = {stage: row["seconds"] for stage, row in read_json(folder / "stages.json").items()}
     for name, limit, command, dry_command in STAGES:
         began, left = time.time(), end - time.time()
         if dry:
@@ -103,10 +101,9 @@ def bench(args):
             became = f"not begun: it may take {limit} s, and {left:.0f} s are left"
         else:
             became = stage(name, limit or left, command.format(hours=(left - 60) / 3600), folder)
-        seconds = took.get(name, 0) if became == "was done before" else time.time() - began
-        rows.append(dict(stage=name, seconds=seconds, became=became))
-        say(f"{name}: {became}, {seconds:.0f} s")
-        write_atomic(folder / "stages.json", json.dumps({r["stage"]: r for r in rows}, indent=1) + "\n")
+        rows.append(dict(stage=name, seconds=time.time() - began, became=became))
+        say(f"{name}: {became}, {rows[-1]['seconds']:.0f} s")
+        write_atomic(folder / "stages.json", json.dumps(rows, indent=1) + "\n")
     refuse(dry and any(r["became"].startswith(("failed", "stopped")) for r in rows),
            f"{device.name}: a stage of the dry run failed, see above")
     return device, rows

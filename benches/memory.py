@@ -73,8 +73,7 @@ def storages(things):
 
 # The paper's names of what a module of this name reads and writes.
 READS = {"": "x^e", "o": "heads", "norm2": "x^o", "down": "input of W^D", "norm": "x^d"}
-WRITES = {"norm1": "x~^e", "qkv": "q, k, v", "q": "q", "k": "k", "v": "v",
-          "norm2": "x~^o", "gate": "x^g", "up": "x^u"}
+WRITES = {"norm1": "x~^e", "qkv": "q, k, v", "norm2": "x~^o", "gate": "x^g", "up": "x^u"}
 # What else is kept inside it.
 INSIDE = {"attend": "inside attention", "attention": "inside attention", "mlp": "silu(x^g)",
           "norm1": "inside norms", "norm2": "inside norms", "norm": "inside norms", "": "embedding and loss"}

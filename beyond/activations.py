@@ -85,8 +85,8 @@ def second_moments(inputs, width, device):
     if dist.is_initialized():
         dist.all_reduce(H)
     total = H.trace().item()
-    refuse(not 0 < total < math.inf, f"the inputs of a layer add up to {total} on the calibration text: is the "
-           "model whole, and the text of its language?")
+    refuse(not 0 < total < math.inf, f"the inputs of a layer add up to {total} on the calibration text: is "
+           "the model whole, and the text of its language?")
     return H
 
 
