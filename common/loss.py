@@ -11,7 +11,7 @@ pass:
 
     h --W--> logits --> p - onehot --W--> dh          kept for the backward pass: dh, as large as h, and
                             |                         dW, which becomes W's gradient; the backward pass
-                            +------h----> dW += ...   only scales them.  Two buffers of one chunk's logits
+                            +------h----> dW += ...   only scales them.  One buffer of a chunk's logits
 
     loss = head_loss(model.head, model.hidden(tokens), targets)
 """
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from model import last_product
 
 IGNORED = -100  # the target of a token that does not count, as in torch
+ROWS = 16       # of logits whose softmax a CPU takes at once, so that they stay in its cache
 
 
 def compute_dtype(x):
@@ -49,27 +50,26 @@ class MatrixLoss(torch.autograd.Function):
         wide = torch.promote_types(dtype, torch.float32)
         h, W = h.detach().to(dtype), W.detach().to(dtype)
         logits = torch.empty(min(chunk, N), V, dtype=dtype, device=h.device)
-        probabilities = torch.empty_like(logits, dtype=wide)
-        likelihood = torch.empty(N, dtype=wide, device=h.device)
+        likelihood, minus_one = [], torch.full((), -1.0, dtype=wide, device=h.device)
         dh = torch.empty_like(h) if want_h else None
         dW = torch.zeros_like(W, dtype=wide) if want_W else None
         for i in range(0, N, chunk):
             hc, target = h[i:i + chunk], targets[i:i + chunk, None]
-            z, p = logits[:len(hc)], probabilities[:len(hc)]
-            torch.mm(hc, W.T, out=z)  # (n, V)
-            torch.softmax(z, -1, dtype=wide, out=p)
-            likelihood[i:i + chunk] = p.gather(1, target)[:, 0]
-            if not (want_h or want_W):
-                continue
-            p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
-            g = p if dtype == wide else z.copy_(p)  # N times the gradient of the logits
+            z = torch.mm(hc, W.T, out=logits[:len(hc)])  # (n, V)
+            size = ROWS if z.device.type == "cpu" else chunk
+            for rows, own in zip(z.split(size), target.split(size)):
+                p = torch.softmax(rows, -1, dtype=wide)
+                likelihood.append(p.gather(1, own)[:, 0])
+                if want_h or want_W:  # z becomes N times the gradient of the logits
+                    rows.copy_(p.scatter_add_(1, own, minus_one.expand_as(own)))
             if want_h:
-                torch.mm(g, W, out=dh[i:i + chunk])  # (n, V) (V, C)
+                torch.mm(z, W, out=dh[i:i + chunk])  # (n, V) (V, C)
             if want_W and dtype == wide:
-                dW.addmm_(g.T, hc, alpha=1 / N)  # (V, n) (n, C)
+                dW.addmm_(z.T, hc, alpha=1 / N)  # (V, n) (n, C)
             elif want_W:
-                dW.add_(g.T @ hc, alpha=1 / N)  # a chunk's product is rounded to 16 bit, their sum is not
+                dW.add_(z.T @ hc, alpha=1 / N)  # a chunk's product is rounded to 16 bit, their sum is not
         ctx.save_for_backward((dh / N).to(h_dtype) if want_h else None, dW.to(W_dtype) if want_W else None)
+        likelihood = torch.cat(likelihood)
         losses, precise = -likelihood.log(), likelihood > 1e-30
         if not precise.all():  # near the smallest float the likelihood says little, the logits do
             logits = (h[~precise] @ W.T).to(wide)
