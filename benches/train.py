@@ -37,7 +37,7 @@ def timed_step(device, loss_of, model, optimizer, batch, length, vocabulary=5025
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
     return step
 
 

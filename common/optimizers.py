@@ -48,10 +48,10 @@ def set_rate(optimizers, rate):
 
 
 def step_all(optimizers):
-    """One step of each; then their gradients are 0, and the next backward pass adds into the same memory."""
+    """One step of each, and away with the gradients."""
     for optimizer in optimizers:
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
 
 
 def moments_of(model, optimizers):
