@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 4 decompose.py --model llama2-7b --ratio 0.5   divided among processes or GPUs
     python train.py --method 2 --init-from out/decomposed                    recover what was lost
 
-The output is a model folder (eval.py, sample.py and train.py --init-from read it) with spectra.png and
-summary.json.
+The output is a model folder (eval.py, sample.py and train.py --init-from read it) with summary.json. `python
+serve.py --model OUT --teach` shows the spectra on its page.
 
 Plain: every matrix is replaced by the nearest one of its rank (lowrank.svd_factors). Processes need nothing
 from each other: each has a share of the matrices, and leaves in OUT.work what it is done with.
@@ -63,7 +63,7 @@ class Work:
             tensors = {key: t.to(dtype).cpu() for key, t in zip("BA", factors)}
             write_tensors(self.folder / f"{name}.safetensors", tensors)
         kept = values[:r or None].sum() / values.sum().clamp_min(1e-300)
-        self.save(name, dict(rank=r, kept=kept.item(), spectrum=values.tolist()))
+        self.save(name, dict(rank=r, kept=kept.item()))
 
     def factors(self, name):
         """{"A": (r, in), "B": (out, r)} of a layer that is done."""
@@ -174,7 +174,7 @@ def choose_ranks(losses, shapes, ratio):
 # ----------------------------------------------------------------------------- the result
 
 def finish(work, args, device):
-    """From what is done: the shards of the model, config.json, spectra.png and summary.json."""
+    """From what is done: the shards of the model, config.json and summary.json."""
     source, out, rows = work.source, work.folder / "model", {name: work.read(name) for name in work.shapes}
     layers = {name: dict(kind="lowrank", rank=row["rank"]) for name, row in rows.items() if row["rank"]}
     out.mkdir()
@@ -185,8 +185,6 @@ def finish(work, args, device):
     path = Path(args.model)
     model = str(path.resolve()) if path.exists() else args.model  # train.py finds it wherever it is started
     write_config(out, source.config, layers, files, decomposed_from=model)
-    how = "activations" if args.calibration else "weights"
-    plot_spectra(out / "spectra.png", rows, f"{args.model}, {how}")
     before, after = (count_parameters(build(source.config, swapped)) for swapped in ({}, layers))
     whole = sum(size(shape, 0) for shape in work.shapes.values())
     kept = sum(size(shape, rows[name]["rank"]) for name, shape in work.shapes.items()) / whole
@@ -217,31 +215,6 @@ def write_shards(work, layers, out):
                 tensors[name] = work.source.get(name)
         write_tensors(out / f"model-{shard}.safetensors", tensors)
     return [f"model-{shard}.safetensors" for shard in shards]
-
-
-def plot_spectra(path, rows, title):
-    """For each kind of matrix the singular values of all layers over the largest, the first layer dark; a dot
-    at the rank."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    kinds = defaultdict(list)
-    for name, row in rows.items():
-        kinds[name.rsplit(".", 1)[1]].append(row)
-    fig, axes = plt.subplots(1, len(kinds), figsize=(2.6 * len(kinds), 2.8), dpi=110, squeeze=False,
-                             sharey=True, layout="constrained")
-    for ax, (kind, group) in zip(axes[0], kinds.items()):
-        for i, row in enumerate(group):
-            color, values = plt.cm.viridis(i / len(group)), torch.tensor(row["spectrum"], dtype=torch.float64)
-            values = (values / values[0].clamp_min(1e-300)).clamp_min(1e-12).sqrt()
-            ax.semilogy(range(1, len(values) + 1), values, lw=0.7, color=color)
-            if row["rank"]:
-                ax.plot(row["rank"], values[row["rank"] - 1], "o", ms=2.5, color=color)
-        ax.set_title(f"{kind}: {sum(row['kept'] for row in group) / len(group):.1%} kept", fontsize=9)
-        ax.grid(alpha=0.3)
-    fig.suptitle(f"singular values over the largest, {title}")
-    fig.savefig(path)
-    plt.close(fig)
 
 
 # ----------------------------------------------------------------------------- the command

@@ -23,7 +23,7 @@ from torch import nn
 
 from checkpoint import open_model
 from common.cli import refuse, write_atomic
-from common.formats import FAMILIES, NAMES, column, their_name
+from common.formats import FAMILIES, NAMES, column, full_name
 from common.storage import read_tensors, sync_folder, write_tensors
 from common.tokenizer import blamed_on, read_json
 from lowrank import LoRALinear, swap_layers
@@ -62,13 +62,6 @@ class Adapter:
 
 
 # ----------------------------------------------------------------------------- names
-
-def peft_name(name, kind):
-    """blocks.3.attention.q of a llama -> model.layers.3.self_attn.q_proj"""
-    family = FAMILIES[kind]
-    theirs = their_name(name + ".weight", family.column).removesuffix(".weight")
-    return theirs if name == "head" else family.prefix + theirs
-
 
 def our_name(key):
     """(our name of a layer, "A" or "B") of a tensor in PEFT's file; None if it is no such factor."""
@@ -208,17 +201,18 @@ def save_adapter(folder, model, base_name, base_id, learned=None):
 
     folder: should be new or about to be renamed. learned: name -> value of the factors, where the model holds
     parts of them."""
-    folder, kind = Path(folder), model.config.kind
+    folder, family = Path(folder), FAMILIES[model.config.kind]
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     refuse(not layers, f"the model has no adapter that could be saved in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    one, modules = next(iter(layers.values())), {name: peft_name(name, kind) for name in layers}
+    one = next(iter(layers.values()))
+    modules = {name: full_name(f"{name}.weight", family).removesuffix(".weight") for name in layers}
     ranks = {modules[name]: m.r for name, m in layers.items() if m.r != one.r}
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base_name), r=one.r,
                   lora_alpha=one.scale * one.r, lora_dropout=one.dropout.p, bias="none",
                   rank_pattern=ranks, alpha_pattern={module: one.scale * r for module, r in ranks.items()},
                   target_modules=sorted({re.sub(r"^.*\.\d+\.", "", module) for module in modules.values()}),
-                  fan_in_fan_out=FAMILIES[kind].conv1d, inference_mode=True, init_lora_weights=True,
+                  fan_in_fan_out=family.conv1d, inference_mode=True, init_lora_weights=True,
                   use_rslora=False, use_dora=False, modules_to_save=None)
     write_atomic(folder / "BASE_ID", base_id + "\n")
     write_atomic(folder / FILES[0], json.dumps(config, indent=2) + "\n")

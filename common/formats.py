@@ -130,6 +130,11 @@ def their_name(name, column_name):
     return f"{theirs['blocks']}.{number}.{theirs[module]}.{parameter}"
 
 
+def full_name(name, family):
+    """A parameter's name in the files of a whole model."""
+    return ("" if name.startswith("head.") else family.prefix) + their_name(name, family.column)
+
+
 def is_transposed(name, family):
     return family.conv1d and name.startswith("blocks.") and name.endswith(".weight") and ".norm" not in name
 
@@ -365,7 +370,7 @@ def export(model, tokenizer, out, dtype=torch.float32):
         for file, names in sharded(sizes).items():
             tensors = {}
             for name in names:
-                key = ("" if name.startswith("head.") else family.prefix) + their_name(name, family.column)
+                key = full_name(name, family)
                 module, _, parameter = name.rpartition(".")
                 module = model.get_submodule(module)
                 tensor = dense_weight(module) if parameter == "weight" else module.bias

@@ -117,7 +117,7 @@ def test_one_process_and_two_give_the_same_factors(dense, text, tmp_path, run):
     one, two = (json.loads((tmp_path / n / "summary.json").read_text()) for n in "12")
     assert one["ranks"] == two["ranks"] and one["kept"] == pytest.approx(two["kept"])
     assert sorted(p.name for p in (tmp_path / "1").iterdir() if not p.name.startswith(("model-", "tokenizer"))) == \
-        ["config.json", "spectra.png", "summary.json"]
+        ["config.json", "summary.json"]
 
 
 def test_decomposed_layers_are_fed_to_the_next(dense, text, tmp_path):
