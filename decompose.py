@@ -40,7 +40,7 @@ from model import count_parameters
 # ----------------------------------------------------------------------------- what is done, and by whom
 
 class Work:
-    """OUT.work: a JSON file for each part that a process is done with, and a layer's factors beside it."""
+    """OUT.work, where processes leave what they are done with: a layer's eigenvalues, its factors."""
 
     def __init__(self, source, out, shapes):
         self.source, self.out, self.shapes = source, Path(out), shapes
@@ -50,29 +50,23 @@ class Work:
             self.folder.mkdir(parents=True)
         barrier()
 
-    def save(self, part, value):
-        write_atomic(self.folder / f"{part}.json", json.dumps(value))
-
-    def read(self, part):
-        return json.loads((self.folder / f"{part}.json").read_text())
-
-    def save_layer(self, name, r, factors, values):
-        """What is kept of a layer: its factors (B, A), in its weight's dtype, if r > 0, and a row."""
-        if r:
-            dtype = self.source.get(f"{name}.weight").dtype
-            tensors = {key: t.to(dtype).cpu() for key, t in zip("BA", factors)}
-            write_tensors(self.folder / f"{name}.safetensors", tensors)
-        kept = values[:r or None].sum() / values.sum().clamp_min(1e-300)
-        self.save(name, dict(rank=r, kept=kept.item()))
+    def save_factors(self, name, B, A):
+        """In the dtype of the layer's weight."""
+        dtype = self.source.get(f"{name}.weight").dtype
+        write_tensors(self.folder / f"{name}.safetensors", dict(B=B.to(dtype).cpu(), A=A.to(dtype).cpu()))
 
     def factors(self, name):
         """{"A": (r, in), "B": (out, r)} of a layer that is done."""
         return dict(read_tensors(self.folder / f"{name}.safetensors"))
 
-    def spectra(self):
-        """What the processes saved as spectrum-NAME: name -> (m,)."""
+    def save_eigenvalues(self, name, values):
+        write_atomic(self.folder / f"{name}.json", json.dumps(values.tolist()))
+
+    def eigenvalues(self):
+        """Of all layers: name -> (m,)."""
         barrier()
-        return {n: torch.tensor(self.read(f"spectrum-{n}"), dtype=torch.float64) for n in self.shapes}
+        saved = {name: json.loads((self.folder / f"{name}.json").read_text()) for name in self.shapes}
+        return {name: torch.tensor(values, dtype=torch.float64) for name, values in saved.items()}
 
     def read_tensor(self, name):
         tensor = self.source.get(name)
@@ -96,20 +90,20 @@ class Plain:
     def __init__(self, work):
         self.work = work
 
-    def weights(self, doing, device):
-        for name in self.work.bar(self.work.mine(self.work.shapes), doing):
+    def weights(self, names, doing, device):
+        for name in self.work.bar(self.work.mine(names), doing):
             yield name, self.work.read_tensor(f"{name}.weight").to(device).float()
 
     def losses(self, device):
         """What it costs to cut off each eigenvalue of each matrix: name -> (m,), largest first."""
-        for name, W in self.weights("spectra", device):
+        for name, W in self.weights(self.work.shapes, "eigenvalues", device):
             values = torch.linalg.eigvalsh(gram(W.double())).flip(-1).clamp_min(0)
-            self.work.save(f"spectrum-{name}", values.tolist())
-        return {name: v / v.sum().clamp_min(1e-300) for name, v in self.work.spectra().items()}
+            self.work.save_eigenvalues(name, values)
+        return {name: v / v.sum().clamp_min(1e-300) for name, v in self.work.eigenvalues().items()}
 
     def decompose(self, ranks, device):
-        for name, W in self.weights("decomposing", device):
-            self.work.save_layer(name, ranks[name], *svd_factors(W, ranks[name] or 1))
+        for name, W in self.weights([name for name, r in ranks.items() if r], "decomposing", device):
+            self.work.save_factors(name, *svd_factors(W, ranks[name])[0])
 
 
 # ----------------------------------------------------------------------------- ranks under one budget
@@ -173,10 +167,10 @@ def choose_ranks(losses, shapes, ratio):
 
 # ----------------------------------------------------------------------------- the result
 
-def finish(work, args, device):
+def finish(work, ranks, args, device):
     """From what is done: the shards of the model, config.json and summary.json."""
-    source, out, rows = work.source, work.folder / "model", {name: work.read(name) for name in work.shapes}
-    layers = {name: dict(kind="lowrank", rank=row["rank"]) for name, row in rows.items() if row["rank"]}
+    source, out = work.source, work.folder / "model"
+    layers = {name: dict(kind="lowrank", rank=r) for name, r in ranks.items() if r}
     out.mkdir()
     files = write_shards(work, layers, out)
     tokenizer = source.tokenizer()
@@ -187,14 +181,13 @@ def finish(work, args, device):
     write_config(out, source.config, layers, files, decomposed_from=model)
     before, after = (count_parameters(build(source.config, swapped)) for swapped in ({}, layers))
     whole = sum(size(shape, 0) for shape in work.shapes.values())
-    kept = sum(size(shape, rows[name]["rank"]) for name, shape in work.shapes.items()) / whole
-    say(f"{len(layers)} of {len(rows)} matrices low-rank, {millions(before)} -> {millions(after)} parameters "
+    kept = sum(size(shape, ranks[name]) for name, shape in work.shapes.items()) / whole
+    say(f"{len(layers)} of {len(ranks)} matrices low-rank, {millions(before)} -> {millions(after)} parameters "
         f"({before / after:.2f}x), {kept:.1%} of the blocks' matrices: {work.out}")
     summary = dict(parameters=after, parameters_full_rank=before, compression=before / after,
-                   block_share=kept, ranks={name: row["rank"] for name, row in rows.items()},
-                   kept={name: row["kept"] for name, row in rows.items()},
-                   seconds=time.perf_counter() - work.started, peak_memory_bytes=peak_memory(device),
-                   processes=world_size(), device=str(device), arguments=vars(args))
+                   block_share=kept, ranks=ranks, seconds=time.perf_counter() - work.started,
+                   peak_memory_bytes=peak_memory(device), processes=world_size(), device=str(device),
+                   arguments=vars(args))
     write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     (work.out / cli.LOCK).unlink()
     os.replace(out, work.out)
@@ -251,7 +244,7 @@ def decompose(args, source, device):
         method.decompose(ranks, device)
         barrier()
         if is_first():
-            finish(work, args, device)
+            finish(work, ranks, args, device)
         barrier()
     finally:
         shutil.rmtree(work.folder, ignore_errors=True)

@@ -164,25 +164,24 @@ class Calibrated:
         def look(layers, H):
             moments = Moments(H)
             for name in self.work.mine(layers):
-                self.work.save(f"spectrum-{name}", moments.eigenvalues(layers[name].weight).tolist())
+                self.work.save_eigenvalues(name, moments.eigenvalues(layers[name].weight))
             return {}
 
-        self.walk("spectra", look, device)
+        self.walk("eigenvalues", look, device)
         windows = self.windows[:SENSITIVITY_WINDOWS][rank()::world_size()]
         found = sensitivities(LazyModel(self.work, device), windows)
-        spectra = self.work.spectra().items()
-        return {name: all_reduce(sum(found[name])) * values for name, values in spectra}
+        eigenvalues = self.work.eigenvalues().items()
+        return {name: all_reduce(sum(found[name])) * values for name, values in eigenvalues}
 
     def decompose(self, ranks, device):
         """Each layer is decomposed for the inputs it now has; then the text goes on through its factors, in
         the dtype of the model's files."""
         def change(layers, H):
-            moments = Moments(H)
+            moments, layers = Moments(H), {name: dense for name, dense in layers.items() if ranks[name]}
             for name in self.work.mine(layers):
-                r = ranks[name]
-                self.work.save_layer(name, r, *moments.factors(layers[name].weight, r or 1))
+                self.work.save_factors(name, *moments.factors(layers[name].weight, ranks[name])[0])
             barrier()
-            return {name: low_rank(name, dense) for name, dense in layers.items() if ranks[name]}
+            return {name: low_rank(name, dense) for name, dense in layers.items()}
 
         def low_rank(name, dense):
             layer = LowRankLinear(dense.in_features, dense.out_features, ranks[name], bias=False)
