@@ -17,17 +17,18 @@ A stage is busy in 2M of 2(N + M - 1) clocks: its utilization is M / (N + M - 1)
 Gradients add up over the microbatches: the result is that of one process and the whole batch (dropout, where
 there is any, is drawn for each microbatch). GPipe keeps the activations of all M microbatches, and so goes
 with recomputation (recompute.py). 1F1B has the same bubble, but a backward pass runs as soon as it can: stage
-s holds at most N - s microbatches.
+s holds at most N - s microbatches. beyond/zero_bubble.py has two schedules with a smaller bubble.
 
     python pipeline.py --stages 4 --microbatches 8 --schedule gpipe    the clock table
     torchrun --nproc_per_node 4 train.py --rank 192 --pipeline 4 --microbatches 8 --schedule 1f1b
     torchrun --nproc_per_node 4 train.py --pipeline 2                  2 stages x 2 replicas
     python bench.py pipeline                                           utilization, measured
 """
-from collections import ChainMap, deque
+from collections import ChainMap, defaultdict, deque
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import cache, partial
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 import torch.distributed as dist
@@ -38,73 +39,92 @@ from common.loss import head_loss
 from common.processes import Single, seed_random
 from model import matmul_weights
 
-SCHEDULES = ("gpipe", "1f1b")
+SCHEDULES = ("gpipe", "1f1b", "zb-h1", "zb-v")
 TIMEOUT = timedelta(minutes=10)  # the longest that a process may wait: compiling and evaluating take minutes
 
 
 # ----------------------------------------------------------------------------- the schedule, as data
 
-def schedule(kind, stages, microbatches):
-    """For each stage the list of its steps, ("F", m) or ("B", m), in order."""
+def schedule(kind, processes, microbatches):
+    """For each of N processes the list of its steps (kind, m, stage), in order. Kinds: F, B, and W where B
+    is the gradient of x alone. Process s has stage s, in zb-v also stage 2N - 1 - s."""
     if kind not in SCHEDULES:
         raise InputError(f"--schedule must be one of {', '.join(SCHEDULES)}, got {kind}")
-    forward, backward = [("F", m) for m in range(microbatches)], [("B", m) for m in range(microbatches)]
-    if kind == "gpipe":
-        return [forward + backward[::-1] for _ in range(stages)]
+    if kind == "zb-v":
+        from beyond.zero_bubble import v_shaped
+        return v_shaped(processes, microbatches)
     lists = []
-    for s in range(stages):
-        ahead = min(stages - 1 - s, microbatches)  # forward passes before the first gradient can be there
-        pairs = [step for pair in zip(forward[ahead:], backward) for step in pair]
-        lists.append(forward[:ahead] + pairs + backward[microbatches - ahead:])
+    for s in range(processes):
+        forward, backward, weights = ([(letter, m, s) for m in range(microbatches)] for letter in "FBW")
+        ahead = min(processes - 1 - s, microbatches)  # forward passes before the first gradient can be there
+        steps = forward[:ahead]
+        for m in range(microbatches):
+            steps += forward[ahead + m:ahead + m + 1] + backward[m:m + 1]
+            if kind == "zb-h1" and m >= s:
+                steps.append(weights[m - s])
+        if kind == "zb-h1":
+            steps += weights[max(microbatches - s, 0):]
+        lists.append(forward + backward[::-1] if kind == "gpipe" else steps)
     return lists
 
 
+def process_of(stage, processes):
+    return min(stage, 2 * processes - 1 - stage)
+
+
+def count_stages(lists):
+    return 1 + max(stage for steps in lists for *_, stage in steps)
+
+
 def input_of(kind, m, stage, stages):
-    """The step (kind, m, stage) that must end before this one can begin; None: the batch is its input."""
+    """The step that must end before the step (kind, m, stage) can begin; None: the batch is its input."""
+    if kind == "W":
+        return "B", m, stage
     source = stage - 1 if kind == "F" else stage + 1
     if 0 <= source < stages:
         return kind, m, source
     return None if kind == "F" else ("F", m, stage)
 
 
-def simulate(lists, forward=1, backward=1):
-    """When steps of these lengths run, if messages take no time: [(stage, kind, m, start, end)]."""
-    N, cost = len(lists), {"F": forward, "B": backward}
+def simulate(lists, forward=1, backward=1, weights=1):
+    """When steps of these lengths run, if messages take no time: [(process, kind, m, stage, start, end)]."""
+    stages, cost = count_stages(lists), {"F": forward, "B": backward, "W": weights}
     queues = [deque(steps) for steps in lists]
-    free = [0] * N                # when each stage has ended what it computes
+    free = [0] * len(lists)       # when each process has ended what it computes
     ends, rows = {None: 0}, []    # when each step ends; the batch is there from the start
     while any(queues):
-        ready = [s for s in range(N) if queues[s] and input_of(*queues[s][0], s, N) in ends]
+        ready = [p for p, queue in enumerate(queues) if queue and input_of(*queue[0], stages) in ends]
         if not ready:
             raise InputError("the schedule can't run: stages wait for each other at "
                              f"{[queue[0] for queue in queues if queue]}")
-        for s in ready:
-            kind, m = queues[s].popleft()
-            start = max(free[s], ends[input_of(kind, m, s, N)])
-            free[s] = ends[kind, m, s] = start + cost[kind]
-            rows.append((s, kind, m, start, free[s]))
+        for p in ready:
+            step = queues[p].popleft()
+            start = max(free[p], ends[input_of(*step, stages)])
+            free[p] = ends[step] = start + cost[step[0]]
+            rows.append((p, *step, start, free[p]))
     return rows
 
 
 def utilization(rows):
-    """The share of the stages' time, from the first start to the last end, in which they compute."""
-    stages = 1 + max(s for s, *_ in rows)
+    """The share of the processes' time, from the first start to the last end, in which they compute."""
+    processes = 1 + max(p for p, *_ in rows)
     span = max(end for *_, end in rows) - min(start for *_, start, _ in rows)
-    return sum(end - start for *_, start, end in rows) / stages / span
+    return sum(end - start for *_, start, end in rows) / processes / span
 
 
 def most_held(steps):
-    """The most microbatches that a stage holds activations of: through forward, not yet through backward."""
-    return max(accumulate(1 if kind == "F" else -1 for kind, _ in steps))
+    """The most microbatches that a process holds activations of: through F, not yet through B, or W."""
+    last = "W" if any(kind == "W" for kind, *_ in steps) else "B"
+    return max(accumulate((kind == "F") - (kind == last) for kind, *_ in steps))
 
 
 def clock_table(lists):
-    """The simulation with steps of one clock, as text."""
+    """The simulation with steps of one clock, as text; a process's second stage in small letters."""
     rows = simulate(lists)
     clocks, width = max(end for *_, end in rows), 1 + max(len(f"{kind}{m}") for _, kind, m, *_ in rows)
-    table = {"clock": list(range(clocks))} | {f"stage {s}": ["."] * clocks for s in range(len(lists))}
-    for s, kind, m, start, _ in rows:
-        table[f"stage {s}"][start] = f"{kind}{m}"
+    table = {"clock": list(range(clocks))} | {f"stage {p}": ["."] * clocks for p in range(len(lists))}
+    for p, kind, m, stage, start, _ in rows:
+        table[f"stage {p}"][start] = f"{kind if stage < len(lists) else kind.lower()}{m}"
     names = max(map(len, table))
     lines = [name.ljust(names + 1) + "".join(str(c).ljust(width) for c in row) for name, row in table.items()]
     return "\n".join(line.rstrip() for line in lines)
@@ -172,60 +192,70 @@ class Grid:
             group_of = partial(dist.new_subgroups_by_enumeration, timeout=TIMEOUT)
             self.pipe, self.ends = group_of(pipes)[0], group_of(ends)[0]
             self.data = group_of([list(row) for row in zip(*pipes)])[0]
-            # NCCL keeps the order of messages within a group, and activations must not wait for gradients
-            self.wires = {"F": group_of(pipes)[0], "B": group_of(pipes)[0]}
+            # NCCL keeps the order of messages within a group: activations must not wait for gradients, nor
+            # what goes to the first N stages for what goes to the others
+            self.wires = {(kind, turned): group_of(pipes)[0] for kind in "FB" for turned in (False, True)}
+
+    def wire(self, kind, stage):
+        """The group in which a message to this stage travels."""
+        return self.wires[kind, stage >= self.stages]
 
 
 class Wires:
-    """The messages of one stage: activations from stage - 1 and to stage + 1 ("F"), gradients back ("B").
+    """The messages of one process: activations from stage s - 1 and to stage s + 1 (F), gradients back (B).
 
-    Why no stage waits forever: a send returns at once (unless N earlier ones are still under way), and
+    Why no process waits forever: a send returns at once (unless N earlier ones are still under way), and
     messages on a wire have the order of the steps on both of its ends. So a step waits only for the step that
     sends its input, which `simulate` runs through. Each receive is posted a step ahead: data travels while
-    the stage computes. Shapes and dtypes are known, so nothing else has to travel.
+    the process computes. Shapes and dtypes are known, so nothing else has to travel.
     """
 
-    def __init__(self, grid, device):
-        self.grid, self.device = grid, device
-        up, down = grid.stage + 1, grid.stage - 1
-        self.sources = {"F": None if grid.first else down, "B": None if grid.last else up}
-        self.targets = {"F": None if grid.last else up, "B": None if grid.first else down}
-        self.sent = {"F": deque(), "B": deque()}
+    def __init__(self, grid, device, stages):
+        self.grid, self.device, self.stages = grid, device, stages
+        self.sent, self.own = defaultdict(deque), {}  # own: what goes to this process's other stage
 
     def begin(self, steps, shape, dtype):
-        """Post the first receive on each wire."""
-        self.shape, self.dtype, self.posted = shape, dtype, {}
-        self.awaited = {wire: deque(m for kind, m in steps if kind == wire) for wire in "FB"}
-        for wire in "FB":
-            self.post(wire)
+        """Post the first receive on each wire (kind, stage)."""
+        self.shape, self.dtype, self.posted, self.awaited = shape, dtype, {}, defaultdict(deque)
+        for kind, m, stage in steps:
+            before = input_of(kind, m, stage, self.stages)
+            if before and before[0] == kind and process_of(before[2], self.grid.stages) != self.grid.stage:
+                self.awaited[kind, stage].append(m)
+        for wire in self.awaited:
+            self.post(*wire)
 
-    def post(self, wire):
-        if self.sources[wire] is not None and self.awaited[wire]:
+    def post(self, kind, stage):
+        if self.awaited[kind, stage]:
             buffer = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-            work = dist.irecv(buffer, group=self.grid.wires[wire], group_src=self.sources[wire])
-            self.posted[wire] = self.awaited[wire].popleft(), work, buffer
+            source = process_of(stage - 1 if kind == "F" else stage + 1, self.grid.stages)
+            work = dist.irecv(buffer, group=self.grid.wire(kind, stage), group_src=source)
+            self.posted[kind, stage] = self.awaited[kind, stage].popleft(), work, buffer
 
-    def receive(self, wire, m):
-        """The activation or gradient of microbatch m; None where none comes. Posts the next receive."""
-        if self.sources[wire] is None:
-            return None
-        posted, work, buffer = self.posted.pop(wire)
+    def receive(self, kind, m, stage):
+        """The activation or gradient for a step; None where none comes. Posts the next receive."""
+        if (kind, stage) not in self.posted:
+            return self.own.pop((kind, m, stage), None)
+        posted, work, buffer = self.posted.pop((kind, stage))
         if posted != m:
-            raise InputError(f"stage {self.grid.stage} expects {wire}{m} while {wire}{posted} is on its way: "
+            raise InputError(f"stage {stage} expects {kind}{m} while {kind}{posted} is on its way: "
                              "the schedules of two stages differ")
         work.wait()
-        self.post(wire)
+        self.post(kind, stage)
         return buffer
 
-    def send(self, wire, tensor):
+    def send(self, kind, m, stage, tensor):
         """Start sending. The tensor is kept until it has left; beyond N sends the oldest is waited for."""
-        if self.targets[wire] is None:
+        after = stage + 1 if kind == "F" else stage - 1
+        if not 0 <= after < self.stages:
             return
-        tensor = tensor.detach().contiguous()
-        work = dist.isend(tensor, group=self.grid.wires[wire], group_dst=self.targets[wire])
-        self.sent[wire].append((work, tensor))
-        if len(self.sent[wire]) > self.grid.stages:
-            self.sent[wire].popleft()[0].wait()
+        tensor, target = tensor.detach().contiguous(), process_of(after, self.grid.stages)
+        if target == self.grid.stage:
+            self.own[kind, m, after] = tensor
+            return
+        sent = self.sent[kind, stage]
+        sent.append((dist.isend(tensor, group=self.grid.wire(kind, after), group_dst=target), tensor))
+        if len(sent) > self.grid.stages:
+            sent.popleft()[0].wait()
 
     def finish(self):
         for sent in self.sent.values():
@@ -234,23 +264,30 @@ class Wires:
 
 
 def execute(steps, forward, wires):
-    """Run one stage's steps. forward(m, x) -> y, in the last stage the scaled loss; x is None in the first.
+    """Run one process's steps. forward(m, stage, x, part) -> y, in the last stage the scaled loss; x is None
+    in the first. part: a context for the blocks, whose backward pass W completes.
 
     Returns the most microbatches whose activations were held at once.
     """
-    held, most = {}, 0
-    for kind, m in steps:
-        arrived = wires.receive(kind, m)
+    part, held, most = nullcontext, {}, 0
+    if any(kind == "W" for kind, *_ in steps):
+        from beyond.zero_bubble import WeightsLater as part
+    for kind, m, stage in steps:
+        arrived = wires.receive(kind, m, stage)
         if kind == "F":
-            x = arrived if arrived is None else arrived.requires_grad_()
-            y = forward(m, x)
-            held[m] = x, y
+            x, later = arrived if arrived is None else arrived.requires_grad_(), part()
+            y = forward(m, stage, x, later)
+            held[m, stage] = x, y, later
             most = max(most, len(held))
-            wires.send("F", y)
-        else:
-            x, y = held.pop(m)
+            wires.send(kind, m, stage, y)
+        elif kind == "B":
+            x, y, later = held.pop((m, stage))
             torch.autograd.backward(y, arrived)  # the last stage's y is the loss, and nothing arrives
-            wires.send("B", None if x is None else x.grad)
+            wires.send(kind, m, stage, None if x is None else x.grad)
+            if part is not nullcontext:
+                held[m, stage] = later
+        else:
+            held.pop((m, stage)).run()
     wires.finish()
     return most
 
@@ -268,33 +305,35 @@ class Pipeline(Single):
         self.grid = grid = Grid(stages)
         self.model, self.kind, self.microbatches, self.device = model, kind, microbatches, device
         self.replica, self.replicas = grid.replica, grid.replicas
-        self.pieces = balance(costs(model, length), stages)[grid.stage]
-        self.steps = schedule(kind, stages, microbatches)[grid.stage]
+        lists = schedule(kind, stages, microbatches)
+        self.steps, self.stages, self.lists = lists[grid.stage], count_stages(lists), lists
+        pieces = balance(costs(model, length), self.stages)
+        self.pieces = {s: pieces[s] for s in range(self.stages) if process_of(s, stages) == grid.stage}
         with torch.no_grad(), device.autocast():  # activations have the dtype that the embedding gives them
             tokens = torch.zeros(1, 1, dtype=torch.long, device=device.torch_device)
             self.dtype = model.begin(tokens)[0].dtype
         dense = isinstance(model.head, nn.Linear) and isinstance(model.embed, nn.Embedding)
-        self.tied = stages > 1 and dense and model.head.weight is model.embed.weight
-        cut(model, self.pieces)
-        self.wires, self.most_held = Wires(grid, device.torch_device), 0
+        self.tied = self.stages == stages > 1 and dense and model.head.weight is model.embed.weight
+        cut(model, chain(*self.pieces.values()))
+        self.wires, self.most_held = Wires(grid, device.torch_device, self.stages), 0
 
     def __str__(self):
-        N, M = self.grid.stages, self.microbatches
-        return (f"pipeline {self.kind}: {N} stages x {self.replicas} replicas, {M} microbatches, "
-                f"utilization at most {M / (N + M - 1):.3f}")
+        return (f"pipeline {self.kind}: {self.stages} stages x {self.replicas} replicas, "
+                f"{self.microbatches} microbatches, "
+                f"utilization at most {utilization(simulate(self.lists)):.3f}")
 
-    def run_blocks(self, tokens, x, seed=()):
-        """This stage's blocks: tokens (b, T) or activations x (b, T, C) to activations.
+    def run_blocks(self, stage, tokens, x, seed=()):
+        """A stage's blocks: tokens (b, T) or activations x (b, T, C) to activations.
 
         seed: of a microbatch. Each piece draws its own dropout from it, whichever process computes it.
         """
-        if self.grid.first:
+        if stage == 0:
             seed_random(*seed, 0)
             x, rope, masks = self.model.begin(tokens)
         else:
             _, rope, masks = self.model.layout(tokens)
         for i, block in enumerate(self.model.blocks, 1):
-            if i in self.pieces:
+            if i in self.pieces[stage]:
                 seed_random(*seed, i)
                 x = block(x, rope, None, masks)
         return x
@@ -306,10 +345,11 @@ class Pipeline(Single):
         inputs, targets = (torch.cat(parts) for parts in zip(*batches))
         tokens, targets = inputs.chunk(M), targets.chunk(M)
 
-        def forward(m, h):
+        def forward(m, stage, h, part):
             with self.device.autocast():
-                h = self.run_blocks(tokens[m], h, (*seed, self.replica * M + m))
-                if not self.grid.last:
+                with part:
+                    h = self.run_blocks(stage, tokens[m], h, (*seed, self.replica * M + m))
+                if stage < self.stages - 1:
                     return h
                 losses.append(head_loss(self.model.head, self.model.norm(h), targets[m]))
             return losses[-1] / (M * self.replicas)  # of the mean over the whole batch
@@ -331,12 +371,14 @@ class Pipeline(Single):
     @torch.no_grad()
     def loss(self, x, y):
         """Of one batch, in the last stage; None elsewhere, at once, so that the next batch can follow."""
-        self.wires.begin([("F", 0)], (*x.shape, self.model.config.width), self.dtype)
+        steps = [("F", 0, stage) for stage in self.pieces]
+        self.wires.begin(steps, (*x.shape, self.model.config.width), self.dtype)
         with self.device.autocast():
-            h = self.run_blocks(x, self.wires.receive("F", 0))
-            if self.grid.last:
-                return head_loss(self.model.head, self.model.norm(h), y)
-        self.wires.send("F", h)
+            for stage in self.pieces:
+                h = self.run_blocks(stage, x, self.wires.receive("F", 0, stage))
+                if stage == self.stages - 1:
+                    return head_loss(self.model.head, self.model.norm(h), y)
+                self.wires.send("F", 0, stage, h)
 
     @torch.no_grad()
     def clip(self, largest):
@@ -369,7 +411,8 @@ def main(argv=None):
     rows = simulate(lists)
     print(clock_table(lists))
     print(f"microbatches held by each stage: {[most_held(steps) for steps in lists]}")
-    print(f"utilization {utilization(rows):.3f} = M / (N + M - 1) = {M}/{N + M - 1} = {M / (N + M - 1):.3f}")
+    print(f"utilization {utilization(rows):.3f}; gpipe and 1f1b: M / (N + M - 1) = {M}/{N + M - 1} = "
+          f"{M / (N + M - 1):.3f}")
     return 0
 
 

@@ -88,7 +88,7 @@ def make_parser():
     add("--pipeline", type=at_least_0, default=0, help="cut the model into this many stages; 0: no pipeline")
     add("--microbatches", type=at_least_1,
         help="parts of a batch that follow each other in a pipeline (default: up to 4 a stage)")
-    add("--schedule", default="1f1b", help="of the pipeline: gpipe or 1f1b")
+    add("--schedule", default="1f1b", help="of the pipeline: gpipe, 1f1b, zb-h1, zb-v")
     add("--shard", action="store_true", help="spread parameters, gradients and moments over all processes")
     add = p.add_argument_group("output").add_argument
     add("--out-dir", default="out/train", help="folder of this run")
@@ -247,6 +247,8 @@ def check(args, given):
            "--shard needs several processes: torchrun --nproc_per_node N train.py ... --shard")
     refuse(not args.pipeline and given & {"microbatches", "schedule"},
            "--microbatches and --schedule are of a pipeline: give --pipeline N")
+    refuse(args.compile and args.schedule.startswith("zb"), f"--schedule {args.schedule} splits the backward "
+           "pass by hand, which torch.compile can't follow: leave one of the two out")
     refuse(args.pipeline and args.batch_size % args.microbatches,
            f"--batch-size {args.batch_size} is not divisible into {args.microbatches} microbatches")
     refuse(args.pipeline and world_size() % args.pipeline, f"{world_size()} processes can't form "

@@ -1,8 +1,8 @@
-"""Utilization of GPipe and 1F1B (Fig. 3), beside M / (N + M - 1) and torch.distributed.pipelining.
+"""Utilization of each schedule (Fig. 3), beside its clock table's and torch.distributed.pipelining.
 
     python bench.py pipeline
 
-A stage is a process whose work is a wait of 50 ms, so that stages wait for each other, not for a processor.
+A process's work is to wait 50 ms for F, for B and for W, so that it waits for others, not for a processor.
 """
 import json
 import statistics
@@ -17,52 +17,80 @@ import torch.nn.functional as F
 
 from benches.common import shown, table
 from common.device import find_device
-from pipeline import SCHEDULES, Grid, Wires, execute, schedule, utilization
+from pipeline import (
+    SCHEDULES,
+    Grid,
+    Wires,
+    count_stages,
+    execute,
+    process_of,
+    schedule,
+    simulate,
+    utilization,
+)
 
 DEFAULTS = dict(stages=4)
 
 
-class TimedStage(nn.Module):
-    """Waits in each direction, and notes in `rows` when: (stage, kind, microbatch, start, end)."""
+class Wait(torch.autograd.Function):
+    """x; the backward pass waits, and notes it as a step of this kind."""
 
-    def __init__(self, stage, seconds):
+    @staticmethod
+    def forward(ctx, x, kind, stage):
+        ctx.kind, ctx.stage = kind, stage
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.stage.wait(ctx.kind)
+        return g, None, None
+
+
+class TimedStage(nn.Module):
+    """y = x W^T that waits in F, B and W, and notes in `rows` when: (process, kind, start, end)."""
+
+    def __init__(self, process, seconds, rows):
         super().__init__()
-        self.stage, self.seconds, self.rows = stage, seconds, []
-        self.weight = nn.Parameter(torch.ones(()))
+        self.process, self.seconds, self.rows = process, seconds, rows
+        self.weight = nn.Parameter(torch.eye(64))
 
     def wait(self, kind):
         start = time.time()
         time.sleep(self.seconds)
-        self.rows.append((self.stage, kind, sum(row[1] == kind for row in self.rows), start, time.time()))
+        self.rows.append((self.process, kind, start, time.time()))
 
     def forward(self, x):
         self.wait("F")
-        y = x * self.weight
-        if y.requires_grad:
-            y.register_hook(lambda dy: self.wait("B"))
-        return y
+        return F.linear(Wait.apply(x, "B", self), Wait.apply(self.weight, "W", self))
 
 
-def engines(grid, module, kind, microbatches):
-    """name -> function that runs one step over the timed stages: ours, and torch's where it can."""
-    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-    device = torch.device("cpu")
-    steps, wires = schedule(kind, grid.stages, microbatches)[grid.stage], Wires(grid, device)
-    batch = torch.ones(microbatches, 64, 64)
+def engines(grid, kind, microbatches, seconds, rows):
+    """name -> function that runs one step over timed stages: ours, and torch's where it has one."""
+    from torch.distributed import pipelining
+    device, lists = torch.device("cpu"), schedule(kind, grid.stages, microbatches)
+    count, steps = count_stages(lists), lists[grid.stage]
+    seconds *= grid.stages / count
+    mine = [s for s in range(count) if process_of(s, grid.stages) == grid.stage]
+    own = {s: TimedStage(grid.stage, seconds, rows) for s in mine}
+    wires, batch = Wires(grid, device, count), torch.ones(microbatches, 64, 64, requires_grad=True)
     inputs = batch.split(1)
 
-    def forward(m, x):
-        y = module(inputs[m] if x is None else x)
-        return F.mse_loss(y, inputs[m]) if grid.last else y
+    def forward(m, stage, x, part):
+        with part:
+            y = own[stage](inputs[m] if x is None else x)
+        return F.mse_loss(y, torch.zeros_like(y)) if stage == count - 1 else y
 
     def ours():
         wires.begin(steps, inputs[0].shape, inputs[0].dtype)
         execute(steps, forward, wires)
-    if kind == "1f1b" and microbatches < grid.stages:  # torch's 1F1B refuses these
+    theirs = {"gpipe": pipelining.ScheduleGPipe, "1f1b": pipelining.Schedule1F1B,
+              "zb-v": pipelining.ScheduleZBVZeroBubble}.get(kind)
+    if theirs is None or kind != "gpipe" and microbatches < grid.stages:  # which torch's refuse
         return {"ours": ours}
-    stage = PipelineStage(module, grid.stage, grid.stages, device, group=grid.pipe)
-    torchs = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[kind](stage, microbatches, loss_fn=F.mse_loss)
-    arguments, target = [batch] if grid.first else [], dict(target=batch) if grid.last else {}
+    stages = [pipelining.PipelineStage(own[s], s, count, device, group=grid.pipe) for s in mine]
+    torchs = theirs(stages if kind == "zb-v" else stages[0], microbatches, loss_fn=F.mse_loss)
+    arguments = [batch] if grid.first else []
+    target = dict(target=torch.zeros_like(batch)) if count - 1 in own else {}
     return {"ours": ours, "torch": lambda: torchs.step(*arguments, **target)}
 
 
@@ -72,15 +100,15 @@ def member(rank, folder, stages, cases, seconds, rounds):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=stages)
     grid, results = Grid(stages), []
     for kind, microbatches in cases:
-        module = TimedStage(grid.stage, seconds)
-        steps = engines(grid, module, kind, microbatches)
+        noted = []
+        steps = engines(grid, kind, microbatches, seconds, noted)
         times = {name: [] for name in steps}
         for _ in range(rounds + 1):
             for name, step in steps.items():
                 dist.barrier()
-                module.rows = []
+                noted.clear()
                 step()
-                times[name].append(module.rows)
+                times[name].append(list(noted))
         results.append({name: rows[1:] for name, rows in times.items()})
     (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
     dist.barrier()
@@ -98,8 +126,10 @@ def measure(stages=4, counts=(1, 4, 8, 16), seconds=0.05, rounds=3):
         for name in parts[0]:
             whole = [sum(stages_rows, []) for stages_rows in zip(*(part[name] for part in parts))]
             median[name] = statistics.median(map(utilization, whole))
+        backward = 1 if kind.startswith("zb") else 2  # else it has W's part in it
         rows.append(dict(schedule=kind, stages=stages, microbatches=M, utilization=median["ours"],
-                         theory=M / (stages + M - 1), torch_utilization=median.get("torch")))
+                         theory=utilization(simulate(schedule(kind, stages, M), backward=backward)),
+                         torch_utilization=median.get("torch")))
     return rows
 
 
@@ -109,7 +139,7 @@ def bench(args):
 
 def report(rows):
     def torchs(r):
-        return f"{r['torch_utilization']:.3f}" if r["torch_utilization"] else "refuses"
+        return f"{r['torch_utilization']:.3f}" if r["torch_utilization"] else "none"
     return table(shown(rows, torch=torchs), {
         "schedule": "schedule", "stages": "stages", "microbatches": "microbatches",
-        "utilization": ("utilization", "{:.3f}"), "M/(N+M-1)": ("theory", "{:.3f}"), "torch": "torch"})
+        "utilization": ("utilization", "{:.3f}"), "clock table": ("theory", "{:.3f}"), "torch": "torch"})
