@@ -182,8 +182,8 @@ def finish(work, ranks, args, device):
     before, after = (count_parameters(build(source.config, swapped)) for swapped in ({}, layers))
     whole = sum(size(shape, 0) for shape in work.shapes.values())
     kept = sum(size(shape, ranks[name]) for name, shape in work.shapes.items()) / whole
-    say(f"{len(layers)} of {len(ranks)} matrices low-rank, {millions(before)} -> {millions(after)} parameters "
-        f"({before / after:.2f}x), {kept:.1%} of the blocks' matrices: {work.out}")
+    say(f"{len(layers)} of {len(ranks)} matrices low-rank, {millions(before)} -> {millions(after)} "
+        f"parameters ({before / after:.2f}x), {kept:.1%} of the blocks' matrices: {work.out}")
     summary = dict(parameters=after, parameters_full_rank=before, compression=before / after,
                    block_share=kept, ranks=ranks, seconds=time.perf_counter() - work.started,
                    peak_memory_bytes=peak_memory(device), processes=world_size(), device=str(device),
