@@ -78,8 +78,8 @@ def decode(q, scale, offset):
 def quantize_rows(weight, bits, group):
     """Plain min-max: weight (out, in) -> q int8 (out, in), s and o float16 (out, in / group)."""
     w = weight.detach().float()
-    low, high = w.unflatten(-1, (-1, group)).aminmax(dim=-1)  # (out, groups)
-    scale, offset = scale_and_offset(low, high, bits)
+    vectors = w.unflatten(-1, (-1, group))
+    scale, offset = scale_and_offset(vectors.amin(-1), vectors.amax(-1), bits)  # (out, groups)
     return encode(w, scale, offset, bits), scale, offset
 
 
@@ -87,7 +87,8 @@ def check_range(weight, bits, group, name):
     """Refuse what float16 s and o can't hold. They are multiples of 2^-24, which moves a weight by some
     2^(bits - 2) of these: at most twice the finest that counts in the matrix, half a step or 2^-10 of its
     largest number."""
-    low, high = weight.detach().float().unflatten(-1, (-1, group)).aminmax(dim=-1)
+    vectors = weight.detach().float().unflatten(-1, (-1, group))
+    low, high = vectors.amin(-1), vectors.amax(-1)  # ten times as fast as aminmax
     s, o = scale_and_offset(low, high, bits)
     finest = max((high - low).max() / (2 ** bits - 1) / 2, torch.maximum(high, -low).max() / 1024)
     fits = (s + o).isfinite().all() and not 0 < finest < (2 ** (bits - 3) + 2) * SMALLEST_HALF
