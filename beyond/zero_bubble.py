@@ -23,12 +23,19 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from pipeline import input_of, process_of
+from pipeline import input_of, process_of, simulate, utilization
 
 
 def v_shaped(processes, microbatches):
-    """Each process's steps, as a clock would have them that takes what is ready: B before F before W, and of
-    these the later stage. No process holds more than 2N microbatches of half a stage, what 1F1B's first does.
+    """Each process's steps: the better list of two, which keep no place or one for the later stage."""
+    lists = [ready_first(processes, microbatches, kept) for kept in (0, 1)]
+    return max(lists, key=lambda steps: utilization(simulate(steps)))
+
+
+def ready_first(processes, microbatches, kept):
+    """At each clock a process takes what is ready: B before F before W, and of these the later stage. It
+    holds 2N microbatches of half a stage at most, as much as 1F1B's first; F of its first stage keeps some
+    of these places free.
     """
     N, stages = processes, 2 * processes
     lists, ended = [[] for _ in range(N)], {None}
@@ -38,8 +45,9 @@ def v_shaped(processes, microbatches):
         for p, steps in enumerate(lists):
             held = sum(todo["F", s] - todo["W", s] for s in (p, stages - 1 - p))
             for (kind, s), m in todo.items():
-                room = kind != "F" or held < stages
-                if process_of(s, N) == p and m < microbatches and room and input_of(kind, m, s, stages) in ended:
+                room = kind != "F" or held < stages - (kept if s < N else 0)
+                mine = process_of(s, N) == p and m < microbatches
+                if mine and room and input_of(kind, m, s, stages) in ended:
                     steps.append((kind, m, s))
                     taken.append((kind, m, s))
                     break
@@ -83,7 +91,7 @@ class GradientOfX(torch.autograd.Function):
 
 
 def add_gradients(g, x, W, bias=None):
-    """Into W.grad and bias.grad, from g (..., out) and x (..., in); through what W was made from, if it was."""
+    """Into W.grad and bias.grad, from g (..., out) and x (..., in), or into what W was made from."""
     g, x = g.flatten(0, -2), x.flatten(0, -2).to(g.dtype)
     for parameter, gradient in ((W, (x.T @ g).T), (bias, g.sum(0))):
         if parameter is not None and parameter.requires_grad:
