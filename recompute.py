@@ -263,6 +263,7 @@ class RecomputedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, mask, dropout):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # once, not for every product
         ctx.save_for_backward(q, k, v)
         ctx.mask, ctx.dropout, ctx.state = mask, dropout, State(q) if dropout else None
         y = torch.empty_like(q)

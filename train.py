@@ -84,7 +84,7 @@ def make_parser():
     add("--compile", action="store_true", help="compile the blocks with torch.compile")
     add("--recompute", choices=("none", "sdpa", "attention", "block"),
         help="what the backward pass computes again: the scores (sdpa, attention) or all of a block "
-             "(default: sdpa, with --schedule gpipe block)")
+             "(default: sdpa, in bfloat16 on a CPU attention, with --schedule gpipe block)")
     add("--pipeline", type=at_least_0, default=0, help="cut the model into this many stages; 0: no pipeline")
     add("--microbatches", type=at_least_1,
         help="parts of a batch that follow each other in a pipeline (default: up to 4 a stage)")
@@ -212,18 +212,25 @@ def fill_in(args, device):
     if args.init_from and optimizer == "adamw":  # whose first steps at 1e-3 raise the loss
         lr = 3e-4 if method == 3 else 1e-4
     steps = args.max_iters or (5000 if gpu else 150)
+    attention = "sdpa" if args.compile else faster_attention(device)
     batch, parts = 16 if gpu else 4, args.microbatches or 1
     batch += -batch % parts  # up to a multiple of the microbatches
     values = dict(
         model="gpt2", method=method, optimizer=optimizer, max_iters=steps, lr=lr, batch_size=batch,
         warmup=min(200, steps // 10), eval_interval=-(-steps // 4),
-        recompute="block" if args.pipeline and args.schedule == "gpipe" else "sdpa",
+        recompute="block" if args.pipeline and args.schedule == "gpipe" else attention,
         start="orthogonal" if optimizer == "muon" else "normal")
     for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.pipeline and args.microbatches is None:
         args.microbatches = max(m for m in range(1, 4 * args.pipeline + 1) if args.batch_size % m == 0)
+
+
+def faster_attention(device):
+    """sdpa; in bfloat16 on a CPU, where torch's kernel takes twice as long, recompute.py's."""
+    slow = device.torch_device.type == "cpu" and device.dtype == torch.bfloat16
+    return "attention" if slow and importlib.util.find_spec("recompute") else "sdpa"
 
 
 def check(args, given):

@@ -19,6 +19,8 @@ from common.loss import head_loss
 from common.optimizers import make_optimizers
 from lowrank import replace_linears
 from model import Transformer, config_for, count_parameters, flops_per_token
+from recompute import use_recompute
+from train import faster_attention
 
 # Speedup over full rank, Tables VI and VII.
 PAPER = {("gpt2", 192): "1.14x", ("gpt2", 96): "1.18x", ("gpt2", 48): "1.19x", ("gpt2-xl", 384): "1.31x"}
@@ -32,8 +34,9 @@ def timed_step(device, loss_of, model, optimizer, batch, length, vocabulary=5025
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step(dtype):
-        with replace(device, dtype=dtype).autocast():
-            loss = loss_of(x, y)
+        here = replace(device, dtype=dtype)
+        with here.autocast():
+            loss = loss_of(x, y, here)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -41,9 +44,11 @@ def timed_step(device, loss_of, model, optimizer, batch, length, vocabulary=5025
     return step
 
 
-def training_step(model, device, batch, length):
+def training_step(model, device, batch, length, compiled=False):
     """A step as `train.py --optimizer adamw` makes it."""
-    def loss_of(x, y):
+    def loss_of(x, y, here):
+        if not compiled:
+            use_recompute(model, faster_attention(here))
         return head_loss(model.head, model.hidden(x), y)
     optimizer, = make_optimizers(model, 1e-4, 0.1)
     return timed_step(device, loss_of, model, optimizer, batch, length, model.config.vocab_size)
@@ -57,7 +62,7 @@ def nanogpt_step(folder, device, batch, length):
     config = theirs.GPTConfig(block_size=1024, vocab_size=50257, dropout=0.0, bias=True)
     model = theirs.GPT(config).to(device.torch_device)
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.torch_device.type)
-    return timed_step(device, lambda x, y: model(x, y)[1], model, optimizer, batch, length)
+    return timed_step(device, lambda x, y, _: model(x, y)[1], model, optimizer, batch, length)
 
 
 def shapes_of_rank(name, rank):
@@ -104,7 +109,7 @@ def bench(args):
     models = {key: gpt2_of_rank(*key, device) for key in shapes}
     for block in [block for model in models.values() for block in model.blocks if args.compile]:
         block.compile()
-    steps = {key: training_step(model, device, batch, length) for key, model in models.items()}
+    steps = {key: training_step(model, device, batch, length, args.compile) for key, model in models.items()}
     if args.nanogpt:
         shapes["nanoGPT", 0] = shapes_of_rank("gpt2", 0)  # the same
         steps["nanoGPT", 0] = nanogpt_step(args.nanogpt, device, batch, length)

@@ -13,6 +13,7 @@ import torch
 import train
 from checkpoint import load_model, save_model
 from common.cli import InputError, command
+from common.device import Device
 from common.processes import Single
 from common.storage import read_state
 from lowrank import LowRankLinear
@@ -291,6 +292,12 @@ def test_compiled_blocks_give_the_same_losses(tmp_path, text_file, run):
         assert done.returncode == 0, done.stderr
     a, b = losses(tmp_path / "eager"), losses(tmp_path / "compiled")
     assert max(abs(a[k] - b[k]) for k in a) < 1e-4
+
+
+@pytest.mark.parametrize("dtype, mode", [(torch.float32, "sdpa"), (torch.bfloat16, "attention")])
+def test_attention_that_is_faster_on_a_cpu(dtype, mode):
+    assert train.faster_attention(Device(torch.device("cpu"), dtype, 0, "", "")) == mode
+    assert train.faster_attention(Device(torch.device("cuda"), dtype, 0, "", "")) == "sdpa"
 
 
 @pytest.mark.parametrize("mode", ["none", "attention", "block"])
