@@ -235,12 +235,12 @@ def draw_keep_mask(q, rows, keys, dropout):
 
 
 def by_sequence(attend):
-    """model.attend from a function of one sequence. A CPU takes one sequence after the other, without a copy;
-    a GPU, where many small kernels would be slow, takes the heads of all sequences for those of one."""
+    """model.attend from a function of one sequence: without a mask, the heads of all sequences are taken for
+    those of one, in fewer and larger products; with masks, one sequence after the other."""
     def attend_all(q, k, v, mask=None, dropout=0.0):
-        if mask is None and q.is_cuda:
+        if mask is None:
             return attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), None, dropout).view(q.shape)
-        masks = [None] * len(q) if mask is None else mask[:, 0].expand(len(q), -1, -1)
+        masks = mask[:, 0].expand(len(q), -1, -1)
         return torch.stack([attend(*parts, dropout) for parts in zip(q, k, v, masks)])  # (B, h, T, d)
     return attend_all
 
