@@ -204,9 +204,9 @@ def fill(model, tensors, device, dtype, bits=16, group=None):
     for name, tensor in tensors(forms):
         owner = name.rpartition(".")[0]
         layer = model.get_submodule(owner)
-        if isinstance(tensor, Packed):  # the file has it in integers
+        if isinstance(tensor, Packed):  # a QuantMatrix, as the file has it
             model.set_submodule(owner, quant.holding(layer, tensor.to(device)))
-            del forms[owner]
+            del forms[owner], layer
             continue
         place(model, name, tensor, device, dtype)
         del tensor
@@ -337,7 +337,7 @@ def parse(argv):
         if name == "quantize":
             p.add_argument("--bits", type=int, default=8, choices=[4, 8], help="of a weight")
             p.add_argument("--group", type=at_least_0, metavar="N", help="numbers of a row that share a "
-                           "scale; 0: whole rows (default: 0 at 8 bit, 64 at 4)")
+                           "scale; 0: whole rows (default: a GGUF's blocks, else 0 at 8 bit, 64 at 4)")
             p.add_argument("--calibration", metavar="TEXT", help="round so that the outputs for this text "
                            "change least; a file, a folder or builtin")
             p.add_argument("--random-init", action="store_true",

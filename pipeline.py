@@ -141,8 +141,6 @@ def costs(model, length):
 
 def balance(costs, count):
     """Cut the pieces into a range for each stage, so that the costliest stage costs least, then the next."""
-    refuse(count > len(costs) - 2,
-           f"{count} stages are more than the model's {len(costs) - 2} blocks: choose fewer")
     total = [0, *accumulate(costs)]
 
     @cache
@@ -264,11 +262,10 @@ class Wires:
 
 
 def execute(steps, forward, wires):
-    """Run one process's steps. forward(m, stage, x, part) -> y, in the last stage the scaled loss; x is None
-    in the first. part: a context for the blocks, whose backward pass W completes.
+    """Run one process's steps; returns the most microbatches whose activations were held at once.
 
-    Returns the most microbatches whose activations were held at once.
-    """
+    forward(m, stage, x, part) -> y, in the last stage the scaled loss; x is None in the first. part: a
+    context for the blocks; where there are steps W, their weights get no gradient before W."""
     part, held, most = nullcontext, {}, 0
     if any(kind == "W" for kind, *_ in steps):
         from beyond.zero_bubble import WeightsLater as part
@@ -302,13 +299,18 @@ class Pipeline(Single):
     """
 
     def __init__(self, model, stages, kind, microbatches, length, device):
+        self.lists, blocks = schedule(kind, stages, microbatches), len(model.blocks)
+        self.stages = count_stages(self.lists)
+        refuse(self.stages > blocks, f"{kind} of {stages} processes has {self.stages} stages, more than the "
+               f"model's {blocks} blocks: choose fewer")
         self.grid = grid = Grid(stages)
         self.model, self.kind, self.microbatches, self.device = model, kind, microbatches, device
-        self.replica, self.replicas = grid.replica, grid.replicas
-        lists = schedule(kind, stages, microbatches)
-        self.steps, self.stages, self.lists = lists[grid.stage], count_stages(lists), lists
-        pieces = balance(costs(model, length), self.stages)
-        self.pieces = {s: pieces[s] for s in range(self.stages) if process_of(s, stages) == grid.stage}
+        self.replica, self.replicas, self.steps = grid.replica, grid.replicas, self.lists[grid.stage]
+        pieces = balance(costs(model, length), stages)
+        if self.stages > stages:
+            from beyond.zero_bubble import pieces_of_v
+            pieces = pieces_of_v(costs(model, length), stages)
+        self.pieces = {s: own for s, own in enumerate(pieces) if process_of(s, stages) == grid.stage}
         with torch.no_grad(), device.autocast():  # activations have the dtype that the embedding gives them
             tokens = torch.zeros(1, 1, dtype=torch.long, device=device.torch_device)
             self.dtype = model.begin(tokens)[0].dtype
@@ -318,9 +320,8 @@ class Pipeline(Single):
         self.wires, self.most_held = Wires(grid, device.torch_device, self.stages), 0
 
     def __str__(self):
-        return (f"pipeline {self.kind}: {self.stages} stages x {self.replicas} replicas, "
-                f"{self.microbatches} microbatches, "
-                f"utilization at most {utilization(simulate(self.lists)):.3f}")
+        return (f"pipeline {self.kind}: {self.stages} stages x {self.replicas} replicas, {self.microbatches} "
+                f"microbatches, utilization at most {utilization(simulate(self.lists)):.3f}")
 
     def run_blocks(self, stage, tokens, x, seed=()):
         """A stage's blocks: tokens (b, T) or activations x (b, T, C) to activations.
@@ -411,8 +412,7 @@ def main(argv=None):
     rows = simulate(lists)
     print(clock_table(lists))
     print(f"microbatches held by each stage: {[most_held(steps) for steps in lists]}")
-    print(f"utilization {utilization(rows):.3f}; gpipe and 1f1b: M / (N + M - 1) = {M}/{N + M - 1} = "
-          f"{M / (N + M - 1):.3f}")
+    print(f"utilization {utilization(rows):.3f}; of gpipe and 1f1b M / (N + M - 1) = {M / (N + M - 1):.3f}")
     return 0
 
 

@@ -254,8 +254,9 @@ def check(args, given):
            "--shard needs several processes: torchrun --nproc_per_node N train.py ... --shard")
     refuse(not args.pipeline and given & {"microbatches", "schedule"},
            "--microbatches and --schedule are of a pipeline: give --pipeline N")
-    refuse(args.compile and args.schedule.startswith("zb"), f"--schedule {args.schedule} splits the backward "
-           "pass by hand, which torch.compile can't follow: leave one of the two out")
+    refuse((args.compile or args.recompute == "block") and args.schedule.startswith("zb"),
+           f"--schedule {args.schedule} splits a block's backward pass, which --compile and --recompute "
+           "block keep whole: leave one out, or --recompute sdpa")
     refuse(args.pipeline and args.batch_size % args.microbatches,
            f"--batch-size {args.batch_size} is not divisible into {args.microbatches} microbatches")
     refuse(args.pipeline and world_size() % args.pipeline, f"{world_size()} processes can't form "

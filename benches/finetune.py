@@ -51,7 +51,7 @@ def our_steps(args, bits, rows, device):
             loss = head_loss(model.head, batch.hidden(model), batch.targets)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
         return batch.size
     return step
 
@@ -109,6 +109,8 @@ def bench(args):
         model, tokenizer = load_model(args.base)
         export(model, tokenizer, Path(folder) / "hf")
         drawn = draw(examples, args.batches * args.batch_size)
+        refuse(len(drawn) < args.batches * args.batch_size, f"--batches {args.batches} of {args.batch_size} "
+               f"rows are more than the {len(drawn)} there are")
         rows = [encode(tokenizer, example.prompt, example.answer, 512) for example in drawn]
         return device, measure(args, engines, Path(folder) / "hf", rows)
 

@@ -2,7 +2,8 @@
 
     python bench.py pipeline
 
-A process's work is to wait 50 ms for F, for B and for W, so that it waits for others, not for a processor.
+A process's work is to wait 50 ms for F, for B and for W, so that it waits for others, not for a processor
+(in zb-v 25 ms for each of its two stages).
 """
 import json
 import statistics

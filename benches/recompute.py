@@ -41,7 +41,7 @@ def bench(args):
             loss = head_loss(model.head, model.hidden(tokens[:, :-1]), tokens[:, 1:])
         kept = watch.alive if watch else 0
         loss.backward()
-        model.zero_grad(set_to_none=False)
+        model.zero_grad()
         return kept
     rows, steps = [], {mode: partial(step, model) for mode, model in models.items()}
     seconds = interleaved(steps, args.rounds)

@@ -33,7 +33,8 @@ from quant import QuantMatrix, decode, encode, nearest, scale_and_offset
 def choose_range(w, bits, group):
     """s and o (..., in / group) of w (..., in), with ranges shrunk as far as that lowers the squared error of
     a vector."""
-    low, high = w.unflatten(-1, (-1, group)).aminmax(dim=-1)
+    vectors = w.unflatten(-1, (-1, group))
+    low, high = vectors.amin(-1), vectors.amax(-1)
     best, best_error = scale_and_offset(low, high, bits), torch.full_like(low, math.inf)
     for shrink in torch.linspace(1, 0.5, 26).tolist():
         tried = scale_and_offset(low * shrink, high * shrink, bits)

@@ -12,10 +12,13 @@ y = x W^T with the gradient g of y, B is g W and W is g^T x: half of a backward 
     stage 3 .  .  .  F0 B0 F1 B1 F2 B2 F3 B3 W0 W1 W2 W3
 
 zb-h1 is 1F1B with W of microbatch m - s after B of microbatch m in stage s; N microbatches are held at most.
-zb-v has two stages of half the size in each process, the first and the last of 2N in process 0, so that a
-microbatch comes back to where it began: its bubble is another half, as a process has work from both ends.
+zb-v has two stages in each process, the first and the last of 2N in process 0: a microbatch comes back to
+where it began. A process has work from both ends, and the bubble is half of zb-h1's. Both are measured in
+steps of the same length: a stage with a large head, whose loss makes its gradients in F, waits for less.
 
-    python pipeline.py --schedule zb-v
+The price is memory: from B to W a layer keeps x and g, where autograd is done with both after B.
+
+    python pipeline.py --schedule zb-v --stages 2 --microbatches 4
 """
 from functools import partial
 
@@ -23,19 +26,19 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from pipeline import input_of, process_of, simulate, utilization
+from pipeline import balance, input_of, process_of, simulate, utilization
 
 
 def v_shaped(processes, microbatches):
-    """Each process's steps: the better list of two, which keep no place or one for the later stage."""
-    lists = [ready_first(processes, microbatches, kept) for kept in (0, 1)]
+    """Each process's steps: of two lists the one that ends first."""
+    lists = [ready_first(processes, microbatches, free) for free in (0, 1)]
     return max(lists, key=lambda steps: utilization(simulate(steps)))
 
 
-def ready_first(processes, microbatches, kept):
+def ready_first(processes, microbatches, free):
     """At each clock a process takes what is ready: B before F before W, and of these the later stage. It
-    holds 2N microbatches of half a stage at most, as much as 1F1B's first; F of its first stage keeps some
-    of these places free.
+    holds at most 2N microbatches of its half-size stages, as much as 1F1B's first process. F of its first
+    stage must leave `free` of these places to its second.
     """
     N, stages = processes, 2 * processes
     lists, ended = [[] for _ in range(N)], {None}
@@ -45,7 +48,7 @@ def ready_first(processes, microbatches, kept):
         for p, steps in enumerate(lists):
             held = sum(todo["F", s] - todo["W", s] for s in (p, stages - 1 - p))
             for (kind, s), m in todo.items():
-                room = kind != "F" or held < stages - (kept if s < N else 0)
+                room = kind != "F" or held < stages - (free if s < N else 0)
                 mine = process_of(s, N) == p and m < microbatches
                 if mine and room and input_of(kind, m, s, stages) in ended:
                     steps.append((kind, m, s))
@@ -57,6 +60,16 @@ def ready_first(processes, microbatches, kept):
     return lists
 
 
+def pieces_of_v(costs, processes):
+    """The pieces of each stage, so that the costliest process costs least: a piece goes where the one as far
+    from the other end goes, and pairs are cut as pipeline.balance cuts pieces."""
+    n = len(costs)
+    half = (n + 1) // 2
+    pairs = [costs[i] + (costs[n - 1 - i] if i < n // 2 else 0) for i in range(half)]
+    first = balance(pairs, processes)
+    return first + [range(max(half, n - own.stop), n - own.start) for own in reversed(first)]
+
+
 class WeightsLater(TorchFunctionMode):
     """Inside, the backward pass of F.linear gives the gradient of x; run() adds those of the weights."""
 
@@ -65,7 +78,7 @@ class WeightsLater(TorchFunctionMode):
         self.later = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and args[0].requires_grad and torch.is_grad_enabled():
+        if function is F.linear and not kwargs and args[0].requires_grad and torch.is_grad_enabled():
             return GradientOfX.apply(args[0], args[1:], self.later)
         return function(*args, **(kwargs or {}))
 
@@ -75,24 +88,29 @@ class WeightsLater(TorchFunctionMode):
 
 
 class GradientOfX(torch.autograd.Function):
-    """x W^T + bias, of which autograd knows x alone. weights: W (out, in), and bias (out) or None."""
+    """x W^T + bias, with x as the only input that autograd sees, so that it makes no gradient of W. weights:
+    W (out, in), and bias (out) or None."""
 
     @staticmethod
     def forward(ctx, x, weights, later):
-        ctx.save_for_backward(x)
-        ctx.weights, ctx.later = weights, later
-        return F.linear(x, *weights)
+        y = F.linear(x, *weights)
+        ctx.save_for_backward(x.to(y.dtype))  # autocast multiplied it in y's dtype
+        ctx.weights, ctx.later, ctx.dtype = weights, later, x.dtype
+        return y
 
     @staticmethod
     def backward(ctx, g):
         x, = ctx.saved_tensors
-        ctx.later.append(partial(add_gradients, g, x, *ctx.weights))
-        return (g @ ctx.weights[0].to(g.dtype)).to(x.dtype), None, None
+        if any(w is not None and w.requires_grad for w in ctx.weights):
+            ctx.later.append(partial(add_gradients, g, x, *ctx.weights))
+        return (g @ ctx.weights[0].to(g.dtype)).to(ctx.dtype), None, None
 
 
 def add_gradients(g, x, W, bias=None):
-    """Into W.grad and bias.grad, from g (..., out) and x (..., in), or into what W was made from."""
-    g, x = g.flatten(0, -2), x.flatten(0, -2).to(g.dtype)
-    for parameter, gradient in ((W, (x.T @ g).T), (bias, g.sum(0))):
-        if parameter is not None and parameter.requires_grad:
-            torch.autograd.backward(parameter, gradient.to(parameter.dtype))
+    """Into W.grad and bias.grad, from g (..., out) and x (..., in). A W that was rounded for this forward
+    pass (quantization-aware training) hands its gradient on."""
+    g, x = g.flatten(0, -2), x.flatten(0, -2)
+    if W.requires_grad:
+        torch.autograd.backward(W, (g.T @ x).to(W.dtype))
+    if bias is not None and bias.requires_grad:
+        torch.autograd.backward(bias, g.sum(0).to(bias.dtype))

@@ -152,7 +152,7 @@ class Source:
     def find(self, stored, shapes, theirs=str, optional=()):
         """Set `stored`, our name of a tensor -> where it is, and `bits`; refuse the files of another model.
 
-        stored: the name there -> Stored or Packed. shapes: our name -> shape there, under theirs(our name).
+        stored: the name there -> Stored or PackedTensor. shapes: our name -> shape there, by theirs(name).
         optional: ends of names that may be there."""
         wanted = {name: theirs(name) for name in shapes}
         missing = [key for key in wanted.values() if key not in stored]

@@ -1,6 +1,6 @@
 """GGUF, llama.cpp's format: a header of fields and tensors, then the data, rows in blocks of a few numbers.
 
-    fields, tensors = read_gguf("model.gguf")          # tensors: name -> Packed
+    fields, tensors = read_gguf("model.gguf")          # tensors: name -> PackedTensor
     W = read_rows("model.gguf", tensors["token_embd.weight"], torch.arange(1000))
 
 The gguf package knows the packings and unpacks them. Its reader of headers takes seconds for the 100,000
@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedTensor:
     """A tensor inside the file."""
     shape: tuple
     packing: object  # gguf.GGMLQuantizationType
@@ -61,7 +61,7 @@ def value(file, kind):
 
 
 def read_gguf(path):
-    """(fields, {name: Packed}), every tensor inside the file, one behind the other."""
+    """(fields, {name: PackedTensor}), every tensor inside the file, one behind the other."""
     try:
         with open(path, "rb") as file:
             fields, tensors = read_header(file)
@@ -87,7 +87,7 @@ def read_header(file):
         block, size = gguf.GGML_QUANT_SIZES[packing]  # numbers in a block, bytes they take
         if name in tensors or offset != end or shape[-1] % block:
             raise ValueError(f"{name} is there twice, or not behind the tensor before, or no whole blocks")
-        tensors[name] = Packed(shape, packing, shape[-1] // block * size, offset)
+        tensors[name] = PackedTensor(shape, packing, shape[-1] // block * size, offset)
         end += aligned(tensors[name].rows * tensors[name].row, alignment)
     start = aligned(file.tell(), alignment)
     return fields, {name: replace(tensor, offset=start + tensor.offset) for name, tensor in tensors.items()}
@@ -115,9 +115,10 @@ def read_rows(path, tensor, order=None):
 
 
 def read_blocks(path, tensor, order):
-    """A matrix in one of BLOCKS as a quant.QuantMatrix, nothing rounded anew. A block of 32 numbers is a
-    float16 s, in Q4_1 a float16 minimum m, and the integers; those of 4 bits begin at 0, and the first 16 are
-    the low halves of bytes. Ours begin at -8: o = m + 8 s, which float16 holds but for one in a million.
+    """A matrix in one of BLOCKS as a quant.QuantMatrix, its integers and s as they are. A block of 32 numbers
+    is a float16 s, in Q4_1 a float16 minimum m, and the integers; of 4 bits they begin at 0, the first 16 in
+    the low halves of bytes. Ours begin at -8: o = m + 8 s, which float16 holds where a block has numbers
+    of both signs (all but two of smollm2's 3 million blocks), and else to 2^-12 of it.
     """
     from quant import QuantMatrix, pack
     mapped = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.rows, tensor.row))

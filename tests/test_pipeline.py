@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import pipeline as pipeline_file
 import train
 from benches.pipeline import measure
+from beyond.zero_bubble import pieces_of_v
 from checkpoint import load_model
 from common.cli import InputError
 from common.device import Device
@@ -89,8 +90,22 @@ def test_balance_finds_the_best_of_all_cuts():
         ranges = balance(pieces, stages)
         assert list(itertools.chain(*ranges)) == list(range(8))
         assert sorted((sum(pieces[i] for i in r) for r in ranges), reverse=True) == min(loads)
-    with pytest.raises(InputError, match="7 stages are more than the model's 6 blocks"):
-        balance(pieces, 7)
+
+
+def test_the_processes_of_a_v_are_cut_as_well_as_any_pairs():
+    for count, N in ((14, 4), (14, 2), (15, 3), (10, 4), (7, 2)):
+        costs = [0, *[2] * (count - 2), 10]
+        pieces = pieces_of_v(costs, N)
+        assert list(itertools.chain(*pieces)) == list(range(count))
+        loads = [sum(costs[i] for i in (*pieces[p], *pieces[2 * N - 1 - p])) for p in range(N)]
+        assert max(loads) <= max(10, 2 + 2 * -(-sum(costs) // (2 * N)))
+
+
+@pytest.mark.parametrize("kind, processes, stages", [("1f1b", 9, 9), ("zb-v", 5, 10)])
+def test_more_stages_than_blocks_are_refused(kind, processes, stages):
+    with pytest.raises(InputError, match=f"{kind} of {processes} processes has {stages} stages, more than the "
+                                         "model's 8 blocks"):
+        Pipeline(make_model("gpt2", 0), processes, kind, 8, LENGTH, cpu())
 
 
 # ----------------------------------------------------------------------------- stages against one process
@@ -327,7 +342,8 @@ def test_a_process_lost_on_one_of_two_machines_costs_the_steps_since_the_last_sa
     (("--pipeline", 1, "--batch-size", 8, "--microbatches", 3), "8 is not divisible into 3 microbatches"),
     (("--pipeline", 2), "can't form 2 stages"),
     (("--microbatches", 2), "are of a pipeline: give --pipeline N"),
-    (("--pipeline", 1, "--schedule", "zb-h1", "--compile"), "leave one of the two out")])
+    (("--pipeline", 1, "--schedule", "zb-h1", "--compile"), "keep whole: leave one out"),
+    (("--pipeline", 1, "--schedule", "zb-v", "--recompute", "block"), "keep whole: leave one out")])
 def test_bad_input_is_refused(args, message, tmp_path, text_file):
     with pytest.raises(InputError, match=message):
         train.main([str(a) for a in (*COMMON, "--data", text_file, "--out-dir", tmp_path / "run", *args)])
