@@ -241,9 +241,10 @@ def test_the_first_steps_from_pretrained_factors_do_not_raise_the_loss(optimizer
     command = ("--method", 2, "--init-from", "smollm2-135m", "--rank", 128, "--max-iters", 3, "--batch-size", 2,
                "--seq-len", 64, "--dtype", "float32", "--log-interval", 1, "--out-dir", tmp_path,
                "--optimizer", optimizer)
-    assert train.main([str(a) for a in command], eval_tokens=128) == 0
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 3 and max(losses[1:]) < losses[0]
+    assert train.main([str(a) for a in command], eval_tokens=1024, eval_interval=1) == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    after = [row["val_loss"] for row in rows]  # on the same text; each step's own batch is another
+    assert len(rows) == 3 and max(after) < 1.25 * rows[0]["loss"] and after[2] < after[0]
 
 
 @pytest.mark.parametrize("method", [2, 3])

@@ -319,7 +319,7 @@ def test_quantized_positions_are_quantized_by_quant(server, folder, bits):
             model.set_submodule(name, low_rank(model.get_submodule(name), B[:, :r], A[:r]))
     quantize(model, bits)
     found = server.bench.measure(f"rank-40%-{bits}bit", TEXT)
-    assert found["perplexity"] == pytest.approx(perplexity(model, tokenizer, TEXT), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(perplexity(model, tokenizer, TEXT), rel=1e-4)
 
 
 def test_a_decomposed_folder_keeps_its_own_factors(folder):
