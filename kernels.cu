@@ -223,16 +223,16 @@ template <class T, int BITS> __device__ void unpack(uint32_t word, uint32_t* pai
 
 template <int WORDS> struct alignas(4 * WORDS) Words { uint32_t word[WORDS]; };
 
-// The work of a block: 16 rows of W from `first` on times M <= 8 TILES rows of x. Leaves the sum of each
-// warp's share in part[warp][x row][W row]. A lane loads WORDS words at a time; 4 lanes make a chunk, which
-// must lie in one group. Rows of x begin at 16 bytes. before_x is called when the first weights are on their
-// way.
+// The work of a block: 16 rows of W from `first` on times M <= 8 TILES rows of x, or one of several pieces of
+// it along the depth. Leaves the sum of each warp's share in part[warp][x row][W row]. A lane loads WORDS
+// words at a time; 4 lanes make a chunk, which must lie in one group. Rows of x begin at 16 bytes. before_x
+// is called when the first weights are on their way.
 template <class T, int BITS, int WORDS, int TILES, class Wait>
-__device__ void multiply_16_rows(const T* x, int M, const Matrix& W, int first, float (*part)[8 * TILES][16],
-                                 Wait before_x) {
+__device__ void multiply_16_rows(const T* x, int M, const Matrix& W, int first, int piece, int pieces,
+                                 float (*part)[8 * TILES][16], Wait before_x) {
   constexpr int n = IN_WORD<BITS>, CHUNK = 4 * WORDS * n, LOADS = WORDS == 4 ? 4 : 8;  // loads under way
   int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  int K = W.width, chunks = ceil_div(K, CHUNK);
+  int K = W.width, chunks = ceil_div(K, CHUNK), start = piece * WARPS + warp, apart = pieces * WARPS;
   float groups = W.group == K ? 0 : (float)CHUNK / W.group;  // in a chunk
   int row[2] = {min(first + g, W.rows - 1), min(first + g + 8, W.rows - 1)};  // never beyond the last
   // lanes 0 and 1 of four load s of the two rows, lanes 2 and 3 load o
@@ -240,22 +240,22 @@ __device__ void multiply_16_rows(const T* x, int M, const Matrix& W, int first, 
   const uint32_t ones[4] = {ONES<T>, ONES<T>, ONES<T>, ONES<T>};
   float y[TILES][4] = {};
 
-  for (int chunk = warp; chunk < chunks || chunk == warp; chunk += WARPS * LOADS) {  // all once, for before_x
+  for (int chunk = start; chunk < chunks || chunk == start; chunk += apart * LOADS) {  // once, for before_x
     Words<WORDS> words[LOADS][2] = {};
     float vector[LOADS] = {};
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-      int at = chunk + i * WARPS, byte = (at * 4 + t) * 4 * WORDS;
+      int at = chunk + i * apart, byte = (at * 4 + t) * 4 * WORDS;
       for (int half = 0; half < 2; half++) {
         const uint8_t* from = W.q + (size_t)row[half] * W.row_bytes + byte;
         if (byte < W.row_bytes) words[i][half] = *(const Words<WORDS>*)from;
       }
       if (at < chunks) vector[i] = __half2float(vectors[(int)((at + 0.5f) * groups)]);  // exact; no division
     }
-    if (chunk == warp) before_x();
+    if (chunk == start) before_x();
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {
-      int k = (chunk + i * WARPS) * CHUNK;
+      int k = (chunk + i * apart) * CHUNK;
       if (k >= K) break;  // the same for the whole warp
       float d[TILES][4] = {}, sum_x[TILES][4] = {};
 #pragma unroll
@@ -302,7 +302,7 @@ template <class T, int BITS, int WORDS, int TILES>
 __global__ void __launch_bounds__(32 * WARPS) matvec(const T* x, int M, Matrix W, T* y) {
   __shared__ float part[WARPS][8 * TILES][16];
   int first = blockIdx.x * 16;
-  multiply_16_rows<T, BITS, WORDS, TILES>(x, M, W, first, part, [] {});
+  multiply_16_rows<T, BITS, WORDS, TILES>(x, M, W, first, 0, 1, part, [] {});
   int i = threadIdx.x, m = i / 16, row = first + i % 16;
   if (m < M && m < 8 * TILES && row < W.rows)
     y[(size_t)m * W.rows + row] = from_float<T>(add_parts<TILES>(part, i));
@@ -316,7 +316,8 @@ __global__ void __launch_bounds__(32 * WARPS) matvec(const T* x, int M, Matrix W
 // ones y, and wait until h is complete. This can't hang, however few blocks fit on the GPU, as h's tickets
 // were all handed out before. The waiting blocks have asked for their share of B already: memory never rests.
 
-struct Counters { int ticket, done, finished; };  // all 0 between launches: the last block sets them back
+constexpr int MOST_TILES = 253;
+struct Counters { int ticket, done, finished, arrived[MOST_TILES]; };  // 0 between launches: the last sets it
 
 __device__ inline int take_ticket(Counters* c) {
   __shared__ int ticket;
@@ -337,24 +338,45 @@ __device__ inline void wait_until_done(Counters* c, int count) {
   __syncthreads();
 }
 __device__ inline void leave(Counters* c) {
-  if (threadIdx.x == 0 && atomicAdd(&c->finished, 1) == (int)gridDim.x - 1) *c = Counters{};
+  if (threadIdx.x == 0 && atomicAdd(&c->finished, 1) == (int)gridDim.x - 1)
+    c->ticket = c->done = c->finished = 0;
+}
+// Whether this block is the last of so many to come here. It sees what the others wrote before.
+__device__ inline bool arrives_last(int* arrived, int blocks) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0 && (last = atomicAdd(arrived, 1) == blocks - 1)) *arrived = 0;
+  __syncthreads();
+  __threadfence();
+  return last;
 }
 
+// A has few rows: a block for each 16 of them would leave most of the GPU idle. So several share their
+// columns, and the last to end adds up what they leave in `shares`, float (pieces, M, r), in a fixed order.
 // h (M, r) is scratch. WORDS must suit the groups of both factors.
 template <class T, int BITS, int WORDS, int TILES>
 __global__ void __launch_bounds__(32 * WARPS)
-lowrank(const T* x, int M, Matrix A, Matrix B, T* h, T* y, Counters* counters) {
+lowrank(const T* x, int M, Matrix A, Matrix B, int pieces, float* shares, T* h, T* y, Counters* counters) {
   __shared__ float part[WARPS][8 * TILES][16];
   int tiles_of_h = ceil_div(A.rows, 16), ticket = take_ticket(counters), i = threadIdx.x, m = i / 16;
-  bool makes_h = ticket < tiles_of_h;
+  bool makes_h = ticket < tiles_of_h * pieces, complete = true;
   Matrix W = makes_h ? A : B;
-  int first = 16 * (makes_h ? ticket : ticket - tiles_of_h), row = first + i % 16;
+  int tile = makes_h ? ticket / pieces : ticket - tiles_of_h * pieces, row = 16 * tile + i % 16;
+  int piece = makes_h ? ticket % pieces : 0, of = makes_h ? pieces : 1;
   auto wait_for_h = [&] { if (!makes_h) wait_until_done(counters, tiles_of_h); };
-  multiply_16_rows<T, BITS, WORDS, TILES>(makes_h ? x : h, M, W, first, part, wait_for_h);
-  T* to = makes_h ? h : y;
-  if (m < M && m < 8 * TILES && row < W.rows)
-    to[(size_t)m * W.rows + row] = from_float<T>(add_parts<TILES>(part, i));
-  if (makes_h) report_done(counters);
+  multiply_16_rows<T, BITS, WORDS, TILES>(makes_h ? x : h, M, W, 16 * tile, piece, of, part, wait_for_h);
+  bool mine = m < M && m < 8 * TILES && row < W.rows;
+  float sum = mine ? add_parts<TILES>(part, i) : 0;
+  if (of > 1) {
+    volatile float* share = shares + (size_t)m * W.rows + row;  // volatile: L1 may lack what others wrote
+    if (mine) share[(size_t)piece * M * W.rows] = sum;
+    complete = arrives_last(&counters->arrived[tile], pieces);
+    sum = 0;
+    for (int p = 0; p < pieces && complete && mine; p++) sum += share[(size_t)p * M * W.rows];
+  }
+  if (complete && mine) (makes_h ? h : y)[(size_t)m * W.rows + row] = from_float<T>(sum);
+  if (complete && makes_h) report_done(counters);
   leave(counters);
 }
 
@@ -387,7 +409,7 @@ lora(const T* x, int M, Matrix W, const T* A, const T* B, int r, float scale, fl
     report_done(c);
   } else {
     int first = 16 * (ticket - pieces), row = first + i % 16;
-    multiply_16_rows<T, BITS, WORDS, TILES>(x, M, W, first, part, [] {});
+    multiply_16_rows<T, BITS, WORDS, TILES>(x, M, W, first, 0, 1, part, [] {});
     wait_until_done(c, pieces);  // long since: h is a small part of the work
     float sum = 0;
     for (int from = 0; from < r; from += 16) {  // 16 columns of h and of B
@@ -611,6 +633,11 @@ inline int words_for(const Form& f, const void* x) {
   while (words && f.W.group != f.W.width && f.W.group % (4 * words * 32 / f.bits)) words /= 2;
   return words;
 }
+// Blocks that share 16 rows of A, so that some 128 are at work, each warp with a chunk at least.
+inline int pieces_of(const Form& a, int words) {
+  int tiles = ceil_div(a.W.rows, 16), chunks = ceil_div(a.W.width, std::max(words, 1) * 128 / a.bits);
+  return tiles > MOST_TILES ? 1 : std::max(1, std::min(128 / std::max(tiles, 1), chunks / WARPS));
+}
 // call(Int<WORDS>(), Int<TILES>())
 template <class F> void with_words(int words, int M, F call) {
   auto with_tiles = [&](auto w) { M <= 8 ? call(w, Int<1>()) : call(w, Int<2>()); };
@@ -650,15 +677,19 @@ void run_product(int type, const void* x, int M, Form f, void* y, int step, cuda
   });
 }
 
-void run_lowrank(int type, const void* x, int M, Form a, Form b, void* h, void* y, void* counters,
-                 cudaStream_t stream) {
+// How many numbers of float scratch run_lowrank wants.
+int64_t size_of_shares(int M, Form a) { return (int64_t)pieces_of(a, 1) * M * a.W.rows; }
+
+void run_lowrank(int type, const void* x, int M, Form a, Form b, void* shares, void* h, void* y,
+                 void* counters, cudaStream_t stream) {
   with_type(type, a.bits, [&](auto t, auto bits) {
     using T = decltype(t);
     constexpr int BITS = bits();
-    with_words(std::min(words_for(a, x), words_for(b, h)), M, [&](auto w, auto tiles) {
-      int blocks = ceil_div(a.W.rows, 16) + ceil_div(b.W.rows, 16);
-      launch(lowrank<T, BITS, w(), tiles()>, blocks, 32 * WARPS, stream, (const T*)x, M, a.W, b.W, (T*)h,
-             (T*)y, (Counters*)counters);
+    int words = std::min(words_for(a, x), words_for(b, h)), pieces = pieces_of(a, words);
+    with_words(words, M, [&](auto w, auto tiles) {
+      int blocks = ceil_div(a.W.rows, 16) * pieces + ceil_div(b.W.rows, 16);
+      launch(lowrank<T, BITS, w(), tiles()>, blocks, 32 * WARPS, stream, (const T*)x, M, a.W, b.W, pieces,
+             (float*)shares, (T*)h, (T*)y, (Counters*)counters);
     });
   });
 }
@@ -736,7 +767,7 @@ void* counters_for(const Tensor& x) {
   if (!counters.defined()) {  // a graph's memory would not outlive it
     TORCH_CHECK(c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
                 "call this once on the stream before a graph records it");
-    counters = at::zeros({4}, x.options().dtype(at::kInt));
+    counters = at::zeros({(int64_t)sizeof(Counters) / 4}, x.options().dtype(at::kInt));
   }
   return counters.data_ptr();
 }
@@ -783,9 +814,10 @@ Tensor lowrank_tensor(Tensor x, Tensor qA, Tensor sA, Tensor oA, Tensor qB, Tens
   check_few_rows(x, {A, B});
   c10::cuda::CUDAGuard guard(x.device());
   auto h = at::empty({x.size(0), A.W.rows}, x.options()), y = at::empty({x.size(0), B.W.rows}, x.options());
+  auto shares = at::empty({size_of_shares(x.size(0), A)}, x.options().dtype(at::kFloat));
   if (x.size(0))
-    run_lowrank(type, x.data_ptr(), x.size(0), A, B, h.data_ptr(), y.data_ptr(), counters_for(x),
-                current_stream());
+    run_lowrank(type, x.data_ptr(), x.size(0), A, B, shares.data_ptr(), h.data_ptr(), y.data_ptr(),
+                counters_for(x), current_stream());
   return y;
 }
 

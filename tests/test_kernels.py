@@ -134,6 +134,19 @@ def test_lowrank_in_one_launch(kernels, draw, bits, dtype, i):
 
 
 @pytest.mark.parametrize("bits, dtype, i", cases(4))
+def test_lowrank_of_wide_inputs(kernels, draw, bits, dtype, i):
+    """So wide that several blocks share the columns of each 16 rows of A; the same bits each time."""
+    width, rank, group = [(4096, 16, 0), (6400, 40, 64), (2048, 24, 128), (1600, 8, 0)][i]
+    M, rows = draw.choice([1, 3, 9, 16]), draw.choice(SIZES)
+    A, B = random_matrix(rank, width, bits, group), random_matrix(rows, rank, bits, 0)
+    x = torch.randn(M, width, dtype=dtype)
+    y, h = kernels.lowrank_and_h(x, A.parts(), B.parts())
+    assert_product(h, x, A.dense())
+    assert_product(y, h, B.dense())
+    assert torch.equal(kernels.lowrank_and_h(x, A.parts(), B.parts())[0], y)
+
+
+@pytest.mark.parametrize("bits, dtype, i", cases(4))
 def test_lora_in_one_launch(kernels, draw, bits, dtype, i):
     M, rows = draw.randint(1, 16), draw.choice(SIZES)
     r, scale = draw.choice([1, 4, 8, 13, 35]), draw.choice([4.0, 0.5])
