@@ -12,8 +12,8 @@ y = x W^T with the gradient g of y, B is g W and W is g^T x: half of a backward 
     stage 3 .  .  .  F0 B0 F1 B1 F2 B2 F3 B3 W0 W1 W2 W3
 
 zb-h1 is 1F1B with W of microbatch m - s after B of microbatch m in stage s; N microbatches are held at most.
-zb-v has two stages in each process, the first and the last of 2N in process 0, so that a microbatch comes back
-to where it began. A process has work from both ends, and the bubble is half of zb-h1's. Both are measured in
+zb-v has two stages in each process, the first and the last of 2N in process 0: a microbatch comes back to
+where it began. A process has work from both ends, and the bubble is half of zb-h1's. Both are measured in
 steps of the same length: a stage with a large head, whose loss makes its gradients in F, waits for less.
 
 The price is memory: from B to W a layer keeps x and g, where autograd is done with both after B.
@@ -68,19 +68,6 @@ def pieces_of_v(costs, processes):
     pairs = [costs[i] + (costs[n - 1 - i] if i < n // 2 else 0) for i in range(half)]
     first = balance(pairs, processes)
     return first + [range(max(half, n - own.stop), n - own.start) for own in reversed(first)]
-
-
-def pieces_of_v(costs, processes):
-    """stage -> its pieces, so that the costliest process costs least: a piece goes where the one as far from
-    the other end goes, and pairs are cut as pipeline.balance cuts pieces."""
-    n, N = len(costs), processes
-    refuse(2 * N > n - 2, f"zb-v has two stages in each of {N} processes, more than the model's {n - 2} blocks: "
-           "choose fewer")
-    half, pieces = (n + 1) // 2, {}
-    pairs = [costs[i] + (costs[n - 1 - i] if i < n // 2 else 0) for i in range(half)]
-    for p, own in enumerate(balance(pairs, N)):
-        pieces[p], pieces[2 * N - 1 - p] = own, range(max(half, n - own.stop), n - own.start)
-    return pieces
 
 
 class WeightsLater(TorchFunctionMode):
