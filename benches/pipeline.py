@@ -2,8 +2,7 @@
 
     python bench.py pipeline
 
-A process's work is to wait 50 ms for F, for B and for W, so that it waits for others, not for a processor
-(in zb-v 25 ms for each of its two stages).
+A stage's work is to wait 50 ms for F, for B and for W, so that it waits for others, not for a processor.
 """
 import json
 import statistics
@@ -70,7 +69,6 @@ def engines(grid, kind, microbatches, seconds, rows):
     from torch.distributed import pipelining
     device, lists = torch.device("cpu"), schedule(kind, grid.stages, microbatches)
     count, steps = count_stages(lists), lists[grid.stage]
-    seconds *= grid.stages / count
     mine = [s for s in range(count) if process_of(s, grid.stages) == grid.stage]
     own = {s: TimedStage(grid.stage, seconds, rows) for s in mine}
     wires, batch = Wires(grid, device, count), torch.ones(microbatches, 64, 64, requires_grad=True)
