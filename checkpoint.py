@@ -142,7 +142,7 @@ class FolderSource(Source):
         tensor = self.stored[name].read()
         return tensor if tensor.dim() < 2 else tensor[:rows]
 
-    def tensors(self, forms=()):
+    def tensors(self, forms=None):
         """All, and their checksums are compared."""
         return itertools.chain.from_iterable(map(read_tensors, self.files))
 

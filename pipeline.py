@@ -306,11 +306,11 @@ class Pipeline(Single):
         self.grid = grid = Grid(stages)
         self.model, self.kind, self.microbatches, self.device = model, kind, microbatches, device
         self.replica, self.replicas, self.steps = grid.replica, grid.replicas, self.lists[grid.stage]
-        pieces = balance(costs(model, length), stages)
+        divide = balance
         if self.stages > stages:
-            from beyond.zero_bubble import pieces_of_v
-            pieces = pieces_of_v(costs(model, length), stages)
-        self.pieces = {s: own for s, own in enumerate(pieces) if process_of(s, stages) == grid.stage}
+            from beyond.zero_bubble import pieces_of_v as divide
+        pieces = enumerate(divide(costs(model, length), stages))
+        self.pieces = {s: own for s, own in pieces if process_of(s, stages) == grid.stage}
         with torch.no_grad(), device.autocast():  # activations have the dtype that the embedding gives them
             tokens = torch.zeros(1, 1, dtype=torch.long, device=device.torch_device)
             self.dtype = model.begin(tokens)[0].dtype

@@ -13,8 +13,8 @@ y = x W^T with the gradient g of y, B is g W and W is g^T x: half of a backward 
 
 zb-h1 is 1F1B with W of microbatch m - s after B of microbatch m in stage s; N microbatches are held at most.
 zb-v has two stages in each process, the first and the last of 2N in process 0: a microbatch comes back to
-where it began. A process has work from both ends, and the bubble is half of zb-h1's. Both are measured in
-steps of the same length: a stage with a large head, whose loss makes its gradients in F, waits for less.
+where it began. A process has work from both ends, and the bubble is half of zb-h1's. All this counts steps of
+the same length; a process with a large head, whose loss makes its gradients in F already, gains less.
 
 The price is memory: from B to W a layer keeps x and g, where autograd is done with both after B.
 
@@ -30,7 +30,7 @@ from pipeline import balance, input_of, process_of, simulate, utilization
 
 
 def v_shaped(processes, microbatches):
-    """Each process's steps: of two lists the one that ends first."""
+    """Each process's steps in zb-v: of two lists the one that ends first."""
     lists = [ready_first(processes, microbatches, free) for free in (0, 1)]
     return max(lists, key=lambda steps: utilization(simulate(steps)))
 

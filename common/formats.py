@@ -168,7 +168,7 @@ class Source:
         self.stored = {name: stored[key] for name, key in wanted.items()}
         self.bits = {name: tensor.bits for name, tensor in self.stored.items()}
 
-    def tensors(self, forms=()):
+    def tensors(self, forms=None):
         """(name, tensor) of all. forms: of quant.formats; a matrix that is stored so is a QuantMatrix."""
         for name in self.shapes:
             yield name, self.get(name)

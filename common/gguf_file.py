@@ -123,7 +123,8 @@ def read_blocks(path, tensor, order):
     from quant import QuantMatrix, pack
     mapped = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.rows, tensor.row))
     blocks = torch.from_numpy(mapped[order.numpy()]).unflatten(1, (tensor.shape[-1] // BLOCK, -1))
-    name, W = tensor.packing.name, QuantMatrix(*tensor.shape, BLOCKS[tensor.packing.name], BLOCK)
+    name = tensor.packing.name
+    W = QuantMatrix(*tensor.shape, BLOCKS[name], BLOCK)
     W.scale = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
     if name == "Q4_1":
         minimum = blocks[..., 2:4].contiguous().view(torch.float16)[..., 0]
@@ -212,9 +213,9 @@ class GGUFSource(formats.Source):
             return read_rows(self.path, packed)[order]
         return read_rows(self.path, packed, order[:rows])
 
-    def tensors(self, forms=()):
+    def tensors(self, forms=None):
         for name in self.shapes:
-            packed, form = self.stored[name], dict(forms).get(name.removesuffix(".weight"))
+            packed, form = self.stored[name], forms and forms.get(name.removesuffix(".weight"))
             if form and BLOCKS.get(packed.packing.name) == form[0] and form[1] in (None, BLOCK):
                 yield name, read_blocks(self.path, packed, self.order(name))
             else:
