@@ -63,8 +63,7 @@ def ready_first(processes, microbatches, free):
 def pieces_of_v(costs, processes):
     """The pieces of each stage, so that the costliest process costs least: a piece goes where the one as far
     from the other end goes, and pairs are cut as pipeline.balance cuts pieces."""
-    n = len(costs)
-    half = (n + 1) // 2
+    n, half = len(costs), (len(costs) + 1) // 2
     pairs = [costs[i] + (costs[n - 1 - i] if i < n // 2 else 0) for i in range(half)]
     first = balance(pairs, processes)
     return first + [range(max(half, n - own.stop), n - own.start) for own in reversed(first)]
