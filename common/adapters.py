@@ -18,7 +18,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from checkpoint import open_model
@@ -29,29 +28,29 @@ from common.tokenizer import blamed_on, read_json
 from lowrank import LoRALinear, swap_layers
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-# Settings of PEFT that are read here, then those that change nothing once an adapter is trained (which layers
-# have one, the names of the factors say). Any other must be off.
-KNOWN = {"peft_type", "bias", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern",
-         "alpha_pattern", "init_lora_weights", "base_model_name_or_path", "task_type", "auto_mapping",
-         "peft_version", "revision", "inference_mode", "fan_in_fan_out", "target_modules", "exclude_modules",
-         "layers_to_transform", "layers_pattern", "eva_config", "megatron_core", "qalora_group_size"}
-STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # of A and B, that leave W as it is
+# Settings of PEFT with the values that are read here; the last are starts of A and B that leave W as it is.
+ONLY = dict(peft_type=("LORA", None), bias=("none", None),
+            init_lora_weights=(True, False, None, "gaussian", "orthogonal", "eva", "mica"))
+# Others that are read, then those that change nothing once an adapter is trained (which layers have one, the
+# names of the factors say). Any other must be off.
+KNOWN = {"r", "lora_alpha", "lora_dropout", "use_rslora", "base_model_name_or_path", "task_type",
+         "auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out", "target_modules",
+         "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config", "megatron_core",
+         "qalora_group_size"}
+OURS = {theirs: name for table in ("llama", "gpt2") for name, theirs in column(NAMES, table).items()}
 SAMPLED_ROWS = 4  # of each matrix of a base, for its checksum
 
 
 @dataclass
 class Adapter:
-    """What a folder holds: y = W x + scale B A x.
-
-    factors: our name of a layer -> A (r, in) and B (out, r), float32. Where a layer has a scale of its own, B
-    is multiplied so that `scale` holds for it, too."""
+    """What a folder holds: y = W x + scale B A x."""
     folder: Path
     rank: int
     scale: float
     dropout: float
-    factors: dict
+    factors: dict  # our name of a layer -> A (r, in) and B (out, r), float32
     base_name: str
-    base_id: str  # None: whoever trained it left none, so nothing tells another base
+    base_id: str   # None: whoever trained it left none, so nothing tells another base
 
     def __str__(self):
         targets = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in self.factors}))
@@ -61,21 +60,17 @@ class Adapter:
                 f"{parameters:,} parameters{'' if self.base_id else unchecked}")
 
 
-# ----------------------------------------------------------------------------- names
+# ----------------------------------------------------------------------------- reading
 
 def our_name(key):
     """(our name of a layer, "A" or "B") of a tensor in PEFT's file; None if it is no such factor."""
-    pattern = (r"base_model\.model\.(?:model\.|transformer\.)?((?:layers|h)\.\d+\.)?(.+)\.lora_([AB])"
-               r"(?:\.default)?\.weight")
-    found = re.fullmatch(pattern, key)
-    ours = {theirs: name for table in ("llama", "gpt2") for name, theirs in column(NAMES, table).items()}
-    if found is None or found[2] not in ours:
+    found = re.fullmatch(r"base_model\.model\.(?:model\.|transformer\.)?(?:(?:layers|h)\.(\d+)\.)?(.+)"
+                         r"\.lora_([AB])\.weight", key)
+    if found is None or found[2] not in OURS:
         return None
-    block = f"blocks.{found[1].split('.')[1]}." if found[1] else ""
-    return block + ours[found[2]], found[3]
+    block = f"blocks.{found[1]}." if found[1] else ""
+    return block + OURS[found[2]], found[3]
 
-
-# ----------------------------------------------------------------------------- reading
 
 def read_adapter(folder, model=None, base_id=None):
     """The Adapter in a folder. model: which it must fit. base_id: of the base at hand, which must be its."""
@@ -85,76 +80,42 @@ def read_adapter(folder, model=None, base_id=None):
     with blamed_on(folder):
         config, id_file = read_settings(folder / FILES[0]), folder / "BASE_ID"
         own_id = id_file.read_text().strip() if id_file.is_file() else None
-        base_name, dropout = config.get("base_model_name_or_path") or "", config.get("lora_dropout") or 0.0
+        base_name, rank = config.get("base_model_name_or_path") or "", config["r"]
         refuse(base_id and own_id not in (None, base_id), f"{folder} was trained on another base: on "
                f"{base_name} with BASE_ID {own_id}, not on this one with {base_id}. Give that one")
-        rank, scale = rank_and_scale(config)
-        factors, layers = {}, model and adaptable(model)
-        for name, (A, B, own_scale) in read_factors(folder / FILES[1], config).items():
-            if layers:
-                layer, size = layers.get(name), (A.shape[1], len(B))
-                fits = layer is not None and size == (layer.in_features, layer.out_features)
-                refuse(not fits, f"{folder}: its adapter for {name}, {size}, fits no layer of this model: it "
-                       f"was trained on {base_name}")
-                A, B = without_start(config.get("init_lora_weights"), layer, A, B, own_scale)
-            factors[name] = A, B if own_scale == scale else B * (own_scale / scale)
-        return Adapter(folder, rank, scale, nn.Dropout(dropout).p, factors, base_name, own_id)
+        scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        dropout = nn.Dropout(config.get("lora_dropout") or 0.0).p
+        factors, layers = read_factors(folder / FILES[1], rank), model and adaptable(model)
+        for name, (A, B) in factors.items() if layers else ():
+            layer, size = layers.get(name), (A.shape[1], len(B))
+            fits = layer is not None and size == (layer.in_features, layer.out_features)
+            refuse(not fits, f"{folder}: its adapter for {name}, {size}, fits no layer of this model: it was "
+                   f"trained on {base_name}")
+        return Adapter(folder, rank, scale, dropout, factors, base_name, own_id)
 
 
 def read_settings(file):
     """adapter_config.json: every setting in it is understood, or off."""
     config = read_json(file)
-    starts = (*STARTS, "pissa") if config.get("fan_in_fan_out") else (*STARTS, "pissa", "olora")
-    only = dict(peft_type=("LORA", None), bias=("none", None), init_lora_weights=starts)
     for key, value in config.items():
-        known = value in only.get(key, (value,)) and (not value or key in KNOWN)
+        known = value in ONLY[key] if key in ONLY else not value or key in KNOWN
         refuse(not known, f"{file}: {key} is {value!r}, which is not read here: let PEFT merge this adapter "
-               "into its base, or convert it to plain LoRA")
+               "into its base, or convert it to plain LoRA of one rank")
     return config
 
 
-def rank_and_scale(config, module=""):
-    """r, and alpha / r or alpha / sqrt(r), of a layer by PEFT's name; of all whose end no pattern matches."""
-    def own(key, patterns):
-        table = config.get(patterns) or {}
-        return next((table[p] for p in table if re.match(rf"(.*\.)?({p})$", module)), config[key])
-    rank, alpha = own("r", "rank_pattern"), own("lora_alpha", "alpha_pattern")
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def read_factors(file, config):
-    """name -> (A, B, scale)"""
-    found, factors = {}, {}
+def read_factors(file, rank):
+    """Our name of a layer -> its (A, B)."""
+    pairs = {}
     for key, tensor in read_tensors(file):
-        refuse(our_name(key) is None, f"{file}: {key} is no factor A or B of a layer that is known here")
-        name, letter = our_name(key)
-        module = key.removeprefix("base_model.model.").split(".lora_")[0]
-        found.setdefault((name, module), {})[letter] = tensor.float()
-    refuse(not found, f"{file} holds no factors")
-    for (name, module), pair in found.items():
-        rank, scale = rank_and_scale(config, module)
-        shapes = {letter: tuple(t.shape) for letter, t in pair.items()}
-        a, b = shapes.get("A", ()), shapes.get("B", ())
-        refuse(len(a) != 2 or len(b) != 2 or not a[0] == b[1] == rank, f"{file}: the factors of {name} have "
-               f"the shapes {shapes}, of rank {rank} they must be A ({rank}, in) and B (out, {rank})")
-        factors[name] = pair["A"], pair["B"], scale
-    return factors
-
-
-def without_start(start, layer, A, B, scale):
-    """PiSSA (2404.02948) and OLoRA (2406.01775) take what B A is at first off W and train the rest of W with
-    A and B. Here W stays whole: that product, made from W again, is taken off B A, at twice the rank."""
-    if start in STARTS:
-        return A, B
-    base, rank = dict(layer.named_children()).get("base", layer), len(A)
-    refuse(not isinstance(base, nn.Linear),
-           f"an adapter that began as {start} changes its base's weights: give those in 16 bit")
-    W = base.weight.detach().float().cpu()
-    if start == "pissa":
-        U, S, V = torch.linalg.svd(W, full_matrices=False)
-        return torch.cat((A, V[:rank])), torch.cat((B, -U[:, :rank] * (S[:rank] / scale)), dim=1)
-    Q, R = torch.linalg.qr(W)
-    return torch.cat((A, R[:rank])), torch.cat((B, -Q[:, :rank]), dim=1)
+        found, shape = our_name(key), tuple(tensor.shape)
+        refuse(found is None, f"{file}: {key} is no factor A or B of a layer that is known here")
+        name, letter = found
+        refuse(len(shape) != 2 or shape["AB".index(letter)] != rank, f"{file}: {key} has the shape {shape}; "
+               f"of rank {rank} A must be ({rank}, in) and B (out, {rank})")
+        pairs.setdefault(name, {})[letter] = tensor.float()
+    refuse(not pairs, f"{file} holds no factors")
+    return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
 
 
 def adaptable(model):
@@ -178,12 +139,10 @@ def load_adapter(model, folder, base_id=None):
     def make(name, base):
         if name not in adapter.factors:
             return None
-        A, B = adapter.factors[name]
-        layer = LoRALinear(base, len(A), adapter.scale * len(A), adapter.dropout)
+        layer = LoRALinear(base, adapter.rank, 1, adapter.dropout)
         layer.scale = adapter.scale
-        with torch.no_grad():
-            layer.A.copy_(A)
-            layer.B.copy_(B)
+        for parameter, factor in zip((layer.A, layer.B), adapter.factors[name]):
+            parameter.data.copy_(factor)
         return layer
     swap_layers(model, make)
     return adapter
@@ -199,18 +158,14 @@ def take_off(model):
 def save_adapter(folder, model, base_name, base_id, learned=None):
     """Write the model's LoRALinear layers; the factors, without which it is no adapter, come last.
 
-    folder: should be new or about to be renamed. learned: name -> value of the factors, where the model holds
-    parts of them."""
+    learned: name -> value of the factors, where the model holds parts of them."""
     folder, family = Path(folder), FAMILIES[model.config.kind]
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    refuse(not layers, f"the model has no adapter that could be saved in {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    one = next(iter(layers.values()))
+    one = next(iter(layers.values()))  # all have its rank and scale
     modules = {name: full_name(f"{name}.weight", family).removesuffix(".weight") for name in layers}
-    ranks = {modules[name]: m.r for name, m in layers.items() if m.r != one.r}
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base_name), r=one.r,
                   lora_alpha=one.scale * one.r, lora_dropout=one.dropout.p, bias="none",
-                  rank_pattern=ranks, alpha_pattern={module: one.scale * r for module, r in ranks.items()},
                   target_modules=sorted({re.sub(r"^.*\.\d+\.", "", module) for module in modules.values()}),
                   fan_in_fan_out=family.conv1d, inference_mode=True, init_lora_weights=True,
                   use_rslora=False, use_dora=False, modules_to_save=None)
@@ -226,16 +181,12 @@ def save_adapter(folder, model, base_name, base_id, learned=None):
 
 
 def base_id(name):
-    """A checksum of a base: of its architecture, its vectors, and the first rows of each of its matrices.
-
-    The rows are compared as float32, so that the same weights in another format are the same base. Reading
-    all of a large base would take minutes; a base that was trained further differs in every row."""
+    """A checksum of a base: of its architecture, its vectors, and the first rows of each of its matrices, all in
+    float32. Reading a large base whole would take minutes; one that was trained further differs in every row.
+    """
     source, digest = open_model(name), hashlib.sha256()
     architecture = source.config.as_dict()
     del architecture["dropout"]
-    for key, value in architecture.items():
-        if isinstance(value, float):
-            architecture[key] = float(f"{value:.5g}")  # a GGUF has float32
     digest.update(json.dumps(architecture, sort_keys=True).encode())
     for key in sorted(source.shapes):
         digest.update(key.encode())

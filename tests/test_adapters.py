@@ -79,22 +79,14 @@ def test_peft_loads_ours_and_gives_our_logits(saved):
 
 
 @pytest.mark.parametrize("how", [
-    dict(), dict(use_rslora=True), dict(rank_pattern={"q_proj": 5, "attn.c_proj": 2}),
-    dict(alpha_pattern={r".*layers\.1.*v_proj": 3, r"h.0.attn.c_attn": 7},
-         rank_pattern={r"layers.0.self_attn.q_proj": 4}),
-    dict(target_modules=r".*\.(q_proj|down_proj|c_attn)"), dict(layers_to_transform=[1]),
-    dict(init_lora_weights="gaussian"), dict(init_lora_weights="orthogonal", r=4),
-                                 dict(init_lora_weights="mica"),
-    dict(init_lora_weights="pissa"), dict(init_lora_weights="olora"),
-    dict(init_lora_weights="pissa", use_rslora=True, alpha_pattern={"q_proj": 5, "c_attn": 5}),
-    dict(init_lora_weights="olora", alpha_pattern={"k_proj": 5}, rank_pattern={"q_proj": 6})], ids=str)
+    dict(), dict(use_rslora=True), dict(target_modules=r".*\.(q_proj|down_proj|c_attn)"),
+    dict(layers_to_transform=[1]), dict(init_lora_weights="gaussian"),
+    dict(init_lora_weights="orthogonal", r=4)], ids=str)
 def test_we_load_what_peft_trained(base, tmp_path, how):
     kind, path = base
     torch.manual_seed(1)
     settings = dict(r=3, lora_alpha=12, target_modules=THEIRS[kind], task_type="CAUSAL_LM",
                     fan_in_fan_out=kind == "gpt2")
-    if kind == "gpt2" and how.get("init_lora_weights") == "olora":  # PEFT's own such adapters don't run
-        settings["target_modules"] = ["attn.c_proj"]
     model = peft.get_peft_model(theirs(path), peft.LoraConfig(**settings | how))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(2):
@@ -104,10 +96,6 @@ def test_we_load_what_peft_trained(base, tmp_path, how):
     model.eval().save_pretrained(tmp_path / "peft")
     mine = ours(path)
     before = mine(TOKENS)
-    if kind == "gpt2" and how.get("init_lora_weights") == "olora":
-        with pytest.raises(InputError, match="init_lora_weights is 'olora', which is not read here"):
-            load_adapter(mine, tmp_path / "peft")
-        return
     adapter = load_adapter(mine, tmp_path / "peft", base_id(path / "ours"))
     assert adapter.rank == how.get("r", 3) and adapter.base_id is None and "believed" in str(adapter)
     logits = mine.eval()(TOKENS)
@@ -121,17 +109,6 @@ def test_we_load_what_peft_trained(base, tmp_path, how):
     assert torch.equal(mine(TOKENS), before)
 
 
-def test_a_start_that_changes_the_base_needs_its_weights(base, tmp_path):
-    kind, path = base
-    config = peft.LoraConfig(r=2, target_modules=THEIRS[kind], task_type="CAUSAL_LM",
-                             init_lora_weights="pissa")
-    peft.get_peft_model(theirs(path), config).save_pretrained(tmp_path / "peft")
-    mine = ours(path)
-    quantize(mine, 8)
-    with pytest.raises(InputError, match="began as pissa changes its base's weights"):
-        load_adapter(mine, tmp_path / "peft")
-
-
 def test_gradients_of_a_and_b_are_pefts(saved):
     kind, path, folder, _ = saved
     reference = peft.PeftModel.from_pretrained(theirs(path), folder, is_trainable=True)
@@ -139,7 +116,8 @@ def test_gradients_of_a_and_b_are_pefts(saved):
     mine = ours(path).requires_grad_(False)
     load_adapter(mine, folder)
     nn.functional.cross_entropy(mine(TOKENS)[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
-    wanted = {adapters.our_name(n): p.grad for n, p in reference.named_parameters() if p.requires_grad}
+    wanted = {adapters.our_name(name.replace(".default", "")): p.grad
+              for name, p in reference.named_parameters() if p.requires_grad}
     layers = {n: m for n, m in mine.named_modules() if isinstance(m, LoRALinear)}
     assert len(wanted) == 2 * len(layers)
     for (name, letter), gradient in wanted.items():
@@ -209,14 +187,14 @@ def spoil_settings(**changes):
     (lambda f: (f / "adapter_config.json").write_text("[]"), "adapter_config.json holds no JSON object"),
     (lambda f: (f / "adapter_model.safetensors").write_bytes(
         (f / "adapter_model.safetensors").read_bytes()[:300]), "missing, truncated or not"),
-    (spoil_settings(r=5), r"of rank 5 they must be A \(5, in\)"),
+    (spoil_settings(r=5), r"of rank 5 A must be \(5, in\)"),
     (spoil_settings(r="many"), "can't be read"),
     (spoil_settings(use_dora=True), "use_dora is True, which is not read here"),
     (spoil_settings(peft_type="IA3"), "peft_type is 'IA3'"),
     (spoil_settings(modules_to_save=["lm_head"]), "modules_to_save"),
-    (spoil_settings(rank_pattern={".*": 3}), r"of rank 3 they must be A \(3, in\)"),
+    (spoil_settings(rank_pattern={".*": 3}), "rank_pattern is {'.*': 3}, which is not read here"),
     (spoil_settings(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens is"),
-    (spoil_settings(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
+    (spoil_settings(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
     (spoil_settings(trainable_token_indices=[1]), "trainable_token_indices"),
     (spoil_settings(a_setting_of_tomorrow=0.5), "a_setting_of_tomorrow is 0.5"),
     (spoil_settings(lora_dropout=7), "can't be read"),
@@ -244,8 +222,7 @@ def test_damaged_adapters_are_read_as_peft_does_or_refused(base, tmp_path, mutat
         return
     folder, config = tmp_path / "peft", dict(r=2, lora_alpha=4, target_modules=THEIRS[kind], use_rslora=True)
     torch.manual_seed(2)
-    trained = peft.get_peft_model(theirs(path), peft.LoraConfig(
-        **config, task_type="CAUSAL_LM", rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj|c_proj": 5}))
+    trained = peft.get_peft_model(theirs(path), peft.LoraConfig(**config, task_type="CAUSAL_LM"))
     for name, p in trained.named_parameters():
         if "lora_" in name:
             nn.init.normal_(p.data, std=0.3)
@@ -276,7 +253,8 @@ def test_damaged_adapters_are_read_as_peft_does_or_refused(base, tmp_path, mutat
                     reference = peft.PeftModel.from_pretrained(theirs(path), folder).eval()
             except Exception:  # a setting that we don't need
                 continue
-            names = {adapters.our_name(name) for name, _ in reference.named_parameters() if "lora_A" in name}
+            names = {adapters.our_name(name.replace(".default", ""))
+                     for name, _ in reference.named_parameters() if "lora_A" in name}
             if {name for name, _ in names} != layers:  # the settings leave out layers that have factors
                 continue
             compared += 1
