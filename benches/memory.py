@@ -1,6 +1,6 @@
 """Memory of a training step (Tables III and IV, section IV.B): bytes by kind, counted without running it.
 
-    python bench.py memory                 both tables, the paper's figures beside ours; a row for each mode
+    python bench.py memory                 Table III, the paper's figures beside ours; a row for each mode
     python bench.py memory --model llama2-7b --batch 1 --seq 4096 --recompute block
 
     parameters     every weight
@@ -18,12 +18,11 @@ Each storage is counted once, however many views of it are kept, and parameters 
 """
 import copy
 import weakref
-from collections import Counter
-from functools import partial
 
 import torch
 import torch.nn as nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -31,7 +30,7 @@ from benches.common import PAPER, own_columns, shown, table
 from checkpoint import build
 from common.device import find_device
 from common.loss import head_loss
-from model import Attention, config_for
+from model import config_for
 from recompute import MODES, use_recompute
 
 KINDS = ("parameter", "gradient", "optimizer", "activation", "transient")
@@ -40,18 +39,15 @@ DEFAULTS = dict(model="llama2-7b", batch=1, seq=LENGTH, recompute="all")
 
 
 class Watch(TorchDispatchMode):
-    """Adds up the bytes of the storages that were made inside and are alive; `peak` is the most there was.
+    """Adds up the bytes of the storages that were made inside and are alive; `peak` is the most there was."""
 
-    fake: for fake tensors. They have no numbers: code that reads one, to branch on it, gets True.
-    """
-
-    def __init__(self, fake=False):
+    def __init__(self):
         super().__init__()
-        self.alive, self.peak, self.fake = 0, 0, fake
+        self.alive = self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if self.fake and function is torch.ops.aten._local_scalar_dense.default:
-            return True
+        if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return True  # a fake tensor has no numbers: code that reads one, to branch on it, gets this
         for storage in storages((args, kwargs)):
             storage.watched = True  # not made in here, if not seen before
         out = function(*args, **(kwargs or {}))
@@ -71,89 +67,43 @@ def storages(things):
     return [t.untyped_storage() for t in tree_iter(things) if isinstance(t, torch.Tensor)]
 
 
-# The paper's names of what a module of this name reads and writes.
-READS = {"": "x^e", "o": "heads", "norm2": "x^o", "down": "input of W^D", "norm": "x^d"}
-WRITES = {"norm1": "x~^e", "qkv": "q, k, v", "norm2": "x~^o", "gate": "x^g", "up": "x^u"}
-# What else is kept inside it.
-INSIDE = {"attend": "inside attention", "attention": "inside attention", "mlp": "silu(x^g)",
-          "norm1": "inside norms", "norm2": "inside norms", "norm": "inside norms", "": "embedding and loss"}
+class Kept(saved_tensors_hooks):
+    """Inside, autograd's tensors are noted: `storages`, without those of parameters.
 
+    gradients: parameters whose gradients head_loss makes early; they count as gradients.
+    """
 
-class Kept:
-    """The storages that autograd keeps, and their names: from the modules that read or write them, else from
-    the module inside which they were kept."""
-
-    def __init__(self, module, parameters, gradients=()):
-        """gradients: parameters whose gradients head_loss makes early; they count as gradients."""
-        self.storages, self.inside = {}, {}
-        self.path = [""]  # of the modules that compute now
+    def __init__(self, parameters, gradients=()):
+        super().__init__(self.note, lambda t: t)
+        self.storages = {}
         self.parameters = {p.untyped_storage()._cdata for p in parameters}
         self.gradients = [p.shape for p in gradients]
-        for name, m in module.named_modules():
-            self.watch(name.rsplit(".", 1)[-1], m)
 
-    def watch(self, name, module):
-        def enter(module, inputs):
-            self.path.append(name)
-            self.label(inputs[0], READS.get(name))
-
-        def leave(module, inputs, y):
-            self.path.pop()
-            self.label(y, WRITES.get(name))
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
-        if isinstance(module, Attention):
-            module.__dict__["attend"] = partial(self.attend, module.attend)
-
-    def attend(self, attend, q, k, v, *rest):
-        for tensor, name in zip((q, k, v), "qkv"):
-            self.label(tensor, name)
-        self.path.append("attend")
-        y = attend(q, k, v, *rest)
-        self.path.pop()
-        self.label(y, "heads")
-        return y
-
-    def label(self, tensor, label):
-        storage = tensor.untyped_storage()
-        if label and not hasattr(storage, "label"):  # the first name stays
-            storage.label = label
-
-    def hooks(self):
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t)
-
-    def pack(self, t):
-        storage, name = t.untyped_storage(), self.path[-1]
-        early = len(self.path) == 1 and t.shape in self.gradients
-        if storage._cdata not in self.parameters and not early:
+    def note(self, t):
+        storage = t.untyped_storage()
+        if storage._cdata not in self.parameters and t.shape not in self.gradients:
             self.storages[storage._cdata] = storage
-            is_s = name == "attend" and t.dim() > 2 and t.shape[-1] == t.shape[-2]
-            self.inside[storage._cdata] = "s" if is_s else INSIDE.get(name, f"inside {name}")
         return t
 
-    def totals(self):
-        """name -> bytes."""
-        sizes = Counter()
-        for key, storage in self.storages.items():
-            sizes[getattr(storage, "label", self.inside[key])] += storage.nbytes()
-        return sizes
+    def bytes(self):
+        return sum(storage.nbytes() for storage in self.storages.values())
 
 
 def measure(piece, x, kept):
-    """Run piece(x) and its backward pass: (name -> bytes kept, the most that exists beside them, result)."""
-    with Watch(fake=True) as watch:
+    """Run piece(x) and its backward pass: (bytes kept, the most that exists beside them, result)."""
+    with Watch() as watch:
         x = torch.empty_like(x).requires_grad_(x.requires_grad)
-        with kept.hooks():
+        with kept:
             y = piece(x)
-        sizes = kept.totals()
+        size = kept.bytes()
         kept.storages.clear()  # so that the backward pass can free them
         if y.requires_grad:
             y.backward(y.detach())  # any gradient would do; this one takes no memory beside y
-    return sizes, watch.peak - sum(sizes.values()), y.detach().requires_grad_(y.requires_grad)
+    return size, watch.peak - size, y.detach().requires_grad_(y.requires_grad)
 
 
 def activations(model, batch, length, dtype=None, recompute=None):
-    """Of a step on `batch` sequences of `length` tokens: name -> bytes kept; working sets of a block, of the
+    """Of a step on `batch` sequences of `length` tokens: bytes kept; the working sets of a block and of the
     ends."""
     with FakeTensorMode():  # a copy with fake tensors in place of the model's own
         memo = {id(b): torch.empty(b.shape, dtype=b.dtype) for b in model.buffers()}
@@ -164,16 +114,16 @@ def activations(model, batch, length, dtype=None, recompute=None):
             use_recompute(model, recompute)
         tokens, parameters = torch.empty(batch, length, dtype=torch.int64), list(model.parameters())
         _, rope, _ = model.begin(tokens)
-        kept, ends, x = measure(lambda tokens: model.begin(tokens)[0], tokens, Kept(nn.Module(), parameters))
+        kept, ends, x = measure(lambda tokens: model.begin(tokens)[0], tokens, Kept(parameters))
         largest, seen = 0, {}
         for block in model.blocks:
             tensors = [*block.parameters(), *block.buffers()]
             kind = x.requires_grad, tuple((t.shape, t.dtype, t.requires_grad) for t in tensors)
             if kind not in seen:
-                seen[kind] = measure(lambda x, block=block: block(x, rope), x, Kept(block, parameters))
+                seen[kind] = measure(lambda x, block=block: block(x, rope), x, Kept(parameters))
             more, working, x = seen[kind]
             kept, largest = kept + more, max(largest, working)
-        outside = Kept(nn.ModuleDict({"norm": model.norm}), parameters, model.head.parameters())
+        outside = Kept(parameters, model.head.parameters())
         more, working, _ = measure(lambda x: head_loss(model.head, model.norm(x), tokens), x, outside)
     return kept + more, largest, max(ends, working)
 
@@ -194,7 +144,7 @@ def account(model, batch, length, dtype=None, recompute=None, optimizer_bytes=No
     kept, block, ends = activations(model, batch, length, dtype, recompute)
     rows = [("parameters", "parameter", size([*model.parameters(), *model.buffers()])),
             ("gradients", "gradient", size(learn)), ("AdamW", "optimizer", optimizer),
-            *((name, "activation", n) for name, n in kept.items()),
+            ("kept by autograd", "activation", kept),
             ("working set of a block", "transient", block), ("working set of the loss", "transient", ends)]
     return [dict(name=name, kind=kind, bytes=n) for name, kind, n in rows]
 
@@ -211,15 +161,6 @@ def meta_model(name):
 
 # ----------------------------------------------------------------------------- the paper's tables
 
-WHY = {
-    "x^e": "the input of every block, not of the first alone",
-    "q k^T": "the softmax's gradient is made from its result s; q k^T is not needed",
-    "heads": "s v, which W^O reads; torch's fused attention keeps its own copy",
-    "inside attention": "RoPE's tables; the fused attention's sums of rows",
-    "silu(x^g)": "a factor of the next",
-    "input of W^D": "x^u silu(x^g)",
-    "in all": "the paper: 81, 12.2 without q k^T and s, 2.5 with one block",
-    "working set": "for a moment, beside what is kept"}
 KEEPS = {  # mode: what is kept, and the paper's total
     "none": ("everything, the probabilities s too", 81),
     "sdpa": ("all but s: torch's fused attention", ""),
@@ -232,36 +173,17 @@ def rows_of(model, batch, length, mode):
     return account(model, batch, length, torch.bfloat16, mode, optimizer_bytes=12)
 
 
-def gb(n):
-    return f"{n / 1e9:,.1f}" if n >= 5e7 else f"{n / 1e9:.3f}"
-
-
 def table_iii():
-    """Llama2-7B and 70B: ours and the paper's, and what recomputation leaves."""
+    """Llama2-7B and 70B: ours and the paper's, and what recomputation leaves, in GB."""
     rows = []
     for line, paper in PAPER["III"].items():
         name, batch = line.split()
         model, row = meta_model(name), dict(model=name, batch=batch)
         kinds, block = (by_kind(rows_of(model, int(batch), LENGTH, mode)) for mode in ("none", "block"))
-        row |= {kind: f"{gb(kinds[kind])} ({figure})" for kind, figure in zip(KINDS, paper)}
-        row["with --recompute block"] = f"{gb(block['activation'])} + {gb(block['transient'])}"
+        row |= {kind: f"{kinds[kind] / 1e9:,.1f} ({figure})" for kind, figure in zip(KINDS, paper)}
+        row["with --recompute block"] = f"{block['activation'] / 1e9:.1f} + {block['transient'] / 1e9:.1f}"
         rows.append(row)
     return own_columns(rows)
-
-
-def table_iv():
-    """Llama2-7B, batch 1: what each mode keeps, tensor by tensor."""
-    model, found = meta_model("llama2-7b"), {}
-    for mode in MODES:
-        rows = rows_of(model, 1, LENGTH, mode)
-        found[mode] = {row["name"]: gb(row["bytes"]) for row in rows if row["kind"] == "activation"}
-        kinds = by_kind(rows)
-        found[mode] |= {"in all": gb(kinds["activation"]), "working set": gb(kinds["transient"])}
-    lines = []
-    for name in dict.fromkeys([*(n for n in PAPER["IV"] if n != "in all"), *found["sdpa"]]):
-        line = {"kept": name, "paper": PAPER["IV"].get(name, "-")}
-        lines.append(line | {mode: found[mode].get(name, "-") for mode in MODES} | {"": WHY.get(name, "")})
-    return own_columns(lines)
 
 
 def bench(args):
@@ -269,8 +191,7 @@ def bench(args):
     if args.recompute != "all":
         return device, rows_of(model, args.batch, args.seq, args.recompute)
     print("Table III: GB of a training step, 16 bit, 4,096 tokens a sequence (the paper's in brackets: "
-          "parameters rounded up, q k^T counted)\n" + table_iii())
-    print(f"\nTable IV: GB that autograd keeps, Llama2-7B, batch 1\n{table_iv()}\n")
+          f"parameters rounded up, q k^T counted)\n{table_iii()}\n")
     for mode in MODES:
         kinds = by_kind(rows_of(model, args.batch, args.seq, mode))
         rows.append(dict(mode=mode, bytes=kinds["activation"], working_set=kinds["transient"]))
