@@ -7,7 +7,7 @@ What batches are made of decides how much is computed in vain:
                 So rows are shuffled, sorted by length inside pools of 16 batches, cut into batches, and
                 the batches shuffled: a few percent.
     repetition  every prompt of a task begins with the same instruction, a third of the tokens. It is read
-                once for a batch (prefix.py). With dropout its masks are then the same in all rows too: the
+                once for a batch (score.py). With dropout its masks are then the same in all rows too: the
                 expected gradient stays what it was.
 
     rows = [encode(tokenizer, prompt, answer, context=512) for prompt, answer in pairs]
@@ -23,8 +23,7 @@ import torch
 from common.cli import refuse, say
 from common.data import parse_json
 from tasks import sets
-from tasks.prefix import PrefixCache, common_length
-from tasks.score import encode_pair, shorten
+from tasks.score import common_prefix, copies, encode_pair, read_prefix, shorten
 
 IGNORED = -100  # the target of a token that is not to be learned
 POOL = 16       # batches among which rows are sorted by length
@@ -71,7 +70,7 @@ class Batch:
     def __init__(self, rows, share=True, device="cpu"):
         P = 0
         if share and len(rows) > 1:  # the prompt's last token predicts: it stays with its row
-            P = common_length([row.ids[:row.start - 1] for row in rows])
+            P = len(common_prefix([row.ids[:row.start - 1] for row in rows]))
         T = max(len(row.ids) for row in rows) - 1 - P
         tokens, targets = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), IGNORED, np.int64)
         for row, x, y in zip(rows, tokens, targets):
@@ -84,7 +83,8 @@ class Batch:
 
     def hidden(self, model):
         """What the head reads, (B, T, C)."""
-        return PrefixCache(model, self.prefix).read(self.tokens)
+        cache, (B, T) = read_prefix(model, self.prefix), self.tokens.shape
+        return model.hidden(self.tokens, copies(model, cache, [0] * B, T) if cache.end else None)
 
 
 ALPACA = '{"instruction": ..., "input": ..., "output": ...}'  # a row; its input may be missing

@@ -5,31 +5,31 @@
 
 A row of a task is a text and some endings; an ending's log-likelihood is the sum of log p over its tokens.
 Reading every (text, ending) pair by itself, as lm-evaluation-harness does, reads the text once an ending.
-Here a row is read once, as a trunk with branches:
+Keys and values of a token depend only on the tokens before it, so here three readings follow each other, each
+behind copies of what the one before left in its cache (equation 1 with K = [K_before; K_own]):
 
-    Question  :  How  ...  Answer  :  Use  the  |  blue  pen  |  long  old  brush
-    0         1  2         7       8  9    10   |  11    12   |  11    12   13        positions
-    trunk: the text, and the prefix of all endings     branch 1      branch 2
+    prefix    Question  :                            what all rows of the task begin with, (1, P)
+    trunks    How  do  I  ...  Answer  :  Use  the   a row, and what all its endings begin with, (B, T)
+    branches  blue  pen                              the rest of each ending
+              long  old  brush
 
-The branches lie behind one another; RoPE or the position table gets the positions above, and attention sees a
-key if it is in the trunk or in the query's own branch, and not after it. The last token of an ending is not
-read, since nothing is predicted from it: where endings are one token (BoolQ's yes and no) there is no branch.
-The common prefix of all rows, a task's instruction, is read once (prefix.py). Rows of similar length make a
-batch, and the head is applied only where a scored token is predicted. PIQA on SmolLM2 takes 0.66 of the
-multiplications of reading every pair. A written answer goes on from the same reading's keys and values.
+The last token of an ending is not read, since nothing is predicted from it: where endings are one token
+(BoolQ's yes and no) there is no branch. Rows of similar length make a batch, and the head is applied only
+where a scored token is predicted. A written answer goes on from the trunk's keys and values.
 """
 import math
+import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common.cli import refuse
 from common.generate import generate, padded
 from model import KVCache
-from tasks.prefix import PrefixCache, common_length
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}  # of a batch; more is no faster on a CPU and takes memory
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # of a batch; more is no faster on a CPU and takes memory
 HEAD_ROWS = {"cpu": 128, "cuda": 4096}       # predicted tokens whose logits exist at the same time
 
 
@@ -51,102 +51,121 @@ def shorten(prompt, room):
     return prompt[:room - room // 2] + prompt[len(prompt) - room // 2:]
 
 
+def common_prefix(lists):
+    """The first elements that all lists share."""
+    return lists[0][:len(os.path.commonprefix(lists))]  # works on any sequences
+
+
+def read_prefix(model, tokens):
+    """tokens (1, P) -> a KVCache that has them; P may be 0."""
+    cache = KVCache(model.config, *tokens.shape, tokens.device)
+    if cache.capacity:
+        model.hidden(tokens, cache)
+    return cache
+
+
+def copies(model, cache, rows, more):
+    """A KVCache with copies of these rows of `cache`, through which gradients flow back, and with room for
+    `more` tokens."""
+    new = KVCache(model.config, len(rows), cache.end + more, cache.device)
+    new.lengths = [cache.lengths[row] for row in rows]
+    for layer in range(model.config.blocks if cache.end else 0):
+        for store, parts in ((new.k, cache.k), (new.v, cache.v)):
+            part = parts[layer][:, :, :cache.end]  # (rows of cache, kv_heads, S, d)
+            part = part.expand(len(rows), -1, -1, -1) if len(part) == 1 else part[rows]
+            store[layer] = F.pad(part, (0, 0, 0, more))
+    return new
+
+
 @dataclass
-class Tree:
-    """An example as tokens: the trunk, then the branches."""
+class Item:
+    """An example as tokens."""
     example: object
-    tokens: list
-    positions: list
-    branch: list      # of each token: 0 the trunk, 1, 2, ...
-    scored: list      # (slot in tokens, token to predict from there, choice) of each scored token
-    cut: int          # tokens that were left out to fit the context
+    texts: list     # of each choice: prompt and ending
+    starts: list    # of each choice: where the ending begins
+    cut: int        # tokens that were left out to fit the context
 
-    @property
-    def prompt(self):
-        """The text before all endings, where all have the same."""
-        return self.tokens[:min(self.scored)[0] + 1]
+    def __post_init__(self):
+        self.trunk = common_prefix([text[:-1] for text in self.texts])
+        self.prompt = self.texts[0][:min(self.starts)]  # where all choices have the same
+        self.length = max(map(len, self.texts)) - 1     # tokens that are read at most
 
 
-def make_tree(example, tokenizer, context, room=None):
-    """Lay out a prompt and its choices. What exceeds the context loses its first tokens, as in the harness;
-    with `room` the prompt is shortened to that many tokens, so that it stays the same for all endings."""
+def make_item(example, tokenizer, context, room=None):
+    """An Item. What exceeds the context loses its first tokens, as in the harness; with `room` the prompt is
+    shortened to that many tokens, so that it stays the same for all endings."""
     pairs = [encode_pair(tokenizer, *pair) for pair in example.pairs()]
     for (_, ending), choice in zip(pairs, example.choices):
         refuse(not ending, f"{example.task}, row {example.index}: the ending {choice!r} adds no token to its "
                "text: mend the row")
     if not pairs:  # only to be answered in writing: which token comes next is not known
         pairs = [(encode_pair(tokenizer, example.prompt, "")[0], [None])]
-    longest, texts, cut = max(len(ending) for _, ending in pairs), [], 0
+    longest, texts, starts, cut = max(len(ending) for _, ending in pairs), [], [], 0
     for given, ending in pairs:
         kept = shorten(given, min(room, context + 1 - longest)) if room else given
-        texts.append((kept + ending)[-(context + 1):])
-        cut = max(cut, len(given) + len(ending) - len(texts[-1]))
-    trunk = common_length([text[:-1] for text in texts])
-    tree = Tree(example, texts[0][:trunk], list(range(trunk)), [0] * trunk, [], cut)
-    for choice, (text, (_, ending)) in enumerate(zip(texts, pairs)):
-        shift = len(tree.tokens) - trunk  # of this branch's tokens, behind those of earlier branches
-        for i in range(max(len(text) - len(ending), 1), len(text)):  # from 1: an ending may fill the context
-            tree.scored.append((i - 1 + shift * (i > trunk), text[i], choice))
-        tree.tokens += text[trunk:-1]
-        tree.positions += range(trunk, len(text) - 1)
-        tree.branch += [choice + 1] * (len(text) - 1 - trunk)
-    return tree
+        text = (kept + ending)[-(context + 1):]
+        texts.append(text)
+        starts.append(max(len(text) - len(ending), 1))  # from 1: an ending may fill the context
+        cut = max(cut, len(given) + len(ending) - len(text))
+    return Item(example, texts, starts, cut)
 
 
-def in_batches(trees, budget, most):
+def in_batches(items, budget, most):
     """Rows of similar length together, the longest first; at most `budget` tokens, padding counted."""
     batch = []
-    for tree in sorted(trees, key=lambda t: len(t.tokens), reverse=True):
-        if batch and (len(batch) + 1) * len(batch[0].tokens) > budget or len(batch) == most:
+    for item in sorted(items, key=lambda item: item.length, reverse=True):
+        if batch and (len(batch) + 1) * batch[0].length > budget or len(batch) == most:
             yield batch
             batch = []
-        batch.append(tree)
+        batch.append(item)
     if batch:
         yield batch
 
 
-def shared_prefix(model, trees, device):
-    """The PrefixCache of what all rows begin with, before any branch and before anything is predicted."""
-    length = 0
-    if len(trees) > 1:
-        length = common_length([t.tokens[:min(t.branch.count(0), min(t.scored)[0])] for t in trees])
-    tokens = torch.tensor([trees[0].tokens[:length]], dtype=torch.long, device=device.torch_device)
-    with torch.inference_mode(), device.autocast():
-        return PrefixCache(model, tokens)
-
-
-def read_trees(trees, prefix, store=None):
-    """What the head reads at every slot of a batch of rows after the prefix: (B, T, C)."""
-    P, where = prefix.length, prefix.device
-    tokens = padded([t.tokens[P:] for t in trees], 0, where)
-    if not any(t.branch[-1] for t in trees):
-        return prefix.read(tokens, store=store)  # one text a row: plain causal attention
-    positions = padded([t.positions[P:] for t in trees], 0, where)
-    branch = padded([t.branch[P:] for t in trees], -1, where)
-    B, T = tokens.shape
-    key, query = branch[:, None, :], branch[:, :, None]
-    own = torch.ones(T, T, dtype=torch.bool, device=where).tril() & ((key == 0) | (key == query))  # (B, T, T)
-    mask = torch.cat((own.new_ones(B, T, P), own), dim=2)[:, None]  # (B, 1, T, P + T)
-    return prefix.read(tokens, positions, mask, store)
+def lay_out(batch, P, T, width):
+    """The branches of a batch, (row, first slot, tokens), each of at most `width` tokens, with some of its
+    trunk; and (row, choice, place, token) of each scored token: what predicts it is at this place of (B, T)
+    slots of trunks, from P on, with all slots of the branches behind them."""
+    branches, scored = [], []
+    for b, item in enumerate(batch):
+        for choice in range(len(item.example.choices)):
+            text, start = item.texts[choice], item.starts[choice]
+            first = max(len(text) - 1 - width, 0)
+            if len(text) - 1 > len(item.trunk):
+                branches.append((b, first, text[first:-1]))
+            for i in range(start, len(text)):
+                in_trunk = i <= len(item.trunk)
+                begin = b * T - P if in_trunk else len(batch) * T + (len(branches) - 1) * width - first
+                scored.append((b, choice, begin + i - 1, text[i]))
+    return branches, scored
 
 
 @torch.inference_mode()
-def score_batch(model, trees, prefix, device, store=None):
-    """log p of every choice of every row: a list of lists."""
+def score_batch(model, batch, prefix, device, more=0):
+    """(log p of every choice of every row, a KVCache of the trunks with room for `more` tokens)."""
+    trunks = padded([item.trunk[prefix.end:] for item in batch], 0, prefix.device)
+    (B, T), width = trunks.shape, max(item.length - len(item.trunk) for item in batch)
+    branches, scored = lay_out(batch, prefix.end, T, width)
+    cache, h, size = copies(model, prefix, [0] * B, T + more), [], HEAD_ROWS[prefix.device.type]
+    scores = [[0.0] * len(item.example.choices) for item in batch]
     with device.autocast():
-        h, entries = read_trees(trees, prefix, store), []  # (B, T, C)
-        if not trees[0].example.choices:
-            return [[] for _ in trees]
-        for b, tree in enumerate(trees):
-            entries += [(b, choice, slot - prefix.length, token) for slot, token, choice in tree.scored]
-        b, choice, slot, token = torch.tensor(entries, device=h.device).T
-        logp, rows = [], HEAD_ROWS[h.device.type]
-        for x, t in zip(h[b, slot].split(rows), token.split(rows)):
-            logits = model.head(x).float()  # (rows, V)
-            logp.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1))
-    sums = torch.zeros(len(trees), int(choice.max()) + 1, dtype=torch.float64, device=h.device)
-    sums.index_put_((b, choice), torch.cat(logp).double(), accumulate=True)
-    return [row[:len(t.example.choices)] for row, t in zip(sums.tolist(), trees)]
+        if T:
+            h.append(model.hidden(trunks, cache).flatten(0, 1))  # (B T, C)
+        cache.lengths = [len(item.trunk) for item in batch]
+        if branches:
+            rows, firsts, texts = zip(*branches)
+            own = copies(model, cache, list(rows), width)
+            own.lengths = list(firsts)
+            h.append(model.hidden(padded(texts, 0, prefix.device), own).flatten(0, 1))
+        h = torch.cat(h)
+        for n in range(0, len(scored), size):
+            rows, choices, places, tokens = zip(*scored[n:n + size])
+            logits = model.head(h[list(places)]).float()  # (n, V)
+            right = torch.tensor(tokens, device=prefix.device)[:, None]
+            logp = logits.gather(1, right)[:, 0] - logits.logsumexp(1)
+            for b, choice, value in zip(rows, choices, logp.tolist()):
+                scores[b][choice] += value
+    return scores, cache
 
 
 @torch.inference_mode()
@@ -174,18 +193,17 @@ def score_in_batches(model, tokenizer, examples, device, new_tokens=0):
     context, where = model.config.context, device.torch_device
     new_tokens = min(new_tokens, context // 2)
     room = context - new_tokens if new_tokens else None
-    trees = [make_tree(e, tokenizer, context, room) for e in examples]
-    prefix = shared_prefix(model, trees, device)
-    for batch in in_batches(trees, BATCH_TOKENS[where.type], most=64 if new_tokens else 256):
-        prompts, texts, cache = [t.prompt for t in batch], [""] * len(batch), None
-        if new_tokens:
-            capacity = max(len(batch[0].tokens), max(map(len, prompts)) + new_tokens)
-            cache = KVCache(model.config, len(batch), capacity, where)
-        scores = score_batch(model, batch, prefix, device, cache)
+    items = [make_item(e, tokenizer, context, room) for e in examples]
+    shared = common_prefix([item.trunk[:min(item.starts) - 1] for item in items])  # before any scored token
+    with torch.inference_mode(), device.autocast():
+        prefix = read_prefix(model, torch.tensor([shared], dtype=torch.long, device=where))
+    for batch in in_batches(items, BATCH_TOKENS[where.type], most=64 if new_tokens else 256):
+        scores, cache = score_batch(model, batch, prefix, device, new_tokens)
+        texts, prompts = [""] * len(batch), [item.prompt for item in batch]
         if new_tokens:
             cache.lengths = [len(ids) - 1 for ids in prompts]  # the last one is read again, as it predicts
             texts = continued(model, prompts, cache, new_tokens, tokenizer, device)
-        yield [(t.example, s, text, t.cut) for t, s, text in zip(batch, scores, texts)]
+        yield [(item.example, s, text, item.cut) for item, s, text in zip(batch, scores, texts)]
 
 
 # ----------------------------------------------------------------------------- metrics

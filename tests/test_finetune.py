@@ -169,10 +169,10 @@ def test_rows_are_the_tokens_that_are_scored(base):
     tokenizer = load_model(base)[1]
     example = made_up_headlines(1, 0)[0]
     row = encode(tokenizer, example.prompt, example.answer, 512)
-    scored = score.make_tree(example, tokenizer, 512)
+    scored = score.make_item(example, tokenizer, 512)
     given, ending = score.encode_pair(tokenizer, example.prompt, example.answer)
     assert row.ids == given + ending + [tokenizer.end] and row.start == len(given)
-    assert row.ids[:row.start] == scored.tokens[:row.start]
+    assert row.ids[:row.start] == scored.trunk[:row.start]
     cut = encode(tokenizer, example.prompt, example.answer, 24)
     assert len(cut.ids) == 24 and cut.ids[cut.start:] == row.ids[row.start:]
     assert cut.ids[:5] == row.ids[:5] and cut.ids[cut.start - 5:cut.start] == row.ids[row.start - 5:row.start]

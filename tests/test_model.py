@@ -29,7 +29,7 @@ from model import (
 from pipeline import Pipeline
 from quant import quantize
 from recompute import use_recompute
-from tasks.prefix import PrefixCache
+from tasks.score import copies, read_prefix
 
 GPT2 = Config("gpt2", vocab_size=101, context=48, blocks=3, heads=4, kv_heads=4, width=32, ffn=128)
 LLAMA = Config("llama", 101, 48, 3, 4, 2, 32, 56, tied=False, norm_eps=1e-6, rope_base=500.0)
@@ -280,13 +280,8 @@ def test_what_caches_prefixes_batches_and_steps_give(name):
         assert [list(row) for row in zip(*steps)] == alone
     tokens = torch.tensor([list(range(40)), [*range(15), *range(50, 75)]])
     with torch.no_grad():
-        whole, prefix = model.hidden(tokens), PrefixCache(model, tokens[:1, :15])
-        assert (prefix.read(tokens[:, 15:]) - whole[:, 15:]).abs().max() < 1e-4
-        branches = torch.cat((tokens[:1, 15:], tokens[1:, 15:]), 1)  # both texts as branches behind the prefix
-        own = torch.ones(25, 25, dtype=torch.bool).tril()
-        mask = torch.cat((torch.ones(50, 15, dtype=torch.bool), torch.block_diag(own, own)), 1)[None, None]
-        read = prefix.read(branches, torch.arange(15, 40).repeat(2)[None], mask)
-    assert (read.view(2, 25, -1) - whole[:, 15:]).abs().max() < 1e-4
+        whole, prefix = model.hidden(tokens), read_prefix(model, tokens[:1, :15])
+        assert (model.hidden(tokens[:, 15:], copies(model, prefix, [0, 0], 25)) - whole[:, 15:]).abs().max() < 1e-4
 
 
 @UNEVEN

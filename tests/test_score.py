@@ -132,10 +132,11 @@ def test_what_rows_share_is_read_once(task_data, tokenizer, device, monkeypatch)
     monkeypatch.setattr(Transformer, "hidden", lambda self, tokens, cache=None: given.append(tokens.shape) or hidden(self, tokens, cache))
     examples = sets.load("tfns", task_data)
     label_scores(model, tokenizer, examples, device)
-    rows = [score.make_tree(e, tokenizer, 256) for e in examples]
+    rows = [score.make_item(e, tokenizer, 256) for e in examples]
     shared = given[0][1]
-    assert given[0][0] == 1 and shared > 30 and all(r.tokens[:shared] == rows[0].tokens[:shared] for r in rows)
-    assert sum(B * T for B, T in given[1:]) <= 1.1 * sum(len(r.tokens) - shared for r in rows)
+    assert given[0][0] == 1 and shared > 30 and all(r.trunk[:shared] == rows[0].trunk[:shared] for r in rows)
+    own = sum(len(r.trunk) - shared + sum(len(t) - 1 - len(r.trunk) for t in r.texts) for r in rows)
+    assert sum(B * T for B, T in given[1:]) <= 1.2 * own
     separately = sum(len(tokenizer.encode(c + x)) - 1 for e in examples for c, x in e.pairs())
     assert sum(B * T for B, T in given) < separately / 5
 
@@ -147,8 +148,8 @@ def test_the_beginning_token_and_moved_spaces():
         def encode(self, text):
             return [ord(c) for c in text]
     assert score.encode_pair(Letters(), "ab: ", "c") == ([99, 97, 98, 58], [32, 99])
-    row = score.make_tree(Example("x", 0, "ab: ", ""), Letters(), 8, room=3)
-    assert (row.tokens, row.prompt, row.cut) == ([99, 97, 58], [99, 97, 58], 1)
+    row = score.make_item(Example("x", 0, "ab: ", ""), Letters(), 8, room=3)
+    assert (row.trunk, row.prompt, row.cut) == ([99, 97, 58], [99, 97, 58], 1)
 
 
 def test_an_ending_longer_than_the_context_loses_its_beginning_too(tokenizer, device):
@@ -212,7 +213,7 @@ def test_both_ways_from_one_reading(task, kind, task_data, tokenizer, device, mo
     monkeypatch.setattr(Transformer, "hidden", lambda self, tokens, cache=None: given.append(tokens.numel()) or hidden(self, tokens, cache))
     both = answers(model, tokenizer, examples, device, 8)
     assert [t for t, _, _ in both] == texts and np.array([s for _, s, _ in both]) == pytest.approx(np.array(scores), abs=1e-4)
-    own = sum(len(r.tokens) for r in (score.make_tree(e, tokenizer, 256) for e in examples))
+    own = sum(r.length for r in (score.make_item(e, tokenizer, 256) for e in examples))
     assert sum(given) < own + 12 * len(examples)
 
 
