@@ -7,9 +7,8 @@
 
 A line of FILE.jsonl is {"prompt": "...", "adapter": "news"}; the adapter may be left out, null is the bare
 base. All lines advance together (beyond/batching.py); each answer is a line of the output as soon as it is
-complete: {"line": 1, "text": "...", "tokens": [...], ...}.
+complete: {"line": 1, "adapter": "news", "text": "...", "tokens": [...]}.
 """
-import io
 import json
 import os
 import sys
@@ -20,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import load_model
-from common.adapters import base_id, bits_of, load_adapter
+from common.adapters import base_id, load_adapter
 from common.cli import InputError, Parser, at_least_1, command, not_negative, refuse
 from common.device import find_device
 from common.generate import generate
@@ -30,7 +29,7 @@ from tasks.sets import read_jsonl
 
 TOP_P = 0.95         # draw from the likeliest tokens that have this probability together
 SEED = 1             # of the draws; line n of --prompts has SEED + n - 1
-KV_MEMORY = 1 << 30  # bytes for the keys and values of --prompts, at most
+KV_MEMORY = 1 << 30  # bytes for the keys and values of many texts
 
 
 def parse(argv):
@@ -40,7 +39,7 @@ def parse(argv):
                    help="of finetune.py or PEFT; several with names for --prompts (default: the bare base)")
     p.add_argument("--bits", type=int, default=16, help="8 or 4: quantize (default: %(default)s)")
     given = p.add_mutually_exclusive_group()
-    given.add_argument("--prompt", help="the text to continue (default: a new line)")
+    given.add_argument("--prompt", default="\n", help="the text to continue (default: a new line)")
     given.add_argument("--prompts", metavar="FILE.jsonl", help="many texts, one a line (default: --prompt)")
     given.add_argument("--chat", action="store_true", help="talk with an instruction-tuned model")
     p.add_argument("--max-new-tokens", type=at_least_1, default=200, help="at most (default: %(default)s)")
@@ -83,16 +82,15 @@ def write(model, tokenizer, ids, args, generator, cache=None):
 
 
 def one(model, tokenizer, args, generator, device):
-    prompt = "\n" if args.prompt is None else args.prompt
-    ids = tokenizer.encode(prompt, around=True)
-    refuse(not ids, "the prompt is empty: give --prompt at least one character")
-    print(prompt, end="", flush=True)
+    print(args.prompt, end="", flush=True)
     start = time.perf_counter()
-    _, tokens = write(model, tokenizer, ids, args, generator)
+    _, tokens = write(model, tokenizer, tokenizer.encode(args.prompt, around=True), args, generator)
+    print(rate(len(tokens), start, device), file=sys.stderr)
+
+
+def rate(tokens, start, device):
     seconds = time.perf_counter() - start
-    slow = bits_of(model) == 16 and device.torch_device.type == "cpu"
-    print(f"[{len(tokens)} tokens in {seconds:.1f} s, {len(tokens) / seconds:.1f} tokens/s on {device.name}"
-          f"{', at 16 bit: --bits 8 is several times as fast on a CPU' if slow else ''}]", file=sys.stderr)
+    return f"[{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s on {device.name}]"
 
 
 def chat(model, tokenizer, args, generator):
@@ -123,55 +121,39 @@ def chat(model, tokenizer, args, generator):
 
 # ----------------------------------------------------------------------------- many texts
 
-def make_pool(model, tokens=None, sequences=0):
-    """A pool for so many tokens of so many sequences (None: any), or for as many as KV_MEMORY holds."""
+def make_pool(model):
+    """As many blocks as KV_MEMORY holds."""
     from beyond.paged_cache import SIZE, Pool, bytes_per_token
     device, dtype = model.norm.weight.device, model.norm.weight.dtype
-    most = KV_MEMORY // (SIZE * bytes_per_token(model.config, dtype))
-    blocks = most if tokens is None else min(most, tokens // SIZE + sequences)
-    return Pool(model.config, blocks, device=device, dtype=dtype)
+    return Pool(model.config, KV_MEMORY // (SIZE * bytes_per_token(model.config, dtype)), SIZE, device, dtype)
 
 
-def read_requests(args, tokenizer, default):
-    """line number -> Request, of every line of --prompts that is not empty."""
-    from beyond.batching import Request
-    refuse(not Path(args.prompts).is_file(), f"--prompts {args.prompts}: there is no such file")
-    requests = {}
-    for row, number in read_jsonl(Path(args.prompts), prompt=str):
-        ids, adapter = tokenizer.encode(row["prompt"], around=True), row.get("adapter", default)
-        good = ids and row.keys() <= {"prompt", "adapter"} and isinstance(adapter, str | None)
-        refuse(not good, f"{args.prompts}, line {number}: a line is "
-               '{"prompt": "...", "adapter": "NAME"}, the adapter may be left out')
-        seed = SEED + number - 1
-        requests[number] = Request(ids, args.max_new_tokens, args.temperature, TOP_P, seed, adapter)
-    refuse(not requests, f'--prompts {args.prompts} is empty: write lines like {{"prompt": "..."}}')
-    return requests
-
-
-def many(model, tokenizer, args):
-    """Answer every line of --prompts."""
-    from beyond.batching import Adapters, Engine
+def many(model, tokenizer, args, device):
+    """Answer every line of --prompts. All are read and checked before the first is answered."""
+    from beyond.batching import Adapters, Engine, Request
     folders = named_folders(args.adapter)
     adapters = Adapters(model, folders, base_id(args.model) if folders else None)
-    requests = read_requests(args, tokenizer, next(iter(folders)) if len(folders) == 1 else None)
-    wanted = sum(len(r.prompt) + args.max_new_tokens for r in requests.values())
-    pool = make_pool(model, wanted, len(requests))
-    engine = Engine(model, pool, tokenizer.stop_ids, tokenizer.vocab_size, adapters)
-    for line, request in requests.items():
+    engine = Engine(model, make_pool(model), tokenizer.stop_ids, tokenizer.vocab_size, adapters)
+    default = next(iter(folders)) if len(folders) == 1 else None
+    lines, start = {}, time.perf_counter()  # Request -> number of its line
+    refuse(not Path(args.prompts).is_file(), f"--prompts {args.prompts}: there is no such file")
+    for row, number in read_jsonl(Path(args.prompts), prompt=str):
+        ids, adapter = tokenizer.encode(row["prompt"], around=True), row.get("adapter", default)
+        seed = SEED + number - 1
+        request = Request(ids, args.max_new_tokens, args.temperature, TOP_P, seed, adapter)
         try:
+            refuse(row.keys() - {"prompt", "adapter"}, 'a line is {"prompt": "...", "adapter": "NAME"}, the '
+                   "adapter may be left out")
             engine.check(request)
         except InputError as e:
-            raise InputError(f"{args.prompts}, line {line}: {e}") from None
-    line_of, start = {request: line for line, request in requests.items()}, time.perf_counter()
-    for r in tqdm(engine.run(requests.values()), total=len(requests), unit=" prompts", disable=None):
-        seconds = r.ended - r.started
+            raise InputError(f"{args.prompts}, line {number}: {e}") from None
+        lines[request] = number
+    refuse(not lines, f'--prompts {args.prompts} is empty: write lines like {{"prompt": "..."}}')
+    for r in tqdm(engine.run(lines), total=len(lines), unit=" prompts", disable=None):
         text = tokenizer.decode([t for t in r.tokens if t not in tokenizer.stop_ids])
-        row = dict(line=line_of[r], adapter=r.adapter, text=text, tokens=r.tokens, seconds=round(seconds, 4),
-                   tokens_per_second=round(len(r.tokens) / seconds, 2))
+        row = dict(line=lines[r], adapter=r.adapter, text=text, tokens=r.tokens)
         print(json.dumps(row, ensure_ascii=False), flush=True)
-    seconds, written = time.perf_counter() - start, sum(len(r.tokens) for r in requests.values())
-    print(f"[{len(requests)} prompts, {written} tokens in {seconds:.1f} s, {written / seconds:.1f} tokens/s; "
-          f"keys and values took {engine.peak[0] / 1e6:.1f} MB at most]", file=sys.stderr)
+    print(rate(sum(len(r.tokens) for r in lines), start, device), file=sys.stderr)
 
 
 def open_model(name, bits):
@@ -184,11 +166,9 @@ def open_model(name, bits):
 
 def main(argv=None):
     args = parse(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # of characters that a terminal lacks, the number
     model, tokenizer, device = open_model(args.model, args.bits)
     if args.prompts:
-        return many(model, tokenizer, args)
+        return many(model, tokenizer, args, device)
     for folder in named_folders(args.adapter).values():
         load_adapter(model, folder, base_id(args.model))
     generator = torch.Generator(device.torch_device).manual_seed(SEED)

@@ -38,19 +38,7 @@ from common.cli import InputError, Parser, at_least_1, command, refuse, say
 from common.tokenizer import Utf8Decoder, render_chat, valid
 from sample import make_pool, named_folders, open_model
 
-WAITING = 256       # requests beside those in the batch; a client that comes then is told to come later
-MAX_BODY = 1 << 20  # bytes of a request: more than any context holds
-MANY = 1 << 62      # no limit
-
-# field of a request -> types of its value, the value where there is none, the least and the largest
-FIELDS = dict(model=([str], None), user=([str], None), n=([int], 1, 1, 1), max_tokens=([int], 256, 1, MANY),
-              temperature=([int, float], 1.0, 0, 2), top_p=([int, float], 1.0, 0, 1),
-              seed=([int], None, 0, MANY), stop=([str, list], []), stream=([bool], False),
-              stream_options=([dict], {}))
-OF_COMPLETIONS = dict(prompt=([str, list], None), logprobs=([int], None, 0, 20))
-OF_CHATS = dict(messages=([list], None), max_completion_tokens=([int], None, 1, MANY),
-                logprobs=([bool], False), top_logprobs=([int], 0, 0, 20))
-OF_MEASUREMENTS = dict(text=([str], ""))
+WAITING = 256  # requests beside those in the batch; a client that comes then is told to come later
 
 
 class Refusal(InputError):
@@ -65,18 +53,31 @@ def error(e):
     return dict(error=dict(message=valid(str(e)), type="invalid_request_error", param=None, code=None))
 
 
+def forms():
+    """Requests for completions and for chats as models of pydantic. What is not here is refused."""
+    from pydantic import Field, constr, create_model
+    strict, text = dict(extra="forbid", strict=True), constr(min_length=1)
+    both = dict(model=(str, ""), user=(str, ""), n=(int, Field(1, ge=1, le=1)),
+                max_tokens=(int, Field(256, ge=1)), temperature=(float, Field(1.0, ge=0, le=2)),
+                top_p=(float, Field(1.0, gt=0, le=1)), stop=(text | list[text], []), stream=(bool, False),
+                seed=(int, Field(default_factory=lambda: random.getrandbits(31), ge=0, lt=1 << 62)),
+                stream_options=(dict, {}), __config__=strict)
+    message = create_model("Message", role=(str, ...), content=(str, ...), __config__=strict)
+    completion = create_model("Completion", prompt=(str | list[int], ...),
+                              logprobs=(int, Field(None, ge=0, le=20)), **both)
+    chat = create_model("Chat", messages=(list[message], Field(min_length=1)),
+                        max_completion_tokens=(int, Field(None, ge=1)), logprobs=(bool, False),
+                        top_logprobs=(int, Field(0, ge=0, le=20)), **both)
+    return completion, chat
+
+
 class Answer:
     """A request on its way. The engine's thread makes its tokens; its handler makes text of them."""
 
     def __init__(self, request, tokenizer, stop, chat):
         self.request, self.tokenizer, self.stop, self.chat = request, tokenizer, stop, chat
-        self.loop, self.news, self.came = asyncio.get_running_loop(), asyncio.Event(), time.perf_counter()
-        self.read, self.finish, self.failure = 0, None, None  # tokens that are text; why it ended
-
-    def wake(self):
-        """From any thread: there is something to read."""
-        with contextlib.suppress(RuntimeError):  # a loop that was closed: the server has ended
-            self.loop.call_soon_threadsafe(self.news.set)
+        self.news, self.came = asyncio.Event(), time.perf_counter()
+        self.read, self.finish = 0, None  # tokens that are text; why it ended
 
     async def watch(self, http):
         """Cancel the request when its client leaves."""
@@ -84,7 +85,7 @@ class Answer:
             pass
         self.request.cancelled = True
 
-    async def pieces(self):
+    async def pieces(self, server):
         """Yield (text, positions of its tokens) until the answer ends. What may be the beginning of a stop
         text is held back."""
         request, decoder, text, sent, shown = self.request, Utf8Decoder("replace"), "", 0, 0
@@ -92,8 +93,7 @@ class Answer:
             while not self.finish:
                 await self.news.wait()
                 self.news.clear()
-                if self.failure:
-                    raise Refusal(500, f"the engine has failed: {self.failure}")
+                server.check()
                 over = request.ended  # asked first: if it has ended now, all of its tokens are there
                 while self.read < len(request.tokens) and not self.finish:
                     token = request.tokens[self.read]
@@ -146,51 +146,22 @@ class Answer:
         prompt = len(self.request.prompt)
         return dict(prompt_tokens=prompt, completion_tokens=self.read, total_tokens=prompt + self.read)
 
-    async def whole(self, head):
-        text = "".join([text async for text, _ in self.pieces()])
+    async def whole(self, server, head):
+        text = "".join([text async for text, _ in self.pieces(server)])
         return head | dict(choices=[self.choice(text, range(self.read), "message")], usage=self.usage())
 
-    async def events(self, head, with_usage):
+    async def events(self, server, head, with_usage):
         """Server-sent events: a line of JSON for each piece."""
         def event(content):
             return f"data: {json.dumps(content)}\n\n"
         try:
-            async for text, positions in self.pieces():
+            async for text, positions in self.pieces(server):
                 yield event(head | dict(choices=[self.choice(text, positions, "delta")]))
             if with_usage:
                 yield event(head | dict(choices=[], usage=self.usage()))
             yield "data: [DONE]\n\n"
         except InputError as e:
             yield event(error(e))
-
-
-def checked(body, own, server):
-    """The fields of a request's body, with defaults for those that are not there, and `top`, how many likely
-    tokens it wants to see. own: the fields of its endpoint."""
-    refuse(not isinstance(body, dict), "the body must be a JSON object")
-    fields, values = FIELDS | own, {}
-    unknown = [name for name in body if name not in fields]
-    refuse(unknown, f"{', '.join(map(repr, unknown))} is not supported: fields are {', '.join(fields)}")
-    for name, (types, default, *bounds) in fields.items():
-        value = values[name] = default if body.get(name) is None else body[name]
-        refuse(value is not default and type(value) not in types,
-               f"{name} must be of type {' or '.join(t.__name__ for t in types)}")
-        refuse(bounds and value is not None and not bounds[0] <= value <= bounds[1],
-               f"{name} must be in {'..'.join(map(str, bounds))}, got {value}")
-    if isinstance(values["stop"], str):
-        values["stop"] = [values["stop"]]
-    texts = all(isinstance(s, str) and s for s in values["stop"])
-    refuse(not texts, "stop must be a text or a list of texts")
-    values["model"] = values["model"] or server.names[0]
-    if values["model"] not in {server.names[0], *server.engine.adapters.names}:
-        raise Refusal(404, f"no model is called {values['model']!r}: there are {', '.join(server.names)}")
-    if values["seed"] is None:
-        values["seed"] = random.getrandbits(31)
-    values["top"] = values.get("logprobs")
-    if own is OF_CHATS:
-        values["top"] = values["top_logprobs"] if values["logprobs"] else None
-        values["max_tokens"] = values["max_completion_tokens"] or values["max_tokens"]
-    return values
 
 
 class Server:
@@ -206,78 +177,79 @@ class Server:
             self.engine = self.bench = Bench(tokenizer, decomposed_from(name) is not None, *parts)
         else:
             self.engine, self.bench = Engine(*parts), None
-        self.thread = ThreadPoolExecutor(1)  # does in order what it is given: steps, and things between them
-        self.answers, self.failure = {}, None  # request -> its Answer
+        self.thread = ThreadPoolExecutor(1)
+        self.answers, self.new, self.failure = {}, [], None  # request -> its Answer; those not yet begun
         self.totals = Counter(requests=0, prompt_tokens=0, tokens=0, first_tokens=0, first_token_seconds=0)
 
-    def begin(self, request):
-        """Give a request to the engine, and set it going if it rests."""
-        resting = not self.engine.running and not self.engine.waiting
-        self.engine.submit(request)
-        if resting or self.failure:
-            self.thread.submit(self.step)
+    def check(self):
+        if self.failure:
+            raise Refusal(500, f"the engine has failed: {self.failure}")
 
-    def step(self):
-        try:
-            if self.failure:
-                raise self.failure
-            ended = self.engine.step()
-        except Exception as e:  # out of memory, say: nobody is left waiting, now and later
-            self.failure = e
-            traceback.print_exc()
-            while self.answers:
-                answer = self.answers.popitem()[1]
-                answer.failure = e
-                answer.wake()
-            return
-        if self.engine.running or self.engine.waiting:
-            self.thread.submit(self.step)
-        for request in [*self.engine.running, *ended]:
-            self.answers[request].wake()
-        for request in ended:
-            came = self.answers.pop(request).came
-            self.totals.update(requests=1, prompt_tokens=len(request.prompt), tokens=len(request.tokens))
-            if request.first:
-                self.totals.update(first_tokens=1, first_token_seconds=request.first - came)
-
-    def state(self):
-        """Requests in the batch and before it; blocks of the cache."""
-        pool, waiting = self.engine.pool, len(self.answers) - len(self.engine.running)
-        return dict(running=len(self.engine.running), waiting=waiting, blocks=len(pool.users),
-                    blocks_used=len(pool.users) - len(pool.free))
-
-    def ids(self, values):
-        try:
-            if "messages" in values:
-                for m in values["messages"] or [None]:
-                    if set(m) != {"role", "content"} or not isinstance(m["role"] + m["content"], str):
-                        raise TypeError
-                return self.tokenizer.encode(render_chat(self.tokenizer, values["messages"]), special=True)
-            if isinstance(values["prompt"], list) and all(type(token) is int for token in values["prompt"]):
-                return values["prompt"]
-            return self.tokenizer.encode(values["prompt"], around=True)
-        except (TypeError, AttributeError):
-            raise InputError('messages must be [{"role": "user", "content": "a text"}, ...], '
-                             "prompt a text or a list of token ids") from None
-
-    def submit(self, values, http):
+    def submit(self, form, chat, http):
         """The Answer of a request that is on its way."""
         from beyond.batching import Request
-        adapter = None if values["model"] == self.names[0] else values["model"]
-        request = Request(self.ids(values), values["max_tokens"], values["temperature"], values["top_p"],
-                          values["seed"], adapter, values["top"])
+        if chat:
+            messages = [message.model_dump() for message in form.messages]
+            ids = self.tokenizer.encode(render_chat(self.tokenizer, messages), special=True)
+            most, top = form.max_completion_tokens, form.top_logprobs if form.logprobs else None
+        else:
+            ids, most, top = form.prompt, None, form.logprobs
+        if isinstance(ids, str):
+            ids = self.tokenizer.encode(ids, around=True)
+        adapter = form.model if form.model not in ("", self.names[0]) else None
+        if adapter and adapter not in self.engine.adapters.names:
+            raise Refusal(404, f"no model is called {adapter!r}: there are {', '.join(self.names)}")
+        request = Request(ids, most or form.max_tokens, form.temperature, form.top_p, form.seed, adapter, top)
+        self.check()
         self.engine.check(request)
         if self.state()["waiting"] >= WAITING:
             raise Refusal(429, f"{WAITING} requests are waiting already: try again later")
-        answer = self.answers[request] = Answer(request, self.tokenizer, values["stop"], "messages" in values)
-        self.thread.submit(self.begin, request)
+        stop = [form.stop] if isinstance(form.stop, str) else form.stop
+        answer = self.answers[request] = Answer(request, self.tokenizer, stop, chat)
         answer.watching = asyncio.create_task(answer.watch(http))  # kept, or it would be collected
+        self.new.append(request)
+        if len(self.answers) == 1:
+            self.working = asyncio.create_task(self.work())
         return answer
+
+    async def work(self):
+        """One step after the other in the thread, as long as there are requests."""
+        try:
+            while self.answers:
+                for request in self.new:
+                    self.engine.submit(request)
+                self.new.clear()
+                ended = await self.compute(self.engine.step)
+                for request in [*self.engine.running, *ended]:
+                    self.answers[request].news.set()
+                for request in ended:
+                    came = self.answers.pop(request).came
+                    prompt, written = len(request.prompt), len(request.tokens)
+                    self.totals.update(requests=1, prompt_tokens=prompt, tokens=written)
+                    if request.first:
+                        self.totals.update(first_tokens=1, first_token_seconds=request.first - came)
+        except Exception as e:  # out of memory, say: nobody is left waiting, now and later
+            self.failure = e
+            traceback.print_exc()
+            for answer in self.answers.values():
+                answer.news.set()
+            self.answers.clear()
+
+    def compute(self, function, *args):
+        """Await what the thread makes of it: steps, and things between them."""
+        return asyncio.get_running_loop().run_in_executor(self.thread, function, *args)
+
+    def state(self):
+        """Requests in the batch and before it; blocks of the cache."""
+        pool, running = self.engine.pool, len(self.engine.running)
+        return dict(running=running, waiting=len(self.answers) - running, blocks=pool.blocks,
+                    blocks_used=pool.blocks - len(pool.free))
 
 
 def make_app(server, api_key=None):
     from fastapi import Depends, FastAPI, Request
     from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
+    from pydantic import ValidationError
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 
@@ -285,6 +257,7 @@ def make_app(server, api_key=None):
         given, wanted = http.headers.get("authorization", "").encode(), f"Bearer {api_key}".encode()
         if api_key and http.url.path not in ("/", "/health") and not hmac.compare_digest(given, wanted):
             raise Refusal(401, "this server wants its --api-key: Authorization: Bearer KEY")
+    completion, chat = forms()
     app = FastAPI(dependencies=[Depends(allowed)], docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(InputError)
@@ -321,36 +294,39 @@ def make_app(server, api_key=None):
     @app.post("/measure")
     async def measure(http: Request):
         refuse(not server.bench, "there is no rank bench: start serve.py with --teach")
-        values = checked(await content(http), OF_MEASUREMENTS, server)
-        work = server.thread.submit(server.bench.measure, values["model"], values["text"])
-        return await asyncio.wrap_future(work)
+        fields = await body(http)
+        return await server.compute(server.bench.measure, fields.get("model"), fields.get("text"))
 
-    async def content(http):
-        size = http.headers.get("content-length", "")
-        if not size.isdigit() or int(size) > MAX_BODY:
-            raise Refusal(413, f"the body must have a Content-Length of at most {MAX_BODY}, got {size!r}")
+    async def body(http):
+        """The fields of a request, without those that are null."""
         try:
-            return json.loads(await http.body())
-        except (ValueError, RecursionError) as e:
-            raise InputError(f"the body is not JSON: {e}") from None
+            fields = json.loads(await http.body())
+            return {name: value for name, value in fields.items() if value is not None}
+        except (ValueError, RecursionError, AttributeError) as e:
+            raise InputError(f"the body is not a JSON object: {e}") from None
 
-    async def answered(http, own, kinds):
-        values = checked(await content(http), own, server)
-        answer = server.submit(values, http)
-        head = dict(id=f"answer-{random.getrandbits(64):016x}", object=kinds[values["stream"]],
-                    created=int(time.time()), model=values["model"])
-        if not values["stream"]:
-            return await answer.whole(head)
-        events = answer.events(head, values["stream_options"].get("include_usage"))
+    async def answered(http, form, objects):
+        try:
+            form = form(**await body(http))
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = "".join(f"{part}: " for part in first["loc"])
+            raise InputError(f"{where}{first['msg']}, got {repr(first['input'])[:200]}") from None
+        answer = server.submit(form, isinstance(form, chat), http)
+        head = dict(id=f"answer-{random.getrandbits(64):016x}", object=objects[form.stream],
+                    created=int(time.time()), model=form.model or server.names[0])
+        if not form.stream:
+            return await answer.whole(server, head)
+        events = answer.events(server, head, form.stream_options.get("include_usage"))
         return StreamingResponse(events, media_type="text/event-stream")
 
     @app.post("/v1/completions")
     async def completions(http: Request):
-        return await answered(http, OF_COMPLETIONS, ["text_completion"] * 2)
+        return await answered(http, completion, ["text_completion"] * 2)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(http: Request):
-        return await answered(http, OF_CHATS, ["chat.completion", "chat.completion.chunk"])
+        return await answered(http, chat, ["chat.completion", "chat.completion.chunk"])
     return app
 
 

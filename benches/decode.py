@@ -23,7 +23,7 @@ from beyond.decoding import decoding_step
 from checkpoint import load_model, locate, random_model
 from common.cli import refuse
 from common.device import find_device, peak_memory, stored_bytes
-from common.generate import generate
+from common.generate import generate, plain_step
 from model import CONFIGS, config_for
 
 RANKS = {"gpt2": 192, "gpt2-xl": 384}  # the paper's, of Table VIII, beside full rank
@@ -72,7 +72,7 @@ def writer(name, batch, engine, rank, bits):
     """For a Worker: a function of (count, cache) that generates, and returns sizes in bytes."""
     device = find_device("bfloat16").torch_device
     peers = {"transformers": transformers_engine, "llama.cpp": llama_cpp_engine}
-    make_step = decoding_step if engine == "ours" else None
+    make_step = decoding_step if engine == "ours" else plain_step
     ours = partial(our_engine, rank=rank, bits=bits, make_step=make_step)
     write, size, read = peers.get(engine, ours)(name, batch, device)
 

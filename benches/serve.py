@@ -93,13 +93,12 @@ def contiguous(model, adapters, prompts, names, new):
 
 
 def paged(model, adapters, prompts, names, new):
-    blocks = sum(-(-(len(p) + new - 1) // SIZE) for p in prompts)  # what these requests need at their ends
+    blocks = sum(-(-(len(p) + new - 1) // SIZE) + 1 for p in prompts)  # what all need at their ends, and room
     pool = Pool(model.config, blocks, device=model.norm.weight.device)
     engine = Engine(model, pool, adapters=adapters, batch_size=len(prompts))
     requests = [Request(p, new, adapter=name) for p, name in zip(prompts, names)]
     list(engine.run(requests))
-    reserved, used = (n // bytes_per_token(model.config) for n in engine.peak)
-    return [r.tokens for r in requests], reserved, used
+    return [r.tokens for r in requests], *engine.peak
 
 
 def transformers_engine(model):

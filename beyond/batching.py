@@ -9,7 +9,6 @@ a request that ended leaves it and gives its blocks back (paged_cache.py), the n
     request b     P    t    .                        t: one more token, in one product with all other rows
     request c     waits     P    t    t    t    t
 
-A prompt that begins as the text of a running request does (the same instructions, say) shares those blocks.
 When the pool is full the request that came last gives its blocks up; it is read again later, with the tokens
 that it has. Each request draws from a random generator of its own, and a row of a product does not know of
 the others. So in float32 its tokens are what they would be alone, unless two are as likely to some five
@@ -20,7 +19,6 @@ digits: products of more rows add up in another order. In bfloat16, of two digit
     for request in engine.run([Request([1, 2, 3], adapter="news"), Request([4, 5])]):    # as they end
         print(request.tokens)
 """
-import os
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -32,7 +30,7 @@ from beyond.decoding import decoding_step
 from beyond.paged_cache import PagedCache, Sequence
 from common.adapters import read_adapter
 from common.cli import refuse
-from common.generate import check_prompt, check_sampling, sample
+from common.generate import check_prompt, sample
 from model import Layer, multiplications
 
 
@@ -48,11 +46,10 @@ class Request:
     tokens: list = field(default_factory=list)  # the answer
     scores: list = field(default_factory=list)  # of each token: (logprob, [(token, logprob), ...])
     cancelled: bool = False     # set it at any time: the request ends before the next step
-    sequence: object = None     # its keys and values, while it is in the batch
-    generator: object = None    # of its draws
-    started: float = None       # when its prompt was first read
+    sequence: Sequence = None   # its keys and values, while it is in the batch
+    generator: torch.Generator = None
     first: float = None         # when its first token was there
-    ended: float = None
+    ended: bool = False
 
     @property
     def text(self):
@@ -117,12 +114,6 @@ class Adapters:
             A, B = (f.to(reference.device, reference.dtype) for f in factors)
             self.layers[layer].factors[name] = A, (adapter.scale * B).T.contiguous()
         self.names.add(name)
-        self.selected = None  # what was selected may be another adapter of this name
-
-    def check(self, name):
-        known = ", ".join(sorted(self.names)) or "none is loaded"
-        refuse(name not in {None, *self.names},
-               f"no adapter is called {name!r} ({known}): give --adapter {name}=DIR")
 
     def select(self, names):
         """As ManyLoRALinear.select, in all layers."""
@@ -140,9 +131,9 @@ class Engine:
     def __init__(self, model, pool, stop=(), vocabulary=None, adapters=None, batch_size=32):
         self.model, self.pool, self.stop, self.vocabulary = model, pool, stop, vocabulary
         self.adapters, self.batch_size = adapters or Adapters(model), batch_size
-        self.take_one = None  # decoding_step's, for the pool; False where it can't be had
+        self.single = None  # decoding_step's, for the pool
         self.waiting, self.running = deque(), []  # in the order of joining
-        self.peak = (0, 0)  # bytes of the cache reserved and used, when most were reserved
+        self.peak = (0, 0)  # slots of the cache reserved and used, when most were reserved
 
     def run(self, requests):
         """Yield each request when it has ended."""
@@ -158,16 +149,15 @@ class Engine:
 
     def check(self, request):
         """Refuse what can never be answered."""
-        check_sampling(request.temperature, request.top_p, request.max_new_tokens)
         check_prompt(request.prompt, self.model.config)
-        self.adapters.check(request.adapter)
-        needed, there = self.pool.blocks_for(self.longest(request)), len(self.pool.users)
+        name, known = request.adapter, ", ".join(sorted(self.adapters.names)) or "none is loaded"
+        refuse(name not in (None, *self.adapters.names),
+               f"no adapter is called {name!r} ({known}): give --adapter {name}=DIR")
+        # the last new token is never read
+        most = min(self.model.config.context, len(request.prompt) + request.max_new_tokens - 1)
+        needed, there = self.pool.blocks_for(most), self.pool.blocks
         refuse(needed > there, f"{len(request.prompt)} tokens and up to {request.max_new_tokens} new ones "
                f"need {needed} blocks of {self.pool.size}, the pool has {there}: ask for fewer")
-
-    def longest(self, request):
-        """Tokens that the cache may hold of it: the last new one is never read."""
-        return min(self.model.config.context, len(request.prompt) + request.max_new_tokens - 1)
 
     @torch.inference_mode()
     def step(self):
@@ -178,35 +168,22 @@ class Engine:
         if self.running:
             self.make_room()
             self.advance(self.running, [r.tokens[-1:] for r in self.running])
-            self.peak = max(self.peak, self.pool.usage([r.sequence for r in self.running]))
+            sequences = [r.sequence for r in self.running]
+            slots = sum(len(s.table) for s in sequences) * self.pool.size
+            self.peak = max(self.peak, (slots, sum(s.length for s in sequences)))
             ended += self.leave()
         return ended
 
     def join(self):
-        """Read the prompt of the request that waits longest, if there is room for it and for the next block
-        of each running one that will need one."""
-        request, others = self.waiting[0], 0
-        text, sequence = request.text, self.with_shared_prefix(request)
-        for other in self.running:
-            others += self.pool.blocks_for(self.longest(other)) > len(other.sequence.table)
-        if self.running and sequence.needs(len(text) - sequence.length) + others > len(self.pool.free):
-            sequence.cut()
+        """Read the prompt of the request that waits longest, if there is room for it, and a block more for
+        each running one."""
+        request, sequence = self.waiting[0], Sequence(self.pool)
+        if self.running and sequence.needs(len(request.text)) + len(self.running) > len(self.pool.free):
             return False
         self.running.append(self.waiting.popleft())
-        request.sequence, request.started = sequence, request.started or time.perf_counter()
-        self.advance([request], [text[sequence.length:]])
+        request.sequence = sequence
+        self.advance([request], [request.text])
         return True
-
-    def with_shared_prefix(self, request):
-        """A sequence with the blocks of the request's text that a running one with the same adapter has. At
-        least one token is left to read: the answer is drawn from it."""
-        best, most = Sequence(self.pool), 0
-        for other in self.running:
-            known = other.text[:other.sequence.length]
-            blocks = len(os.path.commonprefix([request.text[:-1], known])) // self.pool.size
-            if blocks > most and other.adapter == request.adapter:
-                best, most = other.sequence, blocks
-        return best.share(most)
 
     def make_room(self):
         """Every running request needs a slot for its next token: while blocks are missing, the one that
@@ -233,15 +210,10 @@ class Engine:
 
     def logits(self, tokens, cache):
         """Of what follows tokens (B, T): (B, vocabulary)."""
-        single = tokens.shape[1] == 1 and not self.adapters.layers
-        if single and self.take_one is None:
-            self.take_one = decoding_step(self.model, cache) or False
-        if not single or not self.take_one:
+        if tokens.shape[1] > 1 or self.adapters.layers:
             return self.model.head(self.model.hidden(tokens, cache)[:, -1:])[:, 0]
-        self.take_one.cache = cache
-        logits = self.take_one(tokens[:, 0], cache.lengths)
-        cache.advance(1)
-        return logits
+        self.single = self.single or decoding_step(self.model, cache)
+        return self.single(tokens[:, 0], cache)
 
     def is_over(self, request):
         """At a stop token, at max_new_tokens, where the context is full, or when it was cancelled."""
@@ -257,5 +229,5 @@ class Engine:
         for request in ended:
             if request.sequence:
                 request.sequence.cut()
-            request.ended = time.perf_counter()
+            request.ended = True
         return ended

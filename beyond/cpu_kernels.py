@@ -23,15 +23,20 @@ import torch
 from common.cli import cache_dir, say
 from common.device import cpu_name, give_back_memory
 
+POINTER, INT = ctypes.c_void_p, ctypes.c_int
 SLAB = 1 << 25  # bytes that HugePages takes at a time
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-w", "-shared", "-fPIC",
          "-fno-trapping-math", "-fno-math-errno"]
 
 
-class Matrix(ctypes.Structure):
-    """struct Matrix of kernels_cpu.cpp and of kernels.cu."""
-    _fields_ = [("q", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("offset", ctypes.c_void_p),
-                *((name, ctypes.c_int) for name in ("rows", "width", "group", "row_bytes"))]
+def struct(name, **fields):
+    """A struct of C, with these fields in their order."""
+    return type(name, (ctypes.Structure,), dict(_fields_=list(fields.items())))
+
+
+# As in kernels_cpu.cpp and kernels.cu.
+Matrix = struct("Matrix", q=POINTER, scale=POINTER, offset=POINTER, rows=INT, width=INT, group=INT,
+                row_bytes=INT)
 
 
 @functools.cache
@@ -52,9 +57,9 @@ def load():
         why = why.strip().splitlines()[0][:200]
         say(f"kernels_cpu.cpp is not used, which is slower: g++ could not build it ({why})")
         return None
-    pointer, number, matrix = ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Matrix)
-    kernels.product.argtypes = [pointer, number, matrix, matrix, number, pointer, pointer]
-    kernels.step.argtypes = [pointer, pointer]
+    matrix = ctypes.POINTER(Matrix)
+    kernels.product.argtypes = [POINTER, INT, matrix, matrix, INT, POINTER, POINTER]
+    kernels.step.argtypes = [POINTER, POINTER]
     return kernels
 
 

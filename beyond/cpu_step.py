@@ -4,8 +4,8 @@ At batch 1 a block of gpt2-xl with r = 384 reads 10 MB of weights, which takes 0
 calling its layers from Python takes almost as long. So the addresses of all weights and of the cache are
 written down once, and kernels_cpu.cpp walks through them for each token. It computes model.Block, in float32.
 
-    step = cpu_step(model, cache)      # beyond/decoding.py has the protocol
-    logits = step(tokens, lengths)
+    step = cpu_step(model, cache)      # as common.generate.plain_step
+    logits = step(tokens, cache)
 """
 import ctypes
 import weakref
@@ -13,50 +13,40 @@ import weakref
 import torch
 import torch.nn as nn
 
-from beyond.cpu_kernels import Matrix, load, struct_of, takes
+from beyond.cpu_kernels import INT, POINTER, Matrix, load, struct, struct_of, takes
 from beyond.paged_cache import PagedCache
 from common.cli import say
 from lowrank import LowRankLinear
-from model import Attention, Block, FeedForward, attend, is_linear
+from model import Attention, Block, FeedForward, is_linear
 from quant import QuantLinear, QuantLowRank, matrices
 
-POINTER, MATRIX, INT = ctypes.c_void_p, ctypes.POINTER(Matrix), ctypes.c_int
 BITS = {torch.bfloat16: 16, torch.float32: 32}  # of weights that are no integers
 TOLERANCE = 0.05  # a step in bfloat16 is some 0.01 off; with another kind of block, several times 0.05
 LAYERS = (nn.Linear, LowRankLinear, QuantLinear, QuantLowRank)
 walked = weakref.WeakKeyDictionary()  # model -> whether its blocks are what kernels_cpu.cpp computes
 
-
-class NormStruct(ctypes.Structure):
-    _fields_ = [("weight", POINTER), ("bias", POINTER)]
-
-
-class LayerStruct(ctypes.Structure):
-    _fields_ = [("A", MATRIX), ("B", MATRIX), ("bias", POINTER), ("bits", INT)]
-
-
-class BlockStruct(ctypes.Structure):
-    _fields_ = [("norm1", NormStruct), ("norm2", NormStruct), ("inputs", LayerStruct * 3), ("o", LayerStruct),
-                *((name, LayerStruct) for name in ("gate", "up", "down")), ("K", POINTER), ("V", POINTER)]
-
-
-class NetworkStruct(ctypes.Structure):
-    sizes = ("count", "rows", "width", "heads", "kv_heads", "d", "ffn", "size", "in_table", "float_cache")
-    _fields_ = [*((name, POINTER) for name in ("blocks", "lengths", "table", "cos", "sin")),
-                *((name, INT) for name in sizes), ("eps", ctypes.c_float)]
+# As in kernels_cpu.cpp.
+MATRIX = ctypes.POINTER(Matrix)
+NormStruct = struct("Norm", weight=POINTER, bias=POINTER)
+LayerStruct = struct("Layer", A=MATRIX, B=MATRIX, bias=POINTER, bits=INT)
+BlockStruct = struct("Block", norm1=NormStruct, norm2=NormStruct, inputs=LayerStruct * 3, o=LayerStruct,
+                     gate=LayerStruct, up=LayerStruct, down=LayerStruct, K=POINTER, V=POINTER)
+NetworkStruct = struct("Network", blocks=POINTER, lengths=POINTER, table=POINTER, cos=POINTER, sin=POINTER,
+                       count=INT, rows=INT, width=INT, heads=INT, kv_heads=INT, d=INT, ffn=INT, size=INT,
+                       in_table=INT, float_cache=INT, eps=ctypes.c_float)
 
 
 def cpu_step(model, cache):
     """A CPUStep for a cache that has read the prompts. None where something is in the way: layers that are
-    none of LAYERS, something attached to one, another kind of block, no compiler."""
-    c, stored = model.config, keys_and_values(cache)[0][0].dtype in (torch.float32, torch.bfloat16)
-    if c.window or c.no_rope or c.architecture.qk_norm:
+    none of LAYERS, another kind of block, no compiler."""
+    c, stored = model.config, keys_and_values(cache)[0][0].dtype
+    if c.window or c.no_rope or c.architecture.qk_norm or stored not in BITS or load() is None:
         return None
-    if not stored or load() is None or not all(map(is_plain, model.blocks)):
+    if not all(map(is_plain, model.blocks)):
         return None
     step = CPUStep(model, cache)
     if model not in walked:
-        walked[model] = step.is_right()
+        walked[model] = step.is_right(cache)
         if not walked[model]:
             say("kernels_cpu.cpp computes another kind of block than this model's: steps go layer by layer")
     return step if walked[model] else None
@@ -67,19 +57,12 @@ def keys_and_values(cache):
     return cache.pool.kv.unbind(1) if isinstance(cache, PagedCache) else (cache.k, cache.v)
 
 
-def inputs(attention):
-    """The layers that read x: W^QKV, or W^Q, W^K and W^V."""
-    return [attention.get_submodule(name) for name in attention.config.architecture.inputs]
-
-
 def is_plain(block):
-    """Whether the block is model.py's, with layers on a CPU that can be read, and nothing attached to it."""
+    """Whether the block has model.py's parts, with layers that can be read."""
     if [type(m) for m in (block, block.attention, block.mlp)] != [Block, Attention, FeedForward]:
         return False
     layers = [m for m in block.modules() if is_linear(m)]
-    readable = all(type(m) in LAYERS and all(map(is_readable, factors(m))) for m in layers)
-    own = any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in block.modules())
-    return readable and not own and block.attention.attend is attend
+    return all(type(m) in LAYERS and all(map(is_readable, factors(m))) for m in layers)
 
 
 def factors(layer):
@@ -92,31 +75,32 @@ def factors(layer):
 def is_readable(W):
     """Rows of floats must be whole vectors."""
     if isinstance(W, torch.Tensor):
-        return W.dtype in BITS and not W.is_cuda and W.is_contiguous() and W.shape[1] % 32 == 0
-    return takes(W) and not W.q.is_cuda
+        return W.dtype in BITS and W.is_contiguous() and W.shape[1] % 32 == 0
+    return takes(W)
 
 
 class CPUStep:
-    """model.head(model.hidden(tokens)) for one token of each row."""
+    """Logits (B, vocabulary) of what follows tokens (B,), which go to the cache."""
 
     def __init__(self, model, cache):
-        c, self.model, self.cache, self.kept = model.config, model, cache, []
+        c, self.model, self.kept = model.config, model, []
         keys, values = keys_and_values(cache)
         self.blocks = (BlockStruct * c.blocks)(*map(self.block, model.blocks, keys, values))
         self.network = NetworkStruct(
-            ctypes.addressof(self.blocks), None, None, None, None, c.blocks, 0, c.width, c.heads, c.kv_heads,
-            c.head_size, c.ffn, keys[0].shape[2], 0, keys[0].dtype is torch.float32, c.norm_eps)
+            blocks=ctypes.addressof(self.blocks), count=c.blocks, width=c.width, heads=c.heads,
+            kv_heads=c.kv_heads, d=c.head_size, ffn=c.ffn, size=keys[0].shape[2],
+            float_cache=keys[0].dtype is torch.float32, eps=c.norm_eps)
 
     def block(self, block, k, v):
         a, m = block.attention, block.mlp
         gate = LayerStruct() if m.gate is None else self.layer(m.gate)
-        reading = (LayerStruct * 3)(*map(self.layer, inputs(a)))
-        return BlockStruct(self.norm(block.norm1), self.norm(block.norm2), reading, self.layer(a.o), gate,
-                           self.layer(m.up), self.layer(m.down), k.data_ptr(), v.data_ptr())
+        inputs = [self.layer(a.get_submodule(name)) for name in a.config.architecture.inputs]
+        return BlockStruct(self.norm(block.norm1), self.norm(block.norm2), (LayerStruct * 3)(*inputs),
+                           self.layer(a.o), gate, self.layer(m.up), self.layer(m.down), k.data_ptr(),
+                           v.data_ptr())
 
     def norm(self, norm):
-        values = dict(norm.named_parameters())
-        return NormStruct(self.address(values["weight"]), self.address(values.get("bias")))
+        return NormStruct(*map(self.address, norm.parameters()))  # the weight, and a bias if there is one
 
     def layer(self, layer):
         Ws = factors(layer)
@@ -137,28 +121,30 @@ class CPUStep:
         self.kept.append(tensor.detach().float().contiguous())
         return self.kept[-1].data_ptr()
 
-    def __call__(self, tokens, lengths):
-        return self.model.head(self.hidden(tokens, lengths))
+    def __call__(self, tokens, cache):
+        logits = self.model.head(self.hidden(tokens, cache))
+        cache.advance(1)
+        return logits
 
-    def hidden(self, tokens, lengths):
+    def hidden(self, tokens, cache):
         """tokens (B,) -> what the head reads, (B, C)."""
-        x, rope, _ = self.model.begin(tokens[:, None], self.cache)  # (B, 1, C)
-        dtype, x, slots = x.dtype, x.float().contiguous(), (INT * len(lengths))(*lengths)
-        rows = torch.arange(len(lengths))[:, None]
-        table = (self.cache.table if isinstance(self.cache, PagedCache) else rows).int().contiguous()
+        x, rope, _ = self.model.begin(tokens[:, None], cache)  # (B, 1, C)
+        dtype, x, slots = x.dtype, x.float().contiguous(), (INT * len(tokens))(*cache.lengths)
+        table = cache.table if isinstance(cache, PagedCache) else torch.arange(len(tokens))[:, None]
+        table = table.int().contiguous()
         self.network.rows, self.network.in_table = table.shape
         self.network.lengths, self.network.table = ctypes.addressof(slots), table.data_ptr()
         if rope is not None:
-            cos, sin = (t.expand(len(lengths), 1, -1).contiguous() for t in rope)  # (B, 1, d / 2)
+            cos, sin = (t.expand(len(tokens), 1, -1).contiguous() for t in rope)  # (B, 1, d / 2)
             self.network.cos, self.network.sin = cos.data_ptr(), sin.data_ptr()
         load().step(ctypes.addressof(self.network), x.data_ptr())
         return self.model.norm(x.to(dtype))[:, -1]
 
-    def is_right(self):
+    def is_right(self, cache):
         """Whether a step is what the layers make of it: model.py may have been changed. It is tried at the
         next slot of each row, which is written again afterwards."""
-        lengths = self.cache.lengths
+        lengths = cache.lengths
         tokens = torch.zeros(len(lengths), dtype=torch.long)
-        exact = self.model.hidden(tokens[:, None], self.cache)[:, -1].float()
-        self.cache.lengths = lengths
-        return ((self.hidden(tokens, lengths).float() - exact).norm() < TOLERANCE * exact.norm()).item()
+        exact = self.model.hidden(tokens[:, None], cache)[:, -1].float()
+        cache.lengths = lengths
+        return ((self.hidden(tokens, cache).float() - exact).norm() < TOLERANCE * exact.norm()).item()

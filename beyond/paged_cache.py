@@ -5,12 +5,11 @@ of it is never written. Here the memory is a pool of small blocks, as the pages 
 holds the keys and values of `size` tokens, for all layers. A sequence has a table from its logical blocks to
 the pool's, and takes a block when its last one is full.
 
-    sequence a   "The capital of France is Paris"    table [0, 1, 2]
-    sequence b   "The capital of France is large"    table [0, 1, 3]
-    pool         | 0 The capital | 1 of France | 2 is Paris | 3 is large | 4 free | ...   (two words each)
+    sequence a   "Profit rose by 3 %"            table [0, 2, 3]
+    sequence b   "The capital of France is"      table [1, 4, 5]
+    pool         | 0 Profit rose | 1 The capital | 2 by 3 | 3 % | 4 of France | 5 is | ...   (two words each)
 
-At most size - 1 slots a sequence are unused. Sequences that begin alike share full blocks, which nobody
-writes any more; `users` counts who has a block.
+At most size - 1 slots a sequence are unused.
 
 Attention for one new token of each sequence never gathers a sequence's keys into one piece. Every block
 answers the query of its sequence, all blocks in one batched product, and the parts are joined as a softmax
@@ -47,35 +46,20 @@ class Pool:
 
     def __init__(self, config, blocks, size=SIZE, device="cpu", dtype=torch.float32):
         refuse(blocks < 1, f"a pool needs at least 1 block of {size} tokens, got {blocks}: raise it")
-        self.size, self.device = size, torch.device(device)
+        self.blocks, self.size, self.device = blocks, size, torch.device(device)
         shape = config.blocks, 2, blocks, config.kv_heads, size, config.head_size
         self.kv = torch.empty(shape, dtype=dtype, device=device)
-        self.users = [0] * blocks        # sequences that hold the block
         self.free = list(range(blocks))  # a heap
-        self.block_bytes = self.kv.nbytes // blocks
 
     def blocks_for(self, tokens):
         return -(-tokens // self.size)
 
-    def usage(self, sequences):
-        """(bytes reserved, bytes used) by these sequences: of their blocks, and of the tokens in them."""
-        blocks = [block for s in sequences for block in s.table]
-        reserved = len(set(blocks))
-        used = sum(s.length for s in sequences) - (len(blocks) - reserved) * self.size  # shared ones are full
-        return reserved * self.block_bytes, used * self.block_bytes // self.size
-
     def take(self):
-        refuse(not self.free, f"all {len(self.users)} blocks of {self.size} tokens of the cache are in use: "
+        refuse(not self.free, f"all {self.blocks} blocks of {self.size} tokens of the cache are in use: "
                "give the pool more, or run fewer sequences at once")
         block = heapq.heappop(self.free)
-        self.users[block] = 1
         self.kv[:, :, block] = 0  # a slot not yet written gets weight 0, but 0 times a leftover NaN is NaN
         return block
-
-    def release(self, block):
-        self.users[block] -= 1
-        if self.users[block] == 0:
-            heapq.heappush(self.free, block)
 
 
 class Sequence:
@@ -88,20 +72,11 @@ class Sequence:
         """Blocks to take before T more tokens can be written."""
         return max(0, self.pool.blocks_for(self.length + T) - len(self.table))
 
-    def share(self, blocks):
-        """A new sequence that begins with this one's first blocks, which are full. It is never cut within
-        them, for then it would write what the other reads."""
-        other = Sequence(self.pool)
-        other.table, other.length = self.table[:blocks], blocks * self.pool.size
-        for block in other.table:
-            self.pool.users[block] += 1
-        return other
-
     def cut(self, length=0):
         """Forget what comes after the first `length` tokens, and give the blocks back."""
         keep = self.pool.blocks_for(length)
         for block in self.table[keep:]:
-            self.pool.release(block)
+            heapq.heappush(self.pool.free, block)
         self.table, self.length = self.table[:keep], length
 
 
@@ -110,7 +85,6 @@ class PagedCache(KVCache):
 
     def __init__(self, sequences):
         self.sequences, self.pool, self.device = sequences, sequences[0].pool, sequences[0].pool.device
-        self.prepared = False  # for the next tokens
 
     @property
     def lengths(self):
@@ -120,57 +94,45 @@ class PagedCache(KVCache):
     def lengths(self, lengths):
         for sequence, length in zip(self.sequences, lengths):
             sequence.cut(length)
-        self.prepared = False
 
     def advance(self, T):
         for sequence in self.sequences:
             sequence.length += T
-        self.prepared = False
 
-    def mask(self, T, window=0):
-        """For one token what `attend` below adds to scores: -inf at slots of a block that its row does not
-        see, (E, 1, 1, size)."""
-        if T > 1:
-            return super().mask(T, window)
-        if not self.prepared:
-            self.prepare(T)
-        seen = visible(self.last[:, None], torch.arange(self.pool.size, device=self.device), window)
-        return torch.where(seen, 0.0, -math.inf)
-
-    def prepare(self, T):
-        """Reserve the blocks of the next T tokens, and say where they go; once a step, for all layers."""
+    def positions(self, T):
+        """Also reserves the blocks of the next T tokens, and notes where they go: a model asks for positions
+        before all else, once a step."""
         for sequence in self.sequences:
             sequence.table += [self.pool.take() for _ in range(sequence.needs(T))]
         self.table = padded([s.table for s in self.sequences], 0, self.device)  # (B, blocks), then any block
-        slots = self.positions(T).expand(len(self.sequences), T)
+        positions = super().positions(T)
+        slots = positions.expand(len(self.sequences), T)
         self.block = self.table.gather(1, slots // self.pool.size)  # (B, T)
         self.offset = slots % self.pool.size                        # (B, T)
-        if T == 1:
-            self.prepare_blocks()
-        self.prepared = True
+        return positions
 
-    def prepare_blocks(self):
-        """For attention by blocks: which blocks (used), the row that each belongs to (owner), and the slot of
-        the row's next token, counted from the block's first (last). A block that rows share is there once for
-        each."""
-        size, parts = self.pool.size, []  # (block, row, last)
+    def mask(self, T, window=0):
+        """For one token what `attend` below adds to scores: -inf at slots of a block that its row does not
+        see, (E, 1, 1, size) for the E blocks that are read (used): with the row that each belongs to (owner),
+        and the slot of the row's next token, counted from the block's first (last)."""
+        if T > 1:
+            return super().mask(T, window)
+        size, parts = self.pool.size, {}  # block -> (row, last)
         for row, s in enumerate(self.sequences):
-            parts += [(block, row, s.length - i * size) for i, block in enumerate(s.table)]
-        once = {part[0]: part for part in parts}
-        high = max(once) + 1
-        if len(once) == len(parts) and high <= 1.25 * len(parts):  # read the pool as it lies, without a copy,
-            self.used = slice(high)                                # with the few blocks of others in between
-            parts = [once.get(block, (block, 0, -1)) for block in range(high)]
+            parts |= {block: (row, s.length - i * size) for i, block in enumerate(s.table)}
+        high = max(parts) + 1
+        if high <= 1.25 * len(parts):  # read the pool as it lies, without a copy, a few blocks of others too
+            self.used, parts = slice(high), {block: parts.get(block, (0, -1)) for block in range(high)}
         else:
-            self.used = torch.tensor([block for block, *_ in parts], device=self.device)
-        _, self.owner, self.last = torch.tensor(parts, device=self.device).T
+            self.used = torch.tensor(list(parts), device=self.device)
+        self.owner, last = torch.tensor(list(parts.values()), device=self.device).T
+        seen = visible(last[:, None], torch.arange(size, device=self.device), window)
+        return torch.where(seen, 0.0, -math.inf)
 
     def update(self, layer, k, v):
         """Store k, v (B, kv_heads, T, d). Returns what `attend` reads: for one token the blocks in use,
         (E, kv_heads, size, d), else all keys and values in order, (B, kv_heads, S, d)."""
         T = k.shape[2]
-        if not self.prepared:
-            self.prepare(T)
         store = self.pool.kv[layer]  # (2, blocks, kv_heads, size, d)
         store[0][self.block, :, self.offset] = k.transpose(1, 2)
         store[1][self.block, :, self.offset] = v.transpose(1, 2)

@@ -102,6 +102,7 @@ class Bench(Engine):
             of_bench = request.adapter in self.settings
             groups[self.model_of(request.adapter) if of_bench else whole].append((request, new))
         for self.model, group in groups.items():
+            self.single = None  # a step is of one model
             super().advance(*zip(*group))
         self.model = whole
 

@@ -27,13 +27,6 @@ def sample(logits, temperature=1.0, top_p=1.0, generator=None):
     return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
 
-def check_sampling(temperature, top_p, max_new_tokens):
-    """Refuse what `generate` can't do."""
-    refuse(temperature < 0, f"temperature must be at least 0, got {temperature}")
-    refuse(not 0 < top_p <= 1, f"top-p must be in 0..1, 0 excluded, got {top_p}")
-    refuse(max_new_tokens < 1, f"max-new-tokens must be at least 1, got {max_new_tokens}")
-
-
 def check_prompt(prompt, config):
     """Refuse token ids that the model can't read."""
     refuse(not 1 <= len(prompt) <= config.context,
@@ -59,25 +52,30 @@ def read_prompts(model, rows, cache, device):
     return model.head(h[torch.arange(len(rows)), last])
 
 
+def plain_step(model, cache):
+    """A step of decoding, layer by layer: step(tokens (B,), cache) -> logits (B, V) of what follows. It puts
+    the tokens in the cache. beyond/decoding.py has faster ones."""
+    return lambda tokens, cache: model.head(model.hidden(tokens[:, None], cache))[:, -1]
+
+
 @torch.inference_mode()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, stop=(), generator=None,
-             use_cache=True, vocabulary=None, cache=None, make_step=None):
+             use_cache=True, vocabulary=None, cache=None, make_step=plain_step):
     """Continue prompts (lists of token ids, of any lengths); yields the new tokens, None where a row ended.
 
     A row ends at a token of `stop`, which is still yielded, or where the context is full.
     use_cache False: every step reads the whole text again (section III.C.2).
     vocabulary: draw from so many tokens only, where the tokenizer knows fewer than the model has.
     cache: in place of a new one; it may hold prefixes of the prompts.
-    make_step(model, cache): what takes single tokens faster (beyond/), or None where that can't be had.
+    make_step: plain_step or beyond.decoding's, called when the cache has read the prompts.
     """
-    check_sampling(temperature, top_p, max_new_tokens)
     for prompt in prompts:
         check_prompt(prompt, model.config)
     rows, device = [list(p) for p in prompts], next(model.parameters()).device
     if use_cache and cache is None:
         length = min(model.config.context, max(map(len, prompts)) + max_new_tokens)
         cache = KVCache(model.config, len(rows), length, device)
-    alive, new, take_one = [True] * len(rows), None, None
+    alive, new, step = [True] * len(rows), None, None
     for _ in range(max_new_tokens):
         alive = [a and len(row) <= model.config.context for a, row in zip(alive, rows)]
         if not any(alive):
@@ -86,15 +84,10 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, stop=()
             logits = read_prompts(model, rows, cache, device)
         else:  # a row that ended writes to slot 0, which nobody reads
             cache.lengths = [n if a else 0 for n, a in zip(cache.lengths, alive)]
-            if make_step:
-                take_one, make_step = make_step(model, cache), None
-            if take_one:
-                logits = take_one(new, cache.lengths)
-                cache.advance(1)
-            else:
-                logits = model.head(model.hidden(new[:, None], cache)[:, -1])
+            step = step or make_step(model, cache)
+            logits = step(new, cache)
         new = sample(logits[:, :vocabulary], temperature, top_p, generator)  # (B,)
-        step = [token if a else None for token, a in zip(new.tolist(), alive)]
-        rows = [row if token is None else [*row, token] for row, token in zip(rows, step)]
-        alive = [a and token not in stop for a, token in zip(alive, step)]
-        yield step
+        tokens = [token if a else None for token, a in zip(new.tolist(), alive)]
+        rows = [row if token is None else [*row, token] for row, token in zip(rows, tokens)]
+        alive = [a and token not in stop for a, token in zip(alive, tokens)]
+        yield tokens

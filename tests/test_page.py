@@ -14,11 +14,13 @@ import torch.nn.functional as F
 import uvicorn
 
 import serve
+from beyond.batching import Request
 from checkpoint import load_model, save_model
 from common.adapters import base_id, save_adapter
 from common.cli import InputError
 from common.data import calibration_batches
 from common.device import stored_bytes
+from common.generate import generate
 from common.tokenizer import train_tokenizer
 from decompose import main as decompose
 from lowrank import LowRankLinear, attach_lora
@@ -338,6 +340,20 @@ def test_a_decomposed_folder_keeps_its_own_factors(folder):
     half = bench.measure("rank-50%-16bit", TEXT)
     assert half["perplexity"] == pytest.approx(perplexity(model, tokenizer, TEXT), rel=1e-4)
     assert half["parameters"] == count_parameters(model) < whole["parameters"]
+
+
+def test_without_adapters_each_position_writes_with_its_own_weights(folder):
+    """On a CPU a step is one call, of one model's weights."""
+    bench, prompt = make_server(folder).bench, [5, 6, 7]
+    requests = [Request(prompt, 12, adapter=name) for name in (None, "rank-50%-16bit", None, "rank-100%-4bit")]
+    for model, request in zip((bench.model, bench.model_of("rank-50%-16bit")), requests):
+        alone = [step[0] for step in generate(model, [prompt], 12, temperature=0)]
+        assert [r.tokens for r in bench.run([request])] == [alone]
+    apart = [r.tokens for r in requests[:2]]
+    assert apart[0] != apart[1]
+    together = [Request(prompt, 12, adapter=r.adapter) for r in requests]
+    list(bench.run(together))
+    assert [r.tokens for r in together[:3]] == [*apart, apart[0]] and together[3].tokens != apart[0]
 
 
 def test_answers_of_all_positions_in_one_batch_are_those_alone(server, address, folder, exact):

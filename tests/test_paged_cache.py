@@ -57,29 +57,26 @@ def test_what_the_cache_holds_already_is_not_read_again():
     assert second == [s[0] for s in generate(ours, [text], 6, temperature=0)]
 
 
-def filled_batch(lengths, size, blocks, dtype=torch.float32, shared=0, sharing=0):
-    """A batch whose rows hold `lengths` random tokens, written piece by piece in turn so that their blocks interleave; also what was written,
-    as (k, v) of each row, (kv_heads, length, d). The first `sharing` rows begin with `shared` tokens of the first one, in its blocks."""
+def filled_batch(lengths, size, blocks, dtype=torch.float32):
+    """A batch whose rows hold `lengths` random tokens, written one by one in turn so that their blocks
+    interleave; also what was written, as (k, v) of each row, (kv_heads, length, d)."""
     torch.manual_seed(0)
     pool = Pool(SMALL, blocks, size, dtype=dtype)
     pool.kv.fill_(float("nan"))  # memory that was never written may hold anything
     rows, written = [Sequence(pool) for _ in lengths], [torch.randn(2, 2, n, 8, dtype=dtype) for n in lengths]
-    if shared:
-        write(rows[:1], [written[0][:, :, :shared]])
-        rows[1:sharing] = [rows[0].share(shared // size) for _ in rows[1:sharing]]
-        for w in written[1:sharing]:
-            w[:, :, :shared] = written[0][:, :, :shared]
     for at in range(max(lengths)):
-        todo = [i for i, n in enumerate(lengths) if rows[i].length == at < n]
-        if todo:
-            write([rows[i] for i in todo], [written[i][:, :, at:at + 1] for i in todo])
+        todo = [i for i, n in enumerate(lengths) if at < n]
+        write([rows[i] for i in todo], [written[i][:, :, at:at + 1] for i in todo])
     return rows, written
 
 
 def write(sequences, pieces):
-    cache = PagedCache(sequences)
+    """What a model does in a step, in its one layer."""
+    cache, T = PagedCache(sequences), pieces[0].shape[2]
+    cache.positions(T)
+    cache.mask(T)
     cache.update(0, *torch.stack(pieces, 1))
-    cache.advance(pieces[0].shape[2])
+    cache.advance(T)
 
 
 def softmax_attention(q, k, v):
@@ -88,33 +85,33 @@ def softmax_attention(q, k, v):
     return ((q[:, None] @ k.transpose(1, 2)) / q.shape[-1] ** 0.5).softmax(-1).matmul(v)[:, 0]
 
 
-@pytest.mark.parametrize("lengths, size, leave, shared", [
-    ([1, 7, 30, 16], 4, (), (0, 0)),       # read as the pool lies
-    ([20, 9, 30, 5], 4, (1,), (0, 0)),     # with holes where a row has left
-    ([20, 9, 40, 5], 4, (0, 2), (0, 0)),   # with so many holes that blocks are gathered
-    ([20, 9, 30, 12], 4, (), (8, 4)),        # blocks of all rows, gathered for each
-    ([20, 9, 30, 12, 8, 3], 4, (), (8, 2)),  # blocks of two rows
-    ([3, 5, 2], 16, (), (0, 0))])
+@pytest.mark.parametrize("lengths, size, leave", [
+    ([1, 7, 30, 16], 4, ()),       # read as the pool lies
+    ([20, 9, 30, 5], 4, (1,)),     # with holes where a row has left
+    ([20, 9, 40, 5], 4, (0, 2)),   # with so many holes that blocks are gathered
+    ([3, 5, 2], 16, ())])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["float32", "bfloat16"])
-def test_attention_by_blocks_is_equation_1(lengths, size, leave, shared, dtype, tolerance):
-    rows, written = filled_batch(lengths, size, 64, dtype, *shared)
+def test_attention_by_blocks_is_equation_1(lengths, size, leave, dtype, tolerance):
+    rows, written = filled_batch(lengths, size, 64, dtype)
     for i in leave:
         rows[i].cut()
     stay = [i for i in range(len(lengths)) if i not in leave]
     cache = PagedCache([rows[i] for i in stay])
     q, k, v = torch.randn(len(stay), 4, 1, 8, dtype=dtype) * 5, *torch.randn(2, len(stay), 2, 1, 8, dtype=dtype)
-    y = cache.attend(q, *cache.update(0, k, v), cache.mask(1))
+    cache.positions(1)
+    mask = cache.mask(1)
+    y = cache.attend(q, *cache.update(0, k, v), mask)
     for j, i in enumerate(stay):
         wanted = softmax_attention(q[j, :, 0], *(torch.cat((old, new[j]), 1) for old, new in zip(written[i], (k, v))))
         assert (y[j, :, 0] - wanted).abs().max() < tolerance * 4, (i, dtype)
 
 
 def test_a_pool_through_a_long_random_life():
-    """Sequences come, grow, share, shrink and go; after every step the tables, the counts and the contents are what a plain list says."""
+    """Sequences come, grow, shrink and go; after every step tables and contents are what a plain list says."""
     draw, pool = random.Random(0), Pool(SMALL, 24, 3)
     alive = []  # (sequence, the numbers that it should hold)
     for number in range(600):
-        action = draw.choice(["new", "grow", "grow", "grow", "share", "cut", "end"])
+        action = draw.choice(["new", "grow", "grow", "grow", "cut", "end"])
         if action == "new":
             alive.append((Sequence(pool), []))
         elif alive:
@@ -127,42 +124,24 @@ def test_a_pool_through_a_long_random_life():
                 write([sequence], [values[None, None, :, None].expand(2, 2, T, 8)])
                 assert before - len(pool.free) == needed
                 held.extend(values.tolist())
-            elif action == "share" and held:
-                n = draw.randint(0, len(held) // 3)
-                alive.append((sequence.share(n), held[:3 * n]))
             elif action == "cut":
-                n = draw.randint(3 * sum(pool.users[block] > 1 for block in sequence.table), len(held))
+                n = draw.randint(0, len(held))
                 sequence.cut(n)
                 del held[n:]
             elif action == "end":
                 sequence.cut()
                 alive.pop(i)
-        users = [0] * 24
+        used = []
         for sequence, held in alive:
             assert sequence.length == len(held)
             places = [(sequence.table[j // 3], j % 3) for j in range(len(held))]
             assert [pool.kv[0, 1, block, 1, offset, 7].item() for block, offset in places] == held
-            for block in sequence.table:
-                users[block] += 1
-        assert users == pool.users and sorted(pool.free) == [b for b, n in enumerate(users) if n == 0]
+            used += sequence.table
+        assert sorted(used + pool.free) == list(range(24))
 
 
-def test_shared_blocks_take_no_memory_and_outlive_their_first_owner():
-    (one, _), written = filled_batch([10, 0], 4, 16)
-    other = one.share(2)
-    assert other.table == one.table[:2] and one.pool.usage([one, other]) == one.pool.usage([one])
-    write([other], [torch.ones(2, 2, 1, 8)])
-    assert other.table[2] != one.table[2] and other.length == 9
-    one.cut()
-    k, v = one.pool.kv[0][:, other.table[:2]].transpose(1, 2).flatten(2, 3)
-    assert torch.equal(torch.stack((k, v)), written[0][:, :, :8]) and len(one.pool.free) == 16 - 3
-
-
-def test_reserved_and_used_bytes():
-    rows, _ = filled_batch([10, 3, 8], 4, 16)
-    token = bytes_per_token(SMALL)
-    assert token == 1 * 2 * 2 * 8 * 4
-    assert rows[0].pool.usage(rows) == ((3 + 1 + 2) * 4 * token, (10 + 3 + 8) * token)
+def test_the_bytes_of_a_token():
+    assert bytes_per_token(SMALL) == 1 * 2 * 2 * 8 * 4
 
 
 def test_a_full_pool_says_so():

@@ -39,7 +39,6 @@ def test_greedy_text_is_the_models_own(folder, run):
     written = tokenizer.decode([i for i in ids if i not in tokenizer.stop_ids])
     assert done.stdout == f"The statement{written}\n"
     assert f"[{len(ids)} tokens in" in done.stderr
-    assert torch.cuda.is_available() or "at 16 bit: --bits 8 is several times as fast on" in done.stderr
 
 
 def test_only_tokens_that_the_tokenizer_knows_are_drawn(folder, tmp_path, capsys):
@@ -160,9 +159,8 @@ def test_prompts_of_a_file_with_their_adapters(folder, adapters, run, tmp_path):
         tokens = ask(path, text, adapter and adapters / adapter)
         assert rows[n]["tokens"] == tokens and rows[n]["adapter"] == adapter
         assert rows[n]["text"] == tokenizer.decode([t for t in tokens if t not in tokenizer.stop_ids])
-        assert rows[n]["seconds"] > 0 and rows[n]["tokens_per_second"] > 0
     assert rows[1]["tokens"] != rows[4]["tokens"]
-    assert "4 prompts," in done.stderr and "tokens/s; keys and values took" in done.stderr
+    assert f"[{sum(len(row['tokens']) for row in rows.values())} tokens in" in done.stderr
 
 
 @pytest.mark.parametrize("line, message", [
@@ -170,10 +168,10 @@ def test_prompts_of_a_file_with_their_adapters(folder, adapters, run, tmp_path):
     (b'{"prompt": "\xff"}', "in.jsonl is not UTF-8 text"),
     (b'{"text": "x"}', "line 2: it needs 'prompt', a str"),
     (b'{"prompt": 5}', "line 2: it needs 'prompt', a str"),
-    (b'{"prompt": ""}', "line 2: a line is"),
+    (b'{"prompt": ""}', "line 2: a prompt has 0 tokens"),
     (b'{"prompt": "x", "adaptor": "news"}', "line 2: a line is"),
     (b'["prompt"]', "line 2: it needs 'prompt', a str"),
-    (b'{"prompt": "x", "adapter": 1}', "line 2: a line is"),
+    (b'{"prompt": "x", "adapter": []}', "line 2: no adapter is called"),
     (b'{"prompt": "x", "adapter": "nobody"}', "line 2: no adapter is called 'nobody' \\(none is loaded\\)"),
     (json.dumps(dict(prompt="word " * 100)).encode(), "line 2: a prompt has .* tokens: the model reads 1 to "
                                                       "64")])
@@ -230,7 +228,7 @@ def test_bad_adapters_and_files(folder, adapters, tmp_path):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--prompt", ""], "the prompt is empty"),
+    (["--prompt", ""], "a prompt has 0 tokens"),
     (["--prompt", "word " * 200], "a prompt has .* tokens: the model reads 1 to 64"),
     (["--temperature", "-1"], "argument --temperature: must be a finite number, at least 0, got -1"),
     (["--max-new-tokens", "0"], "argument --max-new-tokens: must be a whole number, at least 1, got 0"),

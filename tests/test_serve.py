@@ -285,7 +285,6 @@ def test_two_thousand_clients_leave_nothing_behind(server, port, alone, monkeypa
         while server.answers and time.monotonic() < end:
             time.sleep(0.02)
         assert not server.answers and len(server.engine.pool.free) == free
-        assert not any(server.engine.pool.users)
         memory.append(resident())
     assert set(outcomes) == {"answered", "sent away", "left", "refused"}, outcomes
     assert outcomes.total() == 2000 and outcomes["answered"] > 200
@@ -308,7 +307,7 @@ def test_a_client_that_leaves_is_noticed_before_its_answer_ends(server, port):
             time.sleep(0.02)
     finally:
         server.engine.step = step
-    assert not server.engine.running and not any(server.engine.pool.users)
+    assert not server.engine.running and len(server.engine.pool.free) == server.engine.pool.blocks
     assert server.totals["tokens"] - before < 40 * 25
 
 
@@ -330,29 +329,28 @@ def test_a_full_queue_sends_clients_away(server, client, monkeypatch):
 
 
 @pytest.mark.parametrize("body, status, message", [
-    ("nonsense", 400, "the body is not JSON"),
-    ("[" * 100_000, 400, "the body is not JSON"),
-    ("[1]", 400, "the body must be a JSON object"),
-    (" " * (1 << 21), 413, "the body must have a Content-Length of at most 1048576"),
-    (dict(), 400, "prompt a text or a list of token ids"),
-    (dict(prompt=5), 400, "prompt must be of type str or list"),
-    (dict(prompt=["a"]), 400, "prompt a text or a list of token ids"),
+    ("nonsense", 400, "the body is not a JSON object"),
+    ("[" * 100_000, 400, "the body is not a JSON object"),
+    ("[1]", 400, "the body is not a JSON object"),
+    (dict(), 400, "prompt: Field required"),
+    (dict(prompt=5), 400, "prompt: str: Input should be a valid string, got 5"),
+    (dict(prompt=["a"]), 400, "prompt: str: Input should be a valid string, got ['a']"),
     (dict(prompt=[10 ** 30]), 400, "is outside the vocabulary 0..499"),
     (dict(prompt=""), 400, "a prompt has 0 tokens: the model reads 1 to 64"),
     (dict(prompt="word " * 100), 400, "the model reads 1 to 64"),
     (dict(prompt="a", model="nobody\ud800"), 404, "no model is called 'nobody\\ud800': there are"),
-    (dict(prompt="a", max_tokens=0), 400, "max_tokens must be in 1..46"),
-    (dict(prompt="a", max_tokens=True), 400, "max_tokens must be of type int"),
-    (dict(prompt="a", temperature=-1), 400, "temperature must be in 0..2, got -1"),
-    (dict(prompt="a", temperature=10 ** 400), 400, "temperature must be in 0..2, got 1000"),
-    (dict(prompt="a", temperature=float("nan")), 400, "temperature must be in 0..2, got nan"),
-    (dict(prompt="a", top_p=2), 400, "top_p must be in 0..1, got 2"),
-    (dict(prompt="a", top_p=0), 400, "top-p must be in 0..1, 0 excluded, got 0"),
-    (dict(prompt="a", seed=-1), 400, "seed must be in 0..46"),
-    (dict(prompt="a", stop=[1]), 400, "stop must be a text or a list of texts"),
-    (dict(prompt="a", logprobs=21), 400, "logprobs must be in 0..20, got 21"),
-    (dict(prompt="a", n=2), 400, "n must be in 1..1, got 2"),
-    (dict(prompt="a", logit_bias={}), 400, "'logit_bias' is not supported")])
+    (dict(prompt="a", max_tokens=0), 400, "max_tokens: Input should be greater than or equal to 1, got 0"),
+    (dict(prompt="a", max_tokens=True), 400, "max_tokens: Input should be a valid integer, got True"),
+    (dict(prompt="a", temperature=-1), 400, "temperature: Input should be greater than or equal to 0, got -1"),
+    (dict(prompt="a", temperature=10 ** 400), 400, "temperature: Input should be a valid number, got 1000"),
+    (dict(prompt="a", temperature=float("nan")), 400, "temperature: Input should be"),
+    (dict(prompt="a", top_p=2), 400, "top_p: Input should be less than or equal to 1, got 2"),
+    (dict(prompt="a", top_p=0), 400, "top_p: Input should be greater than 0, got 0"),
+    (dict(prompt="a", seed=-1), 400, "seed: Input should be greater than or equal to 0, got -1"),
+    (dict(prompt="a", stop=[1]), 400, "stop: "), (dict(prompt="a", stop=""), 400, "stop: "),
+    (dict(prompt="a", logprobs=21), 400, "logprobs: Input should be less than or equal to 20, got 21"),
+    (dict(prompt="a", n=2), 400, "n: Input should be less than or equal to 1, got 2"),
+    (dict(prompt="a", logit_bias={}), 400, "logit_bias: Extra inputs are not permitted")])
 def test_wrong_requests(body, status, message, port):
     text = body if isinstance(body, str) else json.dumps(body)
     answer = post(port, text).getresponse()
@@ -365,14 +363,15 @@ def test_wrong_requests(body, status, message, port):
                                       [dict(role="user", content="a", tool_calls=[])]])
 def test_wrong_messages(messages, port):
     answer = post(port, json.dumps(dict(messages=messages)), "/v1/chat/completions").getresponse()
-    assert answer.status == 400 and "messages must be [{" in json.load(answer)["error"]["message"]
+    assert answer.status == 400 and json.load(answer)["error"]["message"].startswith("messages: ")
 
 
 def test_the_openai_clients_own_errors(client, port):
     with pytest.raises(openai.NotFoundError, match="no model is called 'gpt-4o'"):
         complete(client, "a", model="gpt-4o")
-    with pytest.raises(openai.BadRequestError, match="'tools' is not supported: fields are model, user"):
-        client.chat.completions.create(model="law", messages=[], tools=[dict(type="function", function={})])
+    with pytest.raises(openai.BadRequestError, match="tools: Extra inputs are not permitted"):
+        messages = [dict(role="user", content="One?")]
+        client.chat.completions.create(model="law", messages=messages, tools=[dict(type="function", function={})])
     assert get(port, "/v1/nowhere") == (404, json.dumps(serve.error("404: Not Found"), separators=(",", ":")))
 
 

@@ -1,10 +1,9 @@
-"""beyond/cuda_graph.py: the step that a graph records gives the tokens of the ordinary step, on a CPU too."""
+"""beyond/decoding.py: the step that a graph records gives the tokens of the ordinary step, on a CPU too."""
 
 import pytest
 import torch
 
-from beyond.cuda_graph import GraphStep
-from beyond.decoding import decoding_step
+from beyond.decoding import GraphStep, decoding_step
 from common.generate import generate
 from model import Config, Transformer
 from quant import quantize
