@@ -12,7 +12,7 @@ import math
 from statistics import NormalDist
 from types import SimpleNamespace
 
-from benches.common import PAPER, own_columns
+from benches.common import PAPER, table
 
 DEFAULTS = {}
 
@@ -55,7 +55,7 @@ def report(rows):
         line[r["task"]] = f"{r['score']:.1f} {how}"
     tables = []
     for kind in ("GPT2", "Llama2"):
-        tables.append(own_columns([line for (base, _), line in lines.items() if base.startswith(kind)]))
+        tables.append(table([line for (base, _), line in lines.items() if base.startswith(kind)]))
     small = sum(x < 0.05 for x in p)
     note = ("In brackets: the probability of so large a difference to the base model by chance, each taken "
             f"alone. {small} of the {len(p)} are below 0.05; {holm(p)} hold together at that level by Holm's "

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benches.common import Worker, installed, interleaved, llama_cpp, shown, table
+from benches.common import Worker, installed, interleaved, llama_cpp, table
 from beyond.decoding import decoding_step
 from checkpoint import load_model, locate, random_model
 from common.cli import refuse
@@ -29,7 +29,7 @@ from model import CONFIGS, config_for
 RANKS = {"gpt2": 192, "gpt2-xl": 384}  # the paper's, of Table VIII, beside full rank
 PROMPT, UNCACHED = list(range(100)), 4  # new tokens without the cache
 READ, TIMES = 1 << 29, 10  # bytes, more than any CPU's cache holds; read so often, and the fastest counts
-DEFAULTS = dict(models="gpt2,gpt2-xl", gguf=None, ranks=None, bits="16,8,4", eager=False, batch=1,
+DEFAULTS = dict(models=["gpt2", "gpt2-xl"], gguf=None, ranks=[], bits=[16, 8, 4], eager=False, batch=1,
                 new_tokens=100, rounds=3)
 
 
@@ -116,7 +116,7 @@ def bench(args):
     """A row for each model, with and without the cache."""
     most = config_for("gpt2").context - len(PROMPT)
     for name in args.models:
-        refuse(args.ranks is None and name not in RANKS, f"--models {name!r} is not among "
+        refuse(not args.ranks and name not in RANKS, f"--models {name!r} is not among "
                f"{', '.join(RANKS)}: give --ranks too")
     refuse(not 3 <= args.new_tokens <= most, f"--new-tokens {args.new_tokens} is not in 3..{most}")
     rows, runs, device = [], [(True, args.new_tokens, args.rounds)], find_device("bfloat16")
@@ -146,9 +146,9 @@ def report(rows):
     columns = {
         "model": "model", "rank": "rank", "bits": "bits", "engine": "engine", "cache": "cache",
         "new": "new_tokens", "prompt s": ("prompt_seconds", "{:.2f}"),
-        "tokens/s": ("tokens_per_second", "{:.1f}"), f"over {peer}": "over",
+        "tokens/s": ("tokens_per_second", "{:.1f}"), f"over {peer}": over,
         "with prompt": ("with_prompt", "{:.1f}"),
         "model GB": ("model_bytes", "{:.2f}", 1e9), "peak GB": ("peak_memory_bytes", "{:.2f}", 1e9)}
     if "share_of_read" in rows[0]:
         columns["of read"] = ("share_of_read", "{:.0%}")
-    return table(shown(rows, over=over), columns)
+    return table(rows, columns)

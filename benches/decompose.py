@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benches.common import interleaved, run_once, shown, table
+from benches.common import interleaved, run_once, table
 from beyond.activations import Moments, walk
 from checkpoint import load_model
 from common.cli import refuse
@@ -26,7 +26,7 @@ from model import config_for
 
 STEPS, RECOVERED = 200, 0.6  # of 2 x 256 tokens; the share from which recovery is measured
 REAL = "smollm2-135m"
-DEFAULTS = dict(models=f"{REAL},gpt2", quality=False, text=None, calibration=None,
+DEFAULTS = dict(models=[REAL, "gpt2"], quality=False, text=None, calibration=None,
                 out_dir="out/bench_decompose")
 
 
@@ -115,7 +115,7 @@ def quality(args):
 
     def add(method, ratio, steps, model):
         s = run_once("eval.py", work / f"perplexity-{Path(model).name}", "--model", model,
-                     "--tasks", "perplexity", "--data", args.text, "--limit", 16384, quiet=True)
+                     "--tasks", "perplexity", "--data", args.text, "--limit", 16384)
         rows.append(dict(method=method, ratio=ratio, steps=steps, perplexity=s["perplexity"]["perplexity"]))
         print(rows[-1], flush=True)
 
@@ -123,13 +123,13 @@ def quality(args):
     for ratio in (0.8, RECOVERED, 0.4):
         for method, text in (("plain", []), ("activations", ["--calibration", args.calibration])):
             folder = work / f"{method}-{ratio}"
-            run_once("decompose.py", folder, "--model", "smollm2-135m", "--ratio", ratio, *text, quiet=True)
+            run_once("decompose.py", folder, "--model", "smollm2-135m", "--ratio", ratio, *text)
             add(method, ratio, 0, folder)
     for method in (2, 3):
         out = work / f"method-{method}"
         run_once("train.py", out, "--method", method, "--init-from", work / f"activations-{RECOVERED}",
                  "--data", args.calibration, "--max-iters", STEPS, "--batch-size", 2, "--seq-len", 256,
-                 "--lr", 3e-4, "--dtype", "float32", quiet=True)
+                 "--lr", 3e-4, "--dtype", "float32")
         add(f"activations, method {method}", RECOVERED, STEPS, out)
     return rows
 
@@ -146,8 +146,7 @@ def report(rows):
                             "perplexity": ("perplexity", "{:,.1f}")})
 
     names = {"gpt2": "random, as GPT-2"}
-    rows = shown(rows, model=lambda r: names.get(r["model"], r["model"]))
     return table(rows, {
-        "matrices of": "model", "method": "method", "seconds": ("seconds", "{:.1f}"),
+        "matrices of": lambda r: names.get(r["model"], r["model"]), "method": "method", "seconds": ("seconds", "{:.1f}"),
         "loop of svd": ("seconds_loop", "{:.1f}"), "speedup": ("speedup", "{:.1f}x"),
         "error over optimum": ("error_over_optimum", "{:.5f}")})

@@ -26,7 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from benches.common import PAPER, own_columns, shown, table
+from benches.common import PAPER, table
 from checkpoint import build
 from common.device import find_device
 from common.loss import head_loss
@@ -183,7 +183,7 @@ def table_iii():
         row |= {kind: f"{kinds[kind] / 1e9:,.1f} ({figure})" for kind, figure in zip(KINDS, paper)}
         row["with --recompute block"] = f"{block['activation'] / 1e9:.1f} + {block['transient'] / 1e9:.1f}"
         rows.append(row)
-    return own_columns(rows)
+    return table(rows)
 
 
 def bench(args):
@@ -201,6 +201,6 @@ def bench(args):
 def report(rows):
     if "kind" in rows[0]:
         return table(rows, {"what": "name", "kind": "kind", "GB": ("bytes", "{:.2f}", 1e9)})
-    rows = shown(rows, keeps=lambda r: KEEPS[r["mode"]][0], paper=lambda r: KEEPS[r["mode"]][1])
-    return table(rows, {"--recompute": "mode", "keeps": "keeps", "kept GB": ("bytes", "{:.1f}", 1e9),
-                        "working set GB": ("working_set", "{:.1f}", 1e9), "paper GB": "paper"})
+    return table(rows, {
+        "--recompute": "mode", "keeps": lambda r: KEEPS[r["mode"]][0], "kept GB": ("bytes", "{:.1f}", 1e9),
+        "working set GB": ("working_set", "{:.1f}", 1e9), "paper GB": lambda r: KEEPS[r["mode"]][1]})

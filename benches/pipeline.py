@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from benches.common import shown, table
+from benches.common import table
 from common.device import find_device
 from pipeline import (
     SCHEDULES,
@@ -139,6 +139,6 @@ def bench(args):
 def report(rows):
     def torchs(r):
         return f"{r['torch_utilization']:.3f}" if r["torch_utilization"] else "none"
-    return table(shown(rows, torch=torchs), {
+    return table(rows, {
         "schedule": "schedule", "stages": "stages", "microbatches": "microbatches",
-        "utilization": ("utilization", "{:.3f}"), "clock table": ("theory", "{:.3f}"), "torch": "torch"})
+        "utilization": ("utilization", "{:.3f}"), "clock table": ("theory", "{:.3f}"), "torch": torchs})

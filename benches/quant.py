@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benches.common import shown, table
+from benches.common import table
 from beyond.rounding import clip_rows, quantize_calibrated
 from checkpoint import load_model
 from common.data import calibration_batches
@@ -18,11 +18,11 @@ from common.device import find_device, stored_bytes
 from eval import WINDOW, score_task, text_windows
 from quant import quantize, quantize_rows
 
-MODEL, MINMAX, CLIPPED = "smollm2-135m", "to the nearest, min-max", "clipped"
+MODEL, TOKENS, MINMAX, CLIPPED = "smollm2-135m", 8192, "to the nearest, min-max", "clipped"
 FEEDBACK, SWEPT = "error feedback", "error feedback, sweeps"  # they learn from the calibration's text
 WAYS = [(16, None, ""), (8, 0, MINMAX), (8, 64, MINMAX), (4, 64, MINMAX), (4, 64, CLIPPED), (4, 0, MINMAX),
         (4, 64, FEEDBACK), (4, 64, SWEPT), (4, 0, SWEPT)]  # bits, numbers with a scale (0: a row), rounding
-DEFAULTS = dict(text="builtin", limit=16384, calibration="builtin")
+DEFAULTS = dict(text="builtin", calibration="builtin")
 
 
 def bench(args):
@@ -30,28 +30,27 @@ def bench(args):
     for bits, group, how in tqdm(WAYS, desc="ways", disable=None, leave=False):
         start = time.perf_counter()
         model, tokenizer = load_model(MODEL, device.torch_device)
-        if how in (FEEDBACK, SWEPT):
+        learns = how in (FEEDBACK, SWEPT)
+        if learns:
             windows = calibration_batches(args.calibration, tokenizer, model.config.context)
             batches = [window.to(device.torch_device) for window in windows]
             quantize_calibrated(model, bits, batches, group, sweeps=3 if how == SWEPT else 0)
         elif bits < 16:
             quantize(model, bits, group, rounding=clip_rows if how == CLIPPED else quantize_rows)
         seconds = time.perf_counter() - start
-        windows = text_windows(args.text, tokenizer, args.limit or None, WINDOW)
+        windows = text_windows(args.text, tokenizer, TOKENS, WINDOW)
         value = score_task(model, tokenizer, device, "perplexity", windows)["perplexity"]
         first = rows[0]["perplexity"] if rows else value
         rows.append(dict(model=MODEL, bits=bits, group=group, rounding=how, perplexity=value,
-                         calibration=Path(args.calibration).name if how in (FEEDBACK, SWEPT) else None,
+                         calibration=Path(args.calibration).name if learns else None,
                          over_16_bit=value / first - 1, seconds=seconds, model_bytes=stored_bytes(model)))
-    print(f"{MODEL}: perplexity of the first tokens of {Path(args.text).name}")
     return device, rows
 
 
 def report(rows):
-    scales = {None: "", 0: "a row"}
-    rows = shown(rows, scale=lambda r: scales.get(r["group"], f"{r['group']} weights"),
-                 over_16_bit=lambda r: None if r["bits"] == 16 else r["over_16_bit"])
+    scales = {None: "", 0: "a row", 64: "64 weights"}
     return table(rows, {
-        "bits": "bits", "a scale for": "scale", "rounding": "rounding", "calibration": "calibration",
-        "perplexity": ("perplexity", "{:.2f}"), "over 16 bit": ("over_16_bit", "{:+.2%}"),
+        "bits": "bits", "a scale for": lambda r: scales[r["group"]], "rounding": "rounding",
+        "calibration": "calibration", "perplexity": ("perplexity", "{:.2f}"),
+        "over 16 bit": (lambda r: None if r["bits"] == 16 else r["over_16_bit"], "{:+.2%}"),
         "s": ("seconds", "{:.0f}"), "MB": ("model_bytes", "{:.0f}", 1e6)})

@@ -1,8 +1,8 @@
 """What low rank costs, and whether the cost falls with more text: full rank, low rank, narrower dense models.
 
-    python bench.py scaling --data-dir DIR --sizes 64x4 --json results/scaling.json
+    python bench.py scaling --sizes 64x4 --json results/scaling.json
 
-All are trained on the same novels (DIR/text/fiction) with the same optimizer. Each looks for its rate by
+All are trained on the same novels ($DATA_DIR/text/fiction) with the same optimizer. Each looks for its rate by
 factors of 2, at SEARCH tokens a parameter, and for the longest runs again at lower ones, by the loss on one
 novel that nobody trains on; what is reported is the loss on two others. Tokens a parameter are those of the
 full-rank model: all variants of a size see the same text. A run that is done is not repeated, and after
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benches.common import DATA_DIR, own_columns, run_once
+from benches.common import DATA_DIR, run_once, table
 from checkpoint import load_model
 from common.cli import refuse
 from common.data import eval_batches, first_tokens, open_corpus, prepare
@@ -45,8 +45,7 @@ DENSE = {"full rank": None, "narrow, parameters of n/4": 1 / 4, "narrow, operati
 SEARCH, RATIOS, FIRST_RATE = 4, (1, 4, 20), 16e-3
 CHOOSE, REPORT = "Dickens_Hard.txt", ("Austen_Pride.txt", "EBronte_Wuthering.txt")
 STUDENT = {2: 12.71, 3: 4.30}  # 97.5% quantiles for so many seeds
-DEFAULTS = dict(data_dir=DATA_DIR, sizes="64x4,96x6,128x6", seeds="1,2,3", hours=24.0, jobs=2,
-                out_dir="out/scaling")
+DEFAULTS = dict(sizes=list(SIZES), seeds=[1, 2, 3], hours=24.0, jobs=2, out_dir="out/scaling")
 
 
 # ----------------------------------------------------------------------------- the models
@@ -86,10 +85,10 @@ class Novels:
     """The text to learn from, in a folder of its own, and the novels that are kept out of it."""
 
     def __init__(self, args):
-        source, self.folder = Path(args.data_dir) / "text" / "fiction", Path(args.out_dir) / "novels"
+        source, self.folder = Path(DATA_DIR) / "text" / "fiction", Path(args.out_dir) / "novels"
         self.held_out = [source / name for name in (CHOOSE, *REPORT)]
         missing = [str(path) for path in self.held_out if not path.exists()]
-        refuse(missing, f"no {', '.join(missing)}: give --data-dir the folder that has text/fiction")
+        refuse(missing, f"no {', '.join(missing)}: set $DATA_DIR to the folder that has text/fiction")
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in source.glob("*.txt"):
             if path not in self.held_out:
@@ -119,8 +118,7 @@ def train(args, novels, size, name, ratio, lr, seed):
     s = run_once("train.py", folder, "--model", "tiny", "--rank", rank, "--data", novels.folder, "--lr", lr,
                  "--optimizer", "adamw" if "AdamW" in name else "muon", "--batch-size", BATCH,
                  "--seq-len", LENGTH, "--max-iters", steps, "--seed", seed, "--save-interval", 1000,
-                 "--log-interval", 100, "--dtype", "float32", quiet=True, settings=settings,
-                 env=dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"))
+                 "--log-interval", 100, "--dtype", "float32", **settings)
     model, tokenizer = load_model(folder)
     choose, *report = [held_out_losses(model, tokenizer, path) for path in novels.held_out]
     parts = [float(part.mean()) for part in np.array_split(sum(report, []), PARTS)]
@@ -158,6 +156,7 @@ def finish(args, novels, size, name, seed):
 def bench(args):
     unknown = [size for size in args.sizes if size not in SIZES]
     refuse(unknown, f"--sizes {', '.join(unknown)}: the sizes are {', '.join(SIZES)}")
+    os.environ["OMP_NUM_THREADS"] = "1"  # of each run
     args.deadline, novels, rows = time.time() + 3600 * args.hours, Novels(args), []
     for size in args.sizes:
         for seed in args.seeds:
@@ -247,10 +246,10 @@ def report(rows):
     """A table for each size, the fit of N_eff, and what counting gives."""
     lines, texts = compared(rows), []
     for size in dict.fromkeys(line["size"] for line in lines):
-        mine, table, points = [line for line in lines if line["size"] == size], {}, []
+        mine, own, points = [line for line in lines if line["size"] == size], {}, []
         full = next(line for line in mine if line["variant"] == "full rank")
         for line in mine:
-            cells = table.setdefault(line["variant"], {
+            cells = own.setdefault(line["variant"], {
                 size: line["variant"], "width": line["shape"][2], "r": line["rank"] or "",
                 "parameters": f"{line['parameters'] / full['parameters']:.2f}x",
                 "operations": f"{line['operations'] / full['operations']:.2f}x"})
@@ -261,8 +260,7 @@ def report(rows):
                 cells |= {"as a dense model of": f"{like:.2f}x" if like else "", "seeds": line["seeds"]}
                 if like and line["variant"] in SHARES:
                     points.append((SHARES[line["variant"]], like))
-        titles = max(table.values(), key=len)
-        texts.append(own_columns([dict.fromkeys(titles, "") | cells for cells in table.values()]))
+        texts.append(table(own.values()))
         if len(points) > 1:
             texts.append(f"N_eff = N (r/n)^{exponent(points):.2f} at {RATIOS[-1]} tokens a parameter")
     counted = "; ".join(f"{r['variant']}: {r['loss']:.3f}" for r in rows if not r["size"])

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 
-from benches.common import installed, interleaved, shown, table
+from benches.common import installed, interleaved, table
 from benches.memory import meta_model
 from beyond.batching import Adapters, Engine, Request
 from beyond.paged_cache import SIZE, Pool, bytes_per_token
@@ -26,7 +26,7 @@ from model import count_parameters
 from sample import open_model
 
 TARGETS, RANK = ("q", "k", "v", "qkv"), 8  # of the random adapters
-DEFAULTS = dict(model="smollm2-135m", sequences=32, lengths="16,200", new_tokens=24, rounds=2)
+DEFAULTS = dict(model="smollm2-135m", sequences=32, lengths=[16, 200], new_tokens=24, rounds=2)
 
 
 def generation_cost(model, prompt, new, use_cache):
@@ -152,13 +152,11 @@ def bench(args):
 
 def report(rows):
     base = next(r["tokens_per_second"] for r in rows if r["engine"] == "sequential")
-    rows = shown(rows, over=lambda r: r["tokens_per_second"] / base,
-                 room=lambda r: r["kv_bytes_reserved"] / r["kv_bytes_used"])
     engines = table(rows, {
         "engine": "engine", "adapters": "adapters", "sequences": "sequences",
-        "tokens/s": ("tokens_per_second", "{:.0f}"), "over sequential": ("over", "{:.2f}x"),
+        "tokens/s": ("tokens_per_second", "{:.0f}"), "over sequential": ("tokens_per_second", "{:.2f}x", base),
         "KV reserved MB": ("kv_bytes_reserved", "{:.1f}", 1e6), "used MB": ("kv_bytes_used", "{:.1f}", 1e6),
-        "reserved / used": ("room", "{:.2f}")})
+        "reserved / used": (lambda r: r["kv_bytes_reserved"] / r["kv_bytes_used"], "{:.2f}")})
     return engines + "\n\n" + table(paper_counts(), {
         "100 + 100 tokens": "model", "cache": "cache", "tokens read": ("tokens", "{:,}"),
         "TFLOP by weights": ("weights", "{:.1f}"), "attention": ("attention", "{:.2f}"), "paper": "paper"})

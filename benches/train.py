@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benches.common import Worker, interleaved, shown, table
+from benches.common import Worker, interleaved, table
 from common.device import find_device, matmul_rate, peak_memory
 from common.loss import head_loss
 from common.optimizers import make_optimizers
@@ -24,7 +24,7 @@ from train import faster_attention
 
 # Speedup over full rank, Tables VI and VII.
 PAPER = {("gpt2", 192): "1.14x", ("gpt2", 96): "1.18x", ("gpt2", 48): "1.19x", ("gpt2-xl", 384): "1.31x"}
-DEFAULTS = dict(model="gpt2", ranks="0,192,96,48", dtypes="bfloat16,float32", batch_size=4, seq_len=256,
+DEFAULTS = dict(model="gpt2", ranks=[0, 192, 96, 48], dtypes=["bfloat16", "float32"], batch_size=4, seq_len=256,
                 rounds=5, nanogpt=None, compile=False)
 
 
@@ -136,9 +136,9 @@ def report(rows):
         base = speed.get((peer, 0, r["dtype"]))
         return f"{r['tokens_per_second'] / base:.2f}x" if base else "-"
     rows = sorted(rows, key=lambda r: (r["dtype"], r["model"] != "nanoGPT"))
-    rows = shown(rows, full=partial(over, peer=False), peer=partial(over, peer=True),
-                 paper=lambda r: PAPER.get((r["model"], r["rank"]), ""))
     return table(rows, {
         "model": "model", "rank": "rank", "dtype": "dtype", "parameters": ("parameters", "{:.1f}M", 1e6),
-        "tokens/s": ("tokens_per_second", "{:.0f}"), "over full rank": "full", "over nanoGPT": "peer",
-        "mfu": ("mfu", "{:.0%}"), "peak GB": ("peak_memory_bytes", "{:.1f}", 1e9), "paper": "paper"})
+        "tokens/s": ("tokens_per_second", "{:.0f}"), "over full rank": partial(over, peer=False),
+        "over nanoGPT": partial(over, peer=True),
+        "mfu": ("mfu", "{:.0%}"), "peak GB": ("peak_memory_bytes", "{:.1f}", 1e9),
+        "paper": lambda r: PAPER.get((r["model"], r["rank"]))})

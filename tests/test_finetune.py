@@ -538,8 +538,8 @@ def test_a_resumed_run_keeps_its_arguments(base, tmp_path, run):
 
 @pytest.mark.slow
 def test_the_benchmark_runs_every_engine_on_the_same_rows(base, tmp_path, run):
-    done = run("bench.py", "finetune", "--base", base, "--batches", 2, "--rounds", 1, "--batch-size", 4, "--dtype", "float32", "--data-dir", "/nowhere",
-               "--json", tmp_path / "rows.json")
+    done = run("bench.py", "finetune", "--base", base, "--batches", 2, "--rounds", 1, "--batch-size", 4, "--dtype", "float32", "--json",
+               tmp_path / "rows.json", env=dict(os.environ, DATA_DIR="/nowhere"))
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [(r["engine"], r["bits"]) for r in rows] == [("ours", 16), ("ours", 8), ("ours", 4), ("peft", 16)]
