@@ -42,9 +42,9 @@ Matrix = struct("Matrix", q=POINTER, scale=POINTER, offset=POINTER, rows=INT, wi
 @functools.cache
 def load():
     """The compiled library; None, said once, where it can't be compiled."""
-    source = Path(__file__).with_name("kernels_cpu.cpp")
-    key = hashlib.sha256(" ".join([source.read_text(), cpu_name(), *FLAGS]).encode()).hexdigest()[:16]
-    library = cache_dir() / f"kernels_cpu-{key}.so"
+    source, included = (Path(__file__).with_name(name) for name in ("step_cpu.cpp", "kernels_cpu.cpp"))
+    text = " ".join([source.read_text(), included.read_text(), cpu_name(), *FLAGS])
+    library = cache_dir() / f"kernels_cpu-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     try:
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)

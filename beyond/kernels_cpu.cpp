@@ -1,15 +1,16 @@
-// Decoding on a CPU (sections V.B and V.C): W x and B (A x) with W in 4, 8, 16 or 32 bits, and a whole step.
+// Products on a CPU (sections V.B and V.C): W x and B (A x) with W in 4, 8, 16 or 32 bits.
 //
 // Decoding a token reads every weight once and multiplies it once, so the time is that of reading. For that:
 //   - little work for a weight. Where W has integers, x is rounded to integers, too, of 16 bits, with a scale
 //     for each 128 or fewer (better than float16): then 32 products and their sums are one instruction;
 //   - four rows of W side by side, whose sums do not wait for each other, and prefetch (1.6 times as fast);
+//   - what is the same for all rows of W, divisions too, is computed once: short rows, as of B, take as long;
 //   - weights are unpacked once for four rows of x;
 //   - everything else where the numbers already are: the conversion of x, s and o, the bias, and for
 //     y = B (A x) both products in one call, with one barrier of the threads between them.
 // A row of y does not depend on the other rows of x, to the last bit: they are tiled, and never added.
 //
-// cpu_kernels.py compiles this file at the first use and calls it through ctypes; cpu_step.py calls `step`.
+// cpu_kernels.py compiles step_cpu.cpp, which includes this file, and calls it through ctypes.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -17,6 +18,7 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
+
 #include <omp.h>
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -29,22 +31,16 @@ struct Matrix {
   int rows, width, group, row_bytes;
 };
 
-struct bfloat16 { uint16_t bits; };
 static inline float as_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
 static inline uint32_t bits_of(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
-static inline float to_float(float v) { return v; }
-static inline float to_float(bfloat16 v) { return as_float((uint32_t)v.bits << 16); }
-static inline void store(float& to, float v) { to = v; }
-static inline void store(bfloat16& to, float v) {  // to the nearest, ties to even
-  uint32_t u = bits_of(v);
-  to.bits = v != v ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16;
-}
 
 // ------------------------------------------------------------------------- a vector of weights at a time
 
-#if defined(__AVX512BW__)
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#define AVX512
 constexpr int BYTES = 64;  // of a vector
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__F16C__)
+#define AVX2
 constexpr int BYTES = 32;
 #else
 constexpr int BYTES = 16;
@@ -53,19 +49,18 @@ constexpr int LANES = BYTES / 4;
 typedef float floats __attribute__((vector_size(BYTES)));
 typedef int32_t ints __attribute__((vector_size(BYTES)));
 typedef int16_t shorts __attribute__((vector_size(BYTES)));
+typedef int8_t bytes __attribute__((vector_size(BYTES)));
 typedef uint16_t ushorts __attribute__((vector_size(BYTES)));
 
 template <class T> static inline T load(const void* from) { T v; memcpy(&v, from, sizeof(T)); return v; }
 
-// sum + a b, of neighbours two by two. g++ does not find these instructions; the loop says what they do.
+// What g++ does not find by itself; the loops say what the instructions do.
+
+// sum + a b, of neighbours two by two: 16 bits each.
 static inline ints dot(ints sum, ints a, ints b) {
-#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#if defined(AVX512)
   return (ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
-#elif defined(__AVX512BW__)
-  return sum + (ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__) && defined(__AVXVNNI__)
-  return (ints)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
-#elif defined(__AVX2__)
+#elif defined(AVX2)
   return sum + (ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else
   shorts c = (shorts)a, d = (shorts)b;
@@ -75,9 +70,9 @@ static inline ints dot(ints sum, ints a, ints b) {
 }
 
 static inline floats from_half(const _Float16* h) {
-#if defined(__AVX512BW__)
+#if defined(AVX512)
   return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)h));
-#elif defined(__AVX2__) && defined(__F16C__)
+#elif defined(AVX2)
   return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)h));
 #else
   floats f;
@@ -86,11 +81,15 @@ static inline floats from_half(const _Float16* h) {
 #endif
 }
 
+// Halves, then quarters, ... are added: one lane after the other would take four times as long.
 static inline float add_up(floats v) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < LANES; i++) sum += v[i];
-  return sum;
+#if defined(AVX512)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  for (int step = LANES / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; i++) v[i] += v[i + step];
+  return v[0];
+#endif
 }
 
 // A lane of a vector has 4 bytes of a row of W: 8 int4 in the order of quant.py's pack(), 4 int8, 2 bfloat16
@@ -159,39 +158,54 @@ struct Input {
   static float round(const float* v, float* to, int n) { return memcpy(to, v, n * sizeof *v), 1; }
 };
 
+constexpr int ROWS = 4, AHEAD = 4096;  // rows of W side by side; bytes between a read and its prefetch
+
+// What all rows of W have in common. Its divisions would take as long as a short row.
+template <int BITS, bool GROUPS> struct Plan {
+  using F = Format<BITS, GROUPS>;
+  int groups, chunks, next;
+  int span;  // chunks whose scales, one a group, fill a vector
+  float groups_in_lane;
+  explicit Plan(const Matrix& W) : groups(W.width / W.group) {
+    chunks = (W.width + F::weights - 1) / F::weights, span = GROUPS ? W.group / F::in_lane : chunks;
+    next = (AHEAD / (ROWS * W.row_bytes) + 1) * ROWS * W.row_bytes;
+    groups_in_lane = (float)F::in_lane / W.group;
+  }
+};
+
 // y[m rows + r] = row n + r of W times row m of x, and the bias. GROUPS: W has several scales in a row.
 // Where the last chunk ends beyond the row x is 0; cpu_kernels.py keeps reads inside its memory.
 template <int BITS, bool GROUPS, int M>
-static void multiply(const Matrix& W, int n, const Input* in, const float* bias, float* y) {
+static void multiply(const Matrix& W, const Plan<BITS, GROUPS>& plan, int n, const Input* in,
+                     const float* bias, float* y) {
   using F = Format<BITS, GROUPS>;
-  constexpr int ROWS = 4, AHEAD = 4096, N = F::weights, P = F::parts;
-  const int groups = W.width / W.group, lanes_in_group = W.group / F::in_lane;
-  const int next = (AHEAD / (ROWS * W.row_bytes) + 1) * ROWS * W.row_bytes;  // some rows ahead
-  const int chunks = (W.width + N - 1) / N;
-  const int span = GROUPS ? lanes_in_group : chunks;  // chunks whose scales, one a group, fill a vector
+  constexpr int P = F::parts;
   const uint8_t* q[ROWS];
   const _Float16 *scale[ROWS], *offset[ROWS];
   const ints* x[M];
   floats sum[ROWS][M] = {}, s[ROWS], first_lane;
   for (int i = 0; i < LANES; i++) first_lane[i] = i + 0.5f;
+#pragma GCC unroll 4
   for (int r = 0; r < ROWS; r++) {
     size_t row = std::min(n + r, W.rows - 1);
-    q[r] = W.q + row * W.row_bytes, scale[r] = W.scale + row * groups, offset[r] = W.offset + row * groups;
+    q[r] = W.q + row * W.row_bytes;
+    scale[r] = W.scale + row * plan.groups, offset[r] = W.offset + row * plan.groups;
   }
   for (int m = 0; m < M; m++) x[m] = in[m].x.data();
 
-  for (int begin = 0; begin < chunks; begin += span) {
+  for (int begin = 0, group_begin = 0; begin < plan.chunks; begin += plan.span, group_begin += LANES) {
     if (GROUPS)
-      for (int r = 0; r < ROWS; r++) s[r] = from_half(scale[r] + begin / span * LANES);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) s[r] = from_half(scale[r] + group_begin);
     floats lane = first_lane;
-    for (int c = begin; c < std::min(begin + span, chunks); c++, lane += LANES) {
-      ints group = __builtin_convertvector(lane * (1.0f / lanes_in_group), ints);
+    for (int c = begin; c < std::min(begin + plan.span, plan.chunks); c++, lane += LANES) {
+      ints group = __builtin_convertvector(lane * plan.groups_in_lane, ints);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
         const uint8_t* at = q[r] + c * F::bytes;
         ints w[P];
 #pragma GCC unroll 2
-        for (int i = 0; i < F::bytes; i += BYTES) __builtin_prefetch(at + next + i);
+        for (int i = 0; i < F::bytes; i += BYTES) __builtin_prefetch(at + plan.next + i);
 #pragma GCC unroll 4
         for (int i = 0; i < P; i++)
           w[i] = part<BITS>(load<ints>(at + i / F::of_vector * BYTES), i % F::of_vector);
@@ -211,14 +225,17 @@ static void multiply(const Matrix& W, int n, const Input* in, const float* bias,
       }
     }
   }
-  for (int r = 0; r < ROWS && n + r < W.rows; r++)
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
     for (int m = 0; m < M; m++) {
       if (BITS <= 8 && !GROUPS) sum[r][m] *= (float)scale[r][0];
-      for (int g = 0; g < groups && BITS <= 8; g += LANES) {
+      for (int g = 0; g < plan.groups && BITS <= 8; g += LANES) {
         floats o = from_half(offset[r] + g) - (BITS == 4 ? 8.0f : 0.0f) * from_half(scale[r] + g);
         sum[r][m] += o * load<floats>(&in[m].sums[g]);
       }
-      y[(size_t)m * W.rows + r] = add_up(sum[r][m]) + (bias ? bias[n + r] : 0);
+      float total = add_up(sum[r][m]);
+      if (n + r < W.rows) y[(size_t)m * W.rows + r] = total + (bias ? bias[n + r] : 0);
     }
 }
 
@@ -237,12 +254,13 @@ static void share(const Matrix& W, const std::vector<Input>& in, const float* bi
   long thread = omp_get_thread_num(), threads = omp_get_num_threads(), tiles = (W.rows + 3) / 4;
   int first = tiles * thread / threads * 4, end = tiles * (thread + 1) / threads * 4;
   int last = std::min(end, W.rows);
+  const Plan<BITS, GROUPS> plan(W);
   for (int block = 0, M = in.size(); block < M; block += BLOCK)
     for (int n = first; n < last; n += 4)
       for (int m = block, count; m < std::min(block + BLOCK, M); m += count) {
         float* to = y + (size_t)m * W.rows + n;
         count = M - m < 4 ? 1 : 4;
-        (count == 4 ? multiply<BITS, GROUPS, 4> : multiply<BITS, GROUPS, 1>)(W, n, &in[m], bias, to);
+        (count == 4 ? multiply<BITS, GROUPS, 4> : multiply<BITS, GROUPS, 1>)(W, plan, n, &in[m], bias, to);
       }
 }
 
@@ -271,145 +289,4 @@ static void run(const float* x, int M, const Matrix* A, const Matrix* B, const f
 extern "C" void product(const float* x, int M, const Matrix* A, const Matrix* B, int bits, const float* bias,
                         float* y) {
   (bits == 4 ? run<4> : bits == 8 ? run<8> : bits == 16 ? run<16> : run<32>)(x, M, A, B, bias, y);
-}
-
-// ------------------------------------------- a whole step: one token of each row through all blocks (Fig. 2)
-
-struct Norm { const float *weight, *bias; };  // no bias: RMSNorm
-struct Layer { const Matrix *A, *B; const float* bias; int bits; };  // B (A x) + bias; no B: A x + bias
-struct Block {
-  Norm norm1, norm2;
-  Layer in[3], o, gate, up, down;  // in: q, k, v, or all of them in one; no gate: GELU
-  void *K, *V;                     // the cache: (blocks of slots, kv_heads, size of a block, d)
-};
-struct Network {
-  const Block* blocks;
-  const int *lengths, *table;  // (rows): slots of the cache that are taken; (rows, in_table): blocks of a row
-  const float *cos, *sin; // (rows, d / 2): RoPE, or null
-  int count, rows, width, heads, kv_heads, d, ffn, size, in_table, float_cache;
-  float eps;
-};
-
-static inline float exponential(float x) {  // 2^n times a polynomial, of whole vectors at a time
-  x = x < -87 ? -87 : x > 88 ? 88 : x;
-  float n = rintf(x * 1.44269504f), r = x - n * 0.693147181f;
-  float p = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720)))));
-  return p * as_float((uint32_t)((int)n + 127) << 23);
-}
-
-static void normalize(const Network& net, const Norm& norm, const float* x, float* y) {
-  for (int row = 0, n = net.width; row < net.rows; row++, x += n, y += n) {
-    float mean = 0, squares = 0;
-    if (norm.bias)
-#pragma omp simd reduction(+ : mean)
-      for (int i = 0; i < n; i++) mean += x[i];
-    mean /= n;
-#pragma omp simd reduction(+ : squares)
-    for (int i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
-    float scale = 1 / sqrtf(squares / n + net.eps);
-    for (int i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * norm.weight[i];
-    for (int i = 0; norm.bias && i < n; i++) y[i] += norm.bias[i];
-  }
-}
-
-static void rotate(const Network& net, float* x, int heads) {  // (rows, heads, d)
-  for (int i = 0, half = net.d / 2; i < net.rows * heads; i++, x += net.d)
-    for (int c = 0; c < half; c++) {
-      float cos = net.cos[i / heads * half + c], sin = net.sin[i / heads * half + c];
-      float a = x[c], b = x[c + half];
-      x[c] = a * cos - b * sin, x[c + half] = b * cos + a * sin;
-    }
-}
-
-// The keys or values of a row and a head.
-template <class T> struct Slots {
-  T* data;
-  const int* table;
-  int size, heads, head, d;
-  T* operator[](int j) const {
-    return data + (((size_t)table[j / size] * heads + head) * size + j % size) * d;
-  }
-};
-
-// Equation 1 for one query: y = softmax(q K^T / sqrt(d)) V over `length` keys.
-template <class T>
-static void answer(const float* q, Slots<T> keys, Slots<T> values, int length, int d, float* y) {
-  static thread_local std::vector<float> memory;
-  memory.resize(length);
-  float *p = memory.data(), most = -INFINITY, total = 0;
-  for (int j = 0; j < length; j++) {
-    const T* key = keys[j];
-    float score = 0;
-#pragma omp simd reduction(+ : score)
-    for (int c = 0; c < d; c++) score += q[c] * to_float(key[c]);
-    p[j] = score / sqrtf(d);
-    most = p[j] > most ? p[j] : most;
-  }
-#pragma omp simd reduction(+ : total)
-  for (int j = 0; j < length; j++) total += p[j] = exponential(p[j] - most);
-  for (int c = 0; c < d; c++) y[c] = 0;
-  for (int j = 0; j < length; j++) {
-    const T* value = values[j];
-    for (int c = 0; c < d; c++) y[c] += p[j] / total * to_float(value[c]);
-  }
-}
-
-// q, k or v of all rows; `stride` numbers from row to row.
-struct Rows { float* data; size_t stride; };
-
-// Each row's k and v go to its next slot in the cache, then its queries see all slots.
-template <class T>
-static void attend(const Network& net, const Block& block, Rows q, Rows k, Rows v, float* y) {
-#pragma omp parallel for
-  for (int i = 0; i < net.rows * net.kv_heads; i++) {
-    int row = i / net.kv_heads, head = i % net.kv_heads, d = net.d, length = net.lengths[row];
-    int queries = net.heads / net.kv_heads;  // that share a key
-    const int* table = net.table + row * net.in_table;
-    Slots<T> keys{(T*)block.K, table, net.size, net.kv_heads, head, d}, values = keys;
-    values.data = (T*)block.V;
-    for (int c = 0; c < d; c++) {
-      store(keys[length][c], k.data[row * k.stride + head * d + c]);
-      store(values[length][c], v.data[row * v.stride + head * d + c]);
-    }
-    for (int h = head * queries; h < (head + 1) * queries; h++) {
-      float* to = y + ((size_t)row * net.heads + h) * d;
-      answer(q.data + row * q.stride + h * d, keys, values, length + 1, d, to);
-    }
-  }
-}
-
-// x (rows, width): from the embedding to what the last norm reads.
-extern "C" void step(const Network* network, float* x) {
-  const Network& net = *network;
-  const size_t rows = net.rows, q_size = net.heads * net.d, kv_size = net.kv_heads * net.d;
-  const size_t all = q_size + 2 * kv_size;
-  std::vector<float> a(rows * net.width), b(rows * all), y(rows * q_size), up(rows * net.ffn), gate(up);
-  auto times = [&](const Layer& l, const std::vector<float>& from, float* to) {
-    product(from.data(), rows, l.A, l.B, l.bits, l.bias, to);
-  };
-  auto add = [&](const std::vector<float>& y) { for (size_t i = 0; i < y.size(); i++) x[i] += y[i]; };
-
-  for (const Block* block = net.blocks; block < net.blocks + net.count; block++) {
-    normalize(net, block->norm1, x, a.data());
-    times(block->in[0], a, b.data());
-    Rows q{b.data(), all}, k{b.data() + q_size, all}, v{b.data() + q_size + kv_size, all};  // in one matrix
-    if (block->in[1].A) {  // or in three
-      q = {b.data(), q_size}, k = {b.data() + rows * q_size, kv_size}, v = {k.data + rows * kv_size, kv_size};
-      times(block->in[1], a, k.data);
-      times(block->in[2], a, v.data);
-    }
-    if (net.cos) rotate(net, q.data, net.heads), rotate(net, k.data, net.kv_heads);
-    (net.float_cache ? attend<float> : attend<bfloat16>)(net, *block, q, k, v, y.data());
-    times(block->o, y, a.data());
-    add(a);
-    normalize(net, block->norm2, x, a.data());
-    times(block->up, a, up.data());
-    if (block->gate.A) {
-      times(block->gate, a, gate.data());
-      for (size_t i = 0; i < up.size(); i++) up[i] *= gate[i] / (1 + exponential(-gate[i]));
-    } else
-      for (float& u : up) u /= 1 + exponential(-1.5957691216f * (u + 0.044715f * u * u * u));
-    times(block->down, up, a.data());
-    add(a);
-  }
 }
