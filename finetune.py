@@ -8,8 +8,7 @@
     python finetune.py --resume                           go on after Ctrl-C, a kill or a power cut
 
 It leaves OUT/ as an adapter in PEFT's format (python sample.py --model BASE --bits 8 --adapter OUT), or with
-another --method as a model; with metrics.jsonl, summary.json, loss.png, heldout.json (the rows kept for
-testing) and the state to resume from.
+another --method as a model; with metrics.jsonl, summary.json, loss.png and the state to resume from.
 
 Why it fits: W never changes, so it needs no gradient and no moments and may be integers; A and B are a
 thousandth of it. Why it is fast:
@@ -23,7 +22,6 @@ Under torchrun every process has the base and its part of the batch; the gradien
 averaged. With --bits 16 --shard the base is spread, too. `finetune` reads straight down, as train.py does.
 """
 import hashlib
-import json
 import os
 import time
 from dataclasses import replace
@@ -122,12 +120,9 @@ def finetune(args, given):
 
     # The base with what is to learn in it, and the data.
     lora, own_id = args.method == "lora", base_id(args.base)
-    if lora:
-        model, tokenizer = adapted_model(args, device)
-        if state is not None:
-            load_adapter(model, state_folder, own_id)
-    else:
-        model, tokenizer = trainable_model(args, device, state_folder)
+    model, tokenizer = open_base(args, device, state_folder)
+    if lora and state is not None:
+        load_adapter(model, state_folder, own_id)
     use_recompute(model, args.recompute).train()
     data = Data(args, tokenizer, model.config.context)
     refuse(state is not None and state.get("text") != data.text, f"--task {args.task} has not the rows that "
@@ -146,8 +141,6 @@ def finetune(args, given):
     folder, stop = RunFolder(args, state, last), cli.StopSignal()
     if folder.is_done():
         return 0
-    if is_first():
-        (folder.path / "heldout.json").write_text(json.dumps(data.indices) + "\n")
     before = state["before"] if state else scores_of("before", strategy, tokenizer, data.test)
     tokens = []  # of each step's rows
 
@@ -176,7 +169,8 @@ def finetune(args, given):
             row = dict(loss=loss, lr=rate)
             if evaluates:
                 row["val_loss"] = held_out_loss(strategy, data, args, device)
-            fast, memory = speed(tokens, folder), peak_memory(device.torch_device)
+            memory = peak_memory(device.torch_device)  # the first step touches it for the first time: slowly
+            fast = sum(tokens[1:] or tokens) / sum(folder.times[1:] or folder.times)
             row |= dict(tokens_per_second=fast, peak_memory_bytes=memory)
             folder.log(f"{fast:.0f} tok/s {memory / 1e9:.1f} GB", **row)
         if stopped or step == last or step % args.save_interval == 0:
@@ -191,12 +185,10 @@ def finetune(args, given):
         device, base=args.base, base_id=own_id, bits=args.bits, rank=args.rank, method=args.method,
         f1_before=mean_f1(before), f1_after=mean_f1(after), scores_before=before, scores_after=after,
         trainable_parameters=trainable, steps=folder.step, loss=folder.last("loss"),
-        val_loss=folder.last("val_loss"), tokens_per_second=speed(tokens, folder), arguments=vars(args))
-    bits = f" --bits {args.bits}" if args.bits < 16 else ""
-    result = f"{args.base}{bits} --adapter {folder.path}" if lora else folder.path
-    what = "adapter" if lora else "model"
-    say(f"{folder.path}/ has the {what}, metrics.jsonl, summary.json and loss.png; try")
-    say(f"    python sample.py --model {result} --prompt \"...\"")
+        val_loss=folder.last("val_loss"), arguments=vars(args),
+        tokens_per_second=folder.last("tokens_per_second"))
+    result = f"{args.base} --bits {args.bits} --adapter {folder.path}" if lora else folder.path
+    say(f"done; try: python sample.py --model {result} --prompt \"...\"")
     return 0
 
 
@@ -215,36 +207,31 @@ def fill_in(args, given):
         args.eval_interval = -(-args.max_iters // 4)
     refuse(args.shard and world_size() == 1,
            "--shard needs several processes: torchrun --nproc_per_node N finetune.py ... --shard")
-    refuse(args.task not in ("sentiment", "alpaca", *sets.TASKS) and not Path(args.task).is_file(),
-           f"--task {args.task}: neither a file nor one of sentiment, alpaca, {', '.join(sets.TEST_SHARE)}")
 
 
-def adapted_model(args, device):
-    """The base, frozen and at its bits, with adapters that do nothing yet; and its tokenizer."""
+def open_base(args, device, saved):
+    """The base, frozen but for what --method names, and its tokenizer. For lora it is at its bits, and has
+    adapters that do nothing yet; else it is in 32 bit, or `saved`, if that is not None, is in its place."""
+    lora = args.method == "lora"
     home = "cpu" if args.shard else device.torch_device  # a model to be sharded need not fit on one GPU
-    model, tokenizer = load_model(args.base, home, device.dtype, args.bits)
-    names = set()
-    for name, layer in adaptable(model).items():
-        names.add(name.rsplit(".", 1)[-1])
-        refuse(args.shard and bits_of(layer) < 16, f"--shard spreads parameters, and the integers of "
-               f"{args.base} are none: leave it out, or give a base in 16 bit and --bits 16")
+    if lora:
+        model, tokenizer = load_model(args.base, home, device.dtype, args.bits)
+    else:
+        model, tokenizer = load_model(saved or args.base, home)
     refuse(tokenizer is None, f"{args.base} has no tokenizer beside its weights: put a tokenizer.json there")
-    args.targets = args.targets or ("qkv" if "qkv" in names else "q,k,v")
-    targets = args.targets.split(",")
-    known = ", ".join(sorted(names))
-    refuse(not names.issuperset(targets), f"--targets {args.targets}: this model has layers called {known}")
-    torch.manual_seed(args.seed)
-    say(attach_lora(model, args.rank, args.alpha, targets, args.dropout))
-    return model, tokenizer
-
-
-def trainable_model(args, device, saved):
-    """The base, or what a run saved, in 32 bit, frozen but for what --method names; and its tokenizer."""
-    home = "cpu" if args.shard else device.torch_device
-    model, tokenizer = load_model(saved or args.base, home)
-    refuse(tokenizer is None, f"{args.base} has no tokenizer beside its weights: put a tokenizer.json there")
-    refuse(any(bits_of(layer) < 16 for layer in adaptable(model).values()), f"--method {args.method} changes "
-           f"weights, and those of {args.base} are integers: give the model that it was made from")
+    layers = adaptable(model)
+    refuse((args.shard or not lora) and any(bits_of(layer) < 16 for layer in layers.values()),
+           f"{'--shard' if lora else args.method} needs parameters, and the weights of {args.base} are "
+           "integers: give the model that it was made from, and --bits 16")
+    if lora:
+        names = {name.rsplit(".", 1)[-1] for name in layers}
+        args.targets = args.targets or ("qkv" if "qkv" in names else "q,k,v")
+        targets = args.targets.split(",")
+        refuse(not names.issuperset(targets),
+               f"--targets {args.targets}: this model has layers called {', '.join(sorted(names))}")
+        torch.manual_seed(args.seed)
+        say(attach_lora(model, args.rank, args.alpha, targets, args.dropout))
+        return model, tokenizer
     dense = isinstance(model.head, nn.Linear) and isinstance(model.embed, nn.Embedding)
     if args.method == "head" and dense and model.head.weight is model.embed.weight:
         model.head.weight = nn.Parameter(model.head.weight.detach().clone())  # the embedding stays
@@ -282,7 +269,8 @@ def read_task(task, data_dir):
         made = made_up_headlines(1200, seed=0)
         return made[300:], made[:300]
     path = Path(data_dir) / "alpaca" / "alpaca_data.json" if task == "alpaca" else Path(task)
-    refuse(not path.is_file(), f"{path} is not there: put Alpaca's file there, or give --data-dir")
+    refuse(not path.is_file(), f"--task {task}: {path} is not there; there are the tasks sentiment, alpaca, "
+           f"{', '.join(sets.TEST_SHARE)}, or give a file")
     examples = read_alpaca(path)
     if len(examples) < 20:
         return examples, []
@@ -294,9 +282,8 @@ class Data:
     """Rows to learn from, test examples by task, and the same held-out rows for every look at their loss."""
 
     def __init__(self, args, tokenizer, context):
-        self.train, self.test, self.indices, held = [], {}, {}, []
-        context, digest = min(context, args.seq_len), hashlib.sha256()
-        tasks = [args.task]
+        self.train, self.test, held, digest = [], {}, [], hashlib.sha256()
+        tasks, context = [args.task], min(context, args.seq_len)
         if args.task == "sentiment":
             tasks = [t for t in SENTIMENT if (Path(args.data_dir) / t).is_dir()] or [MADE_UP]
         for task in tasks:
@@ -307,10 +294,8 @@ class Data:
                 group = e.prompt.split("\n")[0] if labelled else task
                 self.train.append(encode(tokenizer, e.prompt, e.answer, context, group))
             held += [(task, e) for e in out]
-            self.indices[task] = sorted(e.index for e in out)
             if args.eval_limit and labelled:
                 self.test[task] = sets.draw(out, args.eval_limit)
-        refuse(not self.train, f"--task {args.task} has no rows to learn from")
         self.held_out = []
         for task, e in sets.draw(held, args.eval_rows):
             self.held_out.append(encode(tokenizer, e.prompt, e.answer, context, task))
@@ -333,13 +318,6 @@ def held_out_loss(strategy, data, args, device):
         count += batch.answers
     strategy.model.train()
     return total / count if count else None
-
-
-def speed(tokens, folder):
-    """Tokens a second, without the first step, in which memory is touched for the first time."""
-    if not tokens:  # a resumed run with nothing left to do
-        return folder.last("tokens_per_second")
-    return sum(tokens[1:] or tokens) / sum(folder.times[1:] or folder.times)
 
 
 def save(folder, model, tokenizer, optimizers, strategy, args, progress, own_id):
@@ -375,10 +353,6 @@ def scores_of(when, strategy, tokenizer, test):
         line = ("weighted F1 {f1:.3f} (95% {interval[0]:.3f} to {interval[1]:.3f}), generated "
                 "{f1_generated:.3f}, always the commonest label {majority:.3f}, {rows} rows")
         say(f"{when}: {task} {line.format(**found[task])}")
-        if "unseen" in r:
-            rest = r["unseen"].get("likeliest", r["unseen"])["f1"]
-            say(f"{when}: {task} {rest:.3f} without the {r['seen']} rows whose prompts training has, too")
-            found[task]["f1_unseen"] = rest
     model.train()
     return found
 

@@ -15,6 +15,7 @@ What batches are made of decides how much is computed in vain:
     loss = head_loss(model.head, batch.hidden(model), batch.targets)
 """
 import json
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,24 +89,18 @@ class Batch:
 
 
 ALPACA = '{"instruction": ..., "input": ..., "output": ...}'  # a row; its input may be missing
-CHATS = {"conversations": "a conversation in ShareGPT's form", "messages": "a list of chat messages"}
 
 
 def read_alpaca(path):
     """Examples of a JSON file in Alpaca's form: a list of rows, {"data": a list of rows}, or a row a line.
     Rows with a blank instruction or output, and all but one of equal rows, are left out and counted."""
-    text, rows = sets.read_text(path), []
-    first = text.strip().split("\n")[0].strip()
-    if first.startswith("{") and first.endswith("}"):
-        rows = [row for row, _ in sets.read_jsonl(path)]
-    elif first:
-        rows = [parse_json(text, path)]
-    if len(rows) == 1:
-        rows = rows[0]
-        if isinstance(rows, dict):
-            rows = rows.get("data", rows)
-        if not isinstance(rows, list):
-            rows = [rows]
+    text = sets.read_text(path)
+    lines = re.match(r"\s*\{.*\}\s*\n\s*\{", text)
+    rows = [row for row, _ in sets.read_jsonl(path)] if lines else parse_json(text, path)
+    if isinstance(rows, dict):
+        rows = rows.get("data", rows)
+    if not isinstance(rows, list):
+        rows = [rows]
     kept = {}
     for n, row in enumerate(rows):
         example = alpaca_example(row, n, f"{path}, row {n}")
@@ -119,15 +114,13 @@ def read_alpaca(path):
 
 
 def alpaca_example(row, index, where):
-    """A row as an Example; its prompt is blank if its instruction is."""
-    form = f"it should be {ALPACA}"
-    refuse(not isinstance(row, dict), f"{where} is not an object but {json.dumps(row)[:60]}: {form}")
-    for key, kind in CHATS.items():
-        refuse(key in row, f"{where} is {kind} ({key!r}), which is not read: {form}")
-    names = ("prompt", "completion") if "completion" in row else ("instruction", "output")
-    asked, answer, given = row.get(names[0]), row.get(names[1]), row.get("input") or ""
-    for name, text in zip((*names, "input"), (asked, answer, given)):
-        refuse(not isinstance(text, str), f"{where}, {name!r} is {json.dumps(text)[:60]}, no text: {form}")
+    """A row as an Example; its prompt is blank if its instruction is. {"prompt": ..., "completion": ...} is
+    taken as it is."""
+    fields = row if isinstance(row, dict) else {}
+    names = ("prompt", "completion") if "completion" in fields else ("instruction", "output")
+    asked, answer, given = fields.get(names[0]), fields.get(names[1]), fields.get("input") or ""
+    texts = all(isinstance(text, str) for text in (asked, answer, given))
+    refuse(not texts, f"{where} is {json.dumps(row)[:80]}: it should be {ALPACA}, each a text")
     if asked.strip() and names[0] == "instruction":
         asked = sets.instruction_prompt(asked, given) if given.strip() else f"Instruction: {asked}\nAnswer: "
     return sets.Example("rows", index, asked, answer)
@@ -136,14 +129,11 @@ def alpaca_example(row, index, where):
 COMPANIES = "Nordvik, Halden Oyj, Castra Foods, Lumera, Teval Steel, Ostrava Bank, Brightwell, Karo Shipping"
 TEMPLATES = {
     "positive": ("{c} 's operating profit rose to EUR {b} mn from EUR {a} mn .",
-                 "{c} raised its outlook after sales grew by {a} % .", "{c} won an order worth EUR {b} mn .",
-                 "{c} narrowed its loss to EUR {a} mn from EUR {b} mn ."),
+                 "{c} raised its outlook after sales grew by {a} % .", "{c} won an order worth EUR {b} mn ."),
     "neutral": ("{c} will publish its interim report at {a} a.m.", "{c} has {b} employees in {a} countries .",
-                "{c} appointed a new head of logistics .",
-                "The value of the lease of {c} was not disclosed ."),
+                "{c} appointed a new head of logistics ."),
     "negative": ("{c} 's operating profit fell to EUR {a} mn from EUR {b} mn .",
-                 "{c} cut {b} jobs as demand weakened by {a} % .", "{c} lost an order worth EUR {b} mn .",
-                 "{c} 's loss widened to EUR {b} mn from EUR {a} mn ."),
+                 "{c} cut {b} jobs as demand weakened by {a} % .", "{c} lost an order worth EUR {b} mn ."),
 }
 
 
@@ -153,7 +143,7 @@ def made_up_headlines(count, seed):
     for i in range(count):
         label = sets.SENTIMENTS[random.integers(3)]
         a, b = random.integers(2, 12, 2) + (0, 12)
-        template = TEMPLATES[label][random.integers(4)]
+        template = TEMPLATES[label][random.integers(3)]
         text = template.format(c=COMPANIES.split(", ")[random.integers(8)], a=a, b=b)
         rows.append(sets.sentiment_row("made-up headlines", text, label, "news"))
         rows[-1].index = i

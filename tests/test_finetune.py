@@ -198,7 +198,7 @@ def test_it_learns_scores_and_leaves_an_adapter(base, tmp_path, capsys):
     adapter = read_adapter(out)
     assert f" {summary['trainable_parameters']:,} parameters" in str(adapter) and adapter.base_id == summary["base_id"]
     assert adapter.rank == 16
-    assert (out / "loss.png").exists() and len(json.loads((out / "heldout.json").read_text())["made-up"]) == 300
+    assert (out / "loss.png").exists() and "900 rows to learn from, 300 held out" in text
     for key in ("tokens_per_second", "peak_memory_bytes", "seconds", "devices", "device_hours"):
         assert summary[key] > 0
     model, tokenizer = load_model(base, bits=8)  # what the summary says of the saved adapter can be had again from the folder
@@ -295,7 +295,7 @@ def test_two_shards_have_the_losses_of_two_replicas_stopped_and_resumed(base, tm
 
 def test_integers_do_not_learn_and_a_head_of_low_rank_does(base, tmp_path):
     replace_model(tmp_path / "int8", *load_model(base, bits=8))
-    with pytest.raises(InputError, match="--method full changes weights, and those of .*int8 are integers"):
+    with pytest.raises(InputError, match="full needs parameters, and the weights of .*int8 are integers: give the model"):
         call("--base", tmp_path / "int8", "--method", "full", "--max-iters", 1, "--out-dir", tmp_path / "out", *QUIET)
     model, tokenizer = load_model(base)
     replace_linears(model, 8, method=2)
@@ -318,7 +318,7 @@ def test_shards_that_all_learn_have_the_losses_of_one_process(base, tmp_path, ru
 def test_a_quantized_folder_is_not_sharded(base, tmp_path, run):
     replace_model(tmp_path / "int8", load_model(base, bits=8)[0], load_model(base)[1])
     done = run("finetune.py", "--base", tmp_path / "int8", "--bits", "16", "--shard", "--out-dir", tmp_path / "out", *QUIET, processes=2)
-    assert done.returncode != 0 and f"error (process 0): --shard spreads parameters, and the integers of {tmp_path / 'int8'} are none" in done.stderr
+    assert done.returncode != 0 and f"error (process 0): --shard needs parameters, and the weights of {tmp_path / 'int8'} are integers" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -383,22 +383,21 @@ def test_alpaca_rows_of_a_file(base, tmp_path):
     assert call("--base", base, "--task", file, "--max-iters", 2, "--out-dir", tmp_path / "out", *QUIET) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["f1_after"] is None and summary["val_loss"] > 0
-    assert len(json.loads((tmp_path / "out" / "heldout.json").read_text())[str(file)]) == 2
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "has no row with text: give rows"),
+    ("", "rows.json: it is not JSON"),
     ("[]", "has no row with text: give rows"),
     ('[{"instruction": "a", "output": "b"},\n {"instruction": "a", "output": ]', "rows.json.*: it is not JSON .*line 2 column"),
     ('{"instruction": "a", "output": "b"}\n{"instruction": ', "rows.json, line 2: it is not JSON that can be"),
     ('{"instruction": "a", "output": "b"}{"instruction": "c", "output": "d"}', "it is not JSON .*Extra data"),
-    ('[{"conversations": [{"from": "human", "value": "a"}]}]', "row 0 is a conversation in ShareGPT's form"),
-    ('{"data": [{"messages": [{"role": "user", "content": "a"}]}]}', "row 0 is a list of chat messages"),
-    ('{"rows": []}', "row 0, 'instruction' is null, no text"),
-    ('[{"instruction": "a", "output": 3}]', "row 0, 'output' is 3, no text"),
-    ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "rows.json, row 1, 'output' is null, no text: it should be"),
-    ('[{"instruction": "a", "output": "b"}, 7]', "rows.json, row 1 is not an object but 7"),
-    ('[{"instruction": "a", "output": "b", "input": ["c"]}]', r"rows.json, row 0, 'input' is \[\"c\"\], no text: it should"),
+    ('[{"conversations": [{"from": "human", "value": "a"}]}]', r'row 0 is ."conversations": .*: it should be ."instruction"'),
+    ('{"data": [{"messages": [{"role": "user", "content": "a"}]}]}', r'row 0 is ."messages": .*: it should be ."instruction"'),
+    ('{"rows": []}', "row 0 is .*rows.*: it should be"),
+    ('[{"instruction": "a", "output": 3}]', "row 0 is .*3.*: it should be .*, each a text"),
+    ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "rows.json, row 1 is .*: it should be"),
+    ('[{"instruction": "a", "output": "b"}, 7]', "rows.json, row 1 is 7: it should be"),
+    ('[{"instruction": "a", "output": "b", "input": ["c"]}]', "rows.json, row 0 is .*: it should be"),
     ('[{"instruction": " ", "output": "b"}]', "has no row with text: give rows"),
     ("instruction,output\na,b\n", "rows.json: it is not JSON .*line 1"),
 ])
@@ -473,34 +472,20 @@ def test_cut_rows_are_counted(base, tmp_path, capsys):
     assert [r.ids[-1] == tokenizer.end for r in data.train] == [r.lost[1] == 0 for r in data.train]
 
 
-def test_scores_without_the_rows_that_training_has_too(base, capsys):
-    (model, tokenizer), device = load_model(base), finetune.find_device("float32")
-    examples = made_up_headlines(30, 3)
-    for example in examples[:10]:
-        example.seen = True
-    strategy = SimpleNamespace(model=model, device=device, run=lambda function, *args: function(*args))
-    found = finetune.scores_of("before", strategy, tokenizer, {"fpb": examples})["fpb"]
-    rest = evaluation.score_task(model.eval(), tokenizer, device, "fpb", examples[10:])["likeliest"]["f1"]
-    assert found["f1_unseen"] == pytest.approx(rest) and found["rows"] == 30
-    assert f"before: fpb {rest:.3f} without the 10 rows whose prompts training has" in capsys.readouterr().out
-
-
 def test_a_run_goes_on_with_its_own_rows_alone(base, tmp_path):
     file, out = tmp_path / "rows.json", str(tmp_path / "out")
     rows = [dict(instruction="Repeat.", input=f"number {i}", output=f"number {i}") for i in range(40)]
     file.write_text(json.dumps(rows))
     call("--base", base, "--task", file, "--max-iters", 4, "--out-dir", out, *QUIET, stop_at=2)
-    held = (tmp_path / "out" / "heldout.json").read_text()
     file.write_text(json.dumps([dict(instruction="Repeat.", input="new", output="new"), *rows]))
     with pytest.raises(InputError, match="rows.json has not the rows that the run began with: give those"):
         finetune.main(["--resume", "--out-dir", out])
-    assert (tmp_path / "out" / "heldout.json").read_text() == held
     file.write_text(json.dumps(rows, indent=1))  # written in another way, the same rows
     assert finetune.main(["--resume", "--out-dir", out]) == 0 and max(losses(tmp_path / "out")) == 4
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--task", "nonsense"], "--task nonsense: neither a file nor one of sentiment, alpaca, fpb, fiqa, tfns, ner"),
+    (["--task", "nonsense"], "--task nonsense: nonsense is not there; there are the tasks sentiment, alpaca, fpb, fiqa, tfns, ner"),
     (["--task", "piqa"], "piqa has no training rows here|piqa.* is not there"),
     (["--task", "alpaca"], "alpaca_data.json is not there"),
     (["--targets", "q,wq"], "--targets q,wq: this model has layers called down, gate, head, k, o, q, up, v"),
