@@ -2,7 +2,7 @@
 
 At batch 1 a block of gpt2-xl with r = 384 reads 10 MB of weights, which takes 0.35 ms on two cores, and
 calling its layers from Python takes almost as long. So the addresses of all weights and of the cache are
-written down once, and kernels_cpu.cpp walks through them for each token. It computes model.Block, in float32.
+written down once, and step_cpu.cpp walks through them for each token. It computes model.Block, in float32.
 
     step = cpu_step(model, cache)      # as common.generate.plain_step
     logits = step(tokens, cache)
@@ -23,9 +23,9 @@ from quant import QuantLinear, QuantLowRank, matrices
 BITS = {torch.bfloat16: 16, torch.float32: 32}  # of weights that are no integers
 TOLERANCE = 0.05  # a step in bfloat16 is some 0.01 off; with another kind of block, several times 0.05
 LAYERS = (nn.Linear, LowRankLinear, QuantLinear, QuantLowRank)
-walked = weakref.WeakKeyDictionary()  # model -> whether its blocks are what kernels_cpu.cpp computes
+walked = weakref.WeakKeyDictionary()  # model -> whether its blocks are what step_cpu.cpp computes
 
-# As in kernels_cpu.cpp.
+# As in step_cpu.cpp.
 MATRIX = ctypes.POINTER(Matrix)
 NormStruct = struct("Norm", weight=POINTER, bias=POINTER)
 LayerStruct = struct("Layer", A=MATRIX, B=MATRIX, bias=POINTER, bits=INT)
@@ -48,7 +48,7 @@ def cpu_step(model, cache):
     if model not in walked:
         walked[model] = step.is_right(cache)
         if not walked[model]:
-            say("kernels_cpu.cpp computes another kind of block than this model's: steps go layer by layer")
+            say("step_cpu.cpp computes another kind of block than this model's: steps go layer by layer")
     return step if walked[model] else None
 
 

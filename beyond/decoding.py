@@ -2,7 +2,7 @@
 
     generate(model, prompts, 100, make_step=decoding_step)
 
-On a CPU that is one call of kernels_cpu.cpp (cpu_step.py). On a GPU it is a CUDA graph: a step of Llama2-7B
+On a CPU that is one call of step_cpu.cpp (cpu_step.py). On a GPU it is a CUDA graph: a step of Llama2-7B
 at int4 launches some four hundred kernels of a few microseconds each, which takes Python longer than the GPU
 to run them. A graph records the launches once, in the time of about four steps, and replays the same kernels
 on the same addresses. So nothing that changes from token to token may be a number in Python: tokens and slots

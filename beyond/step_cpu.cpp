@@ -1,7 +1,7 @@
 // A whole step of decoding on a CPU: one token of each row through all blocks (Fig. 2, equations 1 to 3).
 //
-// Beside the products only attention takes time: it reads K and V once. q and y of a head stay in registers,
-// and slots that are neighbours are walked along; cpu_step.py writes down where everything is and calls `step`.
+// Beside the products only attention takes time: q and y of a head stay in registers, and slots of the cache
+// that are neighbours are walked along. cpu_step.py writes down where everything is and calls `step`.
 #include "kernels_cpu.cpp"
 
 // K and V are stored as float or bfloat16.
