@@ -189,7 +189,6 @@ def finish(work, ranks, args, device):
                    peak_memory_bytes=peak_memory(device), processes=world_size(), device=str(device),
                    arguments=vars(args))
     write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    (work.out / cli.LOCK).unlink()
     os.replace(out, work.out)
 
 

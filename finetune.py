@@ -33,15 +33,12 @@ import torch.nn as nn
 
 import eval as evaluation
 from checkpoint import load_model, own_tensors, save_model
-from common import cli
 from common.adapters import adaptable, base_id, bits_of, load_adapter, save_adapter
-from common.cli import Parser, at_least_0, at_least_1, command, positive, refuse, say, seed
-from common.device import find_device, peak_memory
+from common.cli import Parser, alone_in, at_least_0, at_least_1, command, positive, refuse, say, seed
 from common.loss import head_loss
-from common.optimizers import learning_rate, make_optimizers, moments_of, restore_moments, set_rate, step_all
-from common.processes import all_reduce, any_process, distribute, is_first, process_group, world_size
-from common.run import RunFolder, check_rows, must_resume, parse, plot_losses, restore_arguments
-from common.storage import read_state, replace_state
+from common.optimizers import learning_rate, make_optimizers, moments_of, restore_moments, step_all
+from common.processes import all_reduce, distribute, process_group, world_size
+from common.run import RunFolder, begin, parse
 from lowrank import attach_lora
 from model import count_parameters
 from recompute import MODES, use_recompute
@@ -57,7 +54,7 @@ SETTINGS = dict(
     grad_clip=1.0,        # the largest norm of the whole gradient; 0: any
     grad_accum=1,         # batches whose gradients are added up for a step
     seq_len=512,          # tokens of a row at most; the middle of a longer prompt is left out
-    warmup=None,          # steps until the highest rate (None: a tenth of them, at most 100)
+    warmup=100,           # steps until the highest rate, at most a tenth of all
     stop_at=None,         # end after this many steps; the schedule stays that of --max-iters
     dtype="auto",
     log_interval=10,
@@ -102,31 +99,22 @@ def make_parser():
 
 def main(argv=None, **settings):
     args, given = parse(make_parser(), argv, SETTINGS, settings)
-    with cli.alone_in(args.out_dir), process_group():
+    with alone_in(args.out_dir), process_group():
         return finetune(args, given)
 
 
 def finetune(args, given):
-    # The run to go on from, and the device.
-    state, state_folder, moments = None, None, {}
-    if must_resume(args):
-        state_folder, state, moments = read_state(args.out_dir)
-        restore_arguments(args, given, state["args"], FIXED)
-    device = find_device(args.dtype)
-    args.dtype = str(device.dtype).removeprefix("torch.")  # a resumed run computes as it began
-    say(f"device {device.name}" + (f", {world_size()} processes" if world_size() > 1 else ""))
-    say(f"dtype {args.dtype} ({device.why}), {device.rate / 1e12:.2f} TFLOPS in products")
+    # The device, and the state to resume from.
+    device, state_folder, state, moments = begin(args, given, FIXED)
     fill_in(args, given)
 
     # The base with what is to learn in it, and the data.
     lora, own_id = args.method == "lora", base_id(args.base)
     model, tokenizer = open_base(args, device, state_folder)
-    if lora and state is not None:
+    if lora and state:
         load_adapter(model, state_folder, own_id)
     use_recompute(model, args.recompute).train()
     data = Data(args, tokenizer, model.config.context)
-    refuse(state is not None and state.get("text") != data.text, f"--task {args.task} has not the rows that "
-           "the run began with: give those, or another --out-dir")
 
     # One process or several, the optimizer, and the folder of the run.
     def loss_of(batch):
@@ -134,61 +122,43 @@ def finetune(args, given):
     strategy = distribute(model, loss_of, device, args.shard)
     trainable = sum(p.numel() for p in strategy.own_parameters())
     optimizers = make_optimizers(model, args.lr, args.weight_decay)
-    restore_moments(model, optimizers, moments, strategy.own_part)
+    restore_moments(model, optimizers, moments)
     rows = args.batch_size * args.grad_accum * strategy.replicas  # of a step, in all processes
-    check_rows(args, state, rows)
-    last = min(args.stop_at or args.max_iters, args.max_iters)
-    folder, stop = RunFolder(args, state, last), cli.StopSignal()
-    if folder.is_done():
-        return 0
+    folder = RunFolder(args, state, rows, data.text, device)
     before = state["before"] if state else scores_of("before", strategy, tokenizer, data.test)
-    tokens = []  # of each step's rows
 
-    while folder.step < last:
+    while folder.step < folder.last_step and not folder.stopped:
         began, step = time.perf_counter(), folder.step
 
-        # One step: rate, batch, forward and backward, clip, update.
-        rate = learning_rate(step, args)
-        set_rate(optimizers, rate)
+        # One step: batch, forward and backward, clip, update.
         step_rows = pick(data.train, rows, args.seed, step)
         batches, weights = batches_of(step_rows, args, strategy, device)
         loss = strategy.backward(batches, (args.seed, step), weights)
-        loss = all_reduce(loss) / strategy.replicas
-        if not abs(loss) < float("inf"):
-            raise folder.not_finite(f"the loss is {loss}", args, step + 1)
         if args.grad_clip:
             strategy.clip(args.grad_clip)
-        step_all(optimizers)
-        tokens.append(sum(len(r.ids) for r in step_rows))
-        folder.advance(time.perf_counter() - began)
+        rate = learning_rate(step, args)
+        step_all(optimizers, rate)
+        folder.advance(sum(len(r.ids) for r in step_rows), began)
 
         # Look, and save.
-        step, stopped = folder.step, any_process(stop.name is not None)
-        evaluates = step % args.eval_interval == 0 or step == last
-        if step == 1 or step % args.log_interval == 0 or evaluates or stopped:
-            row = dict(loss=loss, lr=rate)
+        evaluates = folder.due(args.eval_interval or -(-args.max_iters // 4))
+        if folder.step == 1 or evaluates or folder.stopped or folder.due(args.log_interval):
+            row = dict(loss=all_reduce(loss) / strategy.replicas, lr=rate)
             if evaluates:
-                row["val_loss"] = held_out_loss(strategy, data, args, device)
-            memory = peak_memory(device.torch_device)  # the first step touches it for the first time: slowly
-            fast = sum(tokens[1:] or tokens) / sum(folder.times[1:] or folder.times)
-            row |= dict(tokens_per_second=fast, peak_memory_bytes=memory)
-            folder.log(f"{fast:.0f} tok/s {memory / 1e9:.1f} GB", **row)
-        if stopped or step == last or step % args.save_interval == 0:
-            progress = dict(step=step, rows=rows, text=data.text, before=before)
-            save(folder, model, tokenizer, optimizers, strategy, args, progress, own_id)
-        if stopped:
-            return folder.say_stopped("finetune.py", stop.name)
+                row["val_loss"] = strategy.evaluate(held_out_batches(data, args, device))
+            folder.log(**row)
+        if folder.stopped or folder.due(args.save_interval):
+            save(folder, model, tokenizer, optimizers, strategy, own_id, before)
+
+    if folder.stopped:
+        return folder.say_stopped("finetune.py")
 
     # The scores after, summary.json, and what to type next.
     after = scores_of("after", strategy, tokenizer, data.test)
-    folder.finish(
-        device, base=args.base, base_id=own_id, bits=args.bits, rank=args.rank, method=args.method,
-        f1_before=mean_f1(before), f1_after=mean_f1(after), scores_before=before, scores_after=after,
-        trainable_parameters=trainable, steps=folder.step, loss=folder.last("loss"),
-        val_loss=folder.last("val_loss"), arguments=vars(args),
-        tokens_per_second=folder.last("tokens_per_second"))
     result = f"{args.base} --bits {args.bits} --adapter {folder.path}" if lora else folder.path
-    say(f"done; try: python sample.py --model {result} --prompt \"...\"")
+    folder.finish(result, base=args.base, base_id=own_id, bits=args.bits, rank=args.rank, method=args.method,
+                  f1_before=mean_f1(before), f1_after=mean_f1(after), scores_before=before,
+                  scores_after=after, trainable_parameters=trainable)
     return 0
 
 
@@ -201,10 +171,6 @@ def fill_in(args, given):
            f"--method {args.method} changes weights, which integers can't follow: give --bits 16, or lora")
     refuse(not lora and given & {"rank", "targets"},
            f"--rank and --targets are of --method lora, got {args.method}: leave them out")
-    if args.warmup is None:
-        args.warmup = min(100, args.max_iters // 10)
-    if args.eval_interval is None:
-        args.eval_interval = -(-args.max_iters // 4)
     refuse(args.shard and world_size() == 1,
            "--shard needs several processes: torchrun --nproc_per_node N finetune.py ... --shard")
 
@@ -306,39 +272,28 @@ class Data:
             f"their middle, {answers:,} answers their end")
 
 
-@torch.no_grad()
-def held_out_loss(strategy, data, args, device):
-    """Mean loss of the held-out rows' answers; None where no rows are held out."""
-    strategy.model.eval()
-    total = count = 0
+def held_out_batches(data, args, device):
+    """The held-out rows in batches, and how many tokens of answers are in each."""
     rows = sorted(data.held_out, key=lambda r: (r.group, len(r.ids)))
     for i in range(0, len(rows), args.batch_size):
         batch = Batch(rows[i:i + args.batch_size], device=device.torch_device)
-        total += strategy.loss(batch).item() * batch.answers
-        count += batch.answers
-    strategy.model.train()
-    return total / count if count else None
+        yield (batch,), batch.answers
 
 
-def save(folder, model, tokenizer, optimizers, strategy, args, progress, own_id):
+def save(folder, model, tokenizer, optimizers, strategy, own_id, before):
     """Replace OUT/state: the adapter or the model, the moments, and what the run needs to go on."""
-    folder.check_finite(strategy, args)
-    lora, tensors = args.method == "lora", own_tensors(model)
-    if lora:
+    args, tensors = folder.args, own_tensors(model)
+    if args.method == "lora":
         tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    tensors, moments = strategy.gather(tensors), strategy.gather(moments_of(model, optimizers))
 
-    def write(new):
-        if lora:
+    def write(new, tensors):
+        if args.method == "lora":
             save_adapter(new, model, args.base, own_id, learned=tensors)
         else:
             save_model(new, model, tokenizer, tensors)
-    if is_first():
-        state = progress | dict(args=vars(args), seconds=folder.seconds())
-        replace_state(args.out_dir, write, moments, state)
-        what = f"LoRA r = {args.rank}" if lora else args.method
-        plot_losses(folder.path, f"{what} on {args.base}, {args.bits} bit, {Path(args.task).name}")
-    folder.saved()
+    what = f"LoRA r = {args.rank}" if args.method == "lora" else args.method
+    folder.save(strategy, tensors, moments_of(model, optimizers), write,
+                f"{what} on {args.base}, {args.bits} bit, {Path(args.task).name}", before=before)
 
 
 @torch.no_grad()
@@ -346,7 +301,7 @@ def scores_of(when, strategy, tokenizer, test):
     """task -> weighted F1 of the likeliest label and of the generated answer, and chance beside them."""
     model, found = strategy.model.eval(), {}
     for task, examples in test.items():
-        r = strategy.run(evaluation.score_task, model, tokenizer, strategy.device, task, examples)
+        r = strategy.module(evaluation.score_task, model, tokenizer, strategy.device, task, examples)
         best = r.get("likeliest", r)  # NER is generated alone
         found[task] = dict(f1=best["f1"], interval=best["interval"], rows=len(examples),
                            f1_generated=r["f1"], answered=r["parsed"], majority=r["majority"])

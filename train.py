@@ -2,8 +2,8 @@
 
     python train.py --rank 192                                  GPT-2 on the text that comes with Python
     python train.py --model tiny --rank 16 --data my_books/     a small model on your own text
-    python train.py --method 2 --init-from gpt2 --rank 192      start from the SVD of a pretrained model
-    python train.py --method 2 --init-from out/decomposed       ... or from what decompose.py made of it
+    python train.py --method 2 --init-from gpt2 --rank 192      start from the SVD of a pretrained model (or
+                                                                without --rank from a folder of decompose.py)
     python train.py --method 3 --init-from gpt2 --rank 192      fade W out: y = a W x + (1-a) B A x
     python train.py --rank 192 --bits 4                         train the model that is rounded to 4 bits
     torchrun --nproc_per_node 8 train.py --rank 192 --data openwebtext
@@ -11,28 +11,23 @@
     python train.py --resume                                    go on after Ctrl-C, a kill or a power cut
 
 It leaves OUT/ as a model folder (python sample.py --model OUT), with metrics.jsonl, summary.json, loss.png
-and the state to resume from; with --bits also OUT/int8 or OUT/int4, the rounded model. `train` below reads
-straight down.
+and the state to resume from; with --bits also OUT/int8 or OUT/int4, the rounded model.
 """
 import importlib.util
-import math
 import os
-import shutil
 import time
 from pathlib import Path
 
 import torch
 
 from checkpoint import decomposed_from, load_model, open_dense, own_tensors, replace_model, save_model
-from common import cli
-from common.cli import Parser, at_least_0, at_least_1, command, positive, refuse, say, seed
+from common.cli import Parser, alone_in, at_least_0, at_least_1, command, positive, refuse, say, seed
 from common.data import check_length, eval_batches, open_corpus, prepare, train_batch
-from common.device import find_device, matmul_rate, peak_memory, stored_bytes
+from common.device import stored_bytes
 from common.loss import head_loss
-from common.optimizers import learning_rate, make_optimizers, moments_of, restore_moments, set_rate, step_all
-from common.processes import all_reduce, any_process, distribute, in_turn, is_first, process_group, world_size
-from common.run import RunFolder, check_rows, must_resume, parse, plot_losses, restore_arguments
-from common.storage import read_state, replace_state
+from common.optimizers import learning_rate, make_optimizers, moments_of, restore_moments, step_all
+from common.processes import all_reduce, distribute, in_turn, is_first, process_group, world_size
+from common.run import RunFolder, begin, parse
 from lowrank import LowRankLinear, blend_alpha, blend_with, finish_blend, replace_linears, set_alpha
 from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_token
 
@@ -40,11 +35,10 @@ from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_
 SETTINGS = dict(
     weight_decay=0.1,     # of matrices; vectors have none
     grad_clip=1.0,        # the largest norm of the whole gradient; 0: any
-    warmup=None,          # steps until the highest rate (None: a tenth of them, at most 200)
+    warmup=200,           # steps until the highest rate, at most a tenth of all
     dropout=0.0,
     start=None,           # first factors, of lowrank.init_factors (None: orthogonal with muon, else normal)
     head="lowrank",       # W^H is of low rank too, as in the paper; "dense": as it is, tied to W^E
-    embedding_rank=0,     # a rank for W^E too; 0: dense, as in the paper
     warm_start=0.0,       # share of the steps at full rank, before the SVD makes factors of the layers
     vocabulary=0,         # pieces of a tokenizer that is trained on the data; 0: GPT-2's, if it can be had
     eval_interval=None,   # steps between two losses on the validation text (None: a quarter of all steps)
@@ -53,22 +47,21 @@ SETTINGS = dict(
 )
 # What a resumed run may not change: with another value it would be another run.
 FIXED = ("model", "rank", "method", "init_from", "bits", "optimizer", "seq_len", "seed", "dropout", "start",
-         "head", "embedding_rank", "warm_start", "vocabulary", "shape")
+         "head", "warm_start", "vocabulary", "shape")
 SMALL = ("tiny", "small")  # their vocabulary is as large as the data's tokenizer; others keep their own
 
 
 def make_parser():
     p = Parser(__doc__)
     add = p.add_argument_group("model").add_argument
-    add("--model", help=f"architecture: {', '.join(CONFIGS)} (default: gpt2)")
+    add("--model", choices=CONFIGS, default="gpt2", help="architecture")
     add("--rank", type=at_least_0, default=0, help="rank r of every linear layer; 0 is full rank")
     add("--method", type=int, choices=(1, 2, 3),
         help="1 from scratch, 2 from an SVD, 3 blended (default: 1, with --init-from 2)")
     add("--init-from", help="a pretrained model to start from: a folder, a file or a known name")
     add("--bits", type=int, choices=(4, 8, 16), default=16, help="8 or 4: train and save rounded weights")
     add = p.add_argument_group("optimization").add_argument
-    add("--optimizer", choices=("muon", "adamw"),
-        help="muon: orthogonalized steps for matrices (default: muon, with --init-from adamw)")
+    add("--optimizer", choices=("muon", "adamw"), help="default: muon, with --init-from adamw")
     add("--data", default="builtin", help="builtin, openwebtext, or a text file or folder")
     add("--batch-size", type=at_least_1, help="sequences a step in each replica (default: 4, on a GPU 16)")
     add("--grad-accum", type=at_least_1, default=1, help="batches whose gradients are added up for a step")
@@ -79,15 +72,12 @@ def make_parser():
         help="highest learning rate (default: 1e-3; adamw with --init-from 1e-4, by method 3 3e-4)")
     add("--seed", type=seed, default=1, help="of weights, batches and dropout")
     add = p.add_argument_group("machine").add_argument
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="of matrix products; auto: the one that is faster here")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: the faster one here")
     add("--compile", action="store_true", help="compile the blocks with torch.compile")
-    add("--recompute", choices=("none", "sdpa", "attention", "block"),
-        help="what the backward pass computes again: the scores (sdpa, attention) or all of a block "
-             "(default: sdpa, in bfloat16 on a CPU attention, with --schedule gpipe block)")
+    add("--recompute", choices=("none", "sdpa", "attention", "block"), help="what the backward pass computes "
+        "again (default: sdpa, in bfloat16 on a CPU attention, with --schedule gpipe block)")
     add("--pipeline", type=at_least_0, default=0, help="cut the model into this many stages; 0: no pipeline")
-    add("--microbatches", type=at_least_1,
-        help="parts of a batch that follow each other in a pipeline (default: up to 4 a stage)")
+    add("--microbatches", type=at_least_1, help="parts of a batch in a pipeline (default: up to 4 a stage)")
     add("--schedule", default="1f1b", help="of the pipeline: gpipe, 1f1b, zb-h1, zb-v")
     add("--shard", action="store_true", help="spread parameters, gradients and moments over all processes")
     add = p.add_argument_group("output").add_argument
@@ -100,27 +90,21 @@ def make_parser():
 
 def main(argv=None, **settings):
     args, given = parse(make_parser(), argv, SETTINGS, settings)
-    with cli.alone_in(args.out_dir), process_group():
+    with alone_in(args.out_dir), process_group():
         return train(args, given)
 
 
 def train(args, given):
-    # The state to resume from, and the device.
-    state, state_folder, moments = None, None, {}
-    if must_resume(args):
-        state_folder, state, moments = read_state(args.out_dir)
-        restore_arguments(args, given, state["args"], FIXED)
-    device = find_device(args.dtype)
-    args.dtype = str(device.dtype).removeprefix("torch.")  # a resumed run computes as it began
-    say(f"device {device.name}" + (f", {world_size()} processes" if world_size() > 1 else ""))
-    say(f"dtype {args.dtype} ({device.why}), {device.rate / 1e12:.2f} TFLOPS in products")
+    # The device, and the state to resume from.
+    device, state_folder, state, moments = begin(args, given, FIXED)
     fill_in(args, device)
     check(args, given)
 
     # The model and the data. A random model may need the size of the data's vocabulary.
-    home = torch.device("cpu") if args.shard else device.torch_device  # a sharded one need not fit on a GPU
+    place = device.torch_device
+    home = torch.device("cpu") if args.shard else place  # a sharded one need not fit on a GPU
     model = tokenizer = None
-    if state is not None:
+    if state:
         model, tokenizer = load_model(state_folder, home)
     elif args.init_from:
         model, tokenizer = pretrained_model(args, given, home)
@@ -129,31 +113,23 @@ def train(args, given):
     tokens = in_turn(prepare, corpus, tokenizer, pieces, args.vocabulary > 0)
     say(f"data {args.data}: {len(tokens.train):,} tokens to train on, {len(tokens.val):,} to validate")
     say(f"tokenizer {tokens.tokenizer.name}")
-    text = tokens.meta["train"]["sha256"]
-    refuse(state is not None and state["text"] != text, f"--data {args.data} is not the text that the run "
-           "began with: give that one, or another --out-dir")
     if model is None:
         model = random_model(args, tokens.tokenizer.vocab_size, home)
     model.train()
     tokens.check_fits(model.config.vocab_size)
     context = model.config.context
-    args.seq_len = args.seq_len or min(context, 1024 if device.torch_device.type == "cuda" else 256)
-    refuse(args.seq_len > context,
-           f"--seq-len {args.seq_len} is longer than the model's context of {context}")
+    args.seq_len = args.seq_len or min(context, 1024 if place.type == "cuda" else 256)
+    refuse(args.seq_len > context, f"--seq-len {args.seq_len} is longer than the model's {context}")
     check_length(tokens.train, args.seq_len, "training")
 
     # One process or several, the optimizers, and the folder of the run.
     strategy, optimizers = set_up(model, args, device, moments)
     count = args.batch_size * args.grad_accum          # sequences a step in this replica
     rows = count * strategy.replicas                   # and in all
-    check_rows(args, state, rows)
-    last = min(args.stop_at or args.max_iters, args.max_iters)
-    folder, stop = RunFolder(args, state, last), cli.StopSignal()
-    if folder.is_done():
-        return 0
+    folder = RunFolder(args, state, rows, tokens.meta["train"]["sha256"], device)
     warming = args.warm_start > 0 and rank_of(model) == 0
 
-    while folder.step < last:
+    while folder.step < folder.last_step and not folder.stopped:
         began, step = time.perf_counter(), folder.step
 
         # Method 3: less of W, more of B A. A warm start: from full rank to factors.
@@ -163,68 +139,64 @@ def train(args, given):
                 say(f"step {step}: alpha is 0, {finish_blend(model)} blended layers are low-rank from now on")
         if warming and step >= int(args.warm_start * args.max_iters):
             warming, moments = False, moments_of(model, optimizers)
-            line = replace_linears(model, args.rank, 2, args.embedding_rank, head=args.head == "lowrank")
-            say(f"step {step}: {line}")
+            say(f"step {step}: {replace_linears(model, args.rank, 2, head=args.head == 'lowrank')}")
             strategy, optimizers = set_up(model, args, device, moments)
 
-        # One step: rate, batch, forward and backward, clip, update.
-        rate = learning_rate(step, args)
-        set_rate(optimizers, rate)
+        # One step: batch, forward and backward, clip, update.
         x, y = train_batch(tokens.train, args.seq_len, rows, args.seed, step, strategy.replica * count, count)
-        x, y = x.to(device.torch_device), y.to(device.torch_device)  # (count, T)
-        batches = list(zip(x.split(args.batch_size), y.split(args.batch_size)))
+        batches = list(zip(x.to(place).split(args.batch_size), y.to(place).split(args.batch_size)))  # (B, T)
         loss = strategy.backward(batches, (args.seed, step))
         if args.grad_clip:
             strategy.clip(args.grad_clip)
-        step_all(optimizers)
-        folder.advance(time.perf_counter() - began)
+        rate = learning_rate(step, args)
+        step_all(optimizers, rate)
+        folder.advance(rows * args.seq_len, began)
 
         # Look, and save.
-        step, stopped = folder.step, any_process(stop.name is not None)
-        evaluates = step % args.eval_interval == 0 or step == last
-        if step == 1 or step % args.log_interval == 0 or evaluates or stopped:
-            loss = all_reduce(loss) / strategy.replicas
-            if not math.isfinite(loss):
-                raise folder.not_finite(f"the loss is {loss}", args, step)
-            row = dict(loss=loss, lr=rate, tokens=step * rows * args.seq_len)
+        evaluates = folder.due(args.eval_interval or -(-args.max_iters // 4))
+        if folder.step == 1 or evaluates or folder.stopped or folder.due(args.log_interval):
+            row = dict(loss=all_reduce(loss) / strategy.replicas, lr=rate)
             if evaluates:
-                row["val_loss"] = evaluate(strategy, tokens.val, args)
-                device.rate = max(device.rate, matmul_rate(device.torch_device, device.dtype))
-            row |= speed(model, folder.step_seconds(args.log_interval), rows, args, device)
-            folder.log("{tokens_per_second:.0f} tok/s {step_ms:.0f} ms {gb:.1f} GB mfu {mfu:.0%}".format(
-                gb=row["peak_memory_bytes"] / 1e9, **row), **row)
-        if stopped or step == last or step % args.save_interval == 0:
-            save(folder, model, tokens, optimizers, strategy, args, rows, text)
-        if stopped:
-            break
+                held_out = eval_batches(tokens.val, args.seq_len, args.batch_size, args.eval_tokens)
+                row["val_loss"] = strategy.evaluate(((x.to(place), y.to(place)), len(x)) for x, y in held_out)
+            tokens_seen = folder.step * rows * args.seq_len
+            folder.log(flops_per_token(model, args.seq_len, training=True), tokens=tokens_seen, **row)
+        if folder.stopped or folder.due(args.save_interval):
+            save(folder, model, tokens, optimizers, strategy)
 
-    finish(folder, model, rows, args, device, stop.name)
-    return folder.say_stopped("train.py", stop.name) if stop.name else 0
+    if folder.stopped:
+        return folder.say_stopped("train.py")
+
+    # The rounded model, summary.json, and what to type next.
+    if args.bits < 16 and is_first():
+        save_rounded(folder.path, args.bits)
+    with torch.device("meta"):
+        full_rank, parameters = count_parameters(Transformer(model.config)), count_parameters(model)
+    folder.finish(folder.path, model=args.init_from or args.model, rank=rank_of(model), method=args.method,
+                  bits=args.bits, parameters=parameters, parameters_full_rank=full_rank,
+                  compression=full_rank / parameters)
+    return 0
 
 
 def fill_in(args, device):
     """Give what was not given the value that depends on the device or on other arguments."""
     gpu = device.torch_device.type == "cuda"
-    has_muon = importlib.util.find_spec("beyond") is not None
-    optimizer = args.optimizer or ("muon" if has_muon and not args.init_from else "adamw")
-    method = args.method or (2 if args.init_from else 1)
+    muon = importlib.util.find_spec("beyond") and not args.init_from
+    args.method = args.method or (2 if args.init_from else 1)
+    args.optimizer = args.optimizer or ("muon" if muon else "adamw")
+    args.start = args.start or ("orthogonal" if args.optimizer == "muon" else "normal")
     lr = 1e-3
-    if args.init_from and optimizer == "adamw":  # whose first steps at 1e-3 raise the loss
-        lr = 3e-4 if method == 3 else 1e-4
-    steps = args.max_iters or (5000 if gpu else 150)
-    attention = "sdpa" if args.compile else faster_attention(device)
-    batch, parts = 16 if gpu else 4, args.microbatches or 1
-    batch += -batch % parts  # up to a multiple of the microbatches
-    values = dict(
-        model="gpt2", method=method, optimizer=optimizer, max_iters=steps, lr=lr, batch_size=batch,
-        warmup=min(200, steps // 10), eval_interval=-(-steps // 4),
-        recompute="block" if args.pipeline and args.schedule == "gpipe" else attention,
-        start="orthogonal" if optimizer == "muon" else "normal")
-    for name, value in values.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    if args.init_from and args.optimizer == "adamw":  # whose first steps at 1e-3 raise the loss
+        lr = 3e-4 if args.method == 3 else 1e-4
+    args.lr = args.lr or lr
+    args.max_iters = args.max_iters or (5000 if gpu else 150)
+    batch = 16 if gpu else 4
+    args.batch_size = args.batch_size or batch + -batch % (args.microbatches or 1)
     if args.pipeline and args.microbatches is None:
         args.microbatches = max(m for m in range(1, 4 * args.pipeline + 1) if args.batch_size % m == 0)
+    attention = "sdpa" if args.compile else faster_attention(device)
+    gpipe = args.pipeline and args.schedule == "gpipe"
+    args.recompute = args.recompute or ("block" if gpipe else attention)
 
 
 def faster_attention(device):
@@ -235,34 +207,29 @@ def faster_attention(device):
 
 def check(args, given):
     """Refuse what can't go together, before anything slow begins."""
-    config_for(args.model)  # refuses an unknown name
     refuse(args.init_from == "", "--init-from is empty: a folder, a file or a known name")
     decomposed = args.init_from and decomposed_from(args.init_from)
     refuse(args.method == 2 and not args.init_from,
            "--method 2 starts from the SVD of pretrained weights: say which with --init-from")
-    refuse(args.method == 1 and args.init_from and args.rank,
-           f"--method 1 starts from random factors, not from {args.init_from}: choose --method 2 or 3")
     refuse(args.method == 3 and not args.rank and not args.resume and not decomposed,
            "--method 3 blends into layers of a rank: give --rank, or --init-from a folder of decompose.py")
     refuse(args.rank and decomposed,
            f"{args.init_from} has ranks already: leave --rank {args.rank} out, or start from {decomposed}")
     refuse(args.bits < 16 and args.method == 3,
            f"--bits {args.bits} and --method 3 both change how a low-rank layer computes: leave one out")
-    refuse(args.shard and (args.pipeline or args.method == 3 or args.warm_start),
-           "--shard spreads one unchanging model: no --pipeline, --method 3 or warm_start with it")
-    refuse(args.shard and world_size() == 1,
-           "--shard needs several processes: torchrun --nproc_per_node N train.py ... --shard")
+    refuse(args.shard and (world_size() == 1 or args.pipeline or args.method == 3 or args.warm_start),
+           "--shard spreads one unchanging model over torchrun's processes: it needs several, and no "
+           "--pipeline, --method 3 or warm_start with it")
     refuse(not args.pipeline and given & {"microbatches", "schedule"},
            "--microbatches and --schedule are of a pipeline: give --pipeline N")
-    refuse((args.compile or args.recompute == "block") and args.schedule.startswith("zb"),
+    zero_bubble = args.schedule.startswith("zb")
+    refuse(zero_bubble and importlib.util.find_spec("beyond") is None,
+           f"--schedule {args.schedule} is in beyond/, which is not here: choose gpipe or 1f1b")
+    refuse(zero_bubble and (args.compile or args.recompute == "block"),
            f"--schedule {args.schedule} splits a block's backward pass, which --compile and --recompute "
            "block keep whole: leave one out, or --recompute sdpa")
     refuse(args.pipeline and args.batch_size % args.microbatches,
            f"--batch-size {args.batch_size} is not divisible into {args.microbatches} microbatches")
-    refuse(args.pipeline and world_size() % args.pipeline, f"{world_size()} processes can't form "
-           f"{args.pipeline} stages: torchrun --nproc_per_node {args.pipeline} train.py ..., or a multiple")
-    refuse(args.compile and shutil.which("g++") is None,
-           "--compile needs a C++ compiler: install g++, or leave it out")
 
 
 def pretrained_model(args, given, home):
@@ -275,7 +242,7 @@ def pretrained_model(args, given, home):
         refuse(getattr(named, key) != getattr(model.config, key), f"--init-from {args.init_from} is another "
                f"network than --model {args.model}: leave --model out")
     if args.rank:
-        say(replace_linears(model, args.rank, args.method, args.embedding_rank, head=args.head == "lowrank"))
+        say(replace_linears(model, args.rank, args.method, head=args.head == "lowrank"))
     elif args.method == 3:
         dense = open_dense(decomposed_from(args.init_from))
         say(blend_with(model, lambda name: dense.get(f"{name}.weight")))
@@ -294,7 +261,7 @@ def random_model(args, vocab_size, home):
         model = Transformer(config_for(args.model, dropout=args.dropout, **changes))
         line = f"full rank: {count_parameters(model) / 1e6:,.1f}M parameters"
         if args.rank and not args.warm_start:
-            line = replace_linears(model, args.rank, args.method, args.embedding_rank, start=args.start,
+            line = replace_linears(model, args.rank, args.method, start=args.start,
                                    head=args.head == "lowrank")
     say(line)
     size, memory = 4 * count_parameters(model), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -325,31 +292,9 @@ def set_up(model, args, device, moments):
         def loss_of(x, y):
             return head_loss(model.head, model.hidden(x), y)
         strategy = distribute(model, loss_of, device, args.shard)
-    optimizers = make_optimizers(model, args.lr, args.weight_decay, args.optimizer, strategy)
-    restore_moments(model, optimizers, moments, strategy.own_part)
+    optimizers = make_optimizers(model, args.lr, args.weight_decay, args.optimizer)
+    restore_moments(model, optimizers, moments)
     return strategy, optimizers
-
-
-@torch.no_grad()
-def evaluate(strategy, val, args):
-    """Mean loss over the same windows of the validation text at every call."""
-    strategy.model.eval()
-    device, total, count = strategy.device.torch_device, 0.0, 0
-    for x, y in eval_batches(val, args.seq_len, args.batch_size, args.eval_tokens):
-        loss = strategy.loss(x.to(device), y.to(device))
-        if loss is not None:  # None: another stage of the pipeline has it
-            total, count = total + loss.item() * len(x), count + len(x)
-    strategy.model.train()
-    return all_reduce(total) / all_reduce(count)
-
-
-def speed(model, seconds, rows, args, device):
-    """Tokens a second, a step's time, memory, and MFU: useful operations over what matrix products reach."""
-    tokens = rows * args.seq_len
-    flops = flops_per_token(model, args.seq_len, training=True) * tokens
-    return dict(tokens_per_second=tokens / seconds, step_ms=seconds * 1e3,
-                mfu=flops / seconds / (device.rate * world_size()),
-                peak_memory_bytes=peak_memory(device.torch_device))
 
 
 def rank_of(model):
@@ -357,39 +302,20 @@ def rank_of(model):
     return max((m.rank for m in model.modules() if isinstance(m, LowRankLinear)), default=0)
 
 
-def save(folder, model, tokens, optimizers, strategy, args, rows, text):
-    """Replace OUT/state. Process 0 writes the whole model, however it is spread over processes."""
-    folder.check_finite(strategy, args)
-    tensors, moments = strategy.gather(own_tensors(model)), strategy.gather(moments_of(model, optimizers))
-    if is_first():
-        state = dict(step=folder.step, rows=rows, text=text, args=vars(args), seconds=folder.seconds())
-        replace_state(args.out_dir, lambda new: save_model(new, model, tokens.tokenizer, tensors),
-                      moments, state)
-        shape = f"r = {rank_of(model)}" if rank_of(model) else "full rank"
-        plot_losses(folder.path, f"{args.init_from or args.model}, {shape}, on {Path(args.data).name}")
-    folder.saved()
+def save(folder, model, tokens, optimizers, strategy):
+    args = folder.args
+
+    def write(new, tensors):
+        save_model(new, model, tokens.tokenizer, tensors)
+    folder.save(strategy, own_tensors(model), moments_of(model, optimizers), write,
+                f"{args.init_from or args.model}, r = {rank_of(model)}, on {Path(args.data).name}")
 
 
-def finish(folder, model, rows, args, device, stopped_by):
-    """summary.json, with --bits the rounded model, and what to type next."""
-    with torch.device("meta"):
-        full_rank = count_parameters(Transformer(model.config))
-    parameters, seconds = count_parameters(model), folder.step_seconds()
-    model_bytes = 4 * parameters
-    if args.bits < 16 and is_first():
-        # from the saved state: exactly the model whose loss was measured
-        rounded, tokenizer = load_model(args.out_dir, bits=args.bits)
-        model_bytes = stored_bytes(rounded)
-        replace_model(folder.path / f"int{args.bits}", rounded, tokenizer)
-        say(f"{folder.path}/int{args.bits}/ has the {args.bits}-bit model, {model_bytes / 1e6:,.1f} MB")
-    folder.finish(
-        device, model=args.init_from or args.model, rank=rank_of(model), method=args.method, bits=args.bits,
-        parameters=parameters, parameters_full_rank=full_rank, compression=full_rank / parameters,
-        model_bytes=model_bytes, steps=folder.step, tokens=folder.step * rows * args.seq_len,
-        loss=folder.last("loss"), val_loss=folder.last("val_loss"), stopped_by=stopped_by,
-        arguments=vars(args), **speed(model, seconds, rows, args, device))
-    say(f"{folder.path}/ has the model, metrics.jsonl, summary.json and loss.png; try")
-    say(f"    python sample.py --model {folder.path} --prompt \"The file\"")
+def save_rounded(out, bits):
+    """OUT/int8 or OUT/int4, from the saved state: exactly the model whose loss was measured."""
+    model, tokenizer = load_model(out, bits=bits)
+    replace_model(out / f"int{bits}", model, tokenizer)
+    say(f"{out}/int{bits}/ has the {bits}-bit model, {stored_bytes(model) / 1e6:,.1f} MB")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def run_once(script, folder, *flags, **settings):
     refuse(made != wanted, f"{folder} holds a run of {made}, and {wanted} is asked for: remove it, or choose "
            "another --out-dir")
     summary = read_json(folder / "summary.json")
-    if not summary or summary.get("stopped_by"):
+    if not summary:
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(made_with, wanted)
         if any((folder / name).exists() for name in ("state", "state.previous")):

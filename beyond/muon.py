@@ -22,7 +22,7 @@ import math
 
 import torch
 
-from common.processes import Single
+from common.processes import own_part, whole
 
 # a, b, c of Jordan's Muon: steep at 0, so five rounds are enough; values end in 0.7 to 1.2
 ROUNDS = (3.4445, -4.7750, 2.0315)
@@ -51,12 +51,11 @@ class Muon(torch.optim.Optimizer):
     """P <- (1 - lr wd) P - lr 0.2 sqrt(max(m, n)) U V^T of the momentum, for every m x n matrix P.
 
     The factor gives a step the root mean square of AdamW's (Liu et al. 2502.16982), so that one learning rate
-    suits both. Matrices of one shape go through the rounds together. strategy: of processes.py.
+    suits both. Matrices of one shape go through the rounds together.
     """
 
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, strategy=Single):
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.strategy = strategy
 
     @torch.no_grad()
     def step(self):
@@ -66,13 +65,12 @@ class Muon(torch.optim.Optimizer):
                 U = orthogonalize(torch.stack([self.direction(P, group["momentum"]) for P in matrices]))
                 size = group["lr"] * 0.2 * math.sqrt(max(U.shape[-2:]))
                 for P, update in zip(matrices, U):
-                    update = self.strategy.own_part(update, P)
-                    P.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)
+                    P.mul_(1 - group["lr"] * group["weight_decay"]).add_(own_part(update, P), alpha=-size)
 
     def direction(self, P, momentum):
         """Nesterov's: the gradient and the sum of earlier ones with it, whole."""
         M = self.state[P].setdefault("momentum", torch.zeros_like(P))
-        return self.strategy.whole(P.grad.add(M.mul_(momentum).add_(P.grad), alpha=momentum))
+        return whole(P.grad.add(M.mul_(momentum).add_(P.grad), alpha=momentum))
 
 
 def batches_of_equals(matrices):

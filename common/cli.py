@@ -1,4 +1,4 @@
-"""What every command needs: errors in one line, flags, Ctrl-C as a flag, files never half written."""
+"""What every command needs: errors in one line, flags, a folder of its own, files never half written."""
 import argparse
 import errno
 import fcntl
@@ -10,12 +10,10 @@ import re
 import shutil
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.processes import rank, world_size
-
-LOCK = ".lock"  # the file of a folder that says which process uses it
 
 
 class InputError(ValueError):
@@ -45,7 +43,7 @@ def interrupt(number, frame):
 
 def command(main):
     """Run main() as a command: bad input and a full disk are one line on stderr and exit code 2."""
-    if not sys.flags.utf8_mode and locale.getpreferredencoding(False).lower() != "utf-8":
+    if locale.getpreferredencoding(False).lower() != "utf-8":
         os.environ["PYTHONUTF8"] = "1"  # all text is UTF-8, also where the locale is another
         os.execv(sys.executable, sys.orig_argv)
     signal.signal(signal.SIGINT, interrupt)
@@ -59,21 +57,17 @@ def command(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as e:
-        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and not e.filename:  # nothing about a place that the user chose
-            raise
-        in_cache = str(cache_dir()) in str(e.filename)
-        other = "set FINGPT_CACHE to another folder" if in_cache else "choose another --out-dir"
-        free = "free some space or " if full else ""
-        line = f"{e.strerror}: {e.filename or 'while writing'}: {free}{other}"
+        if not e.filename and e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise  # nothing about a place that the user chose
+        line = (f"{e.strerror}: {e.filename or 'while writing'}: free some space, or choose another "
+                "--out-dir or $FINGPT_CACHE")
     except (MemoryError, RuntimeError) as e:
         if not re.search("out of memory|allocate", str(e)):
             raise
         line = "out of memory: half the --batch-size, or --recompute block, needs less"
     except KeyboardInterrupt as e:
-        name = str(e) or "SIGINT"
-        print(f"\nstopped by {name}: what was not saved before is lost", file=sys.stderr)
-        sys.exit(128 + signal.Signals[name])
+        print(f"\nstopped by {e}: what was not saved before is lost", file=sys.stderr)
+        sys.exit(128 + signal.Signals[str(e)])
     print(f"error: {line}" if world_size() == 1 else f"error (process {rank()}): {line}", file=sys.stderr)
     sys.exit(2)
 
@@ -96,54 +90,34 @@ def move_aside(folder):
     names = (folder.with_name(f"{folder.name}-{n}") for n in itertools.count(1))
     aside = next(name for name in names if not name.exists())
     aside.mkdir()
-    for file in folder.iterdir():
-        if file.name != LOCK:  # the folder itself, and who uses it, stay
-            shutil.move(file, aside)
+    for file in folder.iterdir():  # the folder itself stays, and its lock
+        shutil.move(file, aside)
     return aside
 
 
 @contextmanager
 def alone_in(folder):
     """Inside, no other process comes here with this folder. A lock ends with its process, however that ends.
-    Of torchrun's processes the first one has it."""
+    Of torchrun's processes the first one has it. A folder in which nothing was left goes."""
     check_folder(folder)
     if rank() > 0:
         yield
         return
-    folder, new = Path(folder), not Path(folder).exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise InputError(f"process {lock.read()} uses {folder}: wait for its end, or choose another "
-                             "--out-dir") from None
-        except OSError as e:
-            say(f"{folder} can't be locked ({e.strerror}): start nothing else with this --out-dir")
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        try:
-            yield
-        finally:
-            (folder / LOCK).unlink(missing_ok=True)
-            if new and not any(folder.iterdir()):
-                folder.rmdir()
-
-
-class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a flag that a loop reads after a step; a second Ctrl-C ends at once."""
-
-    def __init__(self):
-        self.name = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._caught)
-
-    def _caught(self, number, frame):
-        if self.name:
-            interrupt(number, frame)
-        self.name = signal.Signals(number).name
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another process uses {folder}: wait for its end, or choose another "
+                         "--out-dir") from None
+    except OSError as e:  # some file systems of a network have no locks
+        say(f"{folder} can't be locked ({e.strerror}): start nothing else with this --out-dir")
+    try:
+        yield
+    finally:
+        os.close(handle)
+        with suppress(OSError):
+            os.rmdir(folder)
 
 
 def write_atomic(path, text):
@@ -190,13 +164,10 @@ class Parser(argparse.ArgumentParser):
 def number(kind, holds, wanted):
     """An argparse type: kind(text), refused with `wanted` unless holds(value)."""
     def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not holds(value):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
-        return value
+        with suppress(ValueError):
+            if holds(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
     return convert
 
 

@@ -3,8 +3,7 @@ import ctypes
 import platform
 import re
 import resource
-import sys
-import time
+import timeit
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,18 +24,16 @@ class Device:
         return torch.autocast(self.torch_device.type, torch.bfloat16, self.dtype == torch.bfloat16)
 
 
-def matmul_rate(device, dtype, n=None):
+def matmul_rate(device, dtype):
     """Operations a second of an n x n x n matrix product (2 n^3 operations), the best of six."""
-    n = n or (1024 if device.type == "cpu" else 8192)
+    n = 1024 if device.type == "cpu" else 8192
     a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
-        start = time.perf_counter()
+
+    def multiply():
         a @ b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n ** 3 / best
+    return 2 * n ** 3 / min(timeit.repeat(multiply, number=1, repeat=6))
 
 
 def find_device(dtype="auto"):
@@ -64,15 +61,12 @@ def find_device(dtype="auto"):
 def cpu_name():
     info = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else None
-    return model[1].strip() if model else f"{platform.processor() or platform.machine()} CPU"
+    return model[1].strip() if model else f"{platform.machine()} CPU"
 
 
 def keep_freed_memory():
-    """Tell glibc to keep the memory that tensors free instead of giving it back after every step.
-
-    A training step allocates and frees hundreds of megabytes. By default each large block is a fresh mapping,
-    and the kernel zeroes its pages again every step: on a virtual machine a third of a GPT-2 step's time.
-    """
+    """Tell glibc to keep the memory that tensors free. By default each large block is a fresh mapping, whose
+    pages the kernel zeroes again every step: on a virtual machine a third of a GPT-2 step's time."""
     if platform.libc_ver()[0] == "glibc":  # M_MMAP_THRESHOLD = -3, M_TRIM_THRESHOLD = -1 (malloc.h)
         ctypes.CDLL(None).mallopt(-3, 1 << 30)
         ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)
@@ -91,7 +85,7 @@ def peak_memory(device):
     status = Path("/proc/self/status")
     if status.exists():  # a child process inherits its parent's ru_maxrss, but not its VmHWM
         return int(re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.M)[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on a Mac, in bytes
 
 
 def stored_bytes(model):

@@ -32,13 +32,6 @@ def compute_dtype(x):
     return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
-def scaled(gradient, factor):
-    """factor * gradient, without a pass over it if factor is 1 (on a GPU, to look would mean to wait)."""
-    if gradient is None or factor.device.type == "cpu" and factor == 1:
-        return gradient
-    return gradient * factor
-
-
 class MatrixLoss(torch.autograd.Function):
     """Mean cross entropy of logits = h W^T. h (N, C), W (V, C), targets (N)."""
 
@@ -79,7 +72,9 @@ class MatrixLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dh, dW = ctx.saved_tensors
-        return scaled(dh, grad), scaled(dW, grad), None, None, None
+        if grad.device.type != "cpu" or grad != 1:  # on a GPU, to look would mean to wait
+            dh, dW = (None if g is None else g * grad for g in (dh, dW))
+        return dh, dW, None, None, None
 
 
 def loss_sum(head, h, targets):

@@ -1,26 +1,19 @@
 """The processes of a run, as torchrun starts them, and the strategies by which they train one model.
 
 A step's whole batch is shared out among the `replicas` of the model. One object, the strategy, stands between
-a training loop and the processes:
+a training loop and the processes. With N processes and P parameters, 4 bytes each, and AdamW's two moments:
 
-    Single        one process
-    Replicas      every process has the whole model and a share of the batch (torch's DistributedDataParallel)
-    Sharded       the same, but parameters, gradients and moments are spread over the processes (fully_shard)
-    Pipeline      every process has some of the blocks; by hand, in pipeline.py
-
-What data parallelism costs with N processes and P parameters, 4 bytes each, and AdamW's two moments:
-
-                  memory of a process          sent by a process in a step
-    Replicas      16 P                         2 P numbers: the gradients, around a ring and back
-    Sharded       16 P / N, and one block      3 P numbers: parameters forward and backward, gradients once
+              in each process                memory, bytes       numbers that it sends in a step
+    replicas  the whole model                16 P                2 P: gradients, around a ring and back
+    sharded   a share of each parameter      16 P / N, a block   3 P: parameters in both passes, gradients
+    pipeline  some of the blocks, by hand    16 P / N            activations (pipeline.py)
 
     strategy = distribute(model, loss_of, device)
     loss = strategy.backward(batches, seed)    # the gradients of the whole batch's mean loss are in .grad now
     strategy.clip(1.0)                         # the norm of the whole gradient
-    strategy.loss(*batch)                      # without a gradient
+    strategy.evaluate(weighted_batches)        # their mean loss
     strategy.gather(tensors)                   # whole tensors, in process 0
 """
-import math
 import os
 from contextlib import contextmanager
 
@@ -28,13 +21,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+from torch.nn.parallel import DistributedDataParallel
 
 
 def from_torchrun(name, alone):
-    """What torchrun's variable says; `alone` unless all are there: other programs leave some of them set."""
-    return int(os.environ[name]) if all(os.environ.get(variable) for variable in TORCHRUN) else alone
+    """What torchrun's variable says; `alone` without torchrun: other programs set some of them too."""
+    return int(os.environ[name]) if dist.is_torchelastic_launched() else alone
 
 
 def rank():
@@ -93,8 +85,8 @@ def seed_random(*numbers):
 
 
 class AnyForward(nn.Module):
-    """A forward pass that calls any function of the model's parts, a loss or a generation: what
-    DistributedDataParallel and fully_shard watch are forward passes."""
+    """A forward pass that is any function of the model's parts, a loss or a generation: forward passes are
+    what DistributedDataParallel and fully_shard watch."""
 
     def __init__(self, model):
         super().__init__()
@@ -105,21 +97,18 @@ class AnyForward(nn.Module):
 
 
 class Single:
-    """One process. loss_of(*batch) -> mean loss; device: a common.device.Device."""
-    replica, replicas = 0, 1   # which share of the batch this process takes
+    """One process, or replicas, whose parameters may be sharded; `distribute` makes it.
+    loss_of(*batch) -> mean loss; device: a common.device.Device."""
 
     def __init__(self, model, loss_of, device):
         self.model, self.loss_of, self.device = model, loss_of, device
+        self.replica, self.replicas = rank(), world_size()  # which share of the batch this process takes
         self.module = AnyForward(model)
-
-    def run(self, function, *args):
-        """function(*args), which may use the model's parts."""
-        return self.module(function, *args)
 
     def loss(self, *batch):
         """The mean loss of a batch, under autocast; None where another process has it."""
         with self.device.autocast():
-            return self.run(self.loss_of, *batch)
+            return self.module(self.loss_of, *batch)
 
     def backward(self, batches, seed, weights=None):
         """Add the gradients of this process's batches, one after the other; returns their weighted loss.
@@ -138,6 +127,19 @@ class Single:
             total += loss.detach()
         return total
 
+    @torch.no_grad()
+    def evaluate(self, batches):
+        """The mean loss over pairs (batch, weight), in all processes; None where there are none."""
+        self.model.eval()
+        total = count = 0
+        for batch, weight in batches:
+            loss = self.loss(*batch)
+            if loss is not None:  # None: another stage of a pipeline has it
+                total, count = total + loss.item() * weight, count + weight
+        self.model.train()
+        total, count = all_reduce(total), all_reduce(count)
+        return total / count if count else None
+
     def own_parameters(self):
         return [p for p in self.model.parameters() if p.requires_grad and not p.is_meta]
 
@@ -145,83 +147,53 @@ class Single:
         """Scale the gradients so that their norm, over all parameters, is at most `largest`."""
         torch.nn.utils.clip_grad_norm_(self.own_parameters(), largest)
 
-    def is_finite(self):
-        """Whether all parameters that this process keeps, or knows of, are finite."""
-        return self.whole(nn.utils.get_total_norm(self.own_parameters(), math.inf)).isfinite().item()
-
     def gather(self, tensors):
         """name -> whole tensor in process 0, {} in the others. tensors: name -> this process's part."""
-        return {name: t.detach() for name, t in tensors.items()} if is_first() else {}
-
-    @staticmethod
-    def whole(tensor):
-        """The tensor of which this process may keep a part only."""
-        return tensor
-
-    @staticmethod
-    def own_part(tensor, parameter):
-        """This process's part of a whole tensor that belongs to a parameter, as optimizers' moments do."""
-        return tensor.to(parameter.device)
-
-
-class Replicas(Single):
-    """Data parallelism: gradients are averaged over the processes while the backward pass computes others."""
-
-    def __init__(self, model, loss_of, device):
-        super().__init__(model, loss_of, device)
-        self.replica, self.replicas = rank(), world_size()
-        devices = [device.torch_device] if device.torch_device.type == "cuda" else None
-        self.module = nn.parallel.DistributedDataParallel(self.module, devices, broadcast_buffers=False)
-
-
-class Sharded(Single):
-    """Fully sharded data parallelism, for a model of which no GPU can hold a whole replica. A block's
-    parameters are gathered right before it computes and let go right after, in both passes; its gradients are
-    averaged and handed out in the same parts. Embedding, head and norms are one more such unit."""
-
-    def __init__(self, model, loss_of, device):
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard  # two seconds to import
-        super().__init__(model, loss_of, device)
-        self.replica, self.replicas = rank(), world_size()
-        mesh = init_device_mesh(device.torch_device.type, (world_size(),))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.module, mesh=mesh, reshard_after_forward=True)
-        self.run(self.gather_once)
-
-    def gather_once(self):
-        """Make the tensors that parameters are gathered in. Made later, under the torch.inference_mode in
-        which scores are taken, they could not learn."""
-        for block in self.model.blocks:
-            block.unshard()
-            block.reshard()
-
-    def gather(self, tensors):
         gathered = {}
         for name, tensor in tensors.items():
-            tensor = self.whole(tensor)  # every process must take part
+            tensor = whole(tensor).detach()  # every process takes part
             if is_first():
-                gathered[name] = tensor.detach().cpu()
+                gathered[name] = tensor.cpu()
         return gathered
-
-    @staticmethod
-    def whole(tensor):
-        from torch.distributed.tensor import DTensor
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-    @staticmethod
-    def own_part(tensor, parameter):
-        """Every process has read the same file, so each cuts its own part. Scalars stay whole."""
-        from torch.distributed.tensor import DTensor, distribute_tensor
-        tensor = tensor.to(parameter.device)
-        if not isinstance(parameter, DTensor) or tensor.dim() == 0:
-            return tensor
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def distribute(model, loss_of, device, shard=False):
-    """The one of these that fits the number of processes."""
-    if world_size() == 1:
-        return Single(model, loss_of, device)
-    return Sharded(model, loss_of, device) if shard else Replicas(model, loss_of, device)
+    """The strategy of one process, or of torchrun's.
+
+    shard: fully sharded data parallelism, for a model too large for one GPU. A block's parameters are
+    gathered right before it computes and let go right after, in both passes; its gradients are averaged and
+    handed out in the same parts. Embedding, head and norms are one more such unit.
+    """
+    strategy = Single(model, loss_of, device)
+    if shard:
+        from torch.distributed.fsdp import fully_shard  # two seconds to import
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(strategy.module, reshard_after_forward=True)
+
+        def gather_once():
+            """Make the tensors that parameters are gathered in. Made later, under the torch.inference_mode in
+            which scores are taken, they could not learn."""
+            for block in model.blocks:
+                block.unshard()
+                block.reshard()
+        strategy.module(gather_once)
+    elif world_size() > 1:  # gradients are averaged while the backward pass computes others
+        gpus = [device.torch_device] if device.torch_device.type == "cuda" else None
+        strategy.module = DistributedDataParallel(strategy.module, gpus, broadcast_buffers=False)
+    return strategy
+
+
+def whole(tensor):
+    """The tensor, or all of one of which fully_shard leaves a part in each process (a DTensor)."""
+    return tensor if type(tensor) in (torch.Tensor, nn.Parameter) else tensor.full_tensor()
+
+
+def own_part(tensor, parameter):
+    """This process's part of a whole tensor that belongs to a parameter, as optimizers' moments do: every
+    process has read the same file. Scalars stay whole."""
+    tensor = tensor.to(parameter.device)
+    if type(parameter) is nn.Parameter or tensor.dim() == 0:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""A training run: its arguments, the state it goes on from, and its folder.
+"""A training run: how it begins, or goes on, and its folder. train.py and finetune.py have it in common.
 
     OUT/metrics.jsonl    a line for each logged step: {"step": 10, "loss": 7.1, ...}
     OUT/summary.json     one object at the end: parameters, losses, tokens/s, memory, seconds, device, ...
@@ -7,20 +7,21 @@
 """
 import argparse
 import json
+import math
 import os
+import signal
 import statistics
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.cli import InputError, move_aside, refuse, say, write_atomic
-from common.device import peak_memory
+from common.cli import InputError, interrupt, move_aside, refuse, say, write_atomic
+from common.device import find_device, peak_memory
 from common.processes import all_reduce, any_process, barrier, is_first, world_size
-
-# They say how a run is continued, not what it is.
-NOT_RESTORED = ("resume", "stop_at", "out_dir", "shard")
+from common.storage import read_state, replace_state
 
 
 def parse(parser, argv, settings, changes):
@@ -35,151 +36,169 @@ def parse(parser, argv, settings, changes):
     return args, given | changes.keys()
 
 
-def must_resume(args):
-    """Whether the run goes on: by --resume, or as torchrun --max-restarts began it again and has a state.
+def holds_run(folder):
+    return any((Path(folder) / name).exists() for name in ("state", "state.previous", "summary.json"))
 
-    On several machines only some may count the restart: if one does, all go on.
+
+def begin(args, given, fixed):
+    """(device, state folder, state.json, moments): what a run begins with. The last three are those of the
+    run that it goes on from, None, {} and {} for a new one.
+
+    It goes on with --resume, or where torchrun --max-restarts began it again and there is a state. A saved
+    argument is replaced by one that is given now, but for those named in `fixed`.
     """
+    folder, state, moments = None, {}, {}
+    # on several machines only some may count the restart: if one does, all go on
     restarted = any_process(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-    has_state = any((Path(args.out_dir) / name).exists() for name in ("state", "state.previous"))
-    return args.resume or restarted and has_state
-
-
-def restore_arguments(args, given, saved, fixed):
-    """Give args the saved run's values. What was given now replaces them, but not those named in `fixed`."""
-    for name in fixed:
-        refuse(name in given and getattr(args, name) != saved.get(name),
-               f"--{name.replace('_', '-')} {getattr(args, name)} differs from the {saved.get(name)} of the "
-               "run that --resume continues: leave it out, or start another run with another --out-dir")
-    for name, value in saved.items():
-        if name not in given and name not in NOT_RESTORED:
-            setattr(args, name, value)
-
-
-def check_rows(args, state, rows):
-    """A step of a resumed run must have as many rows as before, however they are divided among processes."""
-    if state and state["rows"] != rows:
-        raise InputError(f"a step of the run that --resume continues has {state['rows']} rows, and {rows} "
-                         f"with --batch-size {args.batch_size}, --grad-accum {args.grad_accum} and world "
-                         f"size {world_size()}: change one of them")
+    if args.resume or restarted and holds_run(args.out_dir):
+        folder, state, moments = read_state(args.out_dir)
+        saved = state["args"]
+        for name in fixed:
+            refuse(name in given and getattr(args, name) != saved.get(name),
+                   f"--{name.replace('_', '-')} {getattr(args, name)} differs from the {saved.get(name)} of "
+                   "the run that --resume continues: leave it out, or give another --out-dir")
+        how = {"resume", "stop_at", "out_dir", "shard"}  # a run is continued, not what it is
+        for name in saved.keys() - given - how:
+            setattr(args, name, saved[name])
+    device = find_device(args.dtype)
+    args.dtype = str(device.dtype).removeprefix("torch.")  # a resumed run computes as it began
+    say(f"device {device.name}" + (f", {world_size()} processes" if world_size() > 1 else ""))
+    say(f"dtype {args.dtype} ({device.why}), {device.rate / 1e12:.2f} TFLOPS in products")
+    return device, folder, state, moments
 
 
 class RunFolder:
-    """OUT and the lines on the terminal. Only the first process writes.
+    """OUT, the lines on the terminal, and the signals that end the run. Only the first process writes.
 
-    state: of the run that is resumed; None for a new one, and an earlier run in the folder is moved aside.
+    state: of the run that is resumed; {} for a new one, and an earlier run in the folder is moved aside.
+    rows: of a step, in all processes; text: a checksum of the data.
     """
 
-    def __init__(self, args, state, last_step):
-        self.path, self.last_step = Path(args.out_dir), last_step
-        self.step = self.saved_at = state["step"] if state else 0
-        self.seconds_before, self.started = state["seconds"] if state else 0.0, time.perf_counter()
-        self.times, self.rows = [], []  # seconds of each step; rows of metrics.jsonl
-        self.bar = tqdm(total=last_step, initial=self.step, unit=" steps", dynamic_ncols=True, delay=1e-3,
-                        disable=None if is_first() else True)
+    def __init__(self, args, state, rows, text, device):
+        refuse(state.get("text", text) != text, "the data is not what the run that --resume continues began "
+               "with: give that, or another --out-dir")
+        if state.get("rows", rows) != rows:
+            raise InputError(f"a step of the run that --resume continues has {state['rows']} rows, and "
+                             f"{rows} with --batch-size {args.batch_size}, --grad-accum {args.grad_accum} "
+                             f"and world size {world_size()}: change one of them")
+        self.args, self.path, self.device = args, Path(args.out_dir), device
+        self.constants = dict(rows=rows, text=text)
+        self.last_step = min(args.stop_at or args.max_iters, args.max_iters)
+        self.step = self.saved_at = state.get("step", 0)
+        self.started = time.perf_counter() - state.get("seconds", 0)
+        self.times, self.rates, self.logged = [], [], []  # of each step: seconds, tokens a second; metrics
+        self.bar = tqdm(total=self.last_step, initial=self.step, unit=" steps", dynamic_ncols=True,
+                        delay=1e-3, disable=None if is_first() else True)
         if is_first():
-            names = ("state", "state.previous", "summary.json")
-            if state is None and any((self.path / name).exists() for name in names):
+            if not state and holds_run(self.path):
                 aside = move_aside(self.path)
                 say(f"{self.path} held an earlier run: moved to {aside} (to go on with it: --resume "
                     f"--out-dir {aside})")
-            self.path.mkdir(parents=True, exist_ok=True)
-            if state is not None:
-                logged = read_metrics(self.path / "metrics.jsonl")
-                self.rows = [row for row in logged if row["step"] <= self.step]
-            write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+            logged = read_metrics(self.path / "metrics.jsonl")
+            self.logged = [row for row in logged if row["step"] <= self.step]
+            write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.logged))
+        self.signal, self.stopped = None, False  # what this process has caught; whether any process has
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.caught)
 
-    def last(self, key):
-        """The last value that was logged under this name, by an earlier process of the run too, or None."""
-        return next((row[key] for row in reversed(self.rows) if key in row), None)
+    def caught(self, number, frame):
+        """Ctrl-C or SIGTERM: the run ends after this step. A second one ends it at once."""
+        if self.signal:
+            interrupt(number, frame)
+        self.signal = signal.Signals(number)
 
-    def is_done(self):
-        """Whether a resumed run has nothing left to do and its summary is there: it is left as it is."""
-        done = self.step >= self.last_step and (self.path / "summary.json").exists()
-        if done:
-            say(f"{self.path} has its {self.step} steps already (--max-iters or --stop-at beyond {self.step} "
-                "go on)")
-        return done
-
-    def advance(self, seconds):
+    def advance(self, tokens, began):
+        """A step is done, of so many tokens, that began at this time."""
         self.step += 1
-        self.times.append(seconds)
+        self.times.append(time.perf_counter() - began)
+        self.rates.append(tokens / self.times[-1])
+        self.stopped = any_process(self.signal is not None)
         self.bar.update()
 
-    def seconds(self):
-        return self.seconds_before + time.perf_counter() - self.started
+    def due(self, interval):
+        """Whether the step is one of those in this interval, or the last one."""
+        return self.step % interval == 0 or self.step == self.last_step
 
-    def step_seconds(self, last=0):
-        """The median time of a step, of the last ones if so many are given."""
-        return statistics.median(self.times[-last:] or [self.seconds() / max(1, self.step)])
-
-    def log(self, line, **row):
-        """A line of metrics.jsonl, and one on the terminal."""
+    def log(self, flops=None, **row):
+        """A line of metrics.jsonl, and one on the terminal. row: loss, lr and more. flops: of a token, for
+        MFU, useful operations over what matrix products reach. Refuses a loss that is not finite."""
+        if not math.isfinite(row["loss"]):
+            raise self.not_finite(f"the loss is {row['loss']}")
+        seconds, rate = (statistics.median(x[-self.args.log_interval:]) for x in (self.times, self.rates))
+        memory = peak_memory(self.device.torch_device)
+        row = dict(step=self.step, **row, tokens_per_second=rate, step_ms=seconds * 1e3,
+                   peak_memory_bytes=memory)
+        line = f"{rate:.0f} tok/s {seconds * 1e3:.0f} ms {memory / 1e9:.1f} GB"
+        if flops:
+            row["mfu"] = flops * rate / (self.device.rate * world_size())
+            line += f" mfu {row['mfu']:.0%}"
         if is_first():
-            self.rows.append(dict(step=self.step, **row))
+            self.logged.append(row)
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(self.rows[-1]) + "\n")
-            left = time.strftime("%H:%M:%S", time.gmtime((self.last_step - self.step) * self.step_seconds()))
+                file.write(json.dumps(row) + "\n")
+            left = time.strftime("%H:%M:%S", time.gmtime((self.last_step - self.step) * seconds))
             self.bar.write(f"step {self.step} loss {row['loss']:.4f} lr {row['lr']:.1e} {line} left {left}")
             if row.get("val_loss") is not None:
                 self.bar.write(f"step {self.step} val_loss {row['val_loss']:.4f}")
 
-    def saved(self):
-        """Every process has reached this place, and the state of this step is on disk."""
+    def not_finite(self, what):
+        return InputError(f"{what} at step {self.step}: the run stops, {self.path}/state keeps step "
+                          f"{self.saved_at}. A smaller --lr than {self.args.lr:g} usually helps")
+
+    def save(self, strategy, tensors, moments, write, title, **more):
+        """Replace OUT/state, and the plot. Process 0 writes, by write(folder, tensors), the whole model,
+        however it is spread over processes; weights that are not finite replace no good ones. more: what
+        else state.json keeps."""
+        tensors, moments = strategy.gather(tensors), strategy.gather(moments)
+        if any_process(not all(t.isfinite().all() for t in tensors.values())):
+            raise self.not_finite("some weights are not finite")
+        if is_first():
+            state = self.constants | more | dict(
+                step=self.step, args=vars(self.args), seconds=time.perf_counter() - self.started)
+            replace_state(self.path, lambda new: write(new, tensors), moments, state)
+            self.plot(title)
         barrier()
         self.saved_at = self.step
 
-    def finish(self, device, **summary):
-        """summary.json: what is given, and what the run took, over all its processes."""
-        self.bar.close()
-        memory, seconds = peak_memory(device.torch_device), self.seconds()
-        cost = dict(
-            peak_memory_bytes=int(all_reduce(memory, dist.ReduceOp.MAX)),
-            peak_memory_bytes_total=int(all_reduce(memory)), seconds=seconds, devices=world_size(),
-            device_hours=world_size() * seconds / 3600, device=device.name, dtype=str(device.dtype)[6:])
-        if is_first():
-            write_atomic(self.path / "summary.json", json.dumps(summary | cost, indent=2, default=str) + "\n")
+    def plot(self, title):
+        """OUT/loss.png: training loss of every logged step and validation loss where it was taken."""
+        from matplotlib.figure import Figure
+        figure = Figure((7, 4), dpi=120, layout="constrained")
+        axes = figure.subplots()
+        for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+            rows = [row for row in self.logged if row.get(key) is not None]
+            axes.plot([row["step"] for row in rows], [row[key] for row in rows], style, label=label)
+        axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+        axes.legend()
+        figure.savefig(self.path / "loss.png")
 
-    def not_finite(self, what, args, step):
-        return InputError(f"{what} at step {step}: the run stops, {self.path}/state keeps step "
-                          f"{self.saved_at}. A smaller --lr than {args.lr:g} usually helps")
-
-    def check_finite(self, strategy, args):
-        """Refuse, in all processes, to replace a good state by one with parameters that are not finite."""
-        if any_process(not strategy.is_finite()):
-            raise self.not_finite("some weights are not finite", args, self.step)
-
-    def say_stopped(self, script, signal_name):
+    def say_stopped(self, script):
         """The last lines of a run that was stopped; returns its exit code."""
-        say(f"stopped by {signal_name} after step {self.step}, saved; go on with")
+        number = self.signal or signal.SIGTERM  # which another process has caught
+        say(f"stopped by {number.name} after step {self.step}, saved; go on with")
         say(f"    python {script} --resume --out-dir {self.path}")
-        return 130 if signal_name == "SIGINT" else 143
+        return 128 + number
+
+    def finish(self, result, **summary):
+        """summary.json: what was logged last, what is given, and what the run took, over all its processes.
+        And what to type next; result: for sample.py --model."""
+        self.bar.close()
+        memory, seconds = peak_memory(self.device.torch_device), time.perf_counter() - self.started
+        summary |= dict(peak_memory_bytes=int(all_reduce(memory, dist.ReduceOp.MAX)),
+                        peak_memory_bytes_total=int(all_reduce(memory)), devices=world_size(),
+                        device_hours=world_size() * seconds / 3600, seconds=seconds,
+                        device=self.device.name, arguments=vars(self.args))
+        if is_first():
+            last = {key: value for row in self.logged for key, value in row.items()}
+            write_atomic(self.path / "summary.json", json.dumps(last | summary, indent=2) + "\n")
+        say(f"{self.path}/ has the result, metrics.jsonl, summary.json and loss.png; try")
+        say(f"    python sample.py --model {result} --prompt \"The file\"")
 
 
 def read_metrics(path):
     """Rows of a metrics.jsonl; a last line cut short by a kill is dropped."""
-    rows, path = [], Path(path)
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
+    rows = []
+    with suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return rows
-
-
-def plot_losses(folder, title):
-    """OUT/loss.png: training loss of every logged step and validation loss where it was taken."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7, 4), dpi=120, layout="constrained")
-    logged = read_metrics(folder / "metrics.jsonl")
-    for key, label, marker in (("loss", "training", ""), ("val_loss", "validation", "o")):
-        rows = [row for row in logged if row.get(key) is not None]
-        ax.plot([row["step"] for row in rows], [row[key] for row in rows], label=label, marker=marker, ms=4)
-    ax.set(title=title, xlabel="step", ylabel="loss (nats per token)")
-    ax.grid(alpha=0.3)
-    ax.legend()
-    fig.savefig(folder / "loss.partial.png")
-    plt.close(fig)
-    os.replace(folder / "loss.partial.png", folder / "loss.png")

@@ -20,6 +20,7 @@ import finetune
 from checkpoint import load_model, replace_model, save_model
 from common.adapters import base_id, load_adapter, our_name, read_adapter, save_adapter, take_off
 from common.cli import InputError
+from common.device import find_device
 from common.formats import export
 from common.loss import head_loss
 from common.storage import read_state
@@ -204,8 +205,8 @@ def test_it_learns_scores_and_leaves_an_adapter(base, tmp_path, capsys):
     model, tokenizer = load_model(base, bits=8)  # what the summary says of the saved adapter can be had again from the folder
     load_adapter(model, out, base_id(base))
     examples = sets.draw(made_up_headlines(1200, 0)[:300], 60)
-    found = evaluation.score_task(model.eval(), tokenizer, finetune.find_device("float32"), "made-up", examples)
-    batches = score.score_in_batches(model, tokenizer, examples, finetune.find_device("float32"))
+    found = evaluation.score_task(model.eval(), tokenizer, find_device("float32"), "made-up", examples)
+    batches = score.score_in_batches(model, tokenizer, examples, find_device("float32"))
     rows = [(e.label, max(range(3), key=scores.__getitem__)) for batch in batches for e, scores, _, _ in batch]
     f1 = f1_score(*zip(*rows), average="weighted")
     assert found["likeliest"]["f1"] == pytest.approx(f1)
@@ -478,7 +479,7 @@ def test_a_run_goes_on_with_its_own_rows_alone(base, tmp_path):
     file.write_text(json.dumps(rows))
     call("--base", base, "--task", file, "--max-iters", 4, "--out-dir", out, *QUIET, stop_at=2)
     file.write_text(json.dumps([dict(instruction="Repeat.", input="new", output="new"), *rows]))
-    with pytest.raises(InputError, match="rows.json has not the rows that the run began with: give those"):
+    with pytest.raises(InputError, match="the data is not what the run that --resume continues began with: give"):
         finetune.main(["--resume", "--out-dir", out])
     file.write_text(json.dumps(rows, indent=1))  # written in another way, the same rows
     assert finetune.main(["--resume", "--out-dir", out]) == 0 and max(losses(tmp_path / "out")) == 4

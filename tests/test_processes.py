@@ -47,18 +47,18 @@ import torch, torch.distributed as dist
 from lowrank import replace_linears
 from model import Transformer, config_for
 from common.device import find_device
-from common.processes import Sharded
+from common.processes import distribute, own_part
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = Transformer(config_for("tiny", vocab_size=512))
 model.init_weights()
 replace_linears(model, 8)
 before = {{name: p.detach().clone() for name, p in model.named_parameters()}}
-strategy = Sharded(model, None, find_device("float32"))
+strategy = distribute(model, None, find_device("float32"), shard=True)
 here = sum(p.to_local().numel() for p in model.parameters())
 print(f"SHARE {{here / sum(p.numel() for p in model.parameters())}}", flush=True)
 after = strategy.gather(dict(model.named_parameters()))
-parts = all(torch.equal(strategy.own_part(before[name], p).to_local(), p.to_local()) for name, p in model.named_parameters())
+parts = all(torch.equal(own_part(before[name], p).to_local(), p.to_local()) for name, p in model.named_parameters())
 came_back = dist.get_rank() != 0 or all(torch.equal(after[name], value) for name, value in before.items())
 print(f"PARTS {{parts}} WHOLE {{came_back}}", flush=True)
 dist.destroy_process_group()

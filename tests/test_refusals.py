@@ -85,7 +85,7 @@ def test_a_run_goes_on_with_the_same_text_wherever_it_lies_and_with_no_other(pla
     (tmp_path / "elsewhere").mkdir()
     shutil.copy("book.txt", tmp_path / "elsewhere")
     (tmp_path / "other.txt").write_text((place / "book.txt").read_text() + "and more")
-    with pytest.raises(InputError, match="other.txt is not the text that the run began with"):
+    with pytest.raises(InputError, match="the data is not what the run that --resume continues began with"):
         train.main(["--resume", "--data", str(tmp_path / "other.txt"), "--out-dir", str(tmp_path / "run")])
     assert train.main(["--resume", "--data", str(tmp_path / "elsewhere" / "book.txt"), "--out-dir", str(tmp_path / "run")]) == 0
 
