@@ -22,7 +22,7 @@ import torch
 
 from checkpoint import decomposed_from, load_model, open_dense, own_tensors, replace_model, save_model
 from common.cli import Parser, alone_in, at_least_0, at_least_1, command, positive, refuse, say, seed
-from common.data import check_length, eval_batches, open_corpus, prepare, train_batch
+from common.data import eval_batches, open_corpus, prepare, train_batch
 from common.device import stored_bytes
 from common.loss import head_loss
 from common.optimizers import learning_rate, make_optimizers, moments_of, restore_moments, step_all
@@ -116,11 +116,10 @@ def train(args, given):
     if model is None:
         model = random_model(args, tokens.tokenizer.vocab_size, home)
     model.train()
-    tokens.check_fits(model.config.vocab_size)
     context = model.config.context
     args.seq_len = args.seq_len or min(context, 1024 if place.type == "cuda" else 256)
     refuse(args.seq_len > context, f"--seq-len {args.seq_len} is longer than the model's {context}")
-    check_length(tokens.train, args.seq_len, "training")
+    tokens.check(model.config.vocab_size, args.seq_len)
 
     # One process or several, the optimizers, and the folder of the run.
     strategy, optimizers = set_up(model, args, device, moments)

@@ -6,8 +6,7 @@
 A corpus is turned once into a folder of token files, which training reads through memory maps:
 
     train.bin, val.bin   token ids, little-endian uint16 (uint32 when the vocabulary needs it)
-    meta.json            tokenizer, dtype, counts, sha256 of both files
-    tokenizer.json, tokenizer_config.json
+    meta.json            tokenizer, dtype, counts, sha256 of both files; and the tokenizer's own files
 
 Texts pass through in documents, some hundred at a time: a corpus never has to fit in memory.
 """
@@ -19,21 +18,19 @@ import itertools
 import json
 import os
 import re
-import shutil
 import sysconfig
 import tempfile
 import zlib
 from collections import namedtuple
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.cli import InputError, cache_dir, refuse, say, write_atomic
+from common.cli import InputError, cache_dir, refuse, say
 from common.download import openwebtext
-from common.tokenizer import gpt2_tokenizer, load_tokenizer, train_tokenizer
+from common.tokenizer import gpt2_tokenizer, load_tokenizer, parse_json, read_json, train_tokenizer
 
 DOCUMENT = 8192  # characters: longer texts are cut about here, so that a few books have some for validation
 BATCH = 256      # documents that are encoded together
@@ -41,7 +38,6 @@ CALIBRATION_TOKENS, CALIBRATION_WINDOW = 16384, 512  # more text changes the sec
 NOT_TEXT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "pydoc_data", "lib2to3",
             "turtledemo"}
 SUFFIXES = (".txt", ".md", ".jsonl")  # of the files of a folder that are read, also with .gz behind
-PACKED = {b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "parquet", b"PK\3\4": "zip"}  # by their first bytes
 
 
 # key changes when the text does; documents() yields strings, `total` of them if that is known; each
@@ -62,12 +58,11 @@ def open_corpus(data, data_dir):
 def builtin_documents():
     """Text that every Python has: its documentation topics and the standard library's docstrings, 2 MB."""
     from pydoc_data.topics import topics
-    for name in sorted(topics):
-        yield unwrap(topics[name])
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        if NOT_TEXT.isdisjoint(path.relative_to(root).parts):
-            yield from docstrings(path)
+    modules = [p for p in sorted(root.rglob("*.py")) if NOT_TEXT.isdisjoint(p.relative_to(root).parts)]
+    for text in itertools.chain((topics[name] for name in sorted(topics)), map(docstrings, modules)):
+        if text:  # a line end before a letter at the margin is where an editor broke a paragraph
+            yield re.sub(r"(?<=\S)\n(?=[^\W_])", " ", text)
 
 
 def docstrings(path):
@@ -75,41 +70,33 @@ def docstrings(path):
     try:
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     except (SyntaxError, UnicodeDecodeError):
-        return  # templates and deliberately broken files
+        return ""  # templates and deliberately broken files
     found = []
     for node in nodes:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
             name = path.stem if isinstance(node, ast.Module) else node.name
             found.append(f"{name}\n\n{ast.get_docstring(node)}\n")
-    if found:
-        yield unwrap("\n".join(found))
-
-
-def unwrap(text):
-    """Join the lines of a paragraph: a line end before a letter at the margin is where an editor broke it."""
-    return re.sub(r"(?<=\S)\n(?=[^\W_])", " ", text)
+    return "\n".join(found)
 
 
 def text_corpus(path):
     """A file, or all below a folder that have one of SUFFIXES and are not hidden, in their names' order."""
     refuse(not path.exists(), f"--data {path}: there is no such file or folder (nor builtin, openwebtext)")
-    files, found = [path], [path]
+    files, found, kinds = [path], [path], " or ".join(SUFFIXES)
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.is_file())
         files = [p for p in found if suffix(p) in SUFFIXES and "/." not in f"/{p.relative_to(path)}"]
-    refuse(not files, f"--data {path}: the folder has no {' or '.join(SUFFIXES)} file")
-    refuse(not any(f.stat().st_size for f in files), f"--data {path}: the text is empty")
+    refuse(not any(f.stat().st_size for f in files), f"--data {path}: the text is empty, or no {kinds} file")
     if len(files) < len(found):
-        more = len(found) - len(files)
-        say(f"data {path}: {len(files):,} files; {more:,} are left out, hidden or no {' or '.join(SUFFIXES)}")
+        left_out = len(found) - len(files)
+        say(f"data {path}: {len(files):,} files; {left_out:,} are left out, hidden or no {kinds}")
     digest = hashlib.sha256()  # of the text itself: names, sizes and times may be those of another one
     for file in files:
         with open(file, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
-        if suffix(file) == ".jsonl":
-            digest.update(b"jsonl")  # the same bytes are another text as .txt
+        digest.update(suffix(file).encode())  # the same bytes are another text as .jsonl
     key = digest.hexdigest()[:12]
-    return Corpus(path.stem, key, lambda: itertools.chain.from_iterable(map(read_documents, files)))
+    return Corpus(path.stem, key, lambda: (text for file in files for text in read_documents(file)))
 
 
 def suffix(path):
@@ -120,21 +107,20 @@ def suffix(path):
 def read_documents(path):
     """The documents of a file, read as it goes: each row's text of .jsonl, else pieces cut at line ends."""
     with open_text(path) as f:
-        for lines in iter(partial(f.readlines, DOCUMENT), []):
+        for lines in iter(lambda: f.readlines(DOCUMENT), []):
             texts = ["".join(lines)]
             if suffix(path) == ".jsonl":
                 texts = [row_text(line, f"{path}, {line[:40]!r}") for line in lines if line.strip()]
             for text in texts:
                 refuse("\0" in text, f"{path} is not text: it has zero bytes")
-                for start in range(0, len(text), 64 * DOCUMENT):  # a file without line ends is one line
-                    yield text[start:start + 64 * DOCUMENT]
+                yield text
 
 
 def row_text(line, where):
-    row = parse_json(line, where)
-    refuse(not isinstance(row, dict) or not isinstance(row.get("text"), str),
-           f'{where}: a row should be {{"text": ...}}')
-    return row["text"] + "\n"
+    try:
+        return parse_json(line, where)["text"] + "\n"
+    except (TypeError, LookupError):
+        raise InputError(f'{where}: a row should be {{"text": ...}}') from None
 
 
 @contextlib.contextmanager
@@ -144,23 +130,12 @@ def open_text(path, newline=None):
         opener = gzip.open if f.read(2) == b"\x1f\x8b" else open
     try:
         with opener(path, "rb") as f:
-            start = f.read(4)
-        refuse(start in PACKED, f"{path} is a {PACKED.get(start)} file: unpack it, what is read is text")
-        encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+            encoding = "utf-16" if f.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         with opener(path, "rt", encoding=encoding, newline=newline) as f:
             yield f
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path} is not {e.encoding.upper()} text (byte {e.start} of a block is "
-                         f"{e.object[e.start]:#x}): convert it, as with iconv -f latin1 -t utf-8") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise InputError(f"{path} can't be unpacked ({e}): get the whole file") from None
-
-
-def parse_json(text, where):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:  # also a number of thousands of digits, a list too deep
-        raise InputError(f"{where}: it is not JSON that can be read ({e})") from None
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise InputError(f"{path} is not UTF-8 text ({e}): get the whole file, unpack it, or convert it, as "
+                         "with iconv -f latin1 -t utf-8") from None
 
 
 # ----------------------------------------------------------------------------- token files
@@ -171,23 +146,21 @@ class TokenFiles:
     def __init__(self, folder):
         self.folder = Path(folder)
         try:
-            self.meta = json.loads((self.folder / "meta.json").read_text())
-            self.train, self.val = self.map("train"), self.map("val")
-        except (OSError, KeyError, json.JSONDecodeError) as e:
+            self.meta = read_json(self.folder / "meta.json")
+            dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+            self.train, self.val = (np.memmap(self.folder / f"{s}.bin", dtype, "r",
+                                              shape=self.meta[s]["tokens"]) for s in ("train", "val"))
+        except (OSError, KeyError, ValueError) as e:  # also files that are shorter
             raise InputError(f"{folder} has no readable token files ({e}): remove it") from None
         self.tokenizer = load_tokenizer(self.folder)
 
-    def map(self, split):
-        path, dtype = self.folder / f"{split}.bin", np.dtype(self.meta["dtype"]).newbyteorder("<")
-        size, wanted = path.stat().st_size, self.meta[split]["tokens"] * dtype.itemsize
-        refuse(size != wanted or size == 0,
-               f"{path} has {size:,} bytes, meta.json says {wanted:,}: remove {self.folder}")
-        return np.memmap(path, dtype=dtype, mode="r")
-
-    def check_fits(self, vocab_size):
-        largest = self.meta["largest"]
+    def check(self, vocab_size, length):
+        """Refuse ids outside a model's vocabulary, and a text that is shorter than a window."""
+        largest, tokens = self.meta["largest"], len(self.train)
         refuse(largest >= vocab_size, f"the data has token {largest}, outside the model's vocabulary "
                f"0..{vocab_size - 1}: prepare it with the model's own tokenizer")
+        refuse(tokens <= length, f"the training text has {tokens} tokens, a window of {length} needs "
+               f"{length + 1}: give more text or a smaller --seq-len")
 
 
 def prepare(corpus, tokenizer=None, vocabulary=4096, own=False):
@@ -199,8 +172,7 @@ def prepare(corpus, tokenizer=None, vocabulary=4096, own=False):
     kind = f"sp{vocabulary}"
     if tokenizer is not None:
         kind = hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()[:8]
-    home = corpus.home or cache_dir() / "tokens"
-    folder = home / f"{corpus.name}-{corpus.key}-{kind}"
+    folder = (corpus.home or cache_dir() / "tokens") / f"{corpus.name}-{corpus.key}-{kind}"
     if not (folder / "meta.json").exists():
         if tokenizer is None:
             why = "" if own else "GPT-2's vocabulary is neither on this machine nor to be had: "
@@ -213,47 +185,39 @@ def prepare(corpus, tokenizer=None, vocabulary=4096, own=False):
 def write_tokens(corpus, tokenizer, folder):
     """Write the token files of a corpus. The folder appears when it is complete, never before."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        meta = {"corpus": corpus.name, "tokenizer": tokenizer.name}
-        meta |= encode_corpus(corpus, tokenizer, partial)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", ignore_cleanup_errors=True) as partial:
+        meta = encode_corpus(corpus, tokenizer, Path(partial))
         tokenizer.save(partial)
-        write_atomic(partial / "meta.json", json.dumps(meta, indent=2) + "\n")
-        try:
+        Path(partial, "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        with contextlib.suppress(OSError):  # another process was faster
             os.replace(partial, folder)
-        except OSError:  # another process was faster?
-            refuse(not (folder / "meta.json").exists(), f"{folder} is there but has no meta.json: remove it")
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def encode_corpus(corpus, tokenizer, folder):
     """Stream the corpus into train.bin and val.bin; what meta.json says of them."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     end = [] if tokenizer.end is None else [tokenizer.end]
-    paths, largest, n = {split: folder / f"{split}.bin" for split in ("train", "val")}, 0, 0
+    paths, n = {split: folder / f"{split}.bin" for split in ("train", "val")}, 0
     documents = iter(tqdm(corpus.documents(), desc=f"tokenizing {corpus.name}", total=corpus.total,
                           unit=" documents", disable=None, leave=False))
     with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
         for batch in iter(lambda: list(itertools.islice(documents, BATCH)), []):
             for ids in tokenizer.encode_batch(batch):  # on all cores
                 n += 1
-                block = np.array(ids + end, dtype=dtype)
-                largest = max(largest, int(block.max(initial=0)))
-                (train if n % corpus.val_every else val).write(block.tobytes())
+                (train if n % corpus.val_every else val).write(np.array(ids + end, dtype).tobytes())
     if paths["val"].stat().st_size == 0:  # a text of a few pages: its last tenth
         tokens = np.fromfile(paths["train"], dtype)
         cut = len(tokens) - len(tokens) // 10
         tokens[:cut].tofile(paths["train"])
         tokens[cut:].tofile(paths["val"])
-    meta = {"dtype": dtype.name, "largest": largest}
+    meta = dict(corpus=corpus.name, tokenizer=tokenizer.name, dtype=dtype.name, largest=0)
     for split, path in paths.items():
-        with open(path, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        meta[split] = {"tokens": path.stat().st_size // dtype.itemsize, "sha256": digest}
-    counts = meta["train"]["tokens"], meta["val"]["tokens"]
-    refuse(min(counts) < 2,
-           f"{corpus.name} has {sum(counts)} tokens, too few to train on and to validate with")
+        count = path.stat().st_size // dtype.itemsize
+        refuse(count < 2, f"{path.name} of {corpus.name} gets {count} tokens, too few to train on and to "
+               "validate with")
+        tokens = np.memmap(path, dtype, "r")
+        meta[split] = dict(tokens=count, sha256=hashlib.sha256(tokens).hexdigest())
+        meta["largest"] = max(meta["largest"], int(tokens.max()))
     return meta
 
 
@@ -263,11 +227,6 @@ def windows(tokens, starts, length):
     """`length` tokens from each start, and the same one token later: two (rows, length) int64 tensors."""
     rows = torch.from_numpy(np.stack([tokens[s:s + length + 1] for s in starts]).astype(np.int64))
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-
-def check_length(tokens, length, what):
-    refuse(len(tokens) <= length, f"the {what} text has {len(tokens)} tokens, a window of {length} needs "
-           f"{length + 1}: give more text or a smaller --seq-len")
 
 
 def train_batch(tokens, length, rows, seed, step, first=0, count=None):
@@ -291,13 +250,12 @@ def eval_batches(tokens, length, rows, limit):
 def first_tokens(name, tokenizer, count=None):
     """Ids of the first `count` tokens of a text, or of all; no more of it is read than that needs."""
     limit = 16 * count if count else None  # characters; no vocabulary here has longer tokens on average
-    documents, size = [], 0
+    text = ""
     for document in open_corpus(name, "data").documents():
-        documents.append(document)
-        size += len(document)
-        if limit and size >= limit:
+        text += document
+        if limit and len(text) >= limit:
             break
-    return tokenizer.encode("".join(documents)[:limit])[:count]
+    return tokenizer.encode(text[:limit])[:count]
 
 
 def calibration_batches(text, tokenizer, context, count=CALIBRATION_TOKENS):

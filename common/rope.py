@@ -20,10 +20,10 @@ HAS_ORIGINAL = {"linear": False, "dynamic": False, "llama3": True, "yarn": True}
 def check_rope(c):
     """Refuse a model.Config that has no such frequencies."""
     refuse(c.head_size % 2, f"RoPE turns pairs: the head size must be even, got {c.head_size}")
-    refuse(HAS_ORIGINAL.get(c.rope_scaling) != (c.rope_original > 0), "RoPE's scaling must be linear or "
-           f"dynamic, or llama3 or yarn with rope_original above 0, got {c.rope_scaling}, {c.rope_original}")
-    refuse(c.rope_factor <= 0 or c.rope_low >= c.rope_high, "RoPE's factor must be above 0, low below high: "
-           f"got {c.rope_factor}, {c.rope_low}, {c.rope_high}")
+    fits = HAS_ORIGINAL.get(c.rope_scaling) == (c.rope_original > 0)
+    refuse(not fits or c.rope_factor <= 0 or c.rope_low >= c.rope_high, "RoPE's scaling must be linear or "
+           "dynamic, or llama3 or yarn with rope_original above 0, its factor above 0, low below high: got "
+           f"{c.rope_scaling}, {c.rope_original}, {c.rope_factor}, {c.rope_low}, {c.rope_high}")
 
 
 def yarn_attention(factor):

@@ -37,7 +37,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from common.cli import InputError, refuse, write_atomic
 
 STOPS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>")  # they end a text or a turn
-ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id",  # with GGUF's names of their ids
+         "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens, as GGUF numbers them
 # Byte-level vocabularies spell these bytes as they are, and the others with characters from U+0100 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -53,18 +54,17 @@ class Tokenizer:
 
     def __init__(self, name, backend, roles, chat_template=None):
         self.backend, self.chat_template = backend, chat_template
-        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
+        ids = backend.get_vocab()
+        self.vocab_size = max(ids.values(), default=-1) + 1
         self.name = f"{name} ({self.vocab_size:,} tokens)"
         start = backend.encode("a")
         self.begin = start.ids[0] if start.ids and start.special_tokens_mask[0] else None
-        ids = {token: backend.token_to_id(token) for token in (*STOPS, *roles.values())}
-        known = {token: i for token, i in ids.items() if i is not None}
         roles = {"eos_token": STOPS[0], **roles}
-        self.roles = {role: token for role, token in roles.items() if token in known}
+        self.roles = {role: token for role, token in roles.items() if token in ids}
         text_ends = [*STOPS[:2], self.roles.get("eos_token")]  # a chat model's eos ends a turn, not a text
-        self.end = next((known[token] for token in text_ends if token in known), None)
-        self.stop_ids = {known[token] for token in (*STOPS, *text_ends) if token in known}
-        decode = backend.decoder.decode if backend.decoder else "".join
+        self.end = next((ids[token] for token in text_ends if token in ids), None)
+        self.stop_ids = {ids[token] for token in (*STOPS, *text_ends) if token in ids}
+        decode = backend.decoder.decode
         self.byte_level, self.adds_space = decode(["Ġ"]) == " ", decode(["▁a"]) == "a"
         refuse(not self.byte_level and decode(["a", "▁b"]) != "a b", f"{name} is neither byte-level BPE nor "
                f"SentencePiece ({backend.decoder}): give a model with one of these")
@@ -99,29 +99,14 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        template = {"chat_template": self.chat_template} if self.chat_template else {}
+        config |= self.roles | ({"chat_template": self.chat_template} if self.chat_template else {})
         write_atomic(folder / "tokenizer.json", self.backend.to_str())
-        config = json.dumps(config | self.roles | template, indent=2)
-        write_atomic(folder / "tokenizer_config.json", config + "\n")
+        write_atomic(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def valid(text):
     """Lone surrogates have no bytes: they become question marks."""
     return text.encode("utf-8", "replace").decode()
-
-
-def set_template(backend, begin, end=None):
-    """Let every prompt start with a token, and end with one, where these are given."""
-    around = [token for token in (begin, "$A", end) if token]
-    special = [(token, backend.token_to_id(token)) for token in around if token != "$A"]
-    if special:
-        backend.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
-
-
-def add_special(backend, tokens, kinds):
-    """Leave tokens of some kinds whole, whatever stands around them."""
-    for names, add in ((UNKNOWN, CONTROL), backend.add_special_tokens), ((USER_DEFINED,), backend.add_tokens):
-        add([AddedToken(text, normalized=False) for text, kind in zip(tokens, kinds) if kind in names])
 
 
 # ----------------------------------------------------------------------------- byte-level BPE
@@ -136,45 +121,40 @@ WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
 LLAMA3, QWEN2 = cut_by(WORDS), cut_by(WORDS.replace("{1,3}", ""))
-GGUF_CUTS = {"default": GPT2, "gpt-2": GPT2, "olmo": GPT2,
-             "smollm": DIGITS, "starcoder": DIGITS, "refact": DIGITS,
-             "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "smaug-bpe": LLAMA3, "dbrx": LLAMA3,
-             "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2}
+GGUF_CUTS = {"default": GPT2, "gpt-2": GPT2, "smollm": DIGITS, "llama-bpe": LLAMA3, "qwen2": QWEN2,
+             "deepseek-r1-qwen": QWEN2}
 
 
-def byte_level_bpe(vocab, merges, cut):
-    """vocab: token -> id. merges: "a b", in order. cut: a pre-tokenizer."""
+def byte_level_bpe(tokens, merges, cut):
+    """tokens: the text of each id. merges: "a b", in order. cut: a pre-tokenizer."""
+    vocab = {token: i for i, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ")) for merge in merges]
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=cut is LLAMA3))
-    if cut is QWEN2:
-        backend.normalizer = normalizers.NFC()
+    backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, ignore_merges=cut is LLAMA3))
+    backend.normalizer = normalizers.NFC() if cut is QWEN2 else None
     backend.pre_tokenizer, backend.decoder = cut, decoders.ByteLevel()
     return backend
 
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-GPT2_FILES = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-              "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
+GPT2_FILES = {GPT2_URL + "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+              GPT2_URL + "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
 
 
 def gpt2_tokenizer():
     """GPT-2's own, from tiktoken's cache or download; None where neither can be had, within seconds."""
+    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR", Path(tempfile.gettempdir(), "data-gym-cache")))
+    contents = []
     try:
-        merges, vocab = map(gpt2_file, GPT2_FILES)
+        for url, sha256 in GPT2_FILES.items():
+            if not (cache / hashlib.sha1(url.encode()).hexdigest()).is_file():
+                urllib.request.urlopen(url, timeout=3).close()  # tiktoken would wait long for a network
+            contents.append(tiktoken.load.read_file_cached(url, sha256))
     except (OSError, ValueError):  # no connection, or a file that isn't what it should be
         return None
-    merges = merges.decode().split("\n")[1:-1]  # the first line is a version
-    backend = byte_level_bpe(json.loads(vocab), merges, GPT2)
-    add_special(backend, STOPS[:1], [CONTROL])
-    return Tokenizer("gpt2", backend, dict.fromkeys(ROLES[:3], STOPS[0]))
-
-
-def gpt2_file(name):
-    url, default = GPT2_URL + name, os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
-    if not Path(cache, hashlib.sha1(url.encode()).hexdigest()).is_file():
-        urllib.request.urlopen(url, timeout=3).close()  # without a network tiktoken would wait forever
-    return tiktoken.load.read_file_cached(url, GPT2_FILES[name])
+    merges, ids = contents[0].decode().split("\n")[1:-1], json.loads(contents[1])  # line 0 is a version
+    tokens, kinds = sorted(ids, key=ids.get), [NORMAL] * (len(ids) - 1) + [CONTROL]
+    backend, _ = vocabulary("gpt2", dict(model="gpt2", tokens=tokens, token_type=kinds, merges=merges))
+    return Tokenizer("gpt2", backend, dict.fromkeys(["bos_token", "eos_token", "unk_token"], STOPS[0]))
 
 
 # ----------------------------------------------------------------------------- SentencePiece
@@ -202,8 +182,8 @@ def sentencepiece_bpe(tokens, scores, kinds, unknown, adds_space):
 def read_sentencepiece(name, model):
     """The vocabulary in the bytes of a tokenizer.model, in GGUF's fields."""
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-    ids = range(len(sp))
-    tokens, scores, kinds = [sp.id_to_piece(i) for i in ids], [sp.get_score(i) for i in ids], []
+    ids = list(range(len(sp)))
+    tokens, scores, kinds = sp.id_to_piece(ids), sp.get_score(ids), []
     is_bpe = all(score.is_integer() for score in scores)  # minus a rank; a unigram's is a logarithm
     refuse(not is_bpe or sp.normalize("ﬁ  a ").removeprefix("▁") != "ﬁ▁▁a▁", f"{name} is no plain BPE, but a "
            "unigram or one that changes characters: put a tokenizer.json beside it (save_pretrained of "
@@ -236,12 +216,11 @@ def train_tokenizer(texts, vocab_size=4096):
                 allow_whitespace_only_pieces=True, split_digits=True, user_defined_symbols=["\n"],
                 max_sentence_length=1 << 24, num_threads=1, unk_id=0, eos_id=1, eos_piece=STOPS[0], bos_id=-1,
                 pad_id=-1, minloglevel=2)
-        except RuntimeError as e:  # thousands of signs: more than there are tokens
-            why = str(e).split("] ")[-1] if lines else "it is empty"
+        except RuntimeError:  # thousands of signs: more than there are tokens
             continue
         fields = read_sentencepiece("the trained model", model.getvalue())
         return Tokenizer("trained on this corpus", *vocabulary("it", fields))
-    raise InputError(f"no tokenizer of {vocab_size} tokens fits this text: {why}")
+    raise InputError(f"no tokenizer of {vocab_size} tokens fits these {len(lines)} lines: give more text")
 
 
 def sample_lines(texts):
@@ -271,38 +250,45 @@ def blamed_on(what):
         raise InputError(f"{what} can't be read ({why[:200]}): get it again") from None
 
 
+def parse_json(text, where):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:  # also a number of thousands of digits, a list too deep
+        raise InputError(f"{where}: it is not JSON that can be read ({e})") from None
+
+
 def read_json(path):
     """The object in a JSON file, {} where there is no file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path} is not JSON ({e}): get the file again") from None
+    content = parse_json(path.read_bytes(), path) if path.is_file() else {}
     refuse(not isinstance(content, dict), f"{path} holds no JSON object: get the file again")
     return content
 
 
 def vocabulary(name, fields):
     """(backend, roles) of a GGUF's fields "tokens", "scores", "merges" and so on."""
-    get = fields.get
-    kind, cut, tokens = get("model"), GGUF_CUTS.get(get("pre", "default")), get("tokens", [])
-    refuse(kind != "llama" and (kind != "gpt2" or cut is None), f"{name}: its tokenizer is {kind!r} with "
-           f"{get('pre')!r}; known are llama, and gpt2 with {', '.join(GGUF_CUTS)}")
-    kinds, order = get("token_type", [NORMAL] * len(tokens)), get("scores" if kind == "llama" else "merges")
-    complete = order is not None and (kind == "gpt2" or len(order) == len(tokens))
-    refuse(not complete or not len(set(tokens)) == len(tokens) == len(kinds),
+    get, is_llama = fields.get, fields.get("model") == "llama"
+    cut = GGUF_CUTS.get(get("pre", "default"))
+    refuse(not is_llama and (get("model") != "gpt2" or cut is None), f"{name}: its tokenizer is "
+           f"{get('model')!r} with {get('pre')!r}; known are llama, and gpt2 with {', '.join(GGUF_CUTS)}")
+    tokens, order = get("tokens", []), get("scores" if is_llama else "merges") or []
+    kinds = get("token_type", [NORMAL] * len(tokens))
+    lengths = {len(tokens), len(set(tokens)), len(kinds), len(order if is_llama else tokens)}
+    refuse(not order or len(lengths) > 1,
            f"{name} lacks scores, merges or kinds of tokens, or has one twice: get it again")
-    usual = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
-    ids = [get(f"{role}_token_id", usual.get(role, -1)) for role in ("bos", "eos", "unknown", "padding")]
-    roles = {role: tokens[i] for role, i in zip(ROLES, ids) if 0 <= i < len(tokens)}
-    if kind == "llama":
+    roles = {role: tokens[get(key)] for role, key in ROLES.items() if 0 <= get(key, -1) < len(tokens)}
+    if is_llama:
         unknown, adds_space = roles.get("unk_token"), get("add_space_prefix", True)
         backend = sentencepiece_bpe(tokens, order, kinds, unknown, adds_space)
     else:
-        backend = byte_level_bpe({token: i for i, token in enumerate(tokens)}, order, cut)
-    add_special(backend, tokens, kinds)
-    adds_begin = get("add_bos_token", kind == "llama" or get("pre") in ("llama-bpe", "llama3", "llama-v3"))
-    begin, end = adds_begin and roles.get("bos_token"), get("add_eos_token") and roles.get("eos_token")
-    set_template(backend, begin, end)
+        backend = byte_level_bpe(tokens, order, cut)
+    backend.add_tokens([AddedToken(text, special=kind != USER_DEFINED, normalized=False)
+                        for text, kind in zip(tokens, kinds) if kind in (UNKNOWN, CONTROL, USER_DEFINED)])
+    begin = roles.get("bos_token") if get("add_bos_token", is_llama or cut is LLAMA3) else None
+    end = roles.get("eos_token") if get("add_eos_token") else None
+    special = [(token, backend.token_to_id(token)) for token in (begin, end) if token]
+    if special:
+        around = [token for token in (begin, "$A", end) if token]
+        backend.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
     return backend, roles
 
 
@@ -320,50 +306,35 @@ def load_tokenizer(folder):
     refuse(file is None, f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model is there; "
            "copy the one that the model was trained with")
     with blamed_on(file):
-        config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json")
         roles = {role: config[role] for role in ROLES if config.get(role)}
         roles = {role: t["content"] if isinstance(t, dict) else t for role, t in roles.items()}
         if file.suffix == ".json":
             backend = tokenizers.Tokenizer.from_file(str(file))
             backend.no_padding()
             backend.no_truncation()
-        else:
-            fields = read_sentencepiece(file, file.read_bytes()) | {"add_bos_token": False}
-            backend, own_roles = vocabulary(file, fields)
+        else:  # add_bos_token and add_eos_token are in config
+            backend, own_roles = vocabulary(file, config | read_sentencepiece(file, file.read_bytes()))
             roles = own_roles | roles
-            begin = config.get("add_bos_token", True) and roles.get("bos_token")
-            set_template(backend, begin, config.get("add_eos_token") and roles.get("eos_token"))
         is_llama = read_json(folder / "config.json").get("model_type", "llama") == "llama"
         class_is_llama = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
-        if is_llama and class_is_llama and "▁" in backend.get_vocab():
+        if is_llama and class_is_llama and backend.token_to_id("▁") is not None:
             spaced = "always" if config.get("legacy") else "first"  # of the parts between special tokens
             backend.normalizer = None
             backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", spaced, split=False)
-        add_tokens(backend, file, config.get("added_tokens_decoder"), roles)
+        beside = {token["content"]: i for i, token in config.get("added_tokens_decoder", {}).items()}
+        for token, i in (read_json(folder / "added_tokens.json") | beside).items():
+            found = backend.token_to_id(token)
+            refuse(found != int(i), f"{token!r} is token {found} in {file} and {i} beside it: write a "
+                   "tokenizer.json with save_pretrained of transformers' AutoTokenizer")
+        there = {token.content for token in backend.get_added_tokens_decoder().values()}
+        backend.add_special_tokens([token for token in roles.values() if token not in there])
         template, name = config.get("chat_template"), f"{folder.resolve().name}/{file.name}"
         if isinstance(template, list):  # several, with names
             template = {t["name"]: t["template"] for t in template}.get("default")
         if (folder / "chat_template.jinja").is_file():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         return Tokenizer(name, backend, roles, template)
-
-
-def add_tokens(backend, file, added, roles):
-    """Tokens that may be named beside the vocabulary only. added: id -> AddedToken's arguments, or None.
-    Those with a role come last, where they are not among them."""
-    if added is None:  # the older way
-        old = read_json(file.parent / "added_tokens.json").items()
-        added = {i: dict(content=text, special=text in roles.values()) for text, i in old}
-    as_written = {"normalized": False} if file.suffix == ".model" else {}  # no "▁" is put before it
-    for i in sorted(added, key=int):
-        token = AddedToken(**added[i] | as_written)
-        if backend.token_to_id(token.content) is None:
-            backend.add_tokens([token])
-        found = backend.token_to_id(token.content)
-        refuse(found != int(i), f"{token.content!r} is token {found} in {file} and {i} beside it: they are "
-               "not of the same model")
-    there = {token.content for token in backend.get_added_tokens_decoder().values()}
-    backend.add_special_tokens([token for token in roles.values() if token not in there])
 
 
 # ----------------------------------------------------------------------------- chat

@@ -183,7 +183,7 @@ def spoil_settings(**changes):
     (lambda f: (f / "adapter_model.safetensors").unlink(), "is not an adapter: it has no "
                                                            "adapter_model.safetensors"),
     (lambda f: (f / "adapter_config.json").unlink(), "it has no adapter_config.json"),
-    (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json is not JSON"),
+    (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json: it is not JSON"),
     (lambda f: (f / "adapter_config.json").write_text("[]"), "adapter_config.json holds no JSON object"),
     (lambda f: (f / "adapter_model.safetensors").write_bytes(
         (f / "adapter_model.safetensors").read_bytes()[:300]), "missing, truncated or not"),

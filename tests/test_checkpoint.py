@@ -92,7 +92,7 @@ def damage_cases():
     yield edit(lambda c: c["layers"].pop("blocks.0.mlp.up")), "lacks 1 of .* tensors, blocks.0.mlp.up.weight"
     yield edit(lambda c: c.update(version=7)), "is of version 7, this program reads version 1"
     yield edit(lambda c: c["architecture"].update(surprise=1)), "surprise is 1, and no model can have that"
-    yield lambda path: (path / "config.json").write_text("{"), "config.json is not JSON"
+    yield lambda path: (path / "config.json").write_text("{"), "config.json: it is not JSON"
 
 
 @pytest.mark.parametrize("damage, message", list(damage_cases()))

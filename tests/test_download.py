@@ -31,7 +31,7 @@ def test_hub_names_without_network(monkeypatch):
     assert out.startswith("gpt2 can't be downloaded (") and out.count("\n") == 1
     assert "huggingface.co/openai-community/gpt2, give the folder" in out
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match="pip install huggingface_hub, or download"):
+    with pytest.raises(InputError, match="ModuleNotFoundError: .*huggingface_hub.*: download its"):
         download.hub_snapshot("gpt2-xl")
 
 

@@ -138,7 +138,7 @@ def test_special_ids(gpt2, llama2, trained):
         gpt2.decode([50257])
 
 
-@pytest.mark.parametrize("cut", ["gpt-2", "smollm", "llama3", "qwen2"])
+@pytest.mark.parametrize("cut", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
 @pytest.mark.parametrize("alphabet", [ALPHABET, []], ids=["all bytes", "those of the text"])
 def test_byte_level_bpe(cut, alphabet, tmp_path, corpus):
     """As a tokenizer.json, and as a GGUF has it."""
@@ -252,28 +252,22 @@ def test_sentencepiece_from_a_gguf(llama2):
         tokenizer(scores=None)
 
 
-def test_added_tokens(llama2, tmp_path):
-    """In tokenizer_config.json alone, beside a tokenizer.model and beside a tokenizer.json."""
+def test_tokens_named_beside_the_vocabulary_alone_are_refused(llama2, tmp_path):
+    """In tokenizer_config.json or added_tokens.json; those that are in it, too, are as there."""
     llama2.save(tmp_path / "json")
     (tmp_path / "model").mkdir()
     shutil.copy(DATA / "tokenizers/llama2/tokenizer.model", tmp_path / "model")
-    config = json.loads((tmp_path / "json/tokenizer_config.json").read_text())
-    config["added_tokens_decoder"] = {"32000": {"content": "<|im_end|>", "special": True}}
+    there, new = {"2": {"content": "</s>", "special": True}}, {"32000": {"content": "<|im_end|>"}}
     for folder in (tmp_path / "json", tmp_path / "model"):
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        more = ours.load_tokenizer(folder)
-        assert more.vocab_size == 32001 and more.stop_ids == {2, 32000}
-        more.save(tmp_path / "again")
-        again = ours.load_tokenizer(tmp_path / "again")
-        theirs = AutoTokenizer.from_pretrained(tmp_path / "again")
-        for text in ("<s>hi<|im_end|>", "hi<|im_end|>hello there</s>"):
-            ids = theirs(text, add_special_tokens=False).input_ids
-            assert more.encode(text, special=True) == again.encode(text, special=True) == ids
-        assert 32000 not in more.encode("hi<|im_end|>")
-    config["added_tokens_decoder"] = {"40000": {"content": "<|im_end|>"}}
-    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="is token 32000 in .* and 40000 beside it"):
-        ours.load_tokenizer(tmp_path / "model")
+        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": there}))
+        assert ours.load_tokenizer(folder).stop_ids == {2}
+        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": there | new}))
+        with pytest.raises(InputError, match="'<.im_end.>' is token None in .* and 32000 beside it: write"):
+            ours.load_tokenizer(folder)
+        (folder / "tokenizer_config.json").unlink()
+        (folder / "added_tokens.json").write_text('{"<s>": 32000}')
+        with pytest.raises(InputError, match="'<s>' is token 1 in .* and 32000 beside it"):
+            ours.load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("model", ["llama", "mistral"])
@@ -291,10 +285,8 @@ def test_llama_tokenizer_as_transformers_has_it(llama2, model, settings, tmp_pat
     assert tokenizer.encode("Hello", around=True) == theirs("Hello").input_ids
     shutil.copy(needs("tokenizers/llama2/tokenizer.model"), tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "added_tokens.json").write_text('{"<pad>": 32000, "<|im_end|>": 32001}')
     again, text = ours.load_tokenizer(tmp_path), "<s>[INST] hi [/INST] you </s><s>[INST]"
     assert again.encode(text, special=True) == tokenizer.encode(text, special=True)
-    assert again.encode("a<pad>", special=True)[-1] == 32000 and again.stop_ids == {2, 32001}
 
 
 def test_stream_gives_whole_characters(gpt2, llama2, trained):
@@ -320,8 +312,9 @@ def test_unknown_kinds_are_refused(tmp_path, corpus):
     refused("can't be read")
     byte_level_json(tmp_path, corpus[:20_000], BYTES, [])
     content = json.loads((tmp_path / "tokenizer.json").read_text())
-    for decoder in (None, {"type": "WordPiece", "prefix": "##", "cleanup": True}):
-        refused("neither byte-level BPE nor SentencePiece", **content | {"decoder": decoder})
+    refused("can't be read", **content | {"decoder": None})
+    decoder = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    refused("neither byte-level BPE nor SentencePiece", **content | {"decoder": decoder})
     content["model"]["merges"].append(["q", "☃"])
     refused("can't be read .*out of vocabulary", **content)
     (tmp_path / "tokenizer_config.json").write_text('{"model": ')
@@ -425,7 +418,7 @@ def test_training_on_little_and_on_odd_text():
     signs = "".join(chr(0x4E00 + i) * (1 + 600_000 // (i + 1) ** 2) for i in range(6000))
     many = ours.train_tokenizer([signs[i:i + 50] for i in range(0, len(signs), 50)])
     assert many.vocab_size <= 4096 and many.decode(many.encode(signs)) == signs
-    with pytest.raises(InputError, match="it is empty"):
+    with pytest.raises(InputError, match="no tokenizer of 4096 tokens fits these 0 lines"):
         ours.train_tokenizer([])
     with pytest.raises(InputError, match="no tokenizer of 10 tokens"):
         ours.train_tokenizer(["hello"], vocab_size=10)
@@ -438,11 +431,8 @@ def test_many_lines_are_sampled_evenly(monkeypatch):
     assert len({int(b) - int(a) for a, b in pairwise(lines)}) == 1
 
 
-@pytest.mark.parametrize("variable", ["TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"])
-def test_gpt2_without_network_is_none_soon(variable, tmp_path, monkeypatch):
-    for name in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(variable, str(tmp_path))
+def test_gpt2_without_network_is_none_soon(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing answers there
     start = time.perf_counter()
     assert ours.gpt2_tokenizer() is None and time.perf_counter() - start < 30  # no waiting for a network
