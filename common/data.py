@@ -110,17 +110,13 @@ def read_documents(path):
         for lines in iter(lambda: f.readlines(DOCUMENT), []):
             texts = ["".join(lines)]
             if suffix(path) == ".jsonl":
-                texts = [row_text(line, f"{path}, {line[:40]!r}") for line in lines if line.strip()]
+                rows = [parse_json(line, f"{path}, {line[:40]!r}") for line in lines if line.strip()]
+                wrong = [r for r in rows if not isinstance(r, dict) or not isinstance(r.get("text"), str)]
+                refuse(wrong, f'{path}: a row should be {{"text": ...}}, not {str(wrong[:1])[1:60]}')
+                texts = [row["text"] + "\n" for row in rows]
             for text in texts:
                 refuse("\0" in text, f"{path} is not text: it has zero bytes")
                 yield text
-
-
-def row_text(line, where):
-    try:
-        return parse_json(line, where)["text"] + "\n"
-    except (TypeError, LookupError):
-        raise InputError(f'{where}: a row should be {{"text": ...}}') from None
 
 
 @contextlib.contextmanager
@@ -235,8 +231,7 @@ def train_batch(tokens, length, rows, seed, step, first=0, count=None):
     The draw depends on the seed and the step alone: a resumed run sees what an undisturbed one sees, and
     processes that share a batch see together what one process sees."""
     starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - length, rows)
-    end = rows if count is None else first + count
-    return windows(tokens, starts[first:end], length)
+    return windows(tokens, starts[first:][:count], length)
 
 
 def eval_batches(tokens, length, rows, limit):

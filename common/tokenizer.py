@@ -17,7 +17,6 @@ They differ in how text is cut before, and in spaces:
 import codecs
 import contextlib
 import functools
-import hashlib
 import io
 import json
 import math
@@ -143,15 +142,13 @@ GPT2_FILES = {GPT2_URL + "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b7
 def gpt2_tokenizer():
     """GPT-2's own, from tiktoken's cache or download; None where neither can be had, within seconds."""
     cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR", Path(tempfile.gettempdir(), "data-gym-cache")))
-    contents = []
     try:
-        for url, sha256 in GPT2_FILES.items():
-            if not (cache / hashlib.sha1(url.encode()).hexdigest()).is_file():
-                urllib.request.urlopen(url, timeout=3).close()  # tiktoken would wait long for a network
-            contents.append(tiktoken.load.read_file_cached(url, sha256))
+        if not any(cache.glob("*")):
+            urllib.request.urlopen(next(iter(GPT2_FILES)), timeout=3).close()  # tiktoken would wait long
+        merges, ids = (tiktoken.load.read_file_cached(url, sha256) for url, sha256 in GPT2_FILES.items())
     except (OSError, ValueError):  # no connection, or a file that isn't what it should be
         return None
-    merges, ids = contents[0].decode().split("\n")[1:-1], json.loads(contents[1])  # line 0 is a version
+    merges, ids = merges.decode().split("\n")[1:-1], json.loads(ids)  # the first line is a version
     tokens, kinds = sorted(ids, key=ids.get), [NORMAL] * (len(ids) - 1) + [CONTROL]
     backend, _ = vocabulary("gpt2", dict(model="gpt2", tokens=tokens, token_type=kinds, merges=merges))
     return Tokenizer("gpt2", backend, dict.fromkeys(["bos_token", "eos_token", "unk_token"], STOPS[0]))
