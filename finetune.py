@@ -34,11 +34,11 @@ import torch.nn as nn
 import eval as evaluation
 from checkpoint import load_model, own_tensors, save_model
 from common.adapters import adaptable, base_id, bits_of, load_adapter, save_adapter
-from common.cli import Parser, alone_in, at_least_0, at_least_1, command, positive, refuse, say, seed
+from common.cli import Parser, at_least_0, at_least_1, command, positive, refuse, say, seed
 from common.loss import head_loss
 from common.optimizers import learning_rate, make_optimizers, moments_of, restore_moments, step_all
-from common.processes import all_reduce, distribute, process_group, world_size
-from common.run import RunFolder, begin, parse
+from common.processes import all_reduce, distribute, world_size
+from common.run import RunFolder, begin, start
 from lowrank import attach_lora
 from model import count_parameters
 from recompute import MODES, use_recompute
@@ -98,9 +98,7 @@ def make_parser():
 
 
 def main(argv=None, **settings):
-    args, given = parse(make_parser(), argv, SETTINGS, settings)
-    with alone_in(args.out_dir), process_group():
-        return finetune(args, given)
+    return start(finetune, make_parser(), argv, SETTINGS, settings)
 
 
 def finetune(args, given):

@@ -16,18 +16,19 @@ and the state to resume from; with --bits also OUT/int8 or OUT/int4, the rounded
 import importlib.util
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from checkpoint import decomposed_from, load_model, open_dense, own_tensors, replace_model, save_model
-from common.cli import Parser, alone_in, at_least_0, at_least_1, command, positive, refuse, say, seed
+from common.cli import Parser, at_least_0, at_least_1, command, positive, refuse, say, seed
 from common.data import eval_batches, open_corpus, prepare, train_batch
 from common.device import stored_bytes
 from common.loss import head_loss
 from common.optimizers import learning_rate, make_optimizers, moments_of, restore_moments, step_all
-from common.processes import all_reduce, distribute, in_turn, is_first, process_group, world_size
-from common.run import RunFolder, begin, parse
+from common.processes import all_reduce, distribute, in_turn, is_first, world_size
+from common.run import RunFolder, begin, start
 from lowrank import LowRankLinear, blend_alpha, blend_with, finish_blend, replace_linears, set_alpha
 from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_token
 
@@ -89,9 +90,7 @@ def make_parser():
 
 
 def main(argv=None, **settings):
-    args, given = parse(make_parser(), argv, SETTINGS, settings)
-    with alone_in(args.out_dir), process_group():
-        return train(args, given)
+    return start(train, make_parser(), argv, SETTINGS, settings)
 
 
 def train(args, given):
@@ -161,7 +160,9 @@ def train(args, given):
             tokens_seen = folder.step * rows * args.seq_len
             folder.log(flops_per_token(model, args.seq_len, training=True), tokens=tokens_seen, **row)
         if folder.stopped or folder.due(args.save_interval):
-            save(folder, model, tokens, optimizers, strategy)
+            title = f"{args.init_from or args.model}, r = {rank_of(model)}, on {Path(args.data).name}"
+            write = partial(save_model, model=model, tokenizer=tokens.tokenizer)
+            folder.save(strategy, own_tensors(model), moments_of(model, optimizers), write, title)
 
     if folder.stopped:
         return folder.say_stopped("train.py")
@@ -299,15 +300,6 @@ def set_up(model, args, device, moments):
 def rank_of(model):
     """The rank of a model's layers, the largest if they differ; 0 at full rank."""
     return max((m.rank for m in model.modules() if isinstance(m, LowRankLinear)), default=0)
-
-
-def save(folder, model, tokens, optimizers, strategy):
-    args = folder.args
-
-    def write(new, tensors):
-        save_model(new, model, tokens.tokenizer, tensors)
-    folder.save(strategy, own_tensors(model), moments_of(model, optimizers), write,
-                f"{args.init_from or args.model}, r = {rank_of(model)}, on {Path(args.data).name}")
 
 
 def save_rounded(out, bits):

@@ -108,8 +108,10 @@ def alone_in(folder):
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"another process uses {folder}: wait for its end, or choose another "
-                         "--out-dir") from None
+        locks, inode = Path("/proc/locks"), os.fstat(handle).st_ino
+        holder = re.search(rf"(\d+) \S+:{inode} ", locks.read_text()) if locks.exists() else None
+        who = f"process {holder[1]}" if holder else "another process"
+        raise InputError(f"{who} uses {folder}: wait for its end, or choose another --out-dir") from None
     except OSError as e:  # some file systems of a network have no locks
         say(f"{folder} can't be locked ({e.strerror}): start nothing else with this --out-dir")
     try:

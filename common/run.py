@@ -13,19 +13,21 @@ import signal
 import statistics
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.cli import InputError, interrupt, move_aside, refuse, say, write_atomic
+from common.cli import InputError, alone_in, interrupt, move_aside, refuse, say, write_atomic
 from common.device import find_device, peak_memory
-from common.processes import all_reduce, any_process, barrier, is_first, world_size
+from common.processes import all_reduce, any_process, barrier, is_first, process_group, world_size
 from common.storage import read_state, replace_state
 
 
-def parse(parser, argv, settings, changes):
-    """(arguments, names of those given). settings: values without a flag; changes: other ones."""
+def start(run, parser, argv, settings, changes):
+    """run(arguments, names of those given), alone in its folder, in each of torchrun's processes.
+    settings: values without a flag; changes: other ones."""
     unknown = changes.keys() - settings.keys()
     if unknown:
         raise TypeError(f"no setting is called {', '.join(sorted(unknown))}: there are {', '.join(settings)}")
@@ -33,7 +35,8 @@ def parse(parser, argv, settings, changes):
     not_given = argparse.Namespace(**dict.fromkeys(vars(args)))  # a parser leaves what has a value already
     given = {name for name, value in vars(parser.parse_args(argv, not_given)).items() if value is not None}
     vars(args).update(settings | changes)
-    return args, given | changes.keys()
+    with alone_in(args.out_dir), process_group():
+        return run(args, given | changes.keys())
 
 
 def holds_run(folder):
@@ -146,7 +149,7 @@ class RunFolder:
                           f"{self.saved_at}. A smaller --lr than {self.args.lr:g} usually helps")
 
     def save(self, strategy, tensors, moments, write, title, **more):
-        """Replace OUT/state, and the plot. Process 0 writes, by write(folder, tensors), the whole model,
+        """Replace OUT/state, and the plot. Process 0 writes, by write(folder, tensors=...), the whole model,
         however it is spread over processes; weights that are not finite replace no good ones. more: what
         else state.json keeps."""
         tensors, moments = strategy.gather(tensors), strategy.gather(moments)
@@ -155,7 +158,7 @@ class RunFolder:
         if is_first():
             state = self.constants | more | dict(
                 step=self.step, args=vars(self.args), seconds=time.perf_counter() - self.started)
-            replace_state(self.path, lambda new: write(new, tensors), moments, state)
+            replace_state(self.path, partial(write, tensors=tensors), moments, state)
             self.plot(title)
         barrier()
         self.saved_at = self.step
@@ -184,7 +187,7 @@ class RunFolder:
         And what to type next; result: for sample.py --model."""
         self.bar.close()
         memory, seconds = peak_memory(self.device.torch_device), time.perf_counter() - self.started
-        summary |= dict(peak_memory_bytes=int(all_reduce(memory, dist.ReduceOp.MAX)),
+        summary |= dict(steps=self.step, peak_memory_bytes=int(all_reduce(memory, dist.ReduceOp.MAX)),
                         peak_memory_bytes_total=int(all_reduce(memory)), devices=world_size(),
                         device_hours=world_size() * seconds / 3600, seconds=seconds,
                         device=self.device.name, arguments=vars(self.args))

@@ -32,7 +32,7 @@ def holder(tmp_path):
 
 
 def test_a_folder_has_one_user_and_a_dead_process_is_none(holder, tmp_path):
-    message = "another process uses .*run: wait for its end, or choose another --out-dir"
+    message = f"process {holder.pid} uses .*run: wait for its end, or choose another --out-dir"
     with pytest.raises(InputError, match=message), alone_in(tmp_path / "run"):
         pass
     holder.kill()
@@ -41,7 +41,7 @@ def test_a_folder_has_one_user_and_a_dead_process_is_none(holder, tmp_path):
         (tmp_path / "run" / "result").write_text("mine")
         assert move_aside(tmp_path / "run") == tmp_path / "run-1"
         assert os.listdir(tmp_path / "run") == [] and os.listdir(tmp_path / "run-1") == ["result"]
-        with pytest.raises(InputError, match=message), alone_in(tmp_path / "run"):
+        with pytest.raises(InputError, match=f"process {os.getpid()} uses"), alone_in(tmp_path / "run"):
             pass
     assert not (tmp_path / "run").exists()
 
@@ -56,14 +56,14 @@ def test_a_refused_command_leaves_no_folder(tmp_path):
 def test_every_command_that_writes_a_folder_asks_for_it(command, holder, tmp_path, run):
     done = run(*command.split(), "--out-dir", tmp_path / "run")
     assert done.returncode == 2
-    assert done.stderr == (f"error: another process uses {tmp_path}/run: wait for its end, or choose another "
-                           "--out-dir\n")
+    assert done.stderr == (f"error: process {holder.pid} uses {tmp_path}/run: wait for its end, or choose "
+                           "another --out-dir\n")
 
 
 def test_of_several_processes_the_first_one_asks_and_none_waits(holder, tmp_path, run):
     begin = time.monotonic()
     done = run("train.py", "--max-iters", 1, "--out-dir", tmp_path / "run", processes=2)
-    assert done.returncode == 1 and "error (process 0): another process uses" in done.stderr
+    assert done.returncode == 1 and f"error (process 0): process {holder.pid} uses" in done.stderr
     assert time.monotonic() - begin < 25
 
 
