@@ -1,6 +1,6 @@
 """Pretrain a transformer whose linear layers are y = B A x (sections IV.A and VI.B of the paper).
 
-    python train.py --rank 192                                  GPT-2 on the text that comes with Python
+    python train.py --rank 192                                  method 1: GPT-2 on Python's own texts
     python train.py --model tiny --rank 16 --data my_books/     a small model on your own text
     python train.py --method 2 --init-from gpt2 --rank 192      start from the SVD of a pretrained model (or
                                                                 without --rank from a folder of decompose.py)
@@ -57,8 +57,7 @@ def make_parser():
     add = p.add_argument_group("model").add_argument
     add("--model", choices=CONFIGS, default="gpt2", help="architecture")
     add("--rank", type=at_least_0, default=0, help="rank r of every linear layer; 0 is full rank")
-    add("--method", type=int, choices=(1, 2, 3),
-        help="1 from scratch, 2 from an SVD, 3 blended (default: 1, with --init-from 2)")
+    add("--method", type=int, choices=(1, 2, 3), help="see above (default: 1, with --init-from 2)")
     add("--init-from", help="a pretrained model to start from: a folder, a file or a known name")
     add("--bits", type=int, choices=(4, 8, 16), default=16, help="8 or 4: train and save rounded weights")
     add = p.add_argument_group("optimization").add_argument
@@ -69,8 +68,7 @@ def make_parser():
     add("--seq-len", type=at_least_1, help="tokens in a window (default: 256, on a GPU up to 1,024)")
     add("--max-iters", type=at_least_1, help="steps of the whole schedule (default: 150, on a GPU 5,000)")
     add("--stop-at", type=at_least_1, help="end after so many steps; the schedule stays that of --max-iters")
-    add("--lr", type=positive,
-        help="highest learning rate (default: 1e-3; adamw with --init-from 1e-4, by method 3 3e-4)")
+    add("--lr", type=positive, help="highest learning rate (default: 1e-3, with --init-from 1e-4 or 3e-4)")
     add("--seed", type=seed, default=1, help="of weights, batches and dropout")
     add = p.add_argument_group("machine").add_argument
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: the faster one here")
@@ -168,8 +166,10 @@ def train(args, given):
         return folder.say_stopped("train.py")
 
     # The rounded model, summary.json, and what to type next.
-    if args.bits < 16 and is_first():
-        save_rounded(folder.path, args.bits)
+    if args.bits < 16 and is_first():  # from the saved state: exactly the model whose loss was measured
+        rounded, tokenizer = load_model(folder.path, bits=args.bits)
+        replace_model(folder.path / f"int{args.bits}", rounded, tokenizer)
+        say(f"{folder.path}/int{args.bits} has the rounded model, {stored_bytes(rounded) / 1e6:,.1f} MB")
     with torch.device("meta"):
         full_rank, parameters = count_parameters(Transformer(model.config)), count_parameters(model)
     folder.finish(folder.path, model=args.init_from or args.model, rank=rank_of(model), method=args.method,
@@ -300,13 +300,6 @@ def set_up(model, args, device, moments):
 def rank_of(model):
     """The rank of a model's layers, the largest if they differ; 0 at full rank."""
     return max((m.rank for m in model.modules() if isinstance(m, LowRankLinear)), default=0)
-
-
-def save_rounded(out, bits):
-    """OUT/int8 or OUT/int4, from the saved state: exactly the model whose loss was measured."""
-    model, tokenizer = load_model(out, bits=bits)
-    replace_model(out / f"int{bits}", model, tokenizer)
-    say(f"{out}/int{bits}/ has the {bits}-bit model, {stored_bytes(model) / 1e6:,.1f} MB")
 
 
 if __name__ == "__main__":

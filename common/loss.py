@@ -86,10 +86,8 @@ def loss_sum(head, h, targets):
 
 def head_loss(head, x, targets, chunk=512):
     """Mean cross entropy of head(x) against targets, never holding more than `chunk` tokens' logits.
-
-    x (B, T, C), targets (B, T). Tokens whose target is IGNORED are left out before anything is computed; the
-    loss is 0 where none is left. Where y is no plain product h W^T, the backward pass makes the logits again.
-    """
+    x (B, T, C), targets (B, T). Tokens whose target is IGNORED are left out; the loss of none is 0. Where y
+    is no plain product h W^T, the backward pass makes the logits again."""
     h, targets = x.flatten(0, -2), targets.flatten()  # (N, C), (N)
     counts = targets != IGNORED
     if not counts.all():

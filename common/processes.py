@@ -112,10 +112,8 @@ class Single:
 
     def backward(self, batches, seed, weights=None):
         """Add the gradients of this process's batches, one after the other; returns their weighted loss.
-
         weights: of each batch's mean loss, 1 / len(batches) if not given; over all processes they sum to
-        `replicas`. Dropout depends on the seed and on the batch's number, not on which process has it.
-        """
+        `replicas`. Dropout depends on the seed and on the batch's number, not on which process has it."""
         weights = weights or [1 / len(batches)] * len(batches)
         total = torch.zeros((), device=self.device.torch_device)
         for i, (batch, weight) in enumerate(zip(batches, weights)):

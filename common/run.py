@@ -44,12 +44,9 @@ def holds_run(folder):
 
 
 def begin(args, given, fixed):
-    """(device, state folder, state.json, moments): what a run begins with. The last three are those of the
-    run that it goes on from, None, {} and {} for a new one.
-
-    It goes on with --resume, or where torchrun --max-restarts began it again and there is a state. A saved
-    argument is replaced by one that is given now, but for those named in `fixed`.
-    """
+    """(device, state folder, state.json, moments): the last three of the run that it goes on from; None, {}
+    and {} for a new one. It goes on with --resume, or where torchrun --max-restarts began it again and there
+    is a state. What is given now replaces saved arguments, but for those named in `fixed`."""
     folder, state, moments = None, {}, {}
     # on several machines only some may count the restart: if one does, all go on
     restarted = any_process(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
@@ -73,8 +70,8 @@ def begin(args, given, fixed):
 class RunFolder:
     """OUT, the lines on the terminal, and the signals that end the run. Only the first process writes.
 
-    state: of the run that is resumed; {} for a new one, and an earlier run in the folder is moved aside.
-    rows: of a step, in all processes; text: a checksum of the data.
+    state: as `begin` gives it; an earlier run in a new run's folder is moved aside. rows: of a step, in all
+    processes; text: a checksum of the data.
     """
 
     def __init__(self, args, state, rows, text, device):
@@ -124,7 +121,7 @@ class RunFolder:
 
     def log(self, flops=None, **row):
         """A line of metrics.jsonl, and one on the terminal. row: loss, lr and more. flops: of a token, for
-        MFU, useful operations over what matrix products reach. Refuses a loss that is not finite."""
+        MFU, useful operations over what matrix products reach."""
         if not math.isfinite(row["loss"]):
             raise self.not_finite(f"the loss is {row['loss']}")
         seconds, rate = (statistics.median(x[-self.args.log_interval:]) for x in (self.times, self.rates))
@@ -149,9 +146,8 @@ class RunFolder:
                           f"{self.saved_at}. A smaller --lr than {self.args.lr:g} usually helps")
 
     def save(self, strategy, tensors, moments, write, title, **more):
-        """Replace OUT/state, and the plot. Process 0 writes, by write(folder, tensors=...), the whole model,
-        however it is spread over processes; weights that are not finite replace no good ones. more: what
-        else state.json keeps."""
+        """Replace OUT/state, and the plot. Process 0 writes, by write(folder, tensors=...), whole tensors;
+        those that are not finite replace no good ones. more: what else state.json keeps."""
         tensors, moments = strategy.gather(tensors), strategy.gather(moments)
         if any_process(not all(t.isfinite().all() for t in tensors.values())):
             raise self.not_finite("some weights are not finite")
