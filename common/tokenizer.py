@@ -122,18 +122,6 @@ DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
 LLAMA3, QWEN2 = cut_by(WORDS), cut_by(WORDS.replace("{1,3}", ""))
 GGUF_CUTS = {"default": GPT2, "gpt-2": GPT2, "smollm": DIGITS, "llama-bpe": LLAMA3, "qwen2": QWEN2,
              "deepseek-r1-qwen": QWEN2}
-
-
-def byte_level_bpe(tokens, merges, cut):
-    """tokens: the text of each id. merges: "a b", in order. cut: a pre-tokenizer."""
-    vocab = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, ignore_merges=cut is LLAMA3))
-    backend.normalizer = normalizers.NFC() if cut is QWEN2 else None
-    backend.pre_tokenizer, backend.decoder = cut, decoders.ByteLevel()
-    return backend
-
-
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_FILES = {GPT2_URL + "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
               GPT2_URL + "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
@@ -195,29 +183,27 @@ def read_sentencepiece(name, model):
 
 
 TRAINING_CHARACTERS = 4_000_000
-COVERAGES = (0.9995, 0.9945, 0.9895, 0.9845, 0.98)  # of a text's characters; the others become bytes
 
 
-def train_tokenizer(texts, vocab_size=4096):
+def train_tokenizer(texts, vocab_size=4096, coverage=0.9995):
     """A SentencePiece BPE learned from texts, with fewer pieces where they have too few different words.
 
-    Bytes stand for what it never saw: every text comes back as it was (but for "▁" itself)."""
-    lines = sample_lines(texts)
-    for coverage in COVERAGES:
-        model = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-                hard_vocab_limit=False, character_coverage=coverage, byte_fallback=True,
-                normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True, split_digits=True, user_defined_symbols=["\n"],
-                max_sentence_length=1 << 24, num_threads=1, unk_id=0, eos_id=1, eos_piece=STOPS[0], bos_id=-1,
-                pad_id=-1, minloglevel=2)
-        except RuntimeError:  # thousands of signs: more than there are tokens
-            continue
-        fields = read_sentencepiece("the trained model", model.getvalue())
-        return Tokenizer("trained on this corpus", *vocabulary("it", fields))
-    raise InputError(f"no tokenizer of {vocab_size} tokens fits these {len(lines)} lines: give more text")
+    Bytes stand for what it never saw: every text comes back as it was (but for "▁" itself). coverage: of the
+    text's characters; less where that are thousands of signs, more than there are tokens."""
+    lines, model = sample_lines(texts), io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            hard_vocab_limit=False, character_coverage=coverage, byte_fallback=True,
+            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, split_digits=True, user_defined_symbols=["\n"],
+            max_sentence_length=1 << 24, num_threads=1, unk_id=0, eos_id=1, eos_piece=STOPS[0], bos_id=-1,
+            pad_id=-1, minloglevel=2)
+    except RuntimeError:
+        refuse(coverage < 0.98, f"no tokenizer of {vocab_size} tokens fits these {len(lines)} lines: give more")
+        return train_tokenizer(lines, vocab_size, coverage - 0.005)
+    fields = read_sentencepiece("the trained model", model.getvalue())
+    return Tokenizer("trained on this corpus", *vocabulary("it", fields))
 
 
 def sample_lines(texts):
@@ -261,9 +247,14 @@ def read_json(path):
     return content
 
 
+LLAMA_FIELDS = dict(bos_token_id=1, eos_token_id=2, unknown_token_id=0, add_bos_token=True,
+                    add_space_prefix=True)  # of a GGUF's "llama" that does not say
+
+
 def vocabulary(name, fields):
     """(backend, roles) of a GGUF's fields "tokens", "scores", "merges" and so on."""
-    get, is_llama = fields.get, fields.get("model") == "llama"
+    is_llama = fields.get("model") == "llama"
+    get = (LLAMA_FIELDS | fields if is_llama else fields).get
     cut = GGUF_CUTS.get(get("pre", "default"))
     refuse(not is_llama and (get("model") != "gpt2" or cut is None), f"{name}: its tokenizer is "
            f"{get('model')!r} with {get('pre')!r}; known are llama, and gpt2 with {', '.join(GGUF_CUTS)}")
@@ -274,13 +265,16 @@ def vocabulary(name, fields):
            f"{name} lacks scores, merges or kinds of tokens, or has one twice: get it again")
     roles = {role: tokens[get(key)] for role, key in ROLES.items() if 0 <= get(key, -1) < len(tokens)}
     if is_llama:
-        unknown, adds_space = roles.get("unk_token"), get("add_space_prefix", True)
-        backend = sentencepiece_bpe(tokens, order, kinds, unknown, adds_space)
+        backend = sentencepiece_bpe(tokens, order, kinds, roles.get("unk_token"), get("add_space_prefix"))
     else:
-        backend = byte_level_bpe(tokens, order, cut)
+        vocab = {token: i for i, token in enumerate(tokens)}
+        pairs = [tuple(pair.split(" ")) for pair in order]
+        backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, ignore_merges=cut is LLAMA3))
+        backend.normalizer = normalizers.NFC() if cut is QWEN2 else None
+        backend.pre_tokenizer, backend.decoder = cut, decoders.ByteLevel()
     backend.add_tokens([AddedToken(text, special=kind != USER_DEFINED, normalized=False)
                         for text, kind in zip(tokens, kinds) if kind in (UNKNOWN, CONTROL, USER_DEFINED)])
-    begin = roles.get("bos_token") if get("add_bos_token", is_llama or cut is LLAMA3) else None
+    begin = roles.get("bos_token") if get("add_bos_token", cut is LLAMA3) else None
     end = roles.get("eos_token") if get("add_eos_token") else None
     special = [(token, backend.token_to_id(token)) for token in (begin, end) if token]
     if special:
@@ -303,7 +297,7 @@ def load_tokenizer(folder):
     refuse(file is None, f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model is there; "
            "copy the one that the model was trained with")
     with blamed_on(file):
-        config = read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
         roles = {role: config[role] for role in ROLES if config.get(role)}
         roles = {role: t["content"] if isinstance(t, dict) else t for role, t in roles.items()}
         if file.suffix == ".json":

@@ -149,7 +149,7 @@ def test_bad_text_is_refused(tmp_path, tokenizer):
                           ("nothing", "empty, or no .txt or .md or .jsonl file")):
         with pytest.raises(InputError, match=message):
             open_corpus(str(tmp_path / path), "data")
-    for path, message in (("zero.txt", "is not text: it has zero bytes"),
+    for path, message in (("zero.txt", "is not text, it has zero bytes"),
                           ("latin.txt", "not UTF-8 text .*byte 0xe9 in position 3")):
         with pytest.raises(InputError, match=message):
             prepare(open_corpus(str(tmp_path / path), "data"), tokenizer)
@@ -192,13 +192,13 @@ def test_a_folder_says_what_it_leaves_out(tmp_path, capsys):
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.txt", b"\x28\xb5\x2f\xfd more", "a.txt is not UTF-8 text .*unpack it"),  # zstd
-    ("a.txt", b"PK\3\4\x14\0 more", "a.txt is not text: it has zero bytes"),  # zip
+    ("a.txt", b"PK\3\4\x14\0 more", "a.txt is not text, it has zero bytes"),  # zip
     ("a.gz", gzip.compress(b"some text " * 100)[:-20], "a.gz is not UTF-8 text"),
     ("a.gz", gzip.compress(b"some text " * 100)[:10], "a.gz is not UTF-8 text"),
     ("a.gz", gzip.compress(b"some text " * 100)[:-8] + b"12345678", "a.gz is not UTF-8 text .CRC check failed"),
     ("a.gz", b"\x1f\x8bnothing", "a.gz is not UTF-8 text"),
     ("a.txt", "text".encode("utf-16")[:-1], "a.txt is not UTF-8 text .*utf-16"),
-    ("a.txt", "text".encode("utf-32"), "a.txt is not text: it has zero bytes"),
+    ("a.txt", "text".encode("utf-32"), "a.txt is not text, it has zero bytes"),
     ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "a.jsonl: a row should be .*, not {'body': 'b'}"),
     ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, '{\"text\": .*': it is not JSON"),
     ("a.jsonl", b'["text"]\n', "a row should be"),

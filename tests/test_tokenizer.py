@@ -242,6 +242,8 @@ def test_sentencepiece_from_a_gguf(llama2):
         assert rebuilt.encode(text) == llama2.encode(text) and rebuilt.decode(rebuilt.encode(text)) == text
     assert (rebuilt.begin, rebuilt.end) == (1, 2) and tokenizer(add_bos_token=False).begin is None
     assert tokenizer(bos_token_id=2 ** 32 - 1).begin is None  # an id that stands for none
+    del fields["bos_token_id"], fields["eos_token_id"], fields["unknown_token_id"]
+    assert (tokenizer().begin, tokenizer().end, tokenizer().roles) == (1, 2, rebuilt.roles)  # as in llama.cpp
     some_bytes = tokenizer(tokens=["zzzq" if token == "<0x00>" else token for token in fields["tokens"]])
     assert some_bytes.encode("a ☃ 𐍈\n") == llama2.encode("a ☃ 𐍈\n")  # the other bytes are still there
     no_prefix = tokenizer(add_space_prefix=False)
