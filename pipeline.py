@@ -24,7 +24,7 @@ s holds at most N - s microbatches. beyond/zero_bubble.py has two schedules with
     torchrun --nproc_per_node 4 train.py --pipeline 2                  2 stages x 2 replicas
     python bench.py pipeline                                           utilization, measured
 """
-from collections import ChainMap, defaultdict, deque
+from collections import ChainMap, Counter, defaultdict, deque
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import cache, partial
@@ -120,11 +120,11 @@ def most_held(steps):
 
 def clock_table(lists):
     """The simulation with steps of one clock, as text; a process's second stage in small letters."""
-    rows = simulate(lists)
+    rows, word = simulate(lists), "stage" if count_stages(lists) == len(lists) else "process"
     clocks, width = max(end for *_, end in rows), 1 + max(len(f"{kind}{m}") for _, kind, m, *_ in rows)
-    table = {"clock": list(range(clocks))} | {f"stage {p}": ["."] * clocks for p in range(len(lists))}
+    table = {"clock": list(range(clocks))} | {f"{word} {p}": ["."] * clocks for p in range(len(lists))}
     for p, kind, m, stage, start, _ in rows:
-        table[f"stage {p}"][start] = f"{kind if stage < len(lists) else kind.lower()}{m}"
+        table[f"{word} {p}"][start] = f"{kind if stage < len(lists) else kind.lower()}{m}"
     names = max(map(len, table))
     lines = [name.ljust(names + 1) + "".join(str(c).ljust(width) for c in row) for name, row in table.items()]
     return "\n".join(line.rstrip() for line in lines)
@@ -194,10 +194,6 @@ class Grid:
             # what goes to the first N stages for what goes to the others
             self.wires = {(kind, turned): group_of(pipes)[0] for kind in "FB" for turned in (False, True)}
 
-    def wire(self, kind, stage):
-        """The group in which a message to this stage travels."""
-        return self.wires[kind, stage >= self.stages]
-
 
 class Wires:
     """The messages of one process: activations from stage s - 1 and to stage s + 1 (F), gradients back (B).
@@ -214,29 +210,30 @@ class Wires:
 
     def begin(self, steps, shape, dtype):
         """Post the first receive on each wire (kind, stage)."""
-        self.shape, self.dtype, self.posted, self.awaited = shape, dtype, {}, defaultdict(deque)
+        self.shape, self.dtype, self.posted, self.awaited = shape, dtype, {}, Counter()
         for kind, m, stage in steps:
             before = input_of(kind, m, stage, self.stages)
             if before and before[0] == kind and process_of(before[2], self.grid.stages) != self.grid.stage:
-                self.awaited[kind, stage].append(m)
+                self.awaited[kind, stage] += 1
         for wire in self.awaited:
             self.post(*wire)
 
+    def wire(self, kind, stage):
+        return self.grid.wires[kind, stage >= self.grid.stages]
+
     def post(self, kind, stage):
         if self.awaited[kind, stage]:
+            self.awaited[kind, stage] -= 1
             buffer = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             source = process_of(stage - 1 if kind == "F" else stage + 1, self.grid.stages)
-            work = dist.irecv(buffer, group=self.grid.wire(kind, stage), group_src=source)
-            self.posted[kind, stage] = self.awaited[kind, stage].popleft(), work, buffer
+            work = dist.irecv(buffer, group=self.wire(kind, stage), group_src=source)
+            self.posted[kind, stage] = work, buffer
 
     def receive(self, kind, m, stage):
         """The activation or gradient for a step; None where none comes. Posts the next receive."""
         if (kind, stage) not in self.posted:
             return self.own.pop((kind, m, stage), None)
-        posted, work, buffer = self.posted.pop((kind, stage))
-        if posted != m:
-            raise InputError(f"stage {stage} expects {kind}{m} while {kind}{posted} is on its way: "
-                             "the schedules of two stages differ")
+        work, buffer = self.posted.pop((kind, stage))
         work.wait()
         self.post(kind, stage)
         return buffer
@@ -251,22 +248,22 @@ class Wires:
             self.own[kind, m, after] = tensor
             return
         sent = self.sent[kind, stage]
-        sent.append((dist.isend(tensor, group=self.grid.wire(kind, after), group_dst=target), tensor))
+        sent.append((dist.isend(tensor, group=self.wire(kind, after), group_dst=target), tensor))
         if len(sent) > self.grid.stages:
             sent.popleft()[0].wait()
 
     def finish(self):
-        for sent in self.sent.values():
-            while sent:
-                sent.popleft()[0].wait()
+        for work, _ in chain(*self.sent.values()):
+            work.wait()
+        self.sent.clear()
 
 
 def execute(steps, forward, wires):
-    """Run one process's steps; returns the most microbatches whose activations were held at once.
+    """Run one process's steps.
 
     forward(m, stage, x, part) -> y, in the last stage the scaled loss; x is None in the first. part: a
     context for the blocks; where there are steps W, their weights get no gradient before W."""
-    part, held, most = nullcontext, {}, 0
+    part, held = nullcontext, {}
     if any(kind == "W" for kind, *_ in steps):
         from beyond.zero_bubble import WeightsLater as part
     for kind, m, stage in steps:
@@ -275,7 +272,6 @@ def execute(steps, forward, wires):
             x, later = arrived if arrived is None else arrived.requires_grad_(), part()
             y = forward(m, stage, x, later)
             held[m, stage] = x, y, later
-            most = max(most, len(held))
             wires.send(kind, m, stage, y)
         elif kind == "B":
             x, y, later = held.pop((m, stage))
@@ -286,7 +282,6 @@ def execute(steps, forward, wires):
         else:
             held.pop((m, stage)).run()
     wires.finish()
-    return most
 
 
 # ----------------------------------------------------------------------------- a model's stage
@@ -317,7 +312,7 @@ class Pipeline(Single):
         dense = isinstance(model.head, nn.Linear) and isinstance(model.embed, nn.Embedding)
         self.tied = self.stages == stages > 1 and dense and model.head.weight is model.embed.weight
         cut(model, chain(*self.pieces.values()))
-        self.wires, self.most_held = Wires(grid, device.torch_device, self.stages), 0
+        self.wires = Wires(grid, device.torch_device, self.stages)
 
     def __str__(self):
         return (f"pipeline {self.kind}: {self.stages} stages x {self.replicas} replicas, {self.microbatches} "
@@ -339,26 +334,37 @@ class Pipeline(Single):
                 x = block(x, rope, None, masks)
         return x
 
-    def backward(self, batches, seed):
-        """Gradients of the mean loss over the batches of all replicas. batches: those of this one, pairs of
-        tokens x and targets y (B, T). Returns their mean loss in the last stage, 0 elsewhere."""
-        M, losses = self.microbatches, []
-        inputs, targets = (torch.cat(parts) for parts in zip(*batches))
-        tokens, targets = inputs.chunk(M), targets.chunk(M)
+    def compute(self, steps, tokens, targets, seed=()):
+        """Execute the steps over microbatches (b, T). Returns their losses, in the last stage."""
+        losses = []
 
         def forward(m, stage, h, part):
             with self.device.autocast():
                 with part:
-                    h = self.run_blocks(stage, tokens[m], h, (*seed, self.replica * M + m))
+                    h = self.run_blocks(stage, tokens[m], h, (*seed, self.replica * len(tokens) + m))
                 if stage < self.stages - 1:
                     return h
                 losses.append(head_loss(self.model.head, self.model.norm(h), targets[m]))
-            return losses[-1] / (M * self.replicas)  # of the mean over the whole batch
+            return losses[-1] / (len(tokens) * self.replicas)  # of the mean over the whole batch
 
-        self.wires.begin(self.steps, (*tokens[0].shape, self.model.config.width), self.dtype)
-        self.most_held = execute(self.steps, forward, self.wires)
+        self.wires.begin(steps, (*tokens[0].shape, self.model.config.width), self.dtype)
+        execute(steps, forward, self.wires)
+        return losses
+
+    def backward(self, batches, seed):
+        """Gradients of the mean loss over the batches of all replicas. batches: those of this one, pairs of
+        tokens x and targets y (B, T). Returns their mean loss in the last stage, 0 elsewhere."""
+        inputs, targets = (torch.cat(parts) for parts in zip(*batches))
+        M = self.microbatches
+        losses = self.compute(self.steps, inputs.chunk(M), targets.chunk(M), seed)
         self.sum_gradients()
         return torch.stack(losses).detach().mean() if losses else inputs.new_zeros((), dtype=torch.float32)
+
+    @torch.no_grad()
+    def loss(self, x, y):
+        """Of one batch, in the last stage; None elsewhere, so that the next batch can follow."""
+        losses = self.compute([("F", 0, stage) for stage in self.pieces], [x], [y])
+        return losses[0] if losses else None
 
     def sum_gradients(self):
         """Over the two copies of a tied matrix, then over the replicas."""
@@ -368,18 +374,6 @@ class Pipeline(Single):
             gradients = [p.grad for p in self.own_parameters() if p.grad is not None]
             for work in [dist.all_reduce(g, group=self.grid.data, async_op=True) for g in gradients]:
                 work.wait()
-
-    @torch.no_grad()
-    def loss(self, x, y):
-        """Of one batch, in the last stage; None elsewhere, at once, so that the next batch can follow."""
-        steps = [("F", 0, stage) for stage in self.pieces]
-        self.wires.begin(steps, (*x.shape, self.model.config.width), self.dtype)
-        with self.device.autocast():
-            for stage in self.pieces:
-                h = self.run_blocks(stage, x, self.wires.receive("F", 0, stage))
-                if stage == self.stages - 1:
-                    return head_loss(self.model.head, self.model.norm(h), y)
-                self.wires.send("F", 0, stage, h)
 
     @torch.no_grad()
     def clip(self, largest):
@@ -411,7 +405,7 @@ def main(argv=None):
     N, M, lists = args.stages, args.microbatches, schedule(args.schedule, args.stages, args.microbatches)
     rows = simulate(lists)
     print(clock_table(lists))
-    print(f"microbatches held by each stage: {[most_held(steps) for steps in lists]}")
+    print(f"microbatches held by each process: {[most_held(steps) for steps in lists]}")
     print(f"utilization {utilization(rows):.3f}; of gpipe and 1f1b M / (N + M - 1) = {M / (N + M - 1):.3f}")
     return 0
 

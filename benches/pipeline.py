@@ -4,11 +4,14 @@
 
 A stage's work is to wait 50 ms for F, for B and for W, so that it waits for others, not for a processor.
 """
-import json
+import itertools
+import multiprocessing
 import statistics
 import tempfile
 import time
-from pathlib import Path
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -93,43 +96,37 @@ def engines(grid, kind, microbatches, seconds, rows):
     return {"ours": ours, "torch": lambda: torchs.step(*arguments, **target)}
 
 
-def member(rank, folder, stages, cases, seconds, rounds):
-    """One process: every engine in turn, a warm-up and `rounds` rounds. Its rows are left in the folder."""
+def member(rank, folder, stages, counts, rounds, seconds):
+    """One process. Its rows: of each schedule and number of microbatches the median utilization over the
+    rounds, all engines in turn, after a warm-up."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=stages)
-    grid, results = Grid(stages), []
-    for kind, microbatches in cases:
-        noted = []
-        steps = engines(grid, kind, microbatches, seconds, noted)
-        times = {name: [] for name in steps}
+    grid, rows = Grid(stages), []
+    for kind, M in itertools.product(SCHEDULES, counts):
+        noted, found = [], defaultdict(list)
+        steps = engines(grid, kind, M, seconds, noted)
         for _ in range(rounds + 1):
             for name, step in steps.items():
                 dist.barrier()
                 noted.clear()
                 step()
-                times[name].append(list(noted))
-        results.append({name: rows[1:] for name, rows in times.items()})
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
-    dist.barrier()
+                parts = [None] * stages
+                dist.all_gather_object(parts, noted)
+                found[name].append(utilization(sum(parts, [])))
+        median = {name: statistics.median(values[1:]) for name, values in found.items()}
+        backward = 1 if kind.startswith("zb") else 2  # else it has W's part in it
+        theory = utilization(simulate(schedule(kind, stages, M), backward=backward))
+        rows.append(dict(schedule=kind, stages=stages, microbatches=M, utilization=median["ours"],
+                         theory=theory, torch_utilization=median.get("torch")))
     dist.destroy_process_group()
+    return rows
 
 
 def measure(stages=4, counts=(1, 4, 8, 16), seconds=0.05, rounds=3):
-    """A row for each schedule and number of microbatches: the median utilization over the rounds."""
-    cases, rows = [(kind, M) for kind in SCHEDULES for M in counts], []
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(member, (folder, stages, cases, seconds, rounds), nprocs=stages)
-        results = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(stages)]
-    for (kind, M), parts in zip(cases, zip(*results)):  # parts: of one case, what each process measured
-        median = {}
-        for name in parts[0]:
-            whole = [sum(stages_rows, []) for stages_rows in zip(*(part[name] for part in parts))]
-            median[name] = statistics.median(map(utilization, whole))
-        backward = 1 if kind.startswith("zb") else 2  # else it has W's part in it
-        rows.append(dict(schedule=kind, stages=stages, microbatches=M, utilization=median["ours"],
-                         theory=utilization(simulate(schedule(kind, stages, M), backward=backward)),
-                         torch_utilization=median.get("torch")))
-    return rows
+    pool = ProcessPoolExecutor(stages, multiprocessing.get_context("spawn"))
+    with tempfile.TemporaryDirectory() as folder, pool:
+        one = partial(member, folder=folder, stages=stages, counts=counts, rounds=rounds, seconds=seconds)
+        return list(pool.map(one, range(stages)))[0]
 
 
 def bench(args):

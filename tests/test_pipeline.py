@@ -78,7 +78,7 @@ def test_the_clock_table_is_the_schedule():
                      "stage 0 F0 F1 .  B0 F2 B1 .  B2",
                      "stage 1 .  F0 B0 F1 B1 F2 B2 ."]
     assert max(map(len, clock_table(schedule("gpipe", 4, 8)).splitlines())) <= 80
-    assert clock_table(schedule("zb-v", 2, 2)).splitlines()[1].split()[2:7] == ["F0", "F1", ".", "f0", "b0"]
+    assert clock_table(schedule("zb-v", 2, 2)).splitlines()[1].startswith("process 0 F0 F1 .  f0 b0")
 
 
 def test_balance_finds_the_best_of_all_cuts():
@@ -173,8 +173,7 @@ def one_case(kind, rank, stages, microbatches, name):
     x, y = (t.chunk(replicas)[pipeline.replica] for t in batch())
     half = len(x) // 2
     loss = pipeline.backward([(x[:half], y[:half]), (x[half:], y[half:])], (5, 6)).double()
-    result = dict(gradients=difference(pipeline, gradients), held=pipeline.most_held,
-                  planned=most_held(pipeline.steps), loss=0)
+    result = dict(gradients=difference(pipeline, gradients), loss=0)
     dist.all_reduce(loss, group=pipeline.grid.data)
     if pipeline.stages - 1 in pipeline.pieces:
         result["loss"] = abs(loss.item() / replicas / whole_loss - 1)
@@ -233,7 +232,6 @@ def test_loss_and_every_gradient_equal_one_process(compared, case):
         result = process["cases"][CASES.index(case)]
         for what in ("loss", "gradients", "norm", "clipped"):
             assert result[what] < 1e-12, (what, result)
-        assert result["held"] == result["planned"]
 
 
 def test_activations_travel_in_the_dtype_they_have(compared):
