@@ -51,7 +51,7 @@ SETTINGS = dict(
     alpha=32.0,           # B A is multiplied with alpha / r
     dropout=0.1,          # share of A's inputs that is dropped while training
     weight_decay=0.0,     # of A and B
-    grad_clip=1.0,        # the largest norm of the whole gradient; 0: any
+    grad_clip=1.0,        # the largest norm of the whole gradient
     grad_accum=1,         # batches whose gradients are added up for a step
     seq_len=512,          # tokens of a row at most; the middle of a longer prompt is left out
     warmup=100,           # steps until the highest rate, at most a tenth of all
@@ -132,8 +132,7 @@ def finetune(args, given):
         step_rows = pick(data.train, rows, args.seed, step)
         batches, weights = batches_of(step_rows, args, strategy, device)
         loss = strategy.backward(batches, (args.seed, step), weights)
-        if args.grad_clip:
-            strategy.clip(args.grad_clip)
+        strategy.clip(args.grad_clip)
         rate = learning_rate(step, args)
         step_all(optimizers, rate)
         folder.advance(sum(len(r.ids) for r in step_rows), began)

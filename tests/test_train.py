@@ -147,7 +147,7 @@ def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path, text_file, caps
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path, text_file, run):
     done = run("train.py", *TINY, "--data", text_file, "--max-iters", 50, "--lr", "1e30", "--save-interval", 1,
-               "--out-dir", tmp_path / "run", settings=dict(warmup=0, grad_clip=0))
+               "--out-dir", tmp_path / "run", settings=dict(warmup=0))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "the loss is nan at step" in done.stderr or "the loss is inf at step" in done.stderr
     model, _ = load_model(read_state(tmp_path / "run")[0])
@@ -336,6 +336,12 @@ def test_what_rounded_training_refuses(args, message, tmp_path, text_file):
     with pytest.raises(InputError, match=message):
         call(*TINY, "--data", text_file, *args, "--out-dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_schedule_of_beyond_is_refused_where_that_is_deleted(tmp_path, text_file, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--schedule zb-h1 is in beyond/, which is not here: choose gpipe or 1f1b"):
+        call(*TINY, "--data", text_file, "--pipeline", 1, "--schedule", "zb-h1", "--out-dir", tmp_path / "run")
 
 
 def test_out_of_memory_names_the_flag_that_helps(tmp_path, text_file, monkeypatch, capsys):
