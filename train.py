@@ -221,12 +221,9 @@ def check(args, given):
            "--pipeline, --method 3 or warm_start with it")
     refuse(not args.pipeline and given & {"microbatches", "schedule"},
            "--microbatches and --schedule are of a pipeline: give --pipeline N")
-    zero_bubble = args.schedule.startswith("zb")
-    refuse(zero_bubble and importlib.util.find_spec("beyond") is None,
-           f"--schedule {args.schedule} is in beyond/, which is not here: choose gpipe or 1f1b")
-    refuse(zero_bubble and (args.compile or args.recompute == "block"),
-           f"--schedule {args.schedule} splits a block's backward pass, which --compile and --recompute "
-           "block keep whole: leave one out, or --recompute sdpa")
+    whole = args.compile or args.recompute == "block" or importlib.util.find_spec("beyond") is None
+    refuse(args.schedule.startswith("zb") and whole, f"--schedule {args.schedule} splits a block's backward "
+           "pass: it needs beyond/, and neither --compile nor --recompute block")
     refuse(args.pipeline and args.batch_size % args.microbatches,
            f"--batch-size {args.batch_size} is not divisible into {args.microbatches} microbatches")
 
