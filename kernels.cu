@@ -1,7 +1,7 @@
 // The products of quant.py on a GPU: int8 and int4 weights, with s and o of each vector (section V.B).
 //
-// Read it from the top: each job is done first by the plainest kernel that is right, then by a faster one,
-// with the reason why. tests/test_kernels.py runs all on a CPU (tests/cuda_on_cpu.h), also in a debugger.
+// Read it from the top: the product is computed first by the plainest kernel that is right, then by faster
+// ones, each with the reason why. tests/test_kernels.py runs all on a CPU, in a debugger too (cuda_on_cpu.h).
 //
 //   1. the format, and reading one weight of it
 //   2. dequantize                            q, s, o -> W
@@ -10,7 +10,7 @@
 //   5. y = B (A x) in one launch, and y = W x + scale B (A x)
 //   6. y = x W^T for more rows               tensor cores fed from shared memory, copied ahead (cp.async)
 //   7. g W, the gradient of x
-//   8. what Python calls, with its arguments checked
+//   8. what beyond/gpu_kernels.py calls
 //
 // Names: x (M, K), W (N, K), y (M, N) row by row; M rows of x (tokens), K the input's width, N the output's.
 // T is the type of x and y: bfloat16 or half. Every sum is kept in float.
@@ -19,16 +19,9 @@
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <ATen/ops/empty.h>  // single headers: torch/extension.h takes twice as long to compile
-#include <ATen/ops/zeros.h>
-#include <torch/csrc/utils/pybind.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <algorithm>
 #include <cstdint>
-#include <map>
+#include <type_traits>
 
 // The few instructions that C++ has no operator for; tests/cuda_on_cpu.h has each of them in plain C++.
 
@@ -66,7 +59,6 @@ template <class... P, class... Args>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t stream, Args... args) {
   if (grid.x == 0 || grid.y == 0) return;
   kernel<<<grid, block, 0, stream>>>(args...);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 #endif
 
@@ -112,24 +104,16 @@ template <int BITS> __device__ float weight_of(const Matrix& W, int row, int k, 
 
 // ============================================================================ 2. dequantize
 
-// Naive: a thread to each weight. Four or eight threads read the same word, and each writes two bytes.
-template <class T, int BITS> __global__ void dequantize_naive(Matrix W, T* out) {
-  int k = blockIdx.y * blockDim.x + threadIdx.x, row = blockIdx.x;
-  if (k >= W.width) return;
-  out[(size_t)row * W.width + k] = from_float<T>(weight_of<BITS>(W, row, k, word_of<BITS>(W, row, k)));
-}
-
 // A thread to each word, which is read once (s and o too, in one vector); its weights are written at once.
 template <class T, int BITS> __global__ void dequantize(Matrix W, T* out) {
   constexpr int n = IN_WORD<BITS>;
   int k = (blockIdx.y * blockDim.x + threadIdx.x) * n, row = blockIdx.x;
   if (k >= W.width) return;
   uint32_t word = word_of<BITS>(W, row, k);
-  bool one_vector = W.group % n == 0 || W.group == W.width;
-  float s = scale_of(W, row, k), o = offset_of(W, row, k);
   struct alignas(n * sizeof(T) > 16 ? 16 : n * sizeof(T)) { T value[n]; } values;
+  float s, o;
   for (int j = 0; j < n && k + j < W.width; j++) {
-    if (!one_vector) s = scale_of(W, row, k + j), o = offset_of(W, row, k + j);
+    if (j == 0 || W.group % n) s = scale_of(W, row, k + j), o = offset_of(W, row, k + j);
     values.value[j] = from_float<T>(s * integer<BITS>(word, j) + o);
   }
   T* to = out + (size_t)row * W.width + k;
@@ -528,16 +512,6 @@ __global__ void __launch_bounds__(128) matmul(const T* x, int M, Matrix W, T* y)
 
 // ============================================================= 7. g W, the gradient of x: g (M, N) -> (M, K)
 
-// Naive: a thread to each number.
-template <class T, int BITS> __global__ void matmul_back_naive(const T* g, Matrix W, T* out) {
-  int k = blockIdx.x * blockDim.x + threadIdx.x, m = blockIdx.y;
-  if (k >= W.width) return;
-  float sum = 0;
-  for (int row = 0; row < W.rows; row++)
-    sum += to_float(g[(size_t)m * W.rows + row]) * weight_of<BITS>(W, row, k, word_of<BITS>(W, row, k));
-  out[(size_t)m * W.width + k] = from_float<T>(sum);
-}
-
 // Now the depth runs along the rows of W, and so does s: it can't be taken out of the product. A tile of W is
 // dequantized and turned on its way into shared memory; meanwhile the next one's integers are being read.
 template <class T, int BITS>
@@ -606,13 +580,12 @@ __global__ void __launch_bounds__(128) matmul_back(const T* gradient, int M, Mat
       }
 }
 
-// ============================================================================ 8. what Python calls
+// ====================================================================== 8. what beyond/gpu_kernels.py calls
 //
-// In plain C first, with types as numbers, so that tests can call it on a CPU. Each function picks a kernel.
+// Plain C, with types as numbers. Each function picks a kernel for arguments that were checked there.
 
 enum Type { BFLOAT16, HALF, FLOAT };
 enum Step { NAIVE, WARP, FAST };  // how far down this file
-struct Form { Matrix W; int bits; };
 
 // call(T(), Int<BITS>())
 template <int N> using Int = std::integral_constant<int, N>;
@@ -622,21 +595,13 @@ template <class T, class F> void with_bits(int bits, F call) {
 template <class F> void with_type(int type, int bits, F call) {
   type == BFLOAT16 ? with_bits<__nv_bfloat16>(bits, call) : with_bits<__half>(bits, call);
 }
-template <class F> void with_any_type(int type, int bits, F call) {
-  type == FLOAT ? with_bits<float>(bits, call) : with_type(type, bits, call);
-}
 
 // Words that a lane of multiply_16_rows may load so that four lanes stay in one group; 0: not even one, or
 // rows of x that don't begin at 16 bytes.
-inline int words_for(const Form& f, const void* x) {
-  int words = f.W.width % 8 || (size_t)x % 16 ? 0 : 4;
-  while (words && f.W.group != f.W.width && f.W.group % (4 * words * 32 / f.bits)) words /= 2;
+inline int words_for(const Matrix& W, int bits, const void* x) {
+  int words = W.width % 8 || (size_t)x % 16 ? 0 : 4;
+  while (words && W.group != W.width && W.group % (4 * words * 32 / bits)) words /= 2;
   return words;
-}
-// Blocks that share 16 rows of A, so that some 128 are at work, each warp with a chunk at least.
-inline int pieces_of(const Form& a, int words) {
-  int tiles = ceil_div(a.W.rows, 16), chunks = ceil_div(a.W.width, std::max(words, 1) * 128 / a.bits);
-  return tiles > MOST_TILES ? 1 : std::max(1, std::min(128 / std::max(tiles, 1), chunks / WARPS));
 }
 // call(Int<WORDS>(), Int<TILES>())
 template <class F> void with_words(int words, int M, F call) {
@@ -648,22 +613,25 @@ template <class F> void with_words(int words, int M, F call) {
 
 extern "C" {
 
-void run_dequantize(int type, Form f, void* out, int step, cudaStream_t stream) {
-  with_any_type(type, f.bits, [&](auto t, auto bits) {
-    using T = decltype(t);
-    constexpr int BITS = bits();
-    int threads = step == NAIVE ? f.W.width : ceil_div(f.W.width, IN_WORD<BITS>);
-    auto kernel = step == NAIVE ? dequantize_naive<T, BITS> : dequantize<T, BITS>;
-    launch(kernel, dim3(f.W.rows, ceil_div(threads, 128)), 128, stream, f.W, (T*)out);
-  });
+const char* problem() {  // of the launches since the last call, or null
+  auto error = cudaGetLastError();
+  return error ? cudaGetErrorString(error) : nullptr;
 }
 
-void run_product(int type, const void* x, int M, Form f, void* y, int step, cudaStream_t stream) {
-  with_type(type, f.bits, [&](auto t, auto bits) {
+void run_dequantize(int type, int bits, void* out, int, Matrix W, cudaStream_t stream) {
+  auto run = [&](auto t, auto b) {
     using T = decltype(t);
-    constexpr int BITS = bits();
-    int words = words_for(f, x);
-    Matrix W = f.W;
+    dim3 grid(W.rows, ceil_div(W.width, 128 * IN_WORD<b()>));
+    launch(dequantize<T, b()>, grid, 128, stream, W, (T*)out);
+  };
+  type == FLOAT ? with_bits<float>(bits, run) : with_type(type, bits, run);
+}
+
+void run_product(int type, int bits, const void* x, int M, Matrix W, void* y, int step, cudaStream_t stream) {
+  with_type(type, bits, [&](auto t, auto b) {
+    using T = decltype(t);
+    constexpr int BITS = b();
+    int words = words_for(W, bits, x);
     auto X = (const T*)x;
     auto Y = (T*)y;
     if (step == NAIVE) launch(product_naive<T, BITS>, dim3(ceil_div(W.rows, 128), M), 128, stream, X, W, Y);
@@ -677,177 +645,44 @@ void run_product(int type, const void* x, int M, Form f, void* y, int step, cuda
   });
 }
 
-// How many numbers of float scratch run_lowrank wants.
-int64_t size_of_shares(int M, Form a) { return (int64_t)pieces_of(a, 1) * M * a.W.rows; }
+// Blocks that share 16 rows of A, so that some 128 are at work, each warp with a chunk at least. `shares`
+// must hold as many numbers as this times M times A's rows.
+int pieces_of(Matrix A, int bits, int words) {
+  int tiles = ceil_div(A.rows, 16), chunks = ceil_div(A.width, words * 128 / bits);
+  return tiles > MOST_TILES ? 1 : std::max(1, std::min(128 / tiles, chunks / WARPS));
+}
 
-void run_lowrank(int type, const void* x, int M, Form a, Form b, void* shares, void* h, void* y,
+void run_lowrank(int type, int bits, const void* x, int M, Matrix A, Matrix B, void* shares, void* h, void* y,
                  void* counters, cudaStream_t stream) {
-  with_type(type, a.bits, [&](auto t, auto bits) {
+  int words = std::min(words_for(A, bits, x), words_for(B, bits, h)), pieces = pieces_of(A, bits, words);
+  with_type(type, bits, [&](auto t, auto b) {
     using T = decltype(t);
-    constexpr int BITS = bits();
-    int words = std::min(words_for(a, x), words_for(b, h)), pieces = pieces_of(a, words);
     with_words(words, M, [&](auto w, auto tiles) {
-      int blocks = ceil_div(a.W.rows, 16) * pieces + ceil_div(b.W.rows, 16);
-      launch(lowrank<T, BITS, w(), tiles()>, blocks, 32 * WARPS, stream, (const T*)x, M, a.W, b.W, pieces,
+      int blocks = ceil_div(A.rows, 16) * pieces + ceil_div(B.rows, 16);
+      launch(lowrank<T, b(), w(), tiles()>, blocks, 32 * WARPS, stream, (const T*)x, M, A, B, pieces,
              (float*)shares, (T*)h, (T*)y, (Counters*)counters);
     });
   });
 }
 
-void run_lora(int type, const void* x, int M, Form f, const void* A, const void* B, int r, float scale,
-              void* h, void* y, void* counters, cudaStream_t stream) {
-  with_type(type, f.bits, [&](auto t, auto bits) {
+void run_lora(int type, int bits, const void* x, int M, Matrix W, const void* A, const void* B, int r,
+              float scale, void* h, void* y, void* counters, cudaStream_t stream) {
+  with_type(type, bits, [&](auto t, auto b) {
     using T = decltype(t);
-    constexpr int BITS = bits();
-    with_words(words_for(f, x), M, [&](auto w, auto tiles) {
-      int blocks = ceil_div(f.W.width, PIECE) + ceil_div(f.W.rows, 16);
-      launch(lora<T, BITS, w(), tiles()>, blocks, 32 * WARPS, stream, (const T*)x, M, f.W, (const T*)A,
+    with_words(words_for(W, bits, x), M, [&](auto w, auto tiles) {
+      int blocks = ceil_div(W.width, PIECE) + ceil_div(W.rows, 16);
+      launch(lora<T, b(), w(), tiles()>, blocks, 32 * WARPS, stream, (const T*)x, M, W, (const T*)A,
              (const T*)B, r, scale, (float*)h, (T*)y, (Counters*)counters);
     });
   });
 }
 
-void run_matmul_back(int type, const void* g, int M, Form f, void* out, int step, cudaStream_t stream) {
-  with_type(type, f.bits, [&](auto t, auto bits) {
+void run_matmul_back(int type, int bits, const void* g, int M, Matrix W, void* out, cudaStream_t stream) {
+  with_type(type, bits, [&](auto t, auto b) {
     using T = decltype(t);
-    constexpr int BITS = bits();
-    Matrix W = f.W;
-    auto G = (const T*)g;
     dim3 tiles(ceil_div(W.width, TILE), ceil_div(M, TILE));
-    if (step != NAIVE) launch(matmul_back<T, BITS>, tiles, 128, stream, G, M, W, (T*)out);
-    else launch(matmul_back_naive<T, BITS>, dim3(ceil_div(W.width, 128), M), 128, stream, G, W, (T*)out);
+    launch(matmul_back<T, b()>, tiles, 128, stream, (const T*)g, M, W, (T*)out);
   });
 }
 
 }  // extern "C"
-
-#ifndef CUDA_ON_CPU  // ---- and with tensors, every argument checked
-
-int type_of(const at::Tensor& t, const char* name, bool or_float = false) {
-  TORCH_CHECK(t.is_cuda(), name, " must be on a GPU, it is on ", t.device());
-  TORCH_CHECK(t.dim() == 2 && t.is_contiguous(), name, " must be contiguous with 2 dimensions, it has shape ",
-              t.sizes(), " and strides ", t.strides());
-  if (t.scalar_type() == at::kBFloat16) return BFLOAT16;
-  if (t.scalar_type() == at::kHalf) return HALF;
-  TORCH_CHECK(or_float && t.scalar_type() == at::kFloat, name, " must be bfloat16 or float16",
-              or_float ? " or float32" : "", ", it is ", t.scalar_type());
-  return FLOAT;
-}
-
-using Tensor = at::Tensor;
-
-Form form_of(const Tensor& q, const Tensor& scale, const Tensor& offset, int64_t width, at::Device device) {
-  TORCH_CHECK(q.scalar_type() == at::kChar || q.scalar_type() == at::kByte,
-              "q must be int8 (8 bit) or uint8 (4 bit), it is ", q.scalar_type());
-  int bits = q.scalar_type() == at::kChar ? 8 : 4;
-  for (auto& [t, name] : {std::pair{&q, "q"}, std::pair{&scale, "scale"}, std::pair{&offset, "offset"}}) {
-    TORCH_CHECK(t->device() == device, name, " must be on ", device, ", it is on ", t->device());
-    TORCH_CHECK(t->dim() == 2 && t->is_contiguous() && (size_t)t->data_ptr() % 16 == 0, name,
-                " must be contiguous with 2 dimensions and begin at a multiple of 16 bytes");
-    TORCH_CHECK(t->size(0) == q.size(0), name, " has ", t->size(0), " rows, q has ", q.size(0));
-  }
-  TORCH_CHECK(scale.scalar_type() == at::kHalf && offset.scalar_type() == at::kHalf,
-              "scale and offset must be float16");
-  TORCH_CHECK(scale.sizes() == offset.sizes() && scale.size(1) > 0 && width % scale.size(1) == 0,
-              "scale ", scale.sizes(), " and offset ", offset.sizes(), " do not divide a row of ", width);
-  int64_t row_bytes = (width * bits + 127) / 128 * 16;
-  TORCH_CHECK(q.size(1) == row_bytes, "q has ", q.size(1), " bytes a row; ", width, " weights of ", bits,
-              " bits take ", row_bytes);
-  Matrix W{(const uint8_t*)q.data_ptr(), (const __half*)scale.data_ptr(), (const __half*)offset.data_ptr(),
-           (int)q.size(0), (int)width, (int)(width / scale.size(1)), (int)row_bytes};
-  return {W, bits};
-}
-
-cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream(); }
-
-// Zeroed counters, one set for each stream: launches on one stream follow each other.
-void* counters_for(const Tensor& x) {
-  static std::map<std::pair<int, cudaStream_t>, Tensor> all;
-  auto& counters = all[{x.get_device(), current_stream()}];
-  if (!counters.defined()) {  // a graph's memory would not outlive it
-    TORCH_CHECK(c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
-                "call this once on the stream before a graph records it");
-    counters = at::zeros({(int64_t)sizeof(Counters) / 4}, x.options().dtype(at::kInt));
-  }
-  return counters.data_ptr();
-}
-
-Tensor dequantize_tensor(Tensor q, Tensor scale, Tensor offset, int64_t width, at::ScalarType dtype,
-                         int64_t step) {
-  c10::cuda::CUDAGuard guard(q.device());
-  auto out = at::empty({q.size(0), width}, q.options().dtype(dtype));
-  int type = type_of(out, "the result", true);
-  run_dequantize(type, form_of(q, scale, offset, width, q.device()), out.data_ptr(), step, current_stream());
-  return out;
-}
-
-Tensor product_tensor(Tensor x, Tensor q, Tensor scale, Tensor offset, int64_t step) {
-  int type = type_of(x, "x");
-  Form f = form_of(q, scale, offset, x.size(1), x.device());
-  c10::cuda::CUDAGuard guard(x.device());
-  auto y = at::empty({x.size(0), f.W.rows}, x.options());
-  run_product(type, x.data_ptr(), x.size(0), f, y.data_ptr(), step, current_stream());
-  return y;
-}
-
-Tensor matmul_back_tensor(Tensor g, Tensor q, Tensor scale, Tensor offset, int64_t width, int64_t step) {
-  int type = type_of(g, "g");
-  Form f = form_of(q, scale, offset, width, g.device());
-  TORCH_CHECK(g.size(1) == f.W.rows, "g has ", g.size(1), " columns, W has ", f.W.rows, " rows");
-  c10::cuda::CUDAGuard guard(g.device());
-  auto out = at::empty({g.size(0), width}, g.options());
-  run_matmul_back(type, g.data_ptr(), g.size(0), f, out.data_ptr(), step, current_stream());
-  return out;
-}
-
-void check_few_rows(const Tensor& x, std::initializer_list<Form> forms) {
-  TORCH_CHECK(x.size(0) <= 16, "x must have at most 16 rows, it has ", x.size(0));
-  for (auto& f : forms)
-    TORCH_CHECK(words_for(f, x.data_ptr()), "rows of ", f.W.width, " must be a multiple of 8, groups of ",
-                f.W.group, " of ", 128 / f.bits, ", and x must begin at a multiple of 16 bytes");
-}
-
-Tensor lowrank_tensor(Tensor x, Tensor qA, Tensor sA, Tensor oA, Tensor qB, Tensor sB, Tensor oB) {
-  int type = type_of(x, "x");
-  Form A = form_of(qA, sA, oA, x.size(1), x.device()), B = form_of(qB, sB, oB, qA.size(0), x.device());
-  TORCH_CHECK(A.bits == B.bits, "A has ", A.bits, " bits, B has ", B.bits);
-  check_few_rows(x, {A, B});
-  c10::cuda::CUDAGuard guard(x.device());
-  auto h = at::empty({x.size(0), A.W.rows}, x.options()), y = at::empty({x.size(0), B.W.rows}, x.options());
-  auto shares = at::empty({size_of_shares(x.size(0), A)}, x.options().dtype(at::kFloat));
-  if (x.size(0))
-    run_lowrank(type, x.data_ptr(), x.size(0), A, B, shares.data_ptr(), h.data_ptr(), y.data_ptr(),
-                counters_for(x), current_stream());
-  return y;
-}
-
-Tensor lora_tensor(Tensor x, Tensor q, Tensor scale, Tensor offset, Tensor A, Tensor B, double factor) {
-  int type = type_of(x, "x");
-  TORCH_CHECK(type_of(A, "A") == type && type_of(B, "B") == type, "A and B must be ", x.scalar_type(),
-              " like x, they are ", A.scalar_type(), " and ", B.scalar_type());
-  Form f = form_of(q, scale, offset, x.size(1), x.device());
-  bool fit = A.size(1) == x.size(1) && B.size(0) == f.W.rows && A.size(0) == B.size(1);
-  TORCH_CHECK(fit && A.device() == x.device() && B.device() == x.device(), "A ", A.sizes(), " and B ",
-              B.sizes(), " do not fit W (", f.W.rows, ", ", f.W.width, ") on ", x.device());
-  check_few_rows(x, {f});
-  c10::cuda::CUDAGuard guard(x.device());
-  TORCH_CHECK((size_t)A.data_ptr() % 16 == 0, "A must begin at a multiple of 16 bytes");
-  auto h = at::empty({ceil_div(A.size(1), PIECE) * x.size(0), A.size(0)}, x.options().dtype(at::kFloat));
-  auto y = at::empty({x.size(0), f.W.rows}, x.options());
-  if (x.size(0))
-    run_lora(type, x.data_ptr(), x.size(0), f, A.data_ptr(), B.data_ptr(), A.size(0), factor, h.data_ptr(),
-             y.data_ptr(), counters_for(x), current_stream());
-  return y;
-}
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  using pybind11::arg;
-  auto step = arg("step") = (int)FAST;  // 0 the naive kernel, 1 (products) a warp a row, 2 the fast one
-  arg q("q"), scale("scale"), offset("offset"), width("width");
-  m.def("dequantize", &dequantize_tensor, q, scale, offset, width, arg("dtype"), step);
-  m.def("product", &product_tensor, arg("x"), q, scale, offset, step);
-  m.def("matmul_back", &matmul_back_tensor, arg("g"), q, scale, offset, width, step);
-  m.def("lowrank", &lowrank_tensor);
-  m.def("lora", &lora_tensor);
-}
-#endif

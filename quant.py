@@ -19,11 +19,7 @@ Decoding takes the time of reading W, of which integers are fewer bytes. Without
     python train.py --rank 192 --bits 4    # section IV: train with rounded weights
 """
 import copy
-import functools
 import math
-import os
-import sys
-from pathlib import Path
 from types import MethodType
 
 import torch
@@ -31,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from common.cli import InputError, refuse, say
+from common.cli import InputError, refuse
 from lowrank import BlendedLinear, LowRankLinear
 from model import Layer, Packed
 
@@ -157,7 +153,7 @@ class QuantMatrix(Packed):
     def dense(self, dtype=torch.float32):
         """W (out, in)."""
         if self.q.is_cuda and load_kernels():
-            return load_kernels().dequantize(*self.parts(), self.in_features, dtype)
+            return load_kernels().dequantize(self, dtype)
         return decode(unpack(self.q, self.bits, self.in_features), self.scale, self.offset).to(dtype)
 
     def times(self, x):
@@ -189,7 +185,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx, g):  # (..., out) -> (..., in)
         W = ctx.W
         if g.is_cuda and g.numel() <= MANY_ROWS * W.out_features and load_kernels():
-            return on_gpu(load_kernels().matmul_back, g, *W.parts(), W.in_features), None
+            return on_gpu(load_kernels().matmul_back, g, W), None
         return g @ W.dense(g.dtype), None
 
 
@@ -197,7 +193,7 @@ def product(x, W):
     """x W^T: by kernels.cu for few rows on a GPU, else with W dequantized for the moment."""
     few = MANY_ROWS if W.group in (W.in_features, 64, 128, 256) else MATVEC_ROWS  # those of the matmul kernel
     if x.is_cuda and x.numel() <= few * W.in_features and load_kernels():
-        return on_gpu(load_kernels().product, x, *W.parts())
+        return on_gpu(load_kernels().product, x, W)
     return F.linear(x, W.dense(x.dtype))
 
 
@@ -217,25 +213,16 @@ def on_gpu(kernel, x, *args, bias=None):
 
 
 def one_launch(x, *matrices):
-    """Whether the fused kernels take x: few rows, no backward pass, rows and groups of 16 bytes each."""
-    if not x.is_cuda or x.numel() > MATVEC_ROWS * x.shape[-1] or torch.is_grad_enabled():
+    """Whether a fused kernel computes all at once: for few rows on a GPU, without a backward pass."""
+    if not x.is_cuda or torch.is_grad_enabled() or load_kernels() is None:
         return False
-    groups_fit = all(m.group == m.in_features or m.group % (128 // m.bits) == 0 for m in matrices)
-    return groups_fit and all(m.in_features % 8 == 0 for m in matrices) and load_kernels() is not None
+    from beyond.gpu_kernels import fits
+    return fits(x, *matrices)
 
 
-@functools.cache
 def load_kernels():
-    """kernels.cu as a module, compiled at the first use; None, said once, where that can't be."""
-    from torch.utils.cpp_extension import load
-    say("kernels.cu: compiling, or loading what was compiled before (a minute the first time) ...")
-    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # ninja, in an environment not active
-    try:
-        return load("fingpt_kernels", [str(Path(__file__).with_name("kernels.cu"))])
-    except (RuntimeError, OSError, ImportError) as e:
-        why = [line for line in str(e).splitlines() if "error:" in line][:2] or str(e).splitlines()[:1]
-        say(f"kernels.cu is not used, which is slower: it needs nvcc and ninja ({' | '.join(why)[:400]})")
-        return None
+    from beyond.gpu_kernels import load
+    return load()
 
 
 # ------------------------------------------------------------------------- layers
@@ -262,7 +249,7 @@ class QuantLinear(Layer):
             return None
         dtype = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
         A, B = A.to(dtype).contiguous(), B.to(dtype).contiguous()
-        return on_gpu(load_kernels().lora, x, *self.W.parts(), A, B, scale, bias=self.bias)
+        return on_gpu(load_kernels().lora, x, self.W, A, B, scale, bias=self.bias)
 
     def last_product(self, x, dtype):
         return x, self.W.dense(dtype)
@@ -286,7 +273,7 @@ class QuantLowRank(Layer):
 
     def forward(self, x):
         if one_launch(x, self.A, self.B):
-            return on_gpu(load_kernels().lowrank, x, *self.A.parts(), *self.B.parts(), bias=self.bias)
+            return on_gpu(load_kernels().lowrank, x, self.A, self.B, bias=self.bias)
         y = None if torch.is_autocast_enabled(x.device.type) else on_cpu(x, self.A, self.B, self.bias)
         return add_bias(self.B.times(self.A.times(x)), self.bias) if y is None else y  # (..., out)
 

@@ -16,9 +16,10 @@ from functools import partial
 import torch
 
 from benches.common import table
+from beyond.gpu_kernels import FEW_ROWS, WARP, load
 from common.cli import refuse
 from common.device import find_device
-from quant import QuantMatrix, decode, load_kernels, unpack
+from quant import QuantMatrix, decode, unpack
 
 SHAPES = [(4096, 4096, 512), (11008, 4096, 512), (4096, 11008, 512),  # Llama2-7B: out, in, rank of factors
           (1600, 1600, 384), (4800, 1600, 384), (6400, 1600, 384), (1600, 6400, 384)]  # GPT-2 XL
@@ -114,45 +115,43 @@ class Measurement:
         Ws = self.matrices(out, width, form)
         add = partial(self.add, shape=(out, width), form=form, things=Ws)
         A, B, W = self.random(8, width), self.random(out, 8), exact(Ws[0])
-
-        def dequantize(x, W):
-            return k.dequantize(*W.parts(), width, torch.bfloat16)
         peer = form == (4, 64) and width % 128 == 0 and dense[0].is_cuda
         packed = [int4pack(W) for W in Ws if peer]
         for M in ROWS:
             x, g = self.random(M, width), self.random(M, out)
             back = partial(add, "back", x=g, wanted=g.double() @ W)
-            product = partial(add, "product", x=x, wanted=x.double() @ W.T)
-            product("ours", call=lambda x, W: k.product(x, *W.parts()))
-            back("ours", call=lambda g, W: k.matmul_back(g, *W.parts(), width))
+            product = partial(add, "matvec" if M <= FEW_ROWS else "matmul", x=x, wanted=x.double() @ W.T)
+            product("ours", call=k.product)
+            back("ours", call=k.matmul_back)
             if form == FORMS[0]:
                 cublas = dict(engine="torch", form=(16, 0), things=dense)
                 product(**cublas, call=lambda x, W: x @ W.T, wanted=x.double() @ exact(dense[0]).T)
                 back(**cublas, call=lambda g, W: g @ W, wanted=g.double() @ exact(dense[0]))
-            if M >= 16:
-                product("torch, dequantized first", call=lambda x, W: x @ dequantize(x, W).T)
-                back("torch, dequantized first", call=lambda g, W: g @ dequantize(g, W))
+            if M >= FEW_ROWS:
+                product("torch, dequantized first", call=lambda x, W: x @ k.dequantize(W, x.dtype).T)
+                back("torch, dequantized first", call=lambda g, W: g @ k.dequantize(W, g.dtype))
             if M == 1:
-                product("ours, a warp a row", call=lambda x, W: k.product(x, *W.parts(), 1))
+                product("ours, a warp a row", call=partial(k.product, step=WARP))
             if peer:
                 product("torch int4pack", things=packed,
                         call=lambda x, W: torch._weight_int4pack_mm(x, W[0], 64, W[1]))
             if M <= 8:
                 lora = partial(add, "lora", x=x, wanted=x.double() @ (W + 4 * B.double() @ A.double()).T)
-                lora("ours", call=lambda x, W: k.lora(x, *W.parts(), A, B, 4.0))
-                lora("ours, 4 launches", call=lambda x, W: k.product(x, *W.parts()) + 4 * (x @ A.T @ B.T))
-        add("dequantize", "ours", x=dense[0], call=dequantize, wanted=W, more=bytes_of(dense[0]))
+                lora("ours", call=lambda x, W: k.lora(x, W, A, B, 4.0))
+                lora("ours, 4 launches", call=lambda x, W: k.product(x, W) + 4 * (x @ A.T @ B.T))
+        add("dequantize", "ours", x=dense[0], call=lambda x, W: k.dequantize(W, x.dtype), wanted=W,
+            more=bytes_of(dense[0]))
 
     def factors(self, out, width, rank, form):
         """B (A x) in one launch and in two."""
         k, pairs = self.kernels, list(zip(self.matrices(rank, width, form), self.matrices(out, rank, form)))
         A, B = map(exact, pairs[0])
-        for M in (1, 8, 16):
+        for M in (1, 8, FEW_ROWS):
             x = self.random(M, width)
             add = partial(self.add, "lowrank", shape=(out, rank, width), form=form, x=x, things=pairs,
                           wanted=x.double() @ A.T @ B.T)
-            add("ours", call=lambda x, p: k.lowrank(x, *p[0].parts(), *p[1].parts()))
-            add("ours, two launches", call=lambda x, p: k.product(k.product(x, *p[0].parts()), *p[1].parts()))
+            add("ours", call=lambda x, pair: k.lowrank(x, *pair))
+            add("ours, two launches", call=lambda x, pair: k.product(k.product(x, pair[0]), pair[1]))
 
 
 def int4pack(W):
@@ -168,11 +167,11 @@ def bench(args):
            "can only run the kernels through their emulation, which says nothing of their speed")
     device, shapes = find_device("bfloat16"), SHAPES
     if args.dry_run:
-        from tests.cuda_on_cpu import Kernels
-        m, shapes = Measurement(Kernels(), cpu_seconds, torch.device("cpu"), 1 << 10), [(48, 128, 64)]
+        from tests.cuda_on_cpu import Emulated
+        m, shapes = Measurement(Emulated(), cpu_seconds, torch.device("cpu"), 1 << 10), [(48, 128, 64)]
     else:
-        refuse(load_kernels() is None, "kernels.cu could not be built: the line above says why")
-        m = Measurement(load_kernels(), graph_seconds, device.torch_device, L2_BYTES)
+        refuse(load() is None, "kernels.cu could not be built: the line above says why")
+        m = Measurement(load(), graph_seconds, device.torch_device, L2_BYTES)
     for out, width, rank in shapes:
         dense = m.enough(lambda shape=(out, width): m.random(*shape))
         for form in FORMS:

@@ -7,14 +7,14 @@ import itertools
 import os
 import random
 import shutil
-import subprocess
-from pathlib import Path
-from sysconfig import get_paths
 
 import pytest
 import torch
-from cuda_on_cpu import FAST, NAIVE, ROOT, TYPES, WARP, Kernels
+from cuda_on_cpu import Emulated
 
+from beyond import cpu_kernels, gpu_kernels
+from beyond.gpu_kernels import FAST, NAIVE, TYPES, WARP
+from common.cli import InputError
 from quant import QuantMatrix
 
 ROUNDING = {torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11}  # of one number, to its size
@@ -25,7 +25,7 @@ SIZES = [*range(1, 18), 31, 33, 63, 64, 65, 100, 127, 128, 130, 192, 257, 1000]
 def kernels():
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile kernels.cu with")
-    return Kernels()
+    return Emulated()
 
 
 @pytest.fixture
@@ -65,12 +65,11 @@ def cases(count):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", list(TYPES))
-@pytest.mark.parametrize("step", [NAIVE, FAST])
-def test_dequantize(kernels, draw, bits, dtype, step):
+def test_dequantize(kernels, draw, bits, dtype):
     for _ in range(6):
         rows, width = draw.choice(SIZES[:26]), draw.choice(SIZES)
         m = random_matrix(rows, width, bits, some_group(draw, width))
-        assert torch.equal(kernels.dequantize(*m.parts(), width, dtype, step), m.dense(dtype))
+        assert torch.equal(kernels.dequantize(m, dtype), m.dense(dtype))
 
 
 @pytest.mark.parametrize("step", [NAIVE, WARP])
@@ -78,7 +77,7 @@ def test_dequantize(kernels, draw, bits, dtype, step):
 def test_plain_product(kernels, draw, step, bits, dtype, i):
     M, rows, width = draw.randint(1, 35), draw.choice(SIZES[:26]), draw.choice(SIZES)
     m, x = random_matrix(rows, width, bits, some_group(draw, width)), torch.randn(M, width, dtype=dtype)
-    assert_product(kernels.product(x, *m.parts(), step), x, m.dense())
+    assert_product(kernels.product(x, m, step), x, m.dense())
 
 
 @pytest.mark.parametrize("bits, dtype, i", cases(10))
@@ -89,7 +88,7 @@ def test_matvec(kernels, draw, bits, dtype, i):
     group = words * 128 // bits
     width = draw.choice([*SIZES, 8, 24, 72, 136, 1600]) if i < 4 else group * draw.choice([1, 2, 3, 7, 9, 20])
     m, x = random_matrix(rows, width, bits, 0 if i < 4 else group), torch.randn(M, width, dtype=dtype)
-    assert_product(kernels.product(x, *m.parts()), x, m.dense())
+    assert_product(kernels.product(x, m), x, m.dense())
 
 
 @pytest.mark.parametrize("bits, dtype, i", cases(6))
@@ -99,23 +98,21 @@ def test_matmul(kernels, draw, bits, dtype, i):
     group = [0, 64, 128, 0, 192, 0][i]
     width = group * draw.choice([1, 2, 3]) if group else draw.choice(SIZES)
     m, x = random_matrix(rows, width, bits, group), torch.randn(M, width, dtype=dtype)
-    assert_product(kernels.product(x, *m.parts()), x, m.dense())
+    assert_product(kernels.product(x, m), x, m.dense())
 
 
 def test_x_that_begins_anywhere(kernels, draw):
     """A slice of a larger tensor need not begin at 16 bytes."""
     m, x = random_matrix(33, 128, 4, 64), torch.randn(20 * 128 + 1, dtype=torch.bfloat16)[1:].view(20, 128)
     for M in (3, 20):
-        assert_product(kernels.product(x[:M], *m.parts()), x[:M], m.dense())
+        assert_product(kernels.product(x[:M], m), x[:M], m.dense())
 
 
 @pytest.mark.parametrize("bits, dtype, i", cases(4))
-@pytest.mark.parametrize("step", [NAIVE, FAST])
-def test_matmul_back(kernels, draw, bits, dtype, i, step):
+def test_matmul_back(kernels, draw, bits, dtype, i):
     M, rows, width = draw.choice([1, 17, 64, 65]), draw.choice(SIZES[:26]), draw.choice(SIZES[:26])
     m, g = random_matrix(rows, width, bits, some_group(draw, width)), torch.randn(M, rows, dtype=dtype)
-    inner = ROUNDING[dtype] if step == FAST else 0  # the fast one rounds W to T
-    assert_product(kernels.matmul_back(g, *m.parts(), width, step), g, m.dense().T, inner)
+    assert_product(kernels.matmul_back(g, m), g, m.dense().T, inner=ROUNDING[dtype])  # it rounds W to T
 
 
 @pytest.mark.parametrize("bits, dtype, i", cases(6))
@@ -128,7 +125,7 @@ def test_lowrank_in_one_launch(kernels, draw, bits, dtype, i):
     A, B = random_matrix(rank, width, bits, group), random_matrix(rows, rank, bits, group)
     x = torch.randn(M, width, dtype=dtype)
     for _ in range(2):  # the counters must be ready for the next launch
-        y, h = kernels.lowrank_and_h(x, A.parts(), B.parts())
+        y, h = kernels.lowrank(x, A, B), kernels.made[0]
         assert_product(h, x, A.dense())
         assert_product(y, h, B.dense())
 
@@ -140,10 +137,10 @@ def test_lowrank_of_wide_inputs(kernels, draw, bits, dtype, i):
     M, rows = draw.choice([1, 3, 9, 16]), draw.choice(SIZES)
     A, B = random_matrix(rank, width, bits, group), random_matrix(rows, rank, bits, 0)
     x = torch.randn(M, width, dtype=dtype)
-    y, h = kernels.lowrank_and_h(x, A.parts(), B.parts())
+    y, h = kernels.lowrank(x, A, B), kernels.made[0]
     assert_product(h, x, A.dense())
     assert_product(y, h, B.dense())
-    assert torch.equal(kernels.lowrank_and_h(x, A.parts(), B.parts())[0], y)
+    assert torch.equal(kernels.lowrank(x, A, B), y)
 
 
 @pytest.mark.parametrize("bits, dtype, i", cases(4))
@@ -155,43 +152,52 @@ def test_lora_in_one_launch(kernels, draw, bits, dtype, i):
     A, B = (0.1 * torch.randn(*shape) for shape in ((r, width), (rows, r)))
     A, B = A.to(dtype), B.to(dtype)
     for _ in range(2):
-        y = kernels.lora(x, *m.parts(), A, B, scale)
+        y = kernels.lora(x, m, A, B, scale)
         assert_product(y, x, m.dense().double() + scale * (B.double() @ A.double()))
+
+
+def test_the_boundary_checks_its_arguments(kernels):
+    m, B, x = random_matrix(64, 128, 8, 64), random_matrix(8, 64, 8, 64), torch.randn(4, 128).bfloat16()
+    a, b = torch.zeros(8, 128).bfloat16(), torch.zeros(64, 8).bfloat16()
+    elsewhere = QuantMatrix.of(torch.zeros(64, 128, device="meta"), 8)
+    for call, message in (
+            (lambda: kernels.product(x.float(), m), "takes rows of 128 numbers in bfloat16 or float16, got .* in torch.float32"),
+            (lambda: kernels.product(x[:, :64], m), r"takes rows of 128 .* got \(4, 64\)"),
+            (lambda: kernels.product(x.repeat(1, 2)[:, ::2], m), "contiguous .* strides"),
+            (lambda: kernels.product(x, elsewhere), "on one cpu, x is on cpu: .* on meta"),
+            (lambda: kernels.matmul_back(x, m), "takes rows of 64"),
+            (lambda: kernels.lowrank(x.repeat(5, 1), m, B), r"no kernel for x \(20, 128\)"),
+            (lambda: kernels.lowrank(x, m, m), "no kernel"), (lambda: kernels.lowrank(x[:0], m, B), "no kernel"),
+            (lambda: kernels.lora(x, m, a.float(), b, 1), "no kernel"),
+            (lambda: kernels.lora(x, m, a, b[:9], 1), r"B \(9, 8\)"),
+            (lambda: gpu_kernels.Kernels(kernels.library, "cuda").product(x, m), "on one cuda")):
+        with pytest.raises(InputError, match=message):
+            call()
 
 
 # ----------------------------------------------------------------------------- on the real thing
 
 CUT = 3e-5  # of the size: tensor cores cut float sums off instead of rounding them
 
-def cuda_compiler():
-    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    return shutil.which("nvcc") or shutil.which("nvcc", path=str(home / "bin"))
-
-
 @pytest.mark.slow
-def test_it_compiles_for_gpus(tmp_path):
-    """The whole file, torch's part too, for an A100 and an H100, side by side."""
-    if not cuda_compiler():
-        pytest.skip("no nvcc on the path or in CUDA_HOME")
-    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
-    generated = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"  # builds of torch for a CPU lack it
-    generated.parent.mkdir(parents=True)
-    generated.write_text("#pragma once\n")
-    includes = [f"-I{path}" for path in [*include_paths(), get_paths()["include"], tmp_path]]
-    targets = ["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90"]
-    flags = ["-O3", "-std=c++20", "--threads", "2", "-DTORCH_EXTENSION_NAME=kernels", *COMMON_NVCC_FLAGS]
-    command = [cuda_compiler(), "-c", ROOT / "kernels.cu", "-o", tmp_path / "kernels.o"]
-    command += [*flags, *includes, *targets]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_it_compiles_for_gpus(capability, monkeypatch, tmp_path):
+    """For an A100 and an H100."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    if not os.path.exists(f"{home}/bin/nvcc"):
+        pytest.skip("no nvcc in CUDA_HOME")
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(cpu_kernels, "cache_dir", lambda: tmp_path)
+    kernels = gpu_kernels.load.__wrapped__()
+    assert kernels.library.run_product, "the library can be loaded"
 
 
 @pytest.fixture(scope="session")
 def on_gpu():
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    from quant import load_kernels
-    kernels = load_kernels()
+    kernels = gpu_kernels.load()
     assert kernels is not None, "there is a GPU, but kernels.cu could not be built: see the message above"
     return kernels
 
@@ -204,11 +210,10 @@ def test_products_on_a_gpu(on_gpu, draw, bits, dtype, i):
     m, x = random_matrix(rows, width, bits, group), torch.randn(M, width, dtype=dtype, device="cuda")
     dense, m = m.dense(dtype), m.cuda()
     for step in (NAIVE, WARP, FAST):
-        assert_product(on_gpu.product(x, *m.parts(), step), x, m.dense(), inner=CUT)
+        assert_product(on_gpu.product(x, m, step), x, m.dense(), inner=CUT)
     g = torch.randn(M, rows, dtype=dtype, device="cuda")
-    assert_product(on_gpu.matmul_back(g, *m.parts(), width), g, m.dense().T, inner=ROUNDING[dtype])
-    for step in (NAIVE, FAST):
-        assert torch.equal(on_gpu.dequantize(*m.parts(), width, dtype, step).cpu(), dense)
+    assert_product(on_gpu.matmul_back(g, m), g, m.dense().T, inner=ROUNDING[dtype])
+    assert torch.equal(on_gpu.dequantize(m, dtype).cpu(), dense)
 
 
 @pytest.mark.slow
@@ -220,36 +225,20 @@ def test_one_launch_on_a_gpu(on_gpu, draw, bits, dtype, i):
     A, B = random_matrix(rank, width, bits, 64).cuda(), random_matrix(rows, rank, bits, 64).cuda()
     x, a, b = (torch.randn(*s, dtype=dtype, device="cuda") for s in ((M, width), (8, width), (rows, 8)))
     W = random_matrix(rows, width, bits, 64).cuda()
-    product = on_gpu.product(on_gpu.product(x, *A.parts()), *B.parts())
+    product = on_gpu.product(on_gpu.product(x, A), B)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(50):
-            y, z = on_gpu.lowrank(x, *A.parts(), *B.parts()), on_gpu.lora(x, *W.parts(), a, b, 0.5)
+            y, z = on_gpu.lowrank(x, A, B), on_gpu.lora(x, W, a, b, 0.5)
         assert torch.equal(y, product)
     graph = torch.cuda.CUDAGraph()
     stream.synchronize()
     with torch.cuda.graph(graph, stream=stream):
-        y, z = on_gpu.lowrank(x, *A.parts(), *B.parts()), on_gpu.lora(x, *W.parts(), a, b, 0.5)
+        y, z = on_gpu.lowrank(x, A, B), on_gpu.lora(x, W, a, b, 0.5)
     for _ in range(50):
         y.fill_(float("nan")), z.fill_(float("nan"))
         graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y, product)
     assert_product(z, x, W.dense().double() + 0.5 * (b.double() @ a.double()), inner=CUT)
-
-
-@pytest.mark.slow
-def test_the_boundary_checks_its_arguments(on_gpu):
-    m, x = random_matrix(64, 128, 8, 64).cuda(), torch.randn(4, 128, dtype=torch.bfloat16, device="cuda")
-    q, s, o = m.parts()
-    for wrong, message in (
-            ((x.float(), q, s, o), "bfloat16 or float16"), ((x.cpu(), q, s, o), "must be on a GPU"),
-            ((x[:, ::2], q, s, o), "contiguous"), ((x, q.int(), s, o), "q must be int8"),
-            ((x, q, s.float(), o), "float16"), ((x, q, s[:3], o), "rows"),
-            ((x[:, :64].contiguous(), q, s, o), "bytes a row"), ((x, q, s, o.cpu()), "must be on")):
-        with pytest.raises(RuntimeError, match=message):
-            on_gpu.product(*wrong)
-    many, B = torch.randn(17, 128, dtype=torch.bfloat16, device="cuda"), random_matrix(8, 64, 8, 64).cuda()
-    with pytest.raises(RuntimeError, match="at most 16 rows"):
-        on_gpu.lowrank(many, q, s, o, *B.parts())

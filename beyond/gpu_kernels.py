@@ -1,0 +1,124 @@
+"""kernels.cu from Python: compiled by nvcc at the first use, called through ctypes, arguments checked here.
+
+    kernels = load()                    # None, said once, where it can't be compiled
+    y = kernels.product(x, W)           # x (M, in) in 16 bit, W a quant.QuantMatrix (out, in) -> (M, out)
+    y = kernels.lowrank(x, A, B)        # B (A x) in one launch, for up to 16 rows
+"""
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+from beyond.cpu_kernels import Matrix, build
+from common.cli import refuse, say
+from quant import QuantMatrix
+
+FLAGS = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC"]
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # these numbers are also in kernels.cu
+NAIVE, WARP, FAST = range(3)
+FEW_ROWS, PIECE, COUNTERS = 16, 1024, 256
+
+
+@functools.cache
+def load():
+    """The Kernels for this GPU; None, said once, where they can't be compiled."""
+    from torch.utils.cpp_extension import CUDA_HOME
+    say("kernels.cu: compiling, or loading what was compiled before (a minute the first time) ...")
+    nvcc = f"{CUDA_HOME}/bin/nvcc" if CUDA_HOME else "nvcc"
+    major, minor = torch.cuda.get_device_capability()
+    source = Path(__file__).parent.with_name("kernels.cu")
+    library = build(source, nvcc, *FLAGS, f"-arch=sm_{major}{minor}")
+    return None if library is None else Kernels(library, "cuda")
+
+
+def fits(x, *matrices):
+    """Whether the fused kernels take x (..., in): 1 to 16 rows; rows and groups of 16 bytes each."""
+    groups = all(W.group == W.in_features or W.group % (128 // W.bits) == 0 for W in matrices)
+    rows = all(W.in_features % 8 == 0 for W in matrices) and x.data_ptr() % 16 == 0
+    return groups and rows and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+
+
+class Kernels:
+    """The functions of the library, for tensors of one kind of device. W, A, B: QuantMatrix (out, in)."""
+
+    def __init__(self, library, device):
+        self.library, self.device, self.counters = library, device, {}
+        library.problem.restype = ctypes.c_char_p
+
+    def dequantize(self, W, dtype):
+        """W (out, in) in this dtype."""
+        out = self.empty(W.q, W.out_features, W.in_features, dtype=dtype)
+        self.call("dequantize", out, W.in_features, W)
+        return out
+
+    def product(self, x, W, step=FAST):
+        """x W^T: x (M, in) -> (M, out). step: the naive kernel, a warp a row, or the fast ones."""
+        y = self.empty(x, len(x), W.out_features)
+        self.call("product", x, W.in_features, W, y, step)
+        return y
+
+    def matmul_back(self, g, W):
+        """g W: g (M, out) -> (M, in)."""
+        out = self.empty(g, len(g), W.in_features)
+        self.call("matmul_back", g, W.out_features, W, out)
+        return out
+
+    def lowrank(self, x, A, B):
+        """B (A x) in one launch: x (M, in) -> (M, out) for the few rows that `fits` allows."""
+        refuse(not fits(x, A, B) or (B.in_features, B.bits) != (A.out_features, A.bits), f"no kernel for x "
+               f"{tuple(x.shape)}, bits {A.bits} and {B.bits}, groups of {A.group} and {B.group}")
+        pieces = self.library.pieces_of(self.argument(A, x), A.bits, 1)
+        shares = self.empty(x, pieces, len(x), A.out_features, dtype=torch.float32)
+        h, y = self.empty(x, len(x), A.out_features), self.empty(x, len(x), B.out_features)
+        self.call("lowrank", x, A.in_features, A, B, shares, h, y, self.counters_for(x))
+        return y
+
+    def lora(self, x, W, A, B, scale):
+        """W x + scale B (A x) in one launch: A (r, in) and B (out, r) in the dtype of x (M, in), as for
+        lowrank."""
+        r = len(A)
+        match = (A.shape, B.shape) == ((r, W.in_features), (W.out_features, r)) and A.data_ptr() % 16 == 0
+        refuse(not match or not A.dtype == B.dtype == x.dtype or not fits(x, W), f"no kernel for x "
+               f"{tuple(x.shape)}, groups of {W.group}, A {tuple(A.shape)}, B {tuple(B.shape)} in {A.dtype}")
+        h = self.empty(x, -(-W.in_features // PIECE), len(x), r, dtype=torch.float32)
+        y = self.empty(x, len(x), W.out_features)
+        self.call("lora", x, W.in_features, W, A, B, r, float(scale), h, y, self.counters_for(x))
+        return y
+
+    def call(self, name, x, width, W, *more):
+        """run_NAME(type, bits, x, its rows, W, *more, stream) for x (rows, width)."""
+        takes = TYPES if name == "dequantize" else (torch.bfloat16, torch.float16)
+        refuse(x.dtype not in takes or x.shape[1:] != (width,), f"{name} takes rows of {width} numbers in "
+               f"bfloat16 or float16, got {tuple(x.shape)} in {x.dtype}")
+        arguments = [self.argument(value, x) for value in (x, len(x), W, *more)]
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
+        with torch.cuda.device_of(x):
+            run = getattr(self.library, f"run_{name}")
+            run(TYPES[x.dtype], W.bits, *arguments, ctypes.c_void_p(stream))
+        problem = self.library.problem()
+        refuse(problem, f"kernels.cu, {name}: {problem}")
+
+    def argument(self, value, x):
+        """As ctypes takes it, checked: tensors must be contiguous and on the device of x."""
+        if isinstance(value, QuantMatrix):
+            parts = [self.argument(part, x) for part in value.parts()]
+            return Matrix(*parts, value.out_features, value.in_features, value.group, value.q.shape[1])
+        if not isinstance(value, torch.Tensor):
+            return ctypes.c_float(value) if isinstance(value, float) else value
+        refuse(not value.is_contiguous() or value.device != x.device or x.device.type != self.device,
+               f"tensors must be contiguous and on one {self.device}, x is on {x.device}: {tuple(value.shape)} "
+               f"with strides {value.stride()} on {value.device}")
+        return ctypes.c_void_p(value.data_ptr())
+
+    def empty(self, x, *shape, dtype=None):
+        return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
+
+    def counters_for(self, x):
+        """Counters at 0, one set for each stream: launches on one stream follow each other."""
+        stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+        if stream not in self.counters:  # a graph's memory would not outlive it
+            refuse(x.is_cuda and torch.cuda.is_current_stream_capturing(),
+                   "call this once on the stream before a graph records it")
+            self.counters[stream] = torch.zeros(COUNTERS, dtype=torch.int32, device=x.device)
+        return self.counters[stream]
