@@ -116,7 +116,7 @@ def test_without_a_compiler_torch_takes_over_and_it_is_said_once(bits, monkeypat
         assert relative(layer(x), x @ layer.dense_weight().T + layer.bias) < 0.02
         layer(x)
     cpu_kernels.load.cache_clear()
-    assert capsys.readouterr().out.count("kernels_cpu.cpp is not used") == 1
+    assert capsys.readouterr().out.count("step_cpu.cpp is not used") == 1
 
 
 def test_without_nvcc_the_cuda_kernels_are_not_used_and_the_compilers_error_is_said_once(monkeypatch, capsys, tmp_path):
