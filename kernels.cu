@@ -63,7 +63,6 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t stream, Ar
 #endif
 
 __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
-__device__ inline float to_float(float v) { return v; }
 __device__ inline float to_float(__half v) { return __half2float(v); }
 __device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 template <class T> __device__ T from_float(float v);
@@ -429,6 +428,17 @@ lora(const T* x, int M, Matrix W, const T* A, const T* B, int r, float scale, fl
 constexpr int TILE = 64, STEP = 64;
 constexpr int X_STRIDE = STEP + 8;  // 16 bytes more a row of x: then the lanes of a load hit different banks
 
+// A warp's quarter, from (m, n) on, of the result y (M, N); d[i][tile]: 16 n times 8 m, as mma leaves them.
+template <class T> __device__ void store_quarter(float (*d)[4][4], T* y, int M, int N, int m, int n) {
+  int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int i = 0; i < 2; i++)
+    for (int tile = 0; tile < 4; tile++)
+      for (int c = 0; c < 4; c++) {
+        int row = m + 8 * tile + 2 * t + c % 2, column = n + 16 * i + 8 * (c / 2) + g;
+        if (row < M && column < N) y[(size_t)row * N + column] = from_float<T>(d[i][tile][c]);
+      }
+}
+
 template <class T, int BITS>
 __global__ void __launch_bounds__(128) matmul(const T* x, int M, Matrix W, T* y) {
   constexpr int STAGES = BITS == 8 ? 3 : 4, ROW = STEP * BITS / 8, n = IN_WORD<BITS>;
@@ -501,13 +511,7 @@ __global__ void __launch_bounds__(128) matmul(const T* x, int M, Matrix W, T* y)
         for (int c = 0; c < 4; c++) sum_x[tile][c] = 0;
     }
   }
-  for (int i = 0; i < 2; i++)
-    for (int tile = 0; tile < 4; tile++)
-      for (int c = 0; c < 4; c++) {
-        int row = first_row + warp_row + 16 * i + 8 * (c / 2) + g;
-        int m = first_m + warp_m + 8 * tile + 2 * t + c % 2;
-        if (row < W.rows && m < M) y[(size_t)m * W.rows + row] = from_float<T>(out[i][tile][c]);
-      }
+  store_quarter(out, y, M, W.rows, first_m + warp_m, first_row + warp_row);
 }
 
 // ============================================================= 7. g W, the gradient of x: g (M, N) -> (M, K)
@@ -572,12 +576,7 @@ __global__ void __launch_bounds__(128) matmul_back(const T* gradient, int M, Mat
       }
     }
   }
-  for (int i = 0; i < 2; i++)
-    for (int tile = 0; tile < 4; tile++)
-      for (int c = 0; c < 4; c++) {
-        int k = first_k + warp_k + 16 * i + 8 * (c / 2) + g, m = first_m + warp_m + 8 * tile + 2 * t + c % 2;
-        if (k < W.width && m < M) out[(size_t)m * W.width + k] = from_float<T>(d[i][tile][c]);
-      }
+  store_quarter(d, out, M, W.width, first_m + warp_m, first_k + warp_k);
 }
 
 // ====================================================================== 8. what beyond/gpu_kernels.py calls

@@ -79,19 +79,6 @@ def quantize_rows(weight, bits, group):
     return encode(w, scale, offset, bits), scale, offset
 
 
-def check_range(weight, bits, group, name):
-    """Refuse what float16 s and o can't hold. They are multiples of 2^-24, which moves a weight by some
-    2^(bits - 2) of these: at most twice the finest that counts in the matrix, half a step or 2^-10 of its
-    largest number."""
-    vectors = weight.detach().float().unflatten(-1, (-1, group))
-    low, high = vectors.amin(-1), vectors.amax(-1)  # ten times as fast as aminmax
-    s, o = scale_and_offset(low, high, bits)
-    finest = max((high - low).max() / (2 ** bits - 1) / 2, torch.maximum(high, -low).max() / 1024)
-    fits = (s + o).isfinite().all() and not 0 < finest < (2 ** (bits - 3) + 2) * SMALLEST_HALF
-    refuse(not fits, f"{name} has weights from {low.min():.3g} to {high.max():.3g}: float16 scales can't "
-           f"hold these at {bits} bits, keep the model at 16 (--bits 16)")
-
-
 def pack(q, bits):
     """q int8 (out, in) -> rows of bytes, padded to a multiple of 16 so that a GPU can load 16 at a time.
     Eight int4, as q + 8, share a 32-bit word, in the order in which kernels.cu takes them out:
@@ -137,8 +124,9 @@ class QuantMatrix(Packed):
             matrix = cls(*weight.shape, bits, group)
         if weight.is_meta:
             return matrix
-        check_range(weight, bits, matrix.group, name)
         q, scale, offset = (t.contiguous() for t in rounding(weight, bits, matrix.group))
+        refuse(not (scale + offset).isfinite().all(), f"{name} has weights from {weight.min():.3g} to "
+               f"{weight.max():.3g}, too large for float16 scales: keep the model at 16 bits (--bits 16)")
         matrix.q, matrix.scale, matrix.offset = pack(q, bits), scale, offset
         return matrix
 
@@ -160,10 +148,8 @@ class QuantMatrix(Packed):
         """x (..., in) -> x W^T (..., out), in x's dtype, or autocast's; the gradient goes to x."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _Product.apply(x, self)
         y = on_cpu(x, self)
-        return product(x, self) if y is None else y
+        return _Product.apply(x, self) if y is None else y
 
     def _apply(self, fn, *args):
         saved = self.scale, self.offset
@@ -174,27 +160,20 @@ class QuantMatrix(Packed):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T and its gradient g W. Nothing but the integers is kept between the two."""
+    """x W^T and its gradient g W: by kernels.cu for few rows on a GPU, else with W dequantized for the
+    moment. Nothing but the integers is kept between the two."""
 
     @staticmethod
     def forward(ctx, x, W):
         ctx.W = W
-        return product(x, W)
+        few = MANY_ROWS if W.group in (W.in_features, 64, 128, 256) else MATVEC_ROWS  # the matmul kernel's
+        y = on_gpu("product", x, W, rows=few)
+        return F.linear(x, W.dense(x.dtype)) if y is None else y
 
     @staticmethod
     def backward(ctx, g):  # (..., out) -> (..., in)
-        W = ctx.W
-        if g.is_cuda and g.numel() <= MANY_ROWS * W.out_features and load_kernels():
-            return on_gpu(load_kernels().matmul_back, g, W), None
-        return g @ W.dense(g.dtype), None
-
-
-def product(x, W):
-    """x W^T: by kernels.cu for few rows on a GPU, else with W dequantized for the moment."""
-    few = MANY_ROWS if W.group in (W.in_features, 64, 128, 256) else MATVEC_ROWS  # those of the matmul kernel
-    if x.is_cuda and x.numel() <= few * W.in_features and load_kernels():
-        return on_gpu(load_kernels().product, x, W)
-    return F.linear(x, W.dense(x.dtype))
+        y = on_gpu("matmul_back", g, ctx.W, rows=MANY_ROWS)
+        return g @ ctx.W.dense(g.dtype) if y is None else y, None
 
 
 def on_cpu(x, A, B=None, bias=None):
@@ -205,22 +184,18 @@ def on_cpu(x, A, B=None, bias=None):
     return product(x, A, B, bias)
 
 
-def on_gpu(kernel, x, *args, bias=None):
-    """kernel(rows of x in 16 bit, *args) + bias for x (..., n)."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    rows = rows.bfloat16() if x.dtype == torch.float32 else rows
-    return add_bias(kernel(rows, *args).view(*x.shape[:-1], -1).to(x.dtype), bias)
-
-
-def one_launch(x, *matrices):
-    """Whether a fused kernel computes all at once: for few rows on a GPU, without a backward pass."""
-    if not x.is_cuda or torch.is_grad_enabled() or load_kernels() is None:
-        return False
-    from beyond.gpu_kernels import fits
-    return fits(x, *matrices)
+def on_gpu(name, x, *args, rows=MATVEC_ROWS, bias=None):
+    """The function of kernels.cu for x (..., n), in 16 bit, + bias. None on a CPU, for more rows, where a
+    backward pass may follow, and where there is no kernel or no compiler."""
+    if not x.is_cuda or x.numel() > rows * x.shape[-1] or torch.is_grad_enabled() or load_kernels() is None:
+        return None
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    y = getattr(load_kernels(), name)(flat.bfloat16() if x.dtype == torch.float32 else flat, *args)
+    return None if y is None else add_bias(y.view(*x.shape[:-1], -1).to(x.dtype), bias)
 
 
 def load_kernels():
+    """beyond.gpu_kernels.Kernels, or None."""
     from beyond.gpu_kernels import load
     return load()
 
@@ -245,11 +220,11 @@ class QuantLinear(Layer):
         return add_bias(self.W.times(x), self.bias)  # (..., out)
 
     def with_lora(self, x, A, B, scale):
-        if not one_launch(x, self.W):
+        if not x.is_cuda:
             return None
         dtype = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
         A, B = A.to(dtype).contiguous(), B.to(dtype).contiguous()
-        return on_gpu(load_kernels().lora, x, self.W, A, B, scale, bias=self.bias)
+        return on_gpu("lora", x, self.W, A, B, scale, bias=self.bias)
 
     def last_product(self, x, dtype):
         return x, self.W.dense(dtype)
@@ -272,9 +247,9 @@ class QuantLowRank(Layer):
         self.requires_grad_(False)
 
     def forward(self, x):
-        if one_launch(x, self.A, self.B):
-            return on_gpu(load_kernels().lowrank, x, self.A, self.B, bias=self.bias)
-        y = None if torch.is_autocast_enabled(x.device.type) else on_cpu(x, self.A, self.B, self.bias)
+        y = on_gpu("lowrank", x, self.A, self.B, bias=self.bias)
+        if y is None and not torch.is_autocast_enabled(x.device.type):
+            y = on_cpu(x, self.A, self.B, self.bias)
         return add_bias(self.B.times(self.A.times(x)), self.bias) if y is None else y  # (..., out)
 
     def dense_weight(self):
@@ -355,12 +330,10 @@ def formats(model, bits, group=None):
     """name -> (bits, group) of what is quantized: linear layers and a dense W^E. The rest is left as it is.
     W^E and W^H in one matrix, used for input and for output, stay at 8 bits."""
     dense = isinstance(model.head, nn.Linear) and isinstance(model.embed, nn.Embedding)
-    tied = dense and model.head.weight is model.embed.weight
-    kinds, forms = (nn.Linear, LowRankLinear, BlendedLinear, nn.Embedding), {}
-    for name, m in model.named_modules():
-        if isinstance(m, kinds) and m is not model.positions:
-            forms[name] = bits, group
-    if tied and bits == 4:
+    kinds = nn.Linear, LowRankLinear, BlendedLinear, nn.Embedding
+    taken = [name for name, m in model.named_modules() if isinstance(m, kinds) and m is not model.positions]
+    forms = dict.fromkeys(taken, (bits, group))
+    if bits == 4 and dense and model.head.weight is model.embed.weight:
         forms["embed"] = forms["head"] = 8, None
     return forms
 
@@ -375,16 +348,10 @@ def quantize(model, bits, group=None, rounding=quantize_rows):
 
 # ------------------------------------------------------------------------- training with rounded weights
 
-class FakeQuantize(torch.autograd.Function):
-    """Section IV. Forward: w as it will be after quantization. Backward: straight through."""
-
-    @staticmethod
-    def forward(ctx, w, bits, group):
-        return decode(*quantize_rows(w, bits, check_format(bits, group, w.shape[-1]))).to(w.dtype)
-
-    @staticmethod
-    def backward(ctx, g):
-        return g, None, None
+def fake_quantize(w, bits, group):
+    """Section IV: w as it will be after quantization; the gradient passes straight through to w."""
+    rounded = decode(*quantize_rows(w, bits, check_format(bits, group, w.shape[-1]))).to(w.dtype)
+    return rounded + (w - w.detach())  # 0, with the gradient of w
 
 
 def rounded_forward(layer, x):
@@ -392,7 +359,7 @@ def rounded_forward(layer, x):
     plain = copy.copy(layer)
     del plain.forward  # else functional_call would come back here: a copy has its class's own
     matrices = {name: p for name, p in layer.named_parameters() if p.dim() == 2}
-    rounded = {name: FakeQuantize.apply(p, *layer.rounded_to) for name, p in matrices.items()}
+    rounded = {name: fake_quantize(p, *layer.rounded_to) for name, p in matrices.items()}
     return functional_call(plain, rounded, (x,))
 
 

@@ -16,10 +16,10 @@ from functools import partial
 import torch
 
 from benches.common import table
-from beyond.gpu_kernels import FEW_ROWS, WARP, load
+from beyond.gpu_kernels import WARP, load
 from common.cli import refuse
 from common.device import find_device
-from quant import QuantMatrix, decode, unpack
+from quant import MATVEC_ROWS, QuantMatrix, unpack
 
 SHAPES = [(4096, 4096, 512), (11008, 4096, 512), (4096, 11008, 512),  # Llama2-7B: out, in, rank of factors
           (1600, 1600, 384), (4800, 1600, 384), (6400, 1600, 384), (1600, 6400, 384)]  # GPT-2 XL
@@ -67,8 +67,7 @@ def bytes_of(thing):
 
 def exact(W):
     """W in float64, not by kernels.cu."""
-    is_dense = isinstance(W, torch.Tensor)
-    return (W if is_dense else decode(unpack(W.q, W.bits, W.in_features), W.scale, W.offset)).double()
+    return (W if isinstance(W, torch.Tensor) else W.rows(torch.arange(W.out_features))).double()
 
 
 class Measurement:
@@ -120,14 +119,14 @@ class Measurement:
         for M in ROWS:
             x, g = self.random(M, width), self.random(M, out)
             back = partial(add, "back", x=g, wanted=g.double() @ W)
-            product = partial(add, "matvec" if M <= FEW_ROWS else "matmul", x=x, wanted=x.double() @ W.T)
+            product = partial(add, "matvec" if M <= MATVEC_ROWS else "matmul", x=x, wanted=x.double() @ W.T)
             product("ours", call=k.product)
             back("ours", call=k.matmul_back)
             if form == FORMS[0]:
                 cublas = dict(engine="torch", form=(16, 0), things=dense)
                 product(**cublas, call=lambda x, W: x @ W.T, wanted=x.double() @ exact(dense[0]).T)
                 back(**cublas, call=lambda g, W: g @ W, wanted=g.double() @ exact(dense[0]))
-            if M >= FEW_ROWS:
+            if M >= MATVEC_ROWS:
                 product("torch, dequantized first", call=lambda x, W: x @ k.dequantize(W, x.dtype).T)
                 back("torch, dequantized first", call=lambda g, W: g @ k.dequantize(W, g.dtype))
             if M == 1:
@@ -146,7 +145,7 @@ class Measurement:
         """B (A x) in one launch and in two."""
         k, pairs = self.kernels, list(zip(self.matrices(rank, width, form), self.matrices(out, rank, form)))
         A, B = map(exact, pairs[0])
-        for M in (1, 8, FEW_ROWS):
+        for M in (1, 8, MATVEC_ROWS):
             x = self.random(M, width)
             add = partial(self.add, "lowrank", shape=(out, rank, width), form=form, x=x, things=pairs,
                           wanted=x.double() @ A.T @ B.T)

@@ -40,7 +40,7 @@ Matrix = struct("Matrix", q=POINTER, scale=POINTER, offset=POINTER, rows=INT, wi
 
 
 def build(source, *command, included=()):
-    """The library that `command source -o library` makes, kept in the cache folder; None, said, if it can't."""
+    """The library that `command source -o library` makes, kept for the next time; None, said, if it can't."""
     text = " ".join([*(file.read_text() for file in (source, *included)), cpu_name(), *command])
     library = cache_dir() / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     try:

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from beyond.cpu_kernels import Matrix, build
-from common.cli import refuse, say
-from quant import QuantMatrix
+from common.cli import InputError, refuse, say
+from quant import MATVEC_ROWS, QuantMatrix
 
 FLAGS = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC"]
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # these numbers are also in kernels.cu
 NAIVE, WARP, FAST = range(3)
-FEW_ROWS, PIECE, COUNTERS = 16, 1024, 256
+PIECE, COUNTERS = 1024, 256
 
 
 @functools.cache
@@ -33,10 +33,10 @@ def load():
 
 
 def fits(x, *matrices):
-    """Whether the fused kernels take x (..., in): 1 to 16 rows; rows and groups of 16 bytes each."""
+    """Whether the fused kernels take x (M, in): 1 to 16 rows; rows and groups of 16 bytes each."""
     groups = all(W.group == W.in_features or W.group % (128 // W.bits) == 0 for W in matrices)
     rows = all(W.in_features % 8 == 0 for W in matrices) and x.data_ptr() % 16 == 0
-    return groups and rows and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+    return groups and rows and 0 < len(x) <= MATVEC_ROWS
 
 
 class Kernels:
@@ -65,9 +65,9 @@ class Kernels:
         return out
 
     def lowrank(self, x, A, B):
-        """B (A x) in one launch: x (M, in) -> (M, out) for the few rows that `fits` allows."""
-        refuse(not fits(x, A, B) or (B.in_features, B.bits) != (A.out_features, A.bits), f"no kernel for x "
-               f"{tuple(x.shape)}, bits {A.bits} and {B.bits}, groups of {A.group} and {B.group}")
+        """B (A x) in one launch: x (M, in) -> (M, out). None where there is no kernel for that."""
+        if not fits(x, A, B) or (B.in_features, B.bits) != (A.out_features, A.bits):
+            return None
         pieces = self.library.pieces_of(self.argument(A, x), A.bits, 1)
         shares = self.empty(x, pieces, len(x), A.out_features, dtype=torch.float32)
         h, y = self.empty(x, len(x), A.out_features), self.empty(x, len(x), B.out_features)
@@ -75,12 +75,10 @@ class Kernels:
         return y
 
     def lora(self, x, W, A, B, scale):
-        """W x + scale B (A x) in one launch: A (r, in) and B (out, r) in the dtype of x (M, in), as for
-        lowrank."""
-        r = len(A)
-        match = (A.shape, B.shape) == ((r, W.in_features), (W.out_features, r)) and A.data_ptr() % 16 == 0
-        refuse(not match or not A.dtype == B.dtype == x.dtype or not fits(x, W), f"no kernel for x "
-               f"{tuple(x.shape)}, groups of {W.group}, A {tuple(A.shape)}, B {tuple(B.shape)} in {A.dtype}")
+        """W x + scale B (A x) in one launch, with A (r, in) and B (out, r) in the dtype of x, or None."""
+        r, match = len(A), (A.shape[1], *B.shape) == (W.in_features, W.out_features, len(A))
+        if not match or not A.dtype == B.dtype == x.dtype or A.data_ptr() % 16 or not fits(x, W):
+            return None
         h = self.empty(x, -(-W.in_features // PIECE), len(x), r, dtype=torch.float32)
         y = self.empty(x, len(x), W.out_features)
         self.call("lora", x, W.in_features, W, A, B, r, float(scale), h, y, self.counters_for(x))
@@ -89,15 +87,17 @@ class Kernels:
     def call(self, name, x, width, W, *more):
         """run_NAME(type, bits, x, its rows, W, *more, stream) for x (rows, width)."""
         takes = TYPES if name == "dequantize" else (torch.bfloat16, torch.float16)
-        refuse(x.dtype not in takes or x.shape[1:] != (width,), f"{name} takes rows of {width} numbers in "
-               f"bfloat16 or float16, got {tuple(x.shape)} in {x.dtype}")
+        if x.dtype not in takes or x.shape[1:] != (width,):
+            raise InputError(f"{name} takes rows of {width} numbers in bfloat16 or float16, got "
+                             f"{tuple(x.shape)} in {x.dtype}")
         arguments = [self.argument(value, x) for value in (x, len(x), W, *more)]
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
         with torch.cuda.device_of(x):
             run = getattr(self.library, f"run_{name}")
             run(TYPES[x.dtype], W.bits, *arguments, ctypes.c_void_p(stream))
         problem = self.library.problem()
-        refuse(problem, f"kernels.cu, {name}: {problem}")
+        if problem:
+            raise RuntimeError(f"kernels.cu, {name}: {problem.decode()}")
 
     def argument(self, value, x):
         """As ctypes takes it, checked: tensors must be contiguous and on the device of x."""
@@ -106,9 +106,9 @@ class Kernels:
             return Matrix(*parts, value.out_features, value.in_features, value.group, value.q.shape[1])
         if not isinstance(value, torch.Tensor):
             return ctypes.c_float(value) if isinstance(value, float) else value
-        refuse(not value.is_contiguous() or value.device != x.device or x.device.type != self.device,
-               f"tensors must be contiguous and on one {self.device}, x is on {x.device}: {tuple(value.shape)} "
-               f"with strides {value.stride()} on {value.device}")
+        if not value.is_contiguous() or value.device != x.device or x.device.type != self.device:
+            raise InputError(f"tensors must be contiguous and on one {self.device}, x is on {x.device}: "
+                             f"{tuple(value.shape)} with strides {value.stride()} on {value.device}")
         return ctypes.c_void_p(value.data_ptr())
 
     def empty(self, x, *shape, dtype=None):

@@ -17,15 +17,14 @@ make of it.
     quantize(model, 4, rounding=clip_rows)              # without a text
     python checkpoint.py quantize smollm2-135m out/int4 --bits 4 --calibration TEXT
 """
-import functools
 import math
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 import quant
 from beyond.activations import walk
-from common.cli import InputError
 from lowrank import LowRankLinear
 from quant import QuantMatrix, decode, encode, nearest, scale_and_offset
 
@@ -55,9 +54,6 @@ def clip_rows(weight, bits, group):
 def feedback_rows(weight, bits, group, moments, damping=0.03, sweeps=3):
     """quantize_rows with error feedback and sweeps, for inputs of the second moments H (in, in)."""
     W, mean = weight.detach().float(), moments.diagonal().mean()
-    if not moments.isfinite().all() or not mean.isfinite():
-        raise InputError("the second moments of a layer's inputs are not finite: round without a calibration "
-                         "text, or is the model damaged?")
     H = moments.float() / mean.clamp_min(1e-30)
     H = H + damping * torch.eye(len(H), device=H.device)  # inputs that the text never showed count a little
     scale, offset = choose_range(W, bits, group)
@@ -131,12 +127,11 @@ def quantize_calibrated(model, bits, batches, group=None, sweeps=3):
 
 def round_layer(name, layer, bits, group, moments, sweeps):
     """quantize_layer with error feedback. The inputs of B are A x, A already rounded: of moments A H A^T."""
-    def rounding(H):
-        return functools.partial(feedback_rows, moments=H, sweeps=sweeps)
-
+    rounding = partial(feedback_rows, moments=moments, sweeps=sweeps)
     if not isinstance(layer, LowRankLinear):
-        return quant.quantize_layer(layer, bits, group, rounding(moments), name)
-    A = QuantMatrix.of(layer.A, bits, group, rounding(moments), f"{name}.A")
+        return quant.quantize_layer(layer, bits, group, rounding, name)
+    A = QuantMatrix.of(layer.A, bits, group, rounding, f"{name}.A")
     dense = A.dense()
-    B = QuantMatrix.of(layer.B, bits, group, rounding(dense @ moments @ dense.T), f"{name}.B")
+    rounding = partial(rounding, moments=dense @ moments @ dense.T)
+    B = QuantMatrix.of(layer.B, bits, group, rounding, f"{name}.B")
     return quant.QuantLowRank(A, B, layer.bias)
