@@ -174,7 +174,8 @@ template <class T, int BITS> __global__ void product_warp(const T* x, int M, Mat
 // one bit for them: the lower seven make 128..255, the sign -128 or -256, and their sum is q.
 //
 // s and o stay out of it: y = s ((q + CENTRE) x) + (o - CENTRE s) sum(x), added up at the end of each chunk.
-// The sum over x comes from the tensor cores too, as a product with ones.
+// The sum over x comes from the tensor cores too, as a product with ones: 8% of the instructions, which costs
+// less than to make it once, in a launch of its own, or to wait for it.
 //
 // A block has 16 rows of W and 8 warps that share the depth, so that even W^O of 4096 x 4096 makes 256 blocks
 // x 8 warps, each with several loads on the way: at 3 TB/s and 600 ns, 1.8 MB must be on the way always.
@@ -617,7 +618,7 @@ const char* problem() {  // of the launches since the last call, or null
   return error ? cudaGetErrorString(error) : nullptr;
 }
 
-void run_dequantize(int type, int bits, void* out, int, Matrix W, cudaStream_t stream) {
+void run_dequantize(int type, int bits, const void*, int, Matrix W, void* out, cudaStream_t stream) {
   auto run = [&](auto t, auto b) {
     using T = decltype(t);
     dim3 grid(W.rows, ceil_div(W.width, 128 * IN_WORD<b()>));
@@ -626,7 +627,7 @@ void run_dequantize(int type, int bits, void* out, int, Matrix W, cudaStream_t s
   type == FLOAT ? with_bits<float>(bits, run) : with_type(type, bits, run);
 }
 
-void run_product(int type, int bits, const void* x, int M, Matrix W, void* y, int step, cudaStream_t stream) {
+void run_product(int type, int bits, const void* x, int M, Matrix W, int step, void* y, cudaStream_t stream) {
   with_type(type, bits, [&](auto t, auto b) {
     using T = decltype(t);
     constexpr int BITS = b();
@@ -651,8 +652,8 @@ int pieces_of(Matrix A, int bits, int words) {
   return tiles > MOST_TILES ? 1 : std::max(1, std::min(128 / tiles, chunks / WARPS));
 }
 
-void run_lowrank(int type, int bits, const void* x, int M, Matrix A, Matrix B, void* shares, void* h, void* y,
-                 void* counters, cudaStream_t stream) {
+void run_lowrank(int type, int bits, const void* x, int M, Matrix A, Matrix B, void* shares, void* h,
+                 void* counters, void* y, cudaStream_t stream) {
   int words = std::min(words_for(A, bits, x), words_for(B, bits, h)), pieces = pieces_of(A, bits, words);
   with_type(type, bits, [&](auto t, auto b) {
     using T = decltype(t);
@@ -665,7 +666,7 @@ void run_lowrank(int type, int bits, const void* x, int M, Matrix A, Matrix B, v
 }
 
 void run_lora(int type, int bits, const void* x, int M, Matrix W, const void* A, const void* B, int r,
-              float scale, void* h, void* y, void* counters, cudaStream_t stream) {
+              float scale, void* h, void* counters, void* y, cudaStream_t stream) {
   with_type(type, bits, [&](auto t, auto b) {
     using T = decltype(t);
     with_words(words_for(W, bits, x), M, [&](auto w, auto tiles) {

@@ -48,21 +48,16 @@ class Kernels:
 
     def dequantize(self, W, dtype):
         """W (out, in) in this dtype."""
-        out = self.empty(W.q, W.out_features, W.in_features, dtype=dtype)
-        self.call("dequantize", out, W.in_features, W)
-        return out
+        no_x = self.empty(W.q, W.out_features, 0, dtype=dtype)
+        return self.call("dequantize", no_x, 0, W, out=W.in_features)
 
     def product(self, x, W, step=FAST):
         """x W^T: x (M, in) -> (M, out). step: the naive kernel, a warp a row, or the fast ones."""
-        y = self.empty(x, len(x), W.out_features)
-        self.call("product", x, W.in_features, W, y, step)
-        return y
+        return self.call("product", x, W.in_features, W, step, out=W.out_features)
 
     def matmul_back(self, g, W):
         """g W: g (M, out) -> (M, in)."""
-        out = self.empty(g, len(g), W.in_features)
-        self.call("matmul_back", g, W.out_features, W, out)
-        return out
+        return self.call("matmul_back", g, W.out_features, W, out=W.in_features)
 
     def lowrank(self, x, A, B):
         """B (A x) in one launch: x (M, in) -> (M, out). None where there is no kernel for that."""
@@ -70,9 +65,8 @@ class Kernels:
             return None
         pieces = self.library.pieces_of(self.argument(A, x), A.bits, 1)
         shares = self.empty(x, pieces, len(x), A.out_features, dtype=torch.float32)
-        h, y = self.empty(x, len(x), A.out_features), self.empty(x, len(x), B.out_features)
-        self.call("lowrank", x, A.in_features, A, B, shares, h, y, self.counters_for(x))
-        return y
+        h, counters = self.empty(x, len(x), A.out_features), self.counters_for(x)
+        return self.call("lowrank", x, A.in_features, A, B, shares, h, counters, out=B.out_features)
 
     def lora(self, x, W, A, B, scale):
         """W x + scale B (A x) in one launch, with A (r, in) and B (out, r) in the dtype of x, or None."""
@@ -80,17 +74,17 @@ class Kernels:
         if not match or not A.dtype == B.dtype == x.dtype or A.data_ptr() % 16 or not fits(x, W):
             return None
         h = self.empty(x, -(-W.in_features // PIECE), len(x), r, dtype=torch.float32)
-        y = self.empty(x, len(x), W.out_features)
-        self.call("lora", x, W.in_features, W, A, B, r, float(scale), h, y, self.counters_for(x))
-        return y
+        more = A, B, r, float(scale), h, self.counters_for(x)
+        return self.call("lora", x, W.in_features, W, *more, out=W.out_features)
 
-    def call(self, name, x, width, W, *more):
-        """run_NAME(type, bits, x, its rows, W, *more, stream) for x (rows, width)."""
+    def call(self, name, x, width, W, *more, out):
+        """run_NAME(type, bits, x, M, W, *more, y, stream) for x (M, width). Returns y (M, out)."""
         takes = TYPES if name == "dequantize" else (torch.bfloat16, torch.float16)
         if x.dtype not in takes or x.shape[1:] != (width,):
             raise InputError(f"{name} takes rows of {width} numbers in bfloat16 or float16, got "
                              f"{tuple(x.shape)} in {x.dtype}")
-        arguments = [self.argument(value, x) for value in (x, len(x), W, *more)]
+        y = self.empty(x, len(x), out)
+        arguments = [self.argument(value, x) for value in (x, len(x), W, *more, y)]
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
         with torch.cuda.device_of(x):
             run = getattr(self.library, f"run_{name}")
@@ -98,6 +92,7 @@ class Kernels:
         problem = self.library.problem()
         if problem:
             raise RuntimeError(f"kernels.cu, {name}: {problem.decode()}")
+        return y
 
     def argument(self, value, x):
         """As ctypes takes it, checked: tensors must be contiguous and on the device of x."""

@@ -25,7 +25,8 @@ class Emulated(Kernels):
         self.made = [*getattr(self, "made", [])[-1:], made]
         return made
 
-    def call(self, *args):
-        super().call(*args)
+    def call(self, *args, out):
+        y = super().call(*args, out=out)
         for counters in self.counters.values():
             assert not counters.any(), "the counters must be ready for the next launch"
+        return y
