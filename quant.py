@@ -125,8 +125,13 @@ class QuantMatrix(Packed):
         if weight.is_meta:
             return matrix
         q, scale, offset = (t.contiguous() for t in rounding(weight, bits, matrix.group))
-        refuse(not (scale + offset).isfinite().all(), f"{name} has weights from {weight.min():.3g} to "
-               f"{weight.max():.3g}, too large for float16 scales: keep the model at 16 bits (--bits 16)")
+        # s and o are multiples of 2^-24, which moves a weight by some 2^(bits - 2) of these: at most twice
+        # the finest that counts in the matrix, half a step or 2^-10 of its largest number
+        finest = max(scale.float().max() / 2, weight.abs().float().max() / 1024)
+        too_fine = weight.any() and finest < (2 ** (bits - 3) + 2) * SMALLEST_HALF
+        refuse(too_fine or not (scale + offset).isfinite().all(), f"{name} has weights from "
+               f"{weight.min():.3g} to {weight.max():.3g}: float16 scales can't hold these at {bits} bits, "
+               "keep the model at 16 (--bits 16)")
         matrix.q, matrix.scale, matrix.offset = pack(q, bits), scale, offset
         return matrix
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import quant
 from beyond.activations import walk
+from common.cli import refuse
 from lowrank import LowRankLinear
 from quant import QuantMatrix, decode, encode, nearest, scale_and_offset
 
@@ -54,6 +55,8 @@ def clip_rows(weight, bits, group):
 def feedback_rows(weight, bits, group, moments, damping=0.03, sweeps=3):
     """quantize_rows with error feedback and sweeps, for inputs of the second moments H (in, in)."""
     W, mean = weight.detach().float(), moments.diagonal().mean()
+    refuse(not moments.isfinite().all() or not mean.isfinite(), "the second moments of a layer's inputs are "
+           "not finite: round without a calibration text, or is the model damaged?")
     H = moments.float() / mean.clamp_min(1e-30)
     H = H + damping * torch.eye(len(H), device=H.device)  # inputs that the text never showed count a little
     scale, offset = choose_range(W, bits, group)

@@ -90,8 +90,8 @@ def test_weights_of_any_size_are_rounded_right_or_refused(bits, rounding):
     W, refused = torch.randn(64, 128), []
     row = torch.arange(64)[:, None] == 3
     kinds = dict(normal=W, zero=0 * W, constant=0 * W + 0.3, row=torch.where(row, 0.0, W), far=0.01 * W + 100,
-                 outlier=torch.where(row, 1e4, W), small=1e-3 * W, large=torch.where(row, 3e4 * W, W),
-                 huge=torch.where(row, 1e8 * W, W), offset=W + 1e5, nan=W / 0 * 0, inf=W / 0)
+                 outlier=torch.where(row, 1e4, W), small=1e-3 * W, tiny=1e-5 * W, tinier=1e-7 * W, dust=0 * W + 1e-9,
+                 large=torch.where(row, 3e4 * W, W), huge=torch.where(row, 1e8 * W, W), offset=W + 1e5, nan=W / 0 * 0, inf=W / 0)
     for name, w in kinds.items():
         try:
             m = QuantMatrix.of(w, bits, None, rounding, name)
@@ -105,7 +105,8 @@ def test_weights_of_any_size_are_rounded_right_or_refused(bits, rounding):
         if rounding is quantize_rows:
             bound = step / 2 + vectors.abs().amax(-1) / 1024 + 1e-7
             assert (error.unflatten(-1, (-1, m.group)).amax(-1) <= 3 * bound).all(), name
-    assert refused == ["huge", "offset", "nan", "inf"]
+    always = ["tinier", "dust", "huge", "offset", "nan", "inf"]
+    assert refused == always if bits == 4 else ["tiny", *always]
 
 
 def test_the_matrix_that_is_refused_is_named(tmp_path):
@@ -115,12 +116,18 @@ def test_the_matrix_that_is_refused_is_named(tmp_path):
     other = copy.deepcopy(model)
     for make in (lambda: quantize(model, 8), lambda: load_model(tmp_path / "m", bits=8),
                  lambda: quantize_calibrated(other, 8, [torch.randint(0, 211, (1, 64))])):
-        with pytest.raises(InputError, match=r"blocks\.1\.mlp\.up\.B has weights from .*, too large for float16 scales"):
+        with pytest.raises(InputError, match=r"blocks\.1\.mlp\.up\.B has weights from .*: float16 scales can't hold these at 8 bits"):
             make()
     model = small("gpt2")
-    model.embed.weight.data *= 1e8
+    model.embed.weight.data *= 1e-8
     with pytest.raises(InputError, match=r"(embed|head)\.weight has weights from"):
         quantize(model, 8)
+
+
+@pytest.mark.parametrize("H", [torch.full((64, 64), torch.nan), torch.eye(64) * torch.inf, torch.eye(64) * 1e38])
+def test_moments_that_are_not_finite_are_refused(H):
+    with pytest.raises(InputError, match="the second moments of a layer's inputs are not finite"):
+        feedback_rows(torch.randn(8, 64), 4, 64, H)
 
 
 @pytest.mark.parametrize("bits, group, message", [
