@@ -79,6 +79,19 @@ def quantize_rows(weight, bits, group):
     return encode(w, scale, offset, bits), scale, offset
 
 
+def check_range(weight, bits, group, name):
+    """Refuse what float16 s and o can't hold. They are multiples of 2^-24, which moves a weight by some
+    2^(bits - 2) of these: at most twice the finest that counts in the matrix, half a step or 2^-10 of its
+    largest number."""
+    vectors = weight.detach().float().unflatten(-1, (-1, group))
+    low, high = vectors.amin(-1), vectors.amax(-1)  # ten times as fast as aminmax
+    s, o = scale_and_offset(low, high, bits)
+    finest = max((high - low).max() / (2 ** bits - 1) / 2, torch.maximum(high, -low).max() / 1024)
+    fits = (s + o).isfinite().all() and not 0 < finest < (2 ** (bits - 3) + 2) * SMALLEST_HALF
+    refuse(not fits, f"{name} has weights from {low.min():.3g} to {high.max():.3g}: float16 scales can't "
+           f"hold these at {bits} bits, keep the model at 16 (--bits 16)")
+
+
 def pack(q, bits):
     """q int8 (out, in) -> rows of bytes, padded to a multiple of 16 so that a GPU can load 16 at a time.
     Eight int4, as q + 8, share a 32-bit word, in the order in which kernels.cu takes them out:
@@ -124,14 +137,8 @@ class QuantMatrix(Packed):
             matrix = cls(*weight.shape, bits, group)
         if weight.is_meta:
             return matrix
+        check_range(weight, bits, matrix.group, name)
         q, scale, offset = (t.contiguous() for t in rounding(weight, bits, matrix.group))
-        # s and o are multiples of 2^-24, which moves a weight by some 2^(bits - 2) of these: at most twice
-        # the finest that counts in the matrix, half a step or 2^-10 of its largest number
-        finest = max(scale.float().max() / 2, weight.abs().float().max() / 1024)
-        too_fine = weight.any() and finest < (2 ** (bits - 3) + 2) * SMALLEST_HALF
-        refuse(too_fine or not (scale + offset).isfinite().all(), f"{name} has weights from "
-               f"{weight.min():.3g} to {weight.max():.3g}: float16 scales can't hold these at {bits} bits, "
-               "keep the model at 16 (--bits 16)")
         matrix.q, matrix.scale, matrix.offset = pack(q, bits), scale, offset
         return matrix
 
