@@ -5,8 +5,7 @@
     DIR/BASE_ID                      a checksum of the base's configuration and weights; PEFT ignores it
 
 The base itself, a thousand times as large, is never written: one serves many adapters. On another base an
-adapter says nothing, so that is refused. The checksum is of the weights as the source has them, whatever
-their format and before any rounding: at 16, 8 and 4 bits a base keeps its name.
+adapter is refused. The checksum is of the weights before any rounding: at 16, 8 and 4 bits it is the same.
 
     adapter = load_adapter(model, "out/finetune", base_id("smollm2-135m"))    # a second call switches
     save_adapter("out/mine", model, "smollm2-135m", base_id("smollm2-135m"))
@@ -23,20 +22,19 @@ from torch import nn
 from checkpoint import open_model
 from common.cli import refuse, write_atomic
 from common.formats import FAMILIES, NAMES, column, full_name
-from common.storage import read_tensors, sync_folder, write_tensors
+from common.storage import read_tensors, write_tensors
 from common.tokenizer import blamed_on, read_json
 from lowrank import LoRALinear, swap_layers
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 # Settings of PEFT with the values that are read here; the last are starts of A and B that leave W as it is.
 ONLY = dict(peft_type=("LORA", None), bias=("none", None),
-            init_lora_weights=(True, False, None, "gaussian", "orthogonal", "eva", "mica"))
+            init_lora_weights=(True, False, None, "gaussian", "orthogonal"))
 # Others that are read, then those that change nothing once an adapter is trained (which layers have one, the
 # names of the factors say). Any other must be off.
 KNOWN = {"r", "lora_alpha", "lora_dropout", "use_rslora", "base_model_name_or_path", "task_type",
          "auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out", "target_modules",
-         "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config", "megatron_core",
-         "qalora_group_size"}
+         "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size"}
 OURS = {theirs: name for table in ("llama", "gpt2") for name, theirs in column(NAMES, table).items()}
 SAMPLED_ROWS = 4  # of each matrix of a base, for its checksum
 
@@ -59,8 +57,6 @@ class Adapter:
         return (f"adapter {self.folder}: r = {self.rank} on {targets}, {len(self.factors)} layers, "
                 f"{parameters:,} parameters{'' if self.base_id else unchecked}")
 
-
-# ----------------------------------------------------------------------------- reading
 
 def our_name(key):
     """(our name of a layer, "A" or "B") of a tensor in PEFT's file; None if it is no such factor."""
@@ -153,10 +149,8 @@ def take_off(model):
     swap_layers(model, lambda name, layer: layer.base, wanted=lambda m: isinstance(m, LoRALinear))
 
 
-# ----------------------------------------------------------------------------- writing
-
 def save_adapter(folder, model, base_name, base_id, learned=None):
-    """Write the model's LoRALinear layers; the factors, without which it is no adapter, come last.
+    """Write the model's LoRALinear layers.
 
     learned: name -> value of the factors, where the model holds parts of them."""
     folder, family = Path(folder), FAMILIES[model.config.kind]
@@ -177,13 +171,12 @@ def save_adapter(folder, model, base_name, base_id, learned=None):
             value = learned[f"{name}.{letter}"].detach().float().cpu()
             factors[f"base_model.model.{module}.lora_{letter}.weight"] = value
     write_tensors(folder / FILES[1], factors)
-    sync_folder(folder)
 
 
 def base_id(name):
-    """A checksum of a base: of its architecture, its vectors, and the first rows of each of its matrices, all in
-    float32. Reading a large base whole would take minutes; one that was trained further differs in every row.
-    """
+    """A checksum of a base: of its architecture, its vectors, and the first rows of each matrix, in float32.
+
+    Reading a large base whole would take minutes; one that was trained further differs in every row."""
     source, digest = open_model(name), hashlib.sha256()
     architecture = source.config.as_dict()
     del architecture["dropout"]

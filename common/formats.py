@@ -8,7 +8,7 @@ They differ from ours in four things, which the tables below say:
     RoPE       turns pairs of a head's coordinates: here and at Hugging Face (0, d/2) (1, d/2 + 1) ..., in a
                Llama's GGUF neighbours (0, 1) (2, 3) ...: there the rows of W^Q and W^K have another order
 
-    source = open_source("Llama-2-7b-hf")           # or a .gguf file
+    source = HuggingFaceSource(Path("Llama-2-7b-hf"))
     for name, tensor in source.tensors(): ...       # "blocks.0.attention.q.weight", in the dtype of the file
     export(model, tokenizer, "out/hf")              # dense, for transformers, peft and llama.cpp's converter
 
@@ -16,16 +16,16 @@ A file is mapped anew for each tensor: reading needs no more memory than the lar
 """
 import json
 import math
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import fields, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
 from common.cli import check_folder, refuse, write_atomic
 from common.rope import yarn_attention
-from common.storage import opened, replaced, sharded, write_tensors
-from common.tokenizer import load_tokenizer, read_json
+from common.storage import read_headers, replaced, write_shards
+from common.tokenizer import blamed_on, load_tokenizer, read_json
 from model import Config, Transformer, dense_weight
 
 SETTINGS = """
@@ -42,7 +42,7 @@ SETTINGS = """
     rope_base       -                     rope_theta                 rope.freq_base
     head_dim        -                     head_dim                   attention.key_length
     attention_bias  -                     attention_bias             -
-    window          -                     sliding_window             attention.sliding_window
+    window          -                     sliding_window             -
 """
 NAMES = """
     ours            gpt2                  llama                      gguf
@@ -64,6 +64,41 @@ NAMES = """
     norm            ln_f                  norm                       output_norm
     head            lm_head               lm_head                    output
 """
+# RoPE's scalings: our settings -> Hugging Face's.
+SCALINGS = {"default": {}, "linear": dict(rope_factor="factor"), "dynamic": dict(rope_factor="factor"),
+            "llama3": dict(rope_factor="factor", rope_low="low_freq_factor", rope_high="high_freq_factor",
+                           rope_original="original_max_position_embeddings"),
+            "yarn": dict(rope_factor="factor", rope_low="beta_slow", rope_high="beta_fast",
+                         rope_original="original_max_position_embeddings", rope_attention="attention_factor")}
+ROPE_ONLY = dict(partial_rotary_factor=(None, 1.0), truncate=(True,), mscale=(None,), mscale_all_dim=(None,))
+LIKE_LLAMA = dict(tied=False, rope_base=10000.0, head_dim=0, attention_bias=False, window=0)
+LLAMA_ONLY = dict(hidden_act=("silu", "swish"), mlp_bias=(False,), use_sliding_window=(False,))
+GPT2_ONLY = dict(activation_function=("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
+                 scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
+                 add_cross_attention=(False,))
+# What a model does not read: constants in old files, the head of a classifier.
+NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "score.weight")
+
+
+class Family(NamedTuple):
+    """How others write down an architecture of model.py."""
+    network: str                  # transformers' class
+    column: str = "llama"         # of the tables
+    prefix: str = "model."        # of their tensors, the head's aside
+    defaults: dict = LIKE_LLAMA   # our settings where their configuration leaves them out
+    only: dict = LLAMA_ONLY       # others: the values with which model.py computes the same, the usual first
+    conv1d: bool = False          # the matrices of blocks are stored transposed
+    gguf_neighbours: bool = True  # RoPE's pairs in a GGUF are neighbours
+
+
+FAMILIES = {
+    "gpt2": Family("GPT2LMHeadModel", "gpt2", "transformer.", dict(tied=True), GPT2_ONLY, conv1d=True),
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM"),
+    "smollm3": Family("SmolLM3ForCausalLM", defaults=LIKE_LLAMA | dict(tied=True, rope_base=2e6)),
+    "qwen2": Family("Qwen2ForCausalLM", gguf_neighbours=False),
+    "qwen3": Family("Qwen3ForCausalLM", gguf_neighbours=False),
+}
 
 
 def column(table, name):
@@ -71,53 +106,6 @@ def column(table, name):
     header, *rows = [line.split() for line in table.strip().splitlines()]
     at = header.index(name)
     return {row[0]: row[at] for row in rows if row[at] != "-"}
-
-
-@dataclass(frozen=True)
-class Family:
-    """How others write down an architecture of model.py."""
-    column: str       # of the tables
-    prefix: str       # of their tensors, the head's aside
-    network: str      # transformers' class
-    defaults: dict    # our settings where their configuration leaves them out
-    only: dict        # other settings: the values for which model.py computes the same, the default first
-    some: tuple = ()  # of SOME, what its configuration can say
-    conv1d: bool = False           # the matrices of blocks are stored transposed
-    gguf_neighbours: bool = None   # RoPE's pairs in a GGUF are neighbours; None: such a GGUF is not read
-
-
-LIKE_LLAMA = dict(tied=False, norm_eps=1e-6, rope_base=10000.0, head_dim=0, attention_bias=False, window=0)
-SILU, NO_BIAS = dict(hidden_act=("silu", "swish")), dict(mlp_bias=(False,))
-SOME = ("head_dim", "attention_bias", "window", "full", "no_rope")  # settings of some families only
-FAMILIES = {
-    "gpt2": Family(
-        "gpt2", "transformer.", "GPT2LMHeadModel",
-        dict(vocab_size=50257, context=1024, blocks=12, heads=12, width=768, tied=True, norm_eps=1e-5),
-        dict(activation_function=("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), scale_attn_weights=(True,),
-             scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,)), conv1d=True),
-    "llama": Family("llama", "model.", "LlamaForCausalLM", LIKE_LLAMA | dict(context=2048), SILU | NO_BIAS,
-                    SOME[:2], gguf_neighbours=True),
-    "mistral": Family("llama", "model.", "MistralForCausalLM", LIKE_LLAMA | dict(context=131072),
-                      SILU, ("head_dim", "window"), gguf_neighbours=True),
-    "smollm3": Family("llama", "model.", "SmolLM3ForCausalLM", LIKE_LLAMA | dict(
-        context=32768, tied=True, rope_base=2e6), SILU | NO_BIAS, SOME, gguf_neighbours=True),
-    "qwen2": Family("llama", "model.", "Qwen2ForCausalLM", LIKE_LLAMA | dict(context=32768), SILU,
-                    ("head_dim", "window", "full"), gguf_neighbours=False),
-    "qwen3": Family("llama", "model.", "Qwen3ForCausalLM", LIKE_LLAMA | dict(context=32768, head_dim=128),
-                    SILU, SOME[:4], gguf_neighbours=False),
-}
-# RoPE's scalings at Hugging Face: our settings -> theirs.
-SCALINGS = {"default": {}, "linear": dict(rope_factor="factor"), "dynamic": dict(rope_factor="factor"),
-            "llama3": dict(rope_factor="factor", rope_low="low_freq_factor", rope_high="high_freq_factor",
-                           rope_original="original_max_position_embeddings"),
-            "yarn": dict(rope_factor="factor", rope_low="beta_slow", rope_high="beta_fast",
-                         rope_original="original_max_position_embeddings", rope_attention="attention_factor")}
-LAYER_TYPES = ("full_attention", "sliding_attention")
-ROPE_ONLY = dict(partial_rotary_factor=(None, 1.0), truncate=(True,), mscale=(None,), mscale_all_dim=(None,))
-GPT2_ALIASES = dict(n_positions="max_position_embeddings", n_layer="num_hidden_layers",
-                    n_head="num_attention_heads", n_embd="hidden_size")
-# What a model does not read: constants in old files, the head of a classifier.
-NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "score.weight")
 
 
 def their_name(name, column_name):
@@ -142,31 +130,34 @@ def is_transposed(name, family):
 class Source:
     """The protocol of a model in files. Nothing stays open between two calls.
 
-        path, bytes           where it is; the size of its files
-        config, layers        the Config; what config.json says of layers that were swapped (in our folders)
-        shapes, bits          our name of a tensor -> its shape; -> bits of a number as it is stored
-        get(name, rows=None)  a tensor, (out, in) for a matrix, in the stored dtype; only its first rows
+        path             where it is
+        config, layers   the Config; what config.json says of layers that were swapped (in our folders)
+        shapes, stored   our name of a tensor -> its shape; -> what has .bits, of a number as it is stored
     """
-    layers = {}
+    layers, transposed = {}, ()  # transposed: names of what is stored as (in, out)
 
-    def find(self, stored, shapes, theirs=str, optional=()):
-        """Set `stored`, our name of a tensor -> where it is, and `bits`; refuse the files of another model.
+    def find(self, there, shapes, theirs=str, optional=()):
+        """Set `stored`; refuse the files of another model. there: theirs(name) -> Stored or PackedTensor.
 
-        stored: the name there -> Stored or PackedTensor. shapes: our name -> shape there, by theirs(name).
-        optional: ends of names that may be there."""
+        shapes: our name -> shape there. optional: ends of names that may be there, too."""
         wanted = {name: theirs(name) for name in shapes}
-        missing = [key for key in wanted.values() if key not in stored]
+        missing = [key for key in wanted.values() if key not in there]
         refuse(missing, f"{self.path} lacks {len(missing)} of {len(wanted)} tensors, {''.join(missing[:1])} "
                "among them: get the files again")
-        other = [key for key in sorted(stored.keys() - wanted.values()) if not key.endswith(optional)]
+        other = [key for key in sorted(there.keys() - wanted.values()) if not key.endswith(optional)]
         refuse(other, f"{self.path} has {len(other)} tensors that a {self.config.kind} model doesn't have, "
                f"{''.join(other[:1])} among them: is it another, or quantized?")
         for name, key in wanted.items():
-            refuse(stored[key].shape != shapes[name],
-                   f"{self.path}: {key} has the shape {stored[key].shape}, its configuration asks for "
+            refuse(there[key].shape != shapes[name],
+                   f"{self.path}: {key} has the shape {there[key].shape}, its configuration asks for "
                    f"{shapes[name]}: weights and configuration are not of one model")
-        self.stored = {name: stored[key] for name, key in wanted.items()}
-        self.bits = {name: tensor.bits for name, tensor in self.stored.items()}
+        self.stored = {name: there[key] for name, key in wanted.items()}
+
+    def get(self, name, rows=None):
+        """A tensor, (out, in) for a matrix, in the stored dtype; of a matrix the first rows only."""
+        tensor = self.stored[name].read()
+        tensor = tensor.t() if name in self.transposed else tensor
+        return tensor if tensor.dim() < 2 else tensor[:rows]
 
     def tensors(self, forms=None):
         """(name, tensor) of all. forms: of quant.formats; a matrix that is stored so is a QuantMatrix."""
@@ -177,18 +168,6 @@ class Source:
         """The one beside the weights, or None."""
         files = [self.path / name for name in ("tokenizer.json", "tokenizer.model")]
         return load_tokenizer(self.path) if any(file.is_file() for file in files) else None
-
-
-def open_source(path):
-    """The Source of a Hugging Face folder, a GGUF file, or a folder with one in it."""
-    path = Path(path)
-    if (path / "config.json").is_file():
-        return HuggingFaceSource(path)
-    from common.gguf_file import GGUFSource  # which needs the tables above
-    files = [path] if path.suffix == ".gguf" and path.is_file() else sorted(path.glob("*.gguf"))
-    refuse(len(files) != 1, f"{path} is no model that can be read: neither a folder with config.json and "
-           f"model.safetensors, nor a .gguf file or a folder with one (it has {len(files)})")
-    return GGUFSource(files[0])
 
 
 def shapes_of(config):
@@ -211,20 +190,21 @@ def make_config(file, settings, keys=None):
     return Config(**{name: TYPES[name](value) for name, value in settings.items()})
 
 
-def read_settings(file, kind, keys, theirs, defaults):
-    """The Config of other people's settings. keys: ours -> theirs; defaults: ours, where one is left out."""
+def read_settings(file, kind, column_name, theirs, defaults, scaling, rope):
+    """The Config of other people's settings. defaults: ours, where one is left out. scaling: one of SCALINGS,
+    whose numbers, in Hugging Face's words, are in `rope`."""
+    keys = column(SETTINGS, column_name) | SCALINGS[scaling]
+    theirs = theirs | {key: rope.get(key) for key in SCALINGS[scaling].values()}
     found = {ours: theirs[key] for ours, key in keys.items() if theirs.get(key) is not None}
-    settings = dict.fromkeys(keys) | dict(kind=kind, kv_heads=found.get("heads")) | defaults | found
+    settings = dict.fromkeys(keys) | dict(kind=kind, kv_heads=found.get("heads")) | defaults
+    settings["rope_scaling"] = scaling.replace("default", "linear")
+    if scaling == "yarn":
+        settings |= dict(rope_low=1.0, rope_high=32.0, rope_attention=yarn_attention(rope.get("factor")))
+    settings |= found
     if settings["ffn"] is None and type(settings["width"]) is int:
         settings["ffn"] = 4 * settings["width"]
     config = make_config(file, settings, keys)
     return replace(config, head_dim=0) if config.head_dim * config.heads == config.width else config
-
-
-def settings_of(family):
-    """Our names of its settings -> its own."""
-    keys = column(SETTINGS, family.column)
-    return {ours: key for ours, key in keys.items() if ours not in SOME or ours in family.some}
 
 
 def require(file, settings, allowed):
@@ -236,106 +216,47 @@ def require(file, settings, allowed):
 # ------------------------------------------------------------------------------------ Hugging Face: reading
 
 def huggingface_config(file):
-    """config.json -> Config. Values left out have transformers' defaults."""
+    """config.json -> Config. The few values that files leave out have transformers' defaults."""
     theirs = {"model_type": None} | read_json(file)
     require(file, theirs, {"model_type": list(FAMILIES)})
     kind = theirs["model_type"]
     family = FAMILIES[kind]
-    for key, alias in GPT2_ALIASES.items() if kind == "gpt2" else ():
-        require(file, theirs, {alias: (theirs.setdefault(key, theirs.get(alias)),)})
     rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
     refuse(not isinstance(rope, dict), f"{file}: rope_scaling or rope_parameters is no object: get it again")
     theirs["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta"))
-    scaling, original = rope.get("rope_type", rope.get("type", "default")), "original_max_position_embeddings"
+    scaling = rope.get("rope_type", rope.get("type", "default"))
     require(file, {"rope_scaling": scaling}, {"rope_scaling": list(SCALINGS)})
     require(file, theirs | rope, ROPE_ONLY)
-    require(file, theirs, {original: (rope.get(original),)})
-    theirs |= {key: rope.get(key) for key in SCALINGS[scaling].values()}
-    defaults = family.defaults | dict(rope_scaling="linear" if scaling == "default" else scaling)
-    if "rope_original" in SCALINGS[scaling]:
-        defaults |= dict(rope_original=theirs.get("max_position_embeddings"))
-    if scaling == "yarn":
-        defaults |= dict(rope_low=1.0, rope_high=32.0, rope_attention=yarn_attention(rope.get("factor")))
-    slides = kind == "mistral" or theirs.get("use_sliding_window")
-    theirs["sliding_window"] = theirs.get("sliding_window", 0 if kind == "smollm3" else 4096) if slides else 0
-    config = read_settings(file, kind, settings_of(family) | SCALINGS[scaling], theirs, defaults)
+    theirs["sliding_window"] = theirs.get("sliding_window", 4096) if kind == "mistral" else 0
+    config = read_settings(file, kind, family.column, theirs, family.defaults, scaling, rope)
     require(file, theirs, family.only | dict(quantization_config=(None,), is_causal=(True,)))
-    return config if kind == "mistral" else with_uneven_blocks(file, theirs, config)
-
-
-def with_uneven_blocks(file, theirs, config):
-    """The Config with the blocks that have no RoPE, and those that have no window."""
-    blocks, smollm3 = range(config.blocks), config.kind == "smollm3"
-    step, first = theirs.get("no_rope_layer_interval", 4), theirs.get("max_window_layers", 28)
-    refuse(type(step) is not int or step < 1 or type(first) is not int, f"{file}: no_rope_layer_interval is "
-           f"{step!r}, max_window_layers is {first!r}: get it again")
-
-    def listed(key, usual, known):
-        values = usual if theirs.get(key) is None else theirs[key]
-        fits = type(values) is list and len(values) >= len(blocks) and all(value in known for value in values)
-        refuse(not fits, f"{file}: {key} is {str(values)[:80]}; only {len(blocks)} of {known} are supported")
-        return values
-    turns = listed("no_rope_layers", [int((i + 1) % step > 0) for i in blocks], (0, 1)) if smollm3 else []
-    config = replace(config, no_rope=tuple(i for i, turned in zip(blocks, turns) if not turned))
-    slides = [config.window > 0 and (i in config.no_rope if smollm3 else i >= first) for i in blocks]
-    kinds = listed("layer_types", [LAYER_TYPES[s] for s in slides], LAYER_TYPES[:2 if config.window else 1])
-    full = tuple(i for i in blocks if kinds[i] == LAYER_TYPES[False])
-    return replace(config, full=full if config.window else ())
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a safetensors file."""
-    file: Path
-    key: str
-    shape: tuple
-    bits: int   # of a number
-
-    def read(self):
-        with opened(self.file) as file:
-            return file.get_tensor(self.key)
-
-
-def read_headers(files):
-    """name in the file -> Stored, of all tensors of safetensors files."""
-    found = {}
-    for path in files:
-        with opened(path) as file:
-            for key in file.keys():  # noqa: SIM118 (a file, no dict)
-                part = file.get_slice(key)
-                bits = dict(F64=64, F32=32, F16=16, BF16=16).get(part.get_dtype(), 8)
-                found[key] = Stored(path, key, tuple(part.get_shape()), bits)
-    return found
+    refuse("sliding" in str(theirs.get("layer_types")), f"{file}: layer_types has blocks with a window, and "
+           "only in a mistral, in all blocks, one is supported")
+    if kind != "smollm3":
+        return config
+    turns, blocks = theirs.get("no_rope_layers"), range(config.blocks)
+    refuse(type(turns) is not list or len(turns) < len(blocks) or not all(turn in (0, 1) for turn in turns),
+           f"{file}: no_rope_layers is {str(turns)[:80]}; only a 0 or 1 for each block is supported")
+    return replace(config, no_rope=tuple(i for i in blocks if not turns[i]))
 
 
 class HuggingFaceSource(Source):
     def __init__(self, folder):
         self.path, self.config = folder, huggingface_config(folder / "config.json")
-        self.family = FAMILIES[self.config.kind]
-        files, stored = safetensors_files(folder), {}
-        for key, tensor in read_headers(files).items():
-            name = key.removeprefix("_orig_mod.").removeprefix("transformer.").removeprefix("model.")
-            other = stored.setdefault(name, tensor).key
-            refuse(other != key, f"{folder} has both {other} and {key}: remove one of them")
-        embed, head = self.theirs("embed.weight"), self.theirs("head.weight")
-        if self.config.tied and head in stored:  # too, or alone; one that differs is not tied
-            same = embed not in stored or torch.equal(stored[embed].read(), stored[head].read())
+        family, there = FAMILIES[self.config.kind], read_headers(safetensors_files(folder))
+
+        def theirs(name):  # old files have no prefix
+            full, short = full_name(name, family), their_name(name, family.column)
+            return short if short in there else full
+        embed, head = theirs("embed.weight"), theirs("head.weight")
+        if self.config.tied and head in there:  # too, or alone; one that differs is not tied
+            same = embed not in there or torch.equal(there[embed].read(), there[head].read())
             self.config = replace(self.config, tied=same)
-            stored[embed if same else head] = stored.pop(head)
+            there[embed if same else head] = there.pop(head)
         self.shapes = shapes_of(self.config)
-        there = {name: shape[::-1] if is_transposed(name, self.family) else shape
-                 for name, shape in self.shapes.items()}
-        self.find(stored, there, self.theirs, NOT_WEIGHTS)
-        self.bytes = sum(file.stat().st_size for file in files)
-
-    def theirs(self, name):
-        return their_name(name, self.family.column)
-
-    def get(self, name, rows=None):
-        tensor = self.stored[name].read()
-        refuse(not tensor.is_floating_point(), f"{self.path}: {name} is stored as {tensor.dtype}")
-        tensor = tensor.t() if is_transposed(name, self.family) else tensor
-        return tensor if tensor.dim() == 1 else tensor[:rows]
+        self.transposed = {name for name in self.shapes if is_transposed(name, family)}
+        turned = {name: self.shapes[name][::-1] for name in self.transposed}
+        self.find(there, self.shapes | turned, theirs, NOT_WEIGHTS)
 
 
 def safetensors_files(folder):
@@ -343,65 +264,53 @@ def safetensors_files(folder):
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
-    refuse(not index.is_file() and list(folder.glob("*.bin")),
-           f"{folder} has pickled weights (*.bin), and opening a pickle can run code. If you trust it: "
-           f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(OUT)")
-    refuse(not index.is_file(), f"{folder} has neither {single.name} nor {index.name}: copy them there")
-    names = read_json(index).get("weight_map")
-    whole = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
-    refuse(not whole, f"{index} has no weight_map, which says where the weights are: get it again")
-    files = [folder / name for name in sorted(set(names.values()))]
-    lost = [file.name for file in files if not file.is_file()]
-    refuse(lost, f"{folder} lacks {len(lost)} of the {len(files)} shards in {index.name}: get {lost[:1]}")
-    return files
+    refuse(not index.is_file(), f"{folder} has neither {single.name} nor {index.name}: copy them there. "
+           "Pickled weights (*.bin) can run code; if you trust them: transformers' AutoModelForCausalLM."
+           f"from_pretrained({str(folder)!r}).save_pretrained(OUT)")
+    with blamed_on(index):
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
 
+
+# ------------------------------------------------------------------------------------ Hugging Face: writing
 
 @torch.no_grad()
-def export(model, tokenizer, out, dtype=torch.float32):
-    """Write a dense Hugging Face folder, which appears when it is complete, a file of tensors at a time.
+def export(model, tokenizer, out):
+    """Write a dense Hugging Face folder in float32, which appears when it is complete.
 
     Every layer is multiplied out: B A of a low-rank one, W + s B A of an adapted one, s q + o of integers."""
     check_folder(out, new=True)
     tied = model.config.tied and isinstance(model.head, nn.Linear) and isinstance(model.embed, nn.Embedding)
     config = replace(model.config, tied=tied)
-    family, weight_map = FAMILIES[config.kind], {}
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes_of(config).items()}
+    family, shapes = FAMILIES[config.kind], shapes_of(config)
+    ours = {full_name(name, family): name for name in shapes}
+
+    def tensor_of(key):
+        module, _, parameter = ours[key].rpartition(".")
+        module = model.get_submodule(module)
+        tensor = dense_weight(module) if parameter == "weight" else module.bias
+        return (tensor.T if is_transposed(ours[key], family) else tensor).float()
     with replaced(out) as folder:
-        for file, names in sharded(sizes).items():
-            tensors = {}
-            for name in names:
-                key = full_name(name, family)
-                module, _, parameter = name.rpartition(".")
-                module = model.get_submodule(module)
-                tensor = dense_weight(module) if parameter == "weight" else module.bias
-                tensors[key] = (tensor.T if is_transposed(name, family) else tensor).to(dtype).contiguous()
-            write_tensors(folder / file, tensors)
-            weight_map |= dict.fromkeys(tensors, file)
-        if file != "model.safetensors":
-            index = json.dumps(dict(metadata={}, weight_map=weight_map), indent=1) + "\n"
+        sizes = {key: 4 * math.prod(shapes[name]) for key, name in ours.items()}
+        files = write_shards(folder, sizes, tensor_of)
+        if len(set(files.values())) > 1:
+            index = json.dumps(dict(metadata={}, weight_map=files), indent=1) + "\n"
             write_atomic(folder / "model.safetensors.index.json", index)
         if tokenizer is not None:
             tokenizer.save(folder)
-        settings = json.dumps(their_config(config, dtype, tokenizer), indent=2) + "\n"
-        write_atomic(folder / "config.json", settings)
+        write_atomic(folder / "config.json", json.dumps(their_config(config, tokenizer), indent=2) + "\n")
 
 
-def their_config(config, dtype, tokenizer):
+def their_config(config, tokenizer):
     """transformers' config.json."""
-    family, blocks = FAMILIES[config.kind], range(config.blocks)
-    lost = config.as_dict().keys() & set(SOME) - set(family.some)
-    refuse(lost, f"a {family.network} of transformers has no {', '.join(sorted(lost))}: no export can say it")
+    family = FAMILIES[config.kind]
     values = vars(config) | dict(head_dim=config.head_size, window=config.window or None)
-    settings = {key: values[ours] for ours, key in settings_of(family).items()}
+    settings = {key: values[ours] for ours, key in column(SETTINGS, family.column).items()}
     settings |= {key: allowed[0] for key, allowed in family.only.items()}
-    if "no_rope" in family.some:
-        settings["no_rope_layers"] = [int(i not in config.no_rope) for i in blocks]
-    if "full" in family.some:
-        types = [LAYER_TYPES[config.window > 0 and i not in config.full] for i in blocks]
-        settings |= dict(use_sliding_window=config.window > 0, layer_types=types)
+    if config.kind == "smollm3":
+        settings["no_rope_layers"] = [int(i not in config.no_rope) for i in range(config.blocks)]
     if config.rope_factor != 1:
         rope = {key: values[ours] for ours, key in SCALINGS[config.rope_scaling].items()}
         settings["rope_scaling"] = rope | dict(rope_type=config.rope_scaling)
-    ends = tokenizer and dict(bos_token_id=tokenizer.begin, eos_token_id=sorted(tokenizer.stop_ids))
-    return dict(model_type=config.kind, architectures=[family.network], torch_dtype=str(dtype)[6:],
-                pad_token_id=None, **settings, **(ends or dict(bos_token_id=None, eos_token_id=None)))
+    begin, ends = (tokenizer.begin, sorted(tokenizer.stop_ids)) if tokenizer else (None, None)
+    return dict(model_type=config.kind, architectures=[family.network], torch_dtype="float32",
+                pad_token_id=None, bos_token_id=begin, eos_token_id=ends, **settings)

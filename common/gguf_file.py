@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from common import formats
 from common.cli import InputError, refuse
-from common.rope import rope_frequencies, yarn_attention
-from common.tokenizer import from_gguf
+from common.formats import FAMILIES, LIKE_LLAMA, Source, read_settings, require, shapes_of, their_name
+from common.rope import rope_frequencies
+from common.tokenizer import blamed_on, from_gguf
 
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # kinds of values, in struct's letters
 STRING, ARRAY = 8, 9
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # packings that are none
 BLOCKS = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4}  # bits of packings that are quant.py's own, in groups of BLOCK
 BLOCK = 32
 ROWS_AT_ONCE = 1024
@@ -31,16 +30,10 @@ class PackedTensor:
     """A tensor inside the file."""
     shape: tuple
     packing: object  # gguf.GGMLQuantizationType
-    row: int         # bytes of a row
+    bits: float      # of a number
+    rows: int        # a vector is one row
+    row: int         # its bytes
     offset: int      # of the first row
-
-    @property
-    def rows(self):
-        return math.prod(self.shape[:-1])  # a vector is one row
-
-    @property
-    def bits(self):
-        return 8 * self.row / self.shape[-1]
 
 
 def number(file, letter):
@@ -62,55 +55,39 @@ def value(file, kind):
 
 def read_gguf(path):
     """(fields, {name: PackedTensor}), every tensor inside the file, one behind the other."""
-    try:
-        with open(path, "rb") as file:
-            fields, tensors = read_header(file)
-        size, end = path.stat().st_size, max(t.offset + t.rows * t.row for t in tensors.values())
-        if end > size:
-            raise ValueError(f"its tensors would end at byte {end:,}, it has {size:,}")
-    except (ValueError, LookupError, TypeError, struct.error, ZeroDivisionError, RecursionError) as e:
-        raise InputError(f"{path} is no GGUF file, or a damaged one ({e}): get the file again") from None
-    return fields, tensors
-
-
-def read_header(file):
     import gguf
-    if file.read(4) != b"GGUF" or number(file, "I") not in (2, 3):
-        raise ValueError("it does not begin as GGUF version 2 or 3 does")
-    count, fields = number(file, "Q"), number(file, "Q")
-    fields = {text(file): value(file, number(file, "I")) for _ in range(fields)}
-    alignment, end, tensors = int(fields.get("general.alignment", 32)), 0, {}
-    for _ in range(count):
-        name = text(file)
-        shape = tuple(number(file, "Q") for _ in range(number(file, "I")))[::-1]
-        packing, offset = gguf.GGMLQuantizationType(number(file, "I")), number(file, "Q")
-        block, size = gguf.GGML_QUANT_SIZES[packing]  # numbers in a block, bytes they take
-        if name in tensors or offset != end or shape[-1] % block:
-            raise ValueError(f"{name} is there twice, or not behind the tensor before, or no whole blocks")
-        tensors[name] = PackedTensor(shape, packing, shape[-1] // block * size, offset)
-        end += aligned(tensors[name].rows * tensors[name].row, alignment)
-    start = aligned(file.tell(), alignment)
+    tensors, end = {}, 0
+    with blamed_on(path), open(path, "rb") as file:
+        refuse(file.read(4) != b"GGUF" or number(file, "I") not in (2, 3),
+               f"{path} does not begin as a GGUF file of version 2 or 3 does: get the file again")
+        count, fields = number(file, "Q"), number(file, "Q")
+        fields = {text(file): value(file, number(file, "I")) for _ in range(fields)}
+        alignment = int(fields.get("general.alignment", 32))
+        for _ in range(count):
+            name = text(file)
+            shape = tuple(number(file, "Q") for _ in range(number(file, "I")))[::-1]
+            packing, offset = gguf.GGMLQuantizationType(number(file, "I")), number(file, "Q")
+            block, size = gguf.GGML_QUANT_SIZES[packing]  # numbers in a block, bytes they take
+            refuse(name in tensors or offset != end + -end % alignment or shape[-1] % block,
+                   f"{path}: {name} is there twice, or not behind the tensor before, or no whole blocks")
+            rows, row = math.prod(shape[:-1]), shape[-1] // block * size
+            tensors[name] = PackedTensor(shape, packing, 8 * size / block, rows, row, offset)
+            end = offset + rows * row
+        start, length = file.tell() + -file.tell() % alignment, path.stat().st_size
+    refuse(start + end > length,
+           f"{path} is cut off: its tensors would end at byte {start + end:,}, it has {length:,}")
     return fields, {name: replace(tensor, offset=start + tensor.offset) for name, tensor in tensors.items()}
 
 
-def aligned(offset, alignment):
-    return -(-offset // alignment) * alignment
-
-
-def read_rows(path, tensor, order=None):
-    """The tensor with its rows in the `order` given; float32, or as it is where it is not packed."""
+def read_rows(path, tensor, order):
+    """The tensor's rows in this order, in float32."""
     import gguf
-    order, plain = torch.arange(tensor.rows) if order is None else order, PLAIN.get(tensor.packing.name)
     mapped = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.rows, tensor.row))
-    rows = torch.empty(len(order), tensor.shape[-1], dtype=plain or torch.float32)
-    for part, out in zip(order.split(ROWS_AT_ONCE), rows.split(ROWS_AT_ONCE)):
-        data = mapped[part.numpy()]
-        try:  # blocks don't know of rows, and one long row is faster
-            unpacked = data if plain else gguf.dequantize(data.reshape(1, -1), tensor.packing)
-        except NotImplementedError:
-            raise InputError(f"{path} is packed as {tensor.packing.name}, which gguf can't unpack: "
-                             "get another quantization") from None
-        out.copy_(torch.from_numpy(unpacked).view(plain or torch.float32).view(out.shape))
+    rows = torch.empty(len(order), tensor.shape[-1])
+    with blamed_on(path):  # gguf knows packings that it can't unpack
+        for part, out in zip(order.split(ROWS_AT_ONCE), rows.split(ROWS_AT_ONCE)):
+            data = mapped[part.numpy()].reshape(1, -1)  # one long row: blocks don't know of rows
+            out.copy_(torch.from_numpy(gguf.dequantize(data, tensor.packing)).view(out.shape))
     return rows.view(-1, *tensor.shape[1:])
 
 
@@ -118,8 +95,7 @@ def read_blocks(path, tensor, order):
     """A matrix in one of BLOCKS as a quant.QuantMatrix, its integers and s as they are. A block of 32 numbers
     is a float16 s, in Q4_1 a float16 minimum m, and the integers; of 4 bits they begin at 0, the first 16 in
     the low halves of bytes. Ours begin at -8: o = m + 8 s, which float16 holds where a block has numbers
-    of both signs (all but two of smollm2's 3 million blocks), and else to 2^-12 of it.
-    """
+    of both signs (all but two of smollm2's 3 million blocks), and else to 2^-12 of it."""
     from quant import QuantMatrix, pack
     mapped = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.rows, tensor.row))
     blocks = torch.from_numpy(mapped[order.numpy()]).unflatten(1, (tensor.shape[-1] // BLOCK, -1))
@@ -139,78 +115,65 @@ def read_blocks(path, tensor, order):
     return W
 
 
-# ----------------------------------------------------------------------------- a model in it
-
 # Settings that change the network, and the values with which they don't.
 GGUF_ONLY = {"rope.scaling.type": ("linear", "none", "yarn"), "rope.scaling.attn_factor": (1.0,),
-             "attention.clamp_kqv": (0.0,), "attention.causal": (True,), "logit_scale": (0.0, 1.0),
-             "expert_count": (0,), "split.count": (0, 1)}
+             "rope.scale_linear": (1.0,), "attention.sliding_window": (0,), "attention.clamp_kqv": (0.0,),
+             "attention.causal": (True,), "logit_scale": (0.0, 1.0), "expert_count": (0,),
+             "split.count": (0, 1)}
+# RoPE's numbers at Hugging Face -> after "rope.scaling."
+ROPE = dict(factor="factor", original_max_position_embeddings="original_context_length",
+            beta_slow="yarn_beta_slow", beta_fast="yarn_beta_fast")
 
 
 def gguf_config(file, fields, packed):
-    known = [kind for kind, family in formats.FAMILIES.items() if family.gguf_neighbours is not None]
-    formats.require(file, fields, {"general.architecture": known})
+    known = [kind for kind, family in FAMILIES.items() if family.column == "llama"]
+    require(file, fields, {"general.architecture": known})
     kind = fields.get("general.architecture", known[0])
-    theirs = {}
-    for key, value in fields.items():  # a list has a value for each block
-        alike = isinstance(value, list) and value and value.count(value[0]) == len(value)
-        theirs[key.removeprefix(f"{kind}.")] = value[0] if alike else value
-    get, embed = theirs.get, packed.get("token_embd.weight")
-    defaults = formats.LIKE_LLAMA | dict(
-        vocab_size=embed and embed.shape[0], tied="output.weight" not in packed, norm_eps=None,
-        attention_bias="blk.0.attn_output.bias" in packed)
-    if get("rope.scaling.type") != "none":  # as llama.cpp does, where the type is left out
-        defaults |= dict(rope_factor=get("rope.scaling.factor") or get("rope.scale_linear") or 1.0)
-    if get("rope.scaling.type") == "yarn":
-        original = get("rope.scaling.original_context_length") or get("context_length")
-        defaults |= dict(rope_scaling="yarn", rope_original=original, rope_attention=yarn_attention(
-            defaults["rope_factor"]), rope_low=get("rope.scaling.yarn_beta_slow", 1.0),
-            rope_high=get("rope.scaling.yarn_beta_fast", 32.0))
-    config = formats.read_settings(file, kind, formats.column(formats.SETTINGS, "gguf"), theirs, defaults)
+    theirs = {key.removeprefix(f"{kind}."): value for key, value in fields.items()}
+    require(file, theirs, GGUF_ONLY)
+    rope = {key: theirs.get(f"rope.scaling.{name}") for key, name in ROPE.items()}
+    scaling = theirs.get("rope.scaling.type", "linear" if rope["factor"] else "none")  # as llama.cpp does
+    embed = packed.get("token_embd.weight")
+    defaults = LIKE_LLAMA | dict(vocab_size=embed and embed.shape[0], tied="output.weight" not in packed,
+                                 attention_bias="blk.0.attn_output.bias" in packed)
+    config = read_settings(file, kind, "gguf", theirs, defaults, scaling.replace("none", "default"), rope)
     sizes = ("rope.dimension_count", "attention.key_length", "attention.value_length")
-    formats.require(file, theirs, GGUF_ONLY | dict.fromkeys(sizes, (config.head_size,)))
-    window = config.window if config.window < config.context else 0
-    refuse(window and kind != "llama", f"{file}: attention.sliding_window is {window}, and which blocks of a "
-           f"{kind} have it is not said")
+    require(file, theirs, dict.fromkeys(sizes, (config.head_size,)))
     return replace(config, norm_eps=float(f"{config.norm_eps:.7g}"),  # the digits that a float32 has
-                   kind="mistral" if window else kind, window=window,
                    no_rope=tuple(range(3, config.blocks, 4)) if kind == "smollm3" else ())
 
 
 def scaled(file, config, factors):
     """The Config with Llama 3's scaling, of which a GGUF has only what RoPE's frequencies are divided by."""
-    plain, known = rope_frequencies(config), [config]
-    if config.rope_factor == 1:
-        llama3 = replace(config, rope_scaling="llama3", rope_original=8192)
-        known += [replace(llama3, rope_factor=factor) for factor in (8.0, 32.0)]
-    for other in known:
-        if factors.shape == plain.shape and torch.allclose(plain / rope_frequencies(other), factors, 1e-3):
+    llama3 = replace(config, rope_scaling="llama3", rope_original=8192)
+    for other in (config, replace(llama3, rope_factor=8.0), replace(llama3, rope_factor=32.0)):
+        wanted = rope_frequencies(config) / rope_frequencies(other)
+        if factors.shape == wanted.shape and torch.allclose(wanted, factors, 1e-3):
             return other
     raise InputError(f"{file}: rope_freqs.weight scales RoPE's frequencies as no Llama 3 does")
 
 
-class GGUFSource(formats.Source):
+class GGUFSource(Source):
     def __init__(self, file):
-        self.path, self.bytes = file, file.stat().st_size
-        self.fields, packed = read_gguf(file)
+        self.path, (self.fields, packed) = file, read_gguf(file)
         self.config = gguf_config(file, self.fields, packed)
-        self.shapes = formats.shapes_of(self.config)
-        self.find(packed, self.shapes, lambda name: formats.their_name(name, "gguf"), "rope_freqs.weight")
-        if "rope_freqs.weight" in packed:
-            self.config = scaled(file, self.config, read_rows(file, packed["rope_freqs.weight"]))
+        self.shapes, factors = shapes_of(self.config), packed.get("rope_freqs.weight")
+        self.find(packed, self.shapes, lambda name: their_name(name, "gguf"), "rope_freqs.weight")
+        if factors is not None:
+            self.config = scaled(file, self.config, read_rows(file, factors, torch.arange(1)))
 
     def order(self, name):
         """Its rows in our order: of RoPE's neighbours 0 2 4 ... 1 3 5 ... of each head."""
         order = torch.arange(self.stored[name].shape[0])
         heads = {"q": self.config.heads, "k": self.config.kv_heads}.get(name.split(".")[-2])
-        if heads and formats.FAMILIES[self.config.kind].gguf_neighbours:
+        if heads and FAMILIES[self.config.kind].gguf_neighbours:
             order = order.view(heads, -1, 2).transpose(1, 2).reshape(-1)  # (heads, d/2, 2) -> (heads, 2, d/2)
         return order
 
     def get(self, name, rows=None):
         packed, order = self.stored[name], self.order(name)
         if len(packed.shape) == 1:
-            return read_rows(self.path, packed)[order]
+            return read_rows(self.path, packed, torch.arange(1))[order]
         return read_rows(self.path, packed, order[:rows])
 
     def tensors(self, forms=None):
@@ -227,7 +190,4 @@ class GGUFSource(formats.Source):
         tokens, rows = self.fields.get("tokenizer.ggml.tokens"), self.config.vocab_size
         refuse(not isinstance(tokens, list) or len(tokens) > rows,
                f"{self.path} has no list of at most {rows:,} tokens, the rows of its embedding")
-        for role in ("bos", "eos"):
-            i = self.fields.get(f"tokenizer.ggml.{role}_token_id", 0)
-            refuse(i not in range(len(tokens)), f"{self.path}: its {role} is {i} of {len(tokens)} tokens")
         return from_gguf(self.path.stem, self.fields)

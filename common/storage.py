@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,22 +32,19 @@ def add(digest, name, tensor):
 
 
 def write_tensors(path, tensors):
-    """Write a safetensors file whose header holds the sha256 of names and contents."""
-    path, digest = Path(path), hashlib.sha256()
+    """Write a safetensors file, in a new folder; its header holds the sha256 of names and contents."""
+    digest = hashlib.sha256()
     tensors = {name: tensors[name].detach().contiguous() for name in sorted(tensors)}
     for name, tensor in tensors.items():
         add(digest, name, tensor)
-    partial = path.with_name(path.name + ".partial")
     try:
-        save_file(tensors, partial, metadata={"format": "pt", "sha256": digest.hexdigest()})
+        save_file(tensors, path, metadata={"format": "pt", "sha256": digest.hexdigest()})
     except SafetensorError as e:  # which hides the number of a full disk in its text
-        partial.unlink(missing_ok=True)
         code = int(re.search(r"os error (\d+)|$", str(e))[1] or 0)
         raise OSError(code, os.strerror(code), str(path)) from e
-    os.chmod(partial, 0o644)  # safetensors makes its files readable for their owner alone
-    with open(partial, "rb+") as f:
+    os.chmod(path, 0o644)  # safetensors makes its files readable for their owner alone
+    with open(path, "rb+") as f:
         os.fsync(f.fileno())
-    os.replace(partial, path)
 
 
 @contextlib.contextmanager
@@ -59,34 +57,59 @@ def opened(path):
         raise InputError(f"{path} is missing, truncated or not a safetensors file ({e})") from None
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file."""
+    file: Path
+    key: str
+    shape: tuple
+    bits: int   # of a number
+
+    def read(self):
+        with opened(self.file) as file:
+            return file.get_tensor(self.key)
+
+
+def read_headers(files):
+    """name in the file -> Stored, of all tensors of safetensors files."""
+    found = {}
+    for path in files:
+        with opened(path) as file:
+            for key in file.keys():  # noqa: SIM118 (a file, no dict)
+                part = file.get_slice(key)
+                bits = dict(F64=64, F32=32, F16=16, BF16=16).get(part.get_dtype(), 8)
+                found[key] = Stored(path, key, tuple(part.get_shape()), bits)
+    return found
+
+
 def read_tensors(path):
     """Yield (name, tensor) of a file in the order of names; at the end its checksum, if any, must agree.
 
     The file is mapped anew for each tensor: pages of one long mapping would pile up to the file's size."""
     digest = hashlib.sha256()
     with opened(path) as file:
-        wanted, names = (file.metadata() or {}).get("sha256"), sorted(file.keys())
-    for name in names:
-        with opened(path) as file:
-            tensor = file.get_tensor(name)
+        wanted = (file.metadata() or {}).get("sha256")
+    for name, stored in sorted(read_headers([path]).items()):
+        tensor = stored.read()
         add(digest, name, tensor)
         yield name, tensor
         del tensor  # before the next one comes
     refuse(wanted not in (None, digest.hexdigest()), f"{path} was altered after it was written: get it again")
 
 
-def sharded(sizes):
-    """The files of a model: name -> bytes of its tensors, in order => file -> names."""
-    shards, size = [[]], 0
-    for name, count in sizes.items():
-        size += count
-        if size > SHARD_BYTES and shards[-1]:
-            shards.append([])
-            size = count
-        shards[-1].append(name)
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+def write_shards(folder, sizes, tensor_of):
+    """Write a model's tensors, tensor_of(name), a file of about SHARD_BYTES at a time.
+
+    sizes: name -> bytes, in order. Returns name -> the file's name."""
+    shards, before, files = {}, 0, {}
+    for name, size in sizes.items():
+        shards.setdefault(before // SHARD_BYTES, []).append(name)
+        before += size
+    for i, names in enumerate(shards.values(), 1):
+        number = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        write_tensors(folder / f"model{number}.safetensors", {name: tensor_of(name) for name in names})
+        files |= dict.fromkeys(names, f"model{number}.safetensors")
+    return files
 
 
 def sync_folder(path):
@@ -97,15 +120,24 @@ def sync_folder(path):
 
 
 @contextlib.contextmanager
-def replaced(folder):
-    """A new folder beside `folder`, to be filled; then it takes its place."""
+def replaced(folder, keep=False):
+    """A new folder, to be filled; then it takes the place of `folder`. keep: that one as FOLDER.previous."""
     folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
+    new, previous = (folder.with_name(f"{folder.name}.{end}") for end in ("partial", "previous"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+    except OSError:  # a full disk: leave what is there and give the space back
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    sync_folder(new)
+    if keep and folder.exists():  # from here on there is always a whole one under one of the two names
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(folder, previous)
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    os.replace(new, folder)
+    sync_folder(folder.parent)
 
 
 # ----------------------------------------------------------------------------------- the state of a run
@@ -115,21 +147,11 @@ def replace_state(out_dir, write, optimizer_tensors, state):
 
     write(folder) writes the model, or an adapter. state: what state.json says, with "step" and "args"."""
     out = Path(out_dir)
-    new, current, previous = out / "state.partial", out / "state", out / "state.previous"
-    shutil.rmtree(new, ignore_errors=True)
-    try:
+    with replaced(out / "state", keep=True) as new:
         write(new)
         write_tensors(new / "optimizer.safetensors", optimizer_tensors)
         write_atomic(new / "state.json", json.dumps(state, indent=1) + "\n")
-    except OSError:  # a full disk: leave the last good state and give the space back
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if current.exists():  # from here on there is always a whole state under one of the two names
-        shutil.rmtree(previous, ignore_errors=True)
-        os.replace(current, previous)
-    os.replace(new, current)
-    sync_folder(out)
-    for file in current.iterdir():
+    for file in (out / "state").iterdir():
         if file.name not in ("optimizer.safetensors", "state.json"):
             partial = out / (file.name + ".partial")
             partial.unlink(missing_ok=True)

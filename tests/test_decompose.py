@@ -189,7 +189,7 @@ def test_the_command(tmp_path, text_file, run):
     (("--ratio", 0.5, "--calibration", "nowhere"), "there is no such file or folder"),
     (("--ratio", 0.5, "--calibration", "{text}"), "at least 64 are needed"),
     (("--ratio", 0.5, "--out-dir", "{dense}"), "is not empty: choose a new folder"),
-    (("--ratio", 0.5, "--model", "{low}"), "is not dense: blocks.0.attention.q is lowrank"),
+    (("--ratio", 0.5, "--model", "{low}"), "of its layers are low-rank or quantized"),
     (("--ratio", 0.5, "--model", "nothing"), "no such folder or file"),
 ])
 def test_bad_input_is_one_line(tmp_path, text_file, arguments, message):

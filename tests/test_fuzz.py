@@ -107,7 +107,7 @@ def test_config_json(kind, tied, tmp_path):
     file = tmp_path / "config.json"
     text, compared = file.read_text(), 0
     kept = survivors(lambda draw: damaged_json(draw, text), file.write_text,
-                     lambda: formats.open_source(tmp_path), 700)
+                     lambda: checkpoint.open_model(tmp_path), 700)
     for content, source in kept[:COMPARED]:
         file.write_text(content)
         reference = reference_of(tmp_path)
@@ -129,7 +129,7 @@ def test_header_of_safetensors(damage, tmp_path):
             return damaged_bytes(draw, raw, end)
         header = damaged_json(draw, raw[8:end].decode()).encode()
         return struct.pack("<Q", len(header)) + header + raw[end:]
-    kept = survivors(damaged, file.write_bytes, lambda: dict(formats.open_source(tmp_path).tensors()), 1000)
+    kept = survivors(damaged, file.write_bytes, lambda: dict(checkpoint.open_model(tmp_path).tensors()), 1000)
     for content, _ in kept[:COMPARED]:
         file.write_bytes(content)
         assert same_logits(ours(tmp_path), reference_of(tmp_path))
@@ -137,10 +137,10 @@ def test_header_of_safetensors(damage, tmp_path):
 
 def test_index_of_shards(tmp_path):
     theirs("llama").save_pretrained(tmp_path, max_shard_size="50KB")
-    whole, file = dict(formats.open_source(tmp_path).tensors()), tmp_path / "model.safetensors.index.json"
+    whole, file = dict(checkpoint.open_model(tmp_path).tensors()), tmp_path / "model.safetensors.index.json"
     text = file.read_text()
     kept = survivors(lambda draw: damaged_json(draw, text), file.write_text,
-                     lambda: dict(formats.open_source(tmp_path).tensors()), 300)
+                     lambda: dict(checkpoint.open_model(tmp_path).tensors()), 300)
     assert len(kept) > 20
     for _, tensors in kept:
         assert all(torch.equal(whole[name], tensor) for name, tensor in tensors.items())
@@ -180,7 +180,7 @@ def test_header_of_gguf(kind, tmp_path):
     start = min(tensor.offset for tensor in gguf_file.read_gguf(file)[1].values())
 
     def read():
-        source = formats.open_source(file)
+        source = checkpoint.open_model(file)
         return source.tokenizer(), dict(source.tensors())
     kept = survivors(lambda draw: damaged_bytes(draw, raw, start), file.write_bytes, read, 600)
     for content, _ in kept[:COMPARED]:

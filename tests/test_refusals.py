@@ -52,7 +52,7 @@ TRAIN = "train --model tiny --rank 8 --max-iters 1 --seq-len 32 --data book.txt 
     ("checkpoint quantize base file", "file is a file: choose another folder"),
     ("checkpoint quantize base .", ". is the current folder: choose a new one"),
     ("checkpoint quantize int8 x --bits 4", "int8 has 8-bit weights already"),
-    ("checkpoint quantize tiny x --random-init --calibration book.txt", "--calibration rounds trained weights, and --random-init has none"),
+    ("checkpoint quantize tiny x --random-init --calibration book.txt", "not allowed with argument"),
     ("checkpoint export base base", "base is not empty: choose a new folder"),
     ("checkpoint info cut", "is missing, truncated or not a safetensors file"),
     ("checkpoint info list", "list"),
