@@ -265,7 +265,7 @@ def info(args):
     source, groups, size = open_model(args.model), {}, 0
     for name in source.shapes:
         groups.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(name)
-    print(source.config)
+    print(", ".join(f"{key} {value}" for key, value in source.config.as_dict().items()))
     print(f"{'tensor':34}{'count':>6}{'shape':>13}{'kind':>16}{'rank':>5}{'bits':>5}{'MB':>9}")
     for key, names in groups.items():
         name, owner = names[0], names[0].rpartition(".")[0]
