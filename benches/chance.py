@@ -2,11 +2,10 @@
 
     python bench.py chance
 
-The paper prints no intervals; they follow from the sizes of the test sets. Two shares p and q of n rows
-differ by chance with a deviation of sqrt((p (1 - p) + q (1 - q)) / n), if the rows are two independent
-samples: the paper does not say which rows each model got right, which would allow a sharper test (eval.py
---compare). F1 is treated as a share. Of so many differences some look large by chance: Holm's correction says
-how many hold.
+The paper prints no intervals; they follow from the sizes of the test sets. F1 is treated as a share, and two
+models' rows as independent samples: the paper does not say which rows each got right, which would allow a
+sharper test (eval.py --compare). Of so many differences some look large by chance: Holm's correction says how
+many hold.
 """
 import math
 from statistics import NormalDist
@@ -18,7 +17,8 @@ DEFAULTS = {}
 
 
 def by_chance(a, b, rows):
-    """Two-sided probability of a difference as large as that of a and b (percent) where there is none."""
+    """Two-sided probability of a difference as large as that of two shares a and b (percent) of so many rows
+    where there is none: it has a deviation of sqrt((a (1 - a) + b (1 - b)) / rows)."""
     return 2 * NormalDist().cdf(-abs(a - b) / math.sqrt((a * (100 - a) + b * (100 - b)) / rows))
 
 
@@ -46,18 +46,16 @@ def bench(args):
 
 def report(rows):
     """A table for GPT-2 and one for Llama 2."""
-    lines, p = {}, [r["p"] for r in rows if r["p"] is not None]
+    tables, p = {"GPT2": {}, "Llama2": {}}, [r["p"] for r in rows if r["p"] is not None]
     for r in rows:
         how = f"± {r['interval']:.1f}"
         if r["p"] is not None:
             how = f"({r['p']:.2f})" if r["p"] >= 0.01 else "(<.01)"
+        lines = tables[r["base"].split("-")[0]]
         line = lines.setdefault((r["base"], r["model"]), dict(paper=r["model"]))
         line[r["task"]] = f"{r['score']:.1f} {how}"
-    tables = []
-    for kind in ("GPT2", "Llama2"):
-        tables.append(table([line for (base, _), line in lines.items() if base.startswith(kind)]))
     small = sum(x < 0.05 for x in p)
     note = ("In brackets: the probability of so large a difference to the base model by chance, each taken "
             f"alone. {small} of the {len(p)} are below 0.05; {holm(p)} hold together at that level by Holm's "
             "correction.")
-    return "\n\n".join([*tables, note])
+    return "\n\n".join([*(table(lines.values()) for lines in tables.values()), note])

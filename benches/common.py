@@ -8,13 +8,12 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common.cli import InputError, Parser, at_least_0, at_least_1, markdown, positive, refuse, write_atomic
+from common.cli import Parser, at_least_0, at_least_1, markdown, positive, refuse, write_atomic
 from common.tokenizer import read_json
 
 DATA_DIR = os.environ.get("DATA_DIR", "data")
@@ -90,24 +89,19 @@ def llama_cpp(file, clients=1, tokens=1024):
 
 class Worker(ProcessPoolExecutor):
     """A process of its own, for its peak memory: make(*job) there gives a function, and ask(x) its result."""
+    function = None
 
     def __init__(self, make, *job):
-        super().__init__(1, multiprocessing.get_context("spawn"), Worker.begin, (make, job))
+        super().__init__(1, multiprocessing.get_context("spawn"))
+        self.job = make, job
 
     @staticmethod
-    def begin(make, job):
-        Worker.function = make(*job)
-
-    @staticmethod
-    def answer(x):
+    def answer(make, job, x):
+        Worker.function = Worker.function or make(*job)
         return Worker.function(x)
 
     def ask(self, x):
-        try:
-            return self.submit(Worker.answer, x).result()
-        except BrokenProcessPool:
-            raise InputError("a process of the benchmark ended (its own lines above say why; with too little "
-                             "memory: fewer --bits or --models at once)") from None
+        return self.submit(Worker.answer, *self.job, x).result()
 
 
 def run_once(script, folder, *flags, **settings):

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -54,11 +53,12 @@ STAGES = [  # name, seconds at most, the command, the command of a dry run
 DEFAULTS = dict(minutes=25.0, out_dir=None, dry_run=False)
 
 
-def finish(command, log, seconds):
+def run(command, log, seconds):
     """Run a command, its output in a file: its exit code, or None after so many seconds. The processes that
     it began end with it."""
     with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(command, shell=True, stdout=file, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -70,18 +70,16 @@ def finish(command, log, seconds):
 
 def stage(name, seconds, command, folder):
     """Run a stage, which leaves NAME.json if it ends well: its own rows, or what it said. Returns a line."""
-    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
     file, log = folder / f"{name}.json", folder / f"{name}.log"
-    if shutil.which(words[0]) is None:
-        return f"left out: {words[0]} is not installed"
-    code = finish(words + ["--json", str(file)] * ("bench.py" in words), log, seconds)
+    rows = f" --json {shlex.quote(str(file))}" if "bench.py" in command else ""
+    code = run(command.replace("python ", f"{sys.executable} ", 1) + rows, log, seconds)
+    said = log.read_text(errors="replace").strip().splitlines()[-20:]
     if code is None:
         return f"stopped at its limit of {seconds:.0f} s: see {log}"
-    lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
     if code:
-        return f"failed with {code}: {lines[-1][:200]} (see {log})"
-    if "bench.py" not in words:
-        write_atomic(file, json.dumps(dict(command=command, said=lines[-20:]), indent=1) + "\n")
+        return f"failed with {code}: {said[-1][:200] if said else ''} (see {log})"
+    if not rows:
+        write_atomic(file, json.dumps(dict(command=command, said=said), indent=1) + "\n")
     return "done"
 
 
@@ -103,7 +101,6 @@ def bench(args):
             became = stage(name, limit or left, command.format(hours=(left - 60) / 3600), folder)
         rows.append(dict(stage=name, seconds=time.time() - began, became=became))
         say(f"{name}: {became}, {rows[-1]['seconds']:.0f} s")
-        write_atomic(folder / "stages.json", json.dumps(rows, indent=1) + "\n")
     refuse(dry and any(r["became"].startswith(("failed", "stopped")) for r in rows),
            f"{device.name}: a stage of the dry run failed, see above")
     return device, rows

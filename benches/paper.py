@@ -18,7 +18,6 @@ from checkpoint import random_model
 from common.cli import refuse
 from common.device import find_device, matmul_rate, peak_memory, stored_bytes
 from common.generate import generate
-from common.loss import head_loss
 from lowrank import attach_lora, replace_linears
 from model import count_parameters, flops_per_token
 from quant import quantize
@@ -85,16 +84,14 @@ def table_vi(device):
 
 def finetuning_peak(name, r, bits, device):
     """Peak bytes of a LoRA step on a GPU, batch 1."""
-    model = random_model(name, bits=bits, device=device, dtype=torch.bfloat16)
+    model = random_model(name, bits=bits, device=device.torch_device)
     attach_lora(model, r, targets=TARGETS[name])
     use_recompute(model.train(), "block")
     torch.cuda.reset_peak_memory_stats()
-    tokens = torch.randint(model.config.vocab_size, (1, FINETUNED + 1), device=device)
+    step = train.training_step(model, device, 1, FINETUNED, as_it_is=True)
     for _ in range(2):
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = head_loss(model.head, model.hidden(tokens[:, :-1]), tokens[:, 1:])
-        loss.backward()
-    return peak_memory(device)
+        step(torch.bfloat16)
+    return peak_memory(device.torch_device)
 
 
 def table_ix(device):
@@ -110,7 +107,7 @@ def table_ix(device):
         rows.append(add("trainable parameters, M", learned / 1e6, learn))
         rows.append(add("model GB", stored / 1e9, size))
         if device.torch_device.type == "cuda":
-            peak, how = finetuning_peak(name, r, bits, device.torch_device), "measured"
+            peak, how = finetuning_peak(name, r, bits, device), "measured"
         else:
             kinds = by_kind(account(model, 1, FINETUNED, torch.bfloat16, recompute="block"))
             peak, how = sum(kinds.values()), "counted"

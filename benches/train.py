@@ -24,8 +24,8 @@ from train import faster_attention
 
 # Speedup over full rank, Tables VI and VII.
 PAPER = {("gpt2", 192): "1.14x", ("gpt2", 96): "1.18x", ("gpt2", 48): "1.19x", ("gpt2-xl", 384): "1.31x"}
-DEFAULTS = dict(model="gpt2", ranks=[0, 192, 96, 48], dtypes=["bfloat16", "float32"], batch_size=4, seq_len=256,
-                rounds=5, nanogpt=None, compile=False)
+DEFAULTS = dict(model="gpt2", ranks=[0, 192, 96, 48], dtypes=["bfloat16", "float32"], batch_size=4,
+                seq_len=256, rounds=5, nanogpt=None, compile=False)
 
 
 def timed_step(device, loss_of, model, optimizer, batch, length, vocabulary=50257):
@@ -44,10 +44,10 @@ def timed_step(device, loss_of, model, optimizer, batch, length, vocabulary=5025
     return step
 
 
-def training_step(model, device, batch, length, compiled=False):
-    """A step as `train.py --optimizer adamw` makes it."""
+def training_step(model, device, batch, length, as_it_is=False):
+    """A step as `train.py --optimizer adamw` makes it; as_it_is: the model is compiled or recomputes."""
     def loss_of(x, y, here):
-        if not compiled:
+        if not as_it_is:
             use_recompute(model, faster_attention(here))
         return head_loss(model.head, model.hidden(x), y)
     optimizer, = make_optimizers(model, 1e-4, 0.1)
@@ -65,10 +65,10 @@ def nanogpt_step(folder, device, batch, length):
     return timed_step(device, lambda x, y, _: model(x, y)[1], model, optimizer, batch, length)
 
 
-def shapes_of_rank(name, rank):
-    """A model without numbers."""
+def shapes_of_rank(name, rank, **changes):
+    """A known model of a rank (0: full), some fields of its configuration changed, without numbers."""
     with torch.device("meta"):
-        model = Transformer(config_for(name))
+        model = Transformer(config_for(name, **changes))
         if rank:
             replace_linears(model, rank)
     return model
@@ -81,64 +81,57 @@ def gpt2_of_rank(name, rank, device):
     return model
 
 
-def two_steps(name, rank, dtype, batch, length):
-    """For a Worker: a function that makes two steps and says the peak of memory, resident on a CPU, allocated
-    on a GPU."""
-    device = find_device(dtype)
-    step = training_step(gpt2_of_rank(name, rank, device), device, batch, length)
-
-    def peak(_):
-        step(device.dtype)
-        step(device.dtype)
+def peak_of_two_steps(name, rank, batch, length):
+    """For a Worker: a function of a dtype that makes two steps, and gives the peak of memory."""
+    def peak(dtype):
+        device = find_device(dtype)
+        step = training_step(gpt2_of_rank(name, rank, device), device, batch, length)
+        for _ in range(2):
+            step(device.dtype)
         return peak_memory(device.torch_device)
     return peak
 
 
-def peak_of_one(*job):
-    torch.cuda.empty_cache()  # what this process has freed
-    with Worker(two_steps, *job) as worker:
-        return worker.ask(None)
-
-
 def bench(args):
     """A row for each rank and dtype."""
-    device, batch, length = find_device("float32"), args.batch_size, args.seq_len
-    dtypes = {d: getattr(torch, d) for d in args.dtypes}
-    rates = {d: matmul_rate(device.torch_device, dtype) for d, dtype in dtypes.items()}
-    shapes = {(args.model, rank): shapes_of_rank(args.model, rank) for rank in args.ranks}
-    models = {key: gpt2_of_rank(*key, device) for key in shapes}
-    for block in [block for model in models.values() for block in model.blocks if args.compile]:
-        block.compile()
-    steps = {key: training_step(model, device, batch, length, args.compile) for key, model in models.items()}
+    device, size = find_device("float32"), (args.batch_size, args.seq_len)
+    models = {(args.model, rank): gpt2_of_rank(args.model, rank, device) for rank in args.ranks}
+    shapes = {key: shapes_of_rank(*key) for key in models}
+    if args.compile:
+        for model in models.values():
+            for block in model.blocks:
+                block.compile()
+    steps = {key: training_step(model, device, *size, args.compile) for key, model in models.items()}
     if args.nanogpt:
         shapes["nanoGPT", 0] = shapes_of_rank("gpt2", 0)  # the same
-        steps["nanoGPT", 0] = nanogpt_step(args.nanogpt, device, batch, length)
+        steps["nanoGPT", 0] = nanogpt_step(args.nanogpt, device, *size)
+    dtypes = {d: getattr(torch, d) for d in args.dtypes}
     timed = {(*key, d): partial(step, dtype) for key, step in steps.items() for d, dtype in dtypes.items()}
     rows, seconds = [], interleaved(timed, args.rounds)
     del models, steps, timed  # the peaks need the memory
+    torch.cuda.empty_cache()
+    rates = {d: matmul_rate(device.torch_device, dtype) for d, dtype in dtypes.items()}
     for (name, rank, d), s in seconds.items():
-        model = shapes[name, rank]
-        # the first time may have been a busy one
-        rate = max(rates[d], matmul_rate(device.torch_device, dtypes[d]))
-        mfu = flops_per_token(model, length, training=True) * batch * length / s / rate
-        peak = peak_of_one(name, rank, d, batch, length) if name == args.model else None
-        rows.append(dict(model=name, rank=rank, dtype=d, tokens_per_second=batch * length / s,
-                         step_ms=s * 1e3, parameters=count_parameters(model), mfu=mfu,
-                         matmul_tflops=rate / 1e12, peak_memory_bytes=peak))
-    print(f"{args.model}, batch {batch} x {length} tokens, {device.name}")
+        model, speed, peak = shapes[name, rank], args.batch_size * args.seq_len / s, None
+        if name == args.model:
+            with Worker(peak_of_two_steps, name, rank, *size) as worker:
+                peak = worker.ask(d)
+        mfu = flops_per_token(model, args.seq_len, training=True) * speed / rates[d]
+        rows.append(dict(model=name, rank=rank, dtype=d, tokens_per_second=speed, step_ms=s * 1e3,
+                         parameters=count_parameters(model), mfu=mfu, matmul_tflops=rates[d] / 1e12,
+                         peak_memory_bytes=peak))
     return device, rows
 
 
 def report(rows):
     speed = {(r["model"] == "nanoGPT", r["rank"], r["dtype"]): r["tokens_per_second"] for r in rows}
 
-    def over(r, peer):
+    def over(peer, r):
         base = speed.get((peer, 0, r["dtype"]))
-        return f"{r['tokens_per_second'] / base:.2f}x" if base else "-"
-    rows = sorted(rows, key=lambda r: (r["dtype"], r["model"] != "nanoGPT"))
-    return table(rows, {
+        return f"{r['tokens_per_second'] / base:.2f}x" if base else None
+    return table(sorted(rows, key=lambda r: (r["dtype"], r["model"] != "nanoGPT")), {
         "model": "model", "rank": "rank", "dtype": "dtype", "parameters": ("parameters", "{:.1f}M", 1e6),
-        "tokens/s": ("tokens_per_second", "{:.0f}"), "over full rank": partial(over, peer=False),
-        "over nanoGPT": partial(over, peer=True),
-        "mfu": ("mfu", "{:.0%}"), "peak GB": ("peak_memory_bytes", "{:.1f}", 1e9),
+        "tokens/s": ("tokens_per_second", "{:.0f}"), "over full rank": partial(over, False),
+        "over nanoGPT": partial(over, True), "mfu": ("mfu", "{:.0%}"),
+        "peak GB": ("peak_memory_bytes", "{:.1f}", 1e9),
         "paper": lambda r: PAPER.get((r["model"], r["rank"]))})

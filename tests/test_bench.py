@@ -84,7 +84,17 @@ def test_the_search_for_a_rate_ends_beyond_the_best_one(best):
     found = scaling.best_rate(loss, 16e-3)
     assert abs(math.log2(found / best)) <= 0.5 and min(tried) < found < max(tried)
     assert scaling.best_rate(loss, 16e-3, up=False) == min(found, 16e-3)
-    assert math.isnan(scaling.best_rate(lambda rate: math.nan, 16e-3)), "no run begins any more"
+
+
+@pytest.mark.parametrize("late, ratios", [(None, [1, 4, 20]), (20, [1, 4]), (scaling.SEARCH, [])])
+def test_a_variant_has_the_lengths_that_are_in_time(late, ratios, monkeypatch):
+    def train(args, size, name, ratio, rate, seed):
+        if ratio == late:
+            raise TimeoutError
+        return dict(ratio=ratio, lr=rate, choose=abs(math.log2(rate / 8e-3)))
+    monkeypatch.setattr(scaling, "train", train)
+    rows = scaling.finish(SimpleNamespace(seeds=[1]), "64x4", "full rank", 1)
+    assert [(r["ratio"], r["lr"]) for r in rows] == [(ratio, 8e-3) for ratio in ratios]
 
 
 def test_narrow_models_have_as_many_parameters_or_operations():
@@ -111,7 +121,7 @@ def test_the_model_that_counts_is_the_textbooks(order, monkeypatch):
             return lower
         return (max(after.count(word) - 0.75, 0) + 0.75 * len(set(after)) * lower) / len(after)
     exact = [math.log(p(tuple(text[i - order + 1:i]), text[i])) for i in range(order - 1, len(text))]
-    assert scaling.counting_model(train, text, order) == pytest.approx(-np.mean(exact), rel=1e-12)
+    assert scaling.counting_model(train.tolist(), [text.tolist()], order) == pytest.approx(-np.mean(exact), rel=1e-12)
 
 
 def scaling_row(variant, loss, seed=1, ratio=20, parameters=100, rank=0):
