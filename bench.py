@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli import InputError, Parser, check_folder, command, write_atomic
+from common.cli import InputError, Parser, command, write_atomic
 
 FILES = [f for f in sorted(Path(__file__).parent.glob("benches/*.py")) if f.stem != "common"]
 BENCHES = {f.stem: f.read_text().split("\n")[0].strip('"') for f in FILES}  # name -> its first line
@@ -53,7 +53,7 @@ def main(argv=None):
     module = importlib.import_module(f"benches.{name}")
     args = parse(name, module, argv[1:])
     if args.json:
-        check_folder(Path(args.json).parent)
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     device, rows = module.bench(args)
     print(module.report(rows))
     if args.json:
@@ -63,7 +63,6 @@ def main(argv=None):
         record = dict(command=" ".join(["python bench.py", *words]), device=device.name,
                       torch=torch.__version__, commit=git.stdout.strip(), date=time.strftime("%Y-%m-%d"),
                       rows=rows)
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.json, json.dumps(record, indent=1) + "\n")
     return 0
 

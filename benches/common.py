@@ -19,19 +19,15 @@ from common.tokenizer import read_json
 DATA_DIR = os.environ.get("DATA_DIR", "data")
 PAPER = json.loads(Path(__file__).with_name("paper_figures.json").read_text())  # its tables
 HELP = {  # of the flags whose names do not say it all
-    "batches": "of a round", "calibration": "text of the activations: a file, a folder or builtin",
-    "compile": "compile the blocks of our models with torch.compile",
-    "dry_run": "the smallest sizes, also without a GPU, to find slips",
-    "dtype": "float32, bfloat16, or auto: the faster here",
-    "eager": "also launch by launch: without the CUDA graph, or without the one call on a CPU",
-    "gguf": "a model as a GGUF file; smollm2-135m is fetched", "hours": "after so many no run begins",
-    "jobs": "runs at a time", "lengths": "the shortest and the longest prompt",
-    "limit": "rows of each task", "minutes": "of the whole run",
+    "calibration": "text of the activations: a file, a folder or builtin",
+    "compile": "the blocks of our models, with torch.compile", "dry_run": "the smallest sizes, to find slips",
+    "eager": "also without the CUDA graph, or without the one call on a CPU",
+    "hours": "after so many no run begins", "jobs": "runs at a time", "limit": "rows of each task",
+    "lengths": "the shortest and the longest prompt", "minutes": "of the whole run",
     "nanogpt": "also time nanoGPT's 124M, from this checkout of its repository",
-    "out_dir": "folders of the runs; a stopped run goes on, a finished one is not repeated",
-    "quality": "perplexity in place of times", "ranks": "0: full rank",
-    "recompute": "a mode of train.py --recompute, or all",
-    "task": "where the rows are from; made-up headlines where it is not at hand",
+    "out_dir": "a stopped run goes on there, a finished one is not repeated", "ranks": "0: full rank",
+    "quality": "perplexity in place of times", "recompute": "a mode of train.py --recompute, or all",
+    "task": "of the rows; made-up headlines where it is not at hand",
     "text": "text to measure: a file, a folder or builtin",
 }
 
@@ -40,21 +36,23 @@ def parse(name, module, argv):
     """The arguments of one bench. Its DEFAULTS say which flags it has; a flag is of its default's type."""
     p = Parser(module.__doc__, prog=f"bench.py {name}", epilog="Lists are written with commas: 16,8,4.")
     for flag, default in module.DEFAULTS.items():
-        flag, what = "--" + flag.replace("_", "-"), HELP.get(flag, "") + " (default: %(default)s)"
+        how = dict(default=default, type={int: at_least_1, float: positive}.get(type(default), str))
         if isinstance(default, bool):
-            p.add_argument(flag, action="store_true", help=what)
-        else:
-            p.add_argument(flag, type=type_like(default), default=default, help=what)
+            how = dict(action="store_true")
+        elif isinstance(default, list):  # an empty one is of numbers
+            how["type"] = words if default and isinstance(default[0], str) else numbers
+        what = HELP.get(flag, "") + " (default: %(default)s)"
+        p.add_argument("--" + flag.replace("_", "-"), help=what, **how)
     p.add_argument("--json", help="write the rows to this file too")
     return p.parse_args(argv)
 
 
-def type_like(default):
-    """The argparse type of a flag with this default. An empty list is one of numbers."""
-    if isinstance(default, list):
-        one = str if default and isinstance(default[0], str) else at_least_0
-        return lambda text: [one(word) for word in text.split(",")]
-    return {int: at_least_1, float: positive}.get(type(default), str)
+def words(text):
+    return text.split(",")
+
+
+def numbers(text):
+    return [at_least_0(word) for word in words(text)]
 
 
 def interleaved(steps, rounds):

@@ -7,7 +7,6 @@ padding, for every engine. peft's batches are what its users have: rows in rando
 longest, logits of all tokens. Ours are tasks.rows.Batch.
 """
 import tempfile
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -51,9 +50,7 @@ def our_step(args, bits, rows, device):
 
 def pefts_step(args, folder, rows, device):
     import peft
-    from transformers import AutoModelForCausalLM, logging
-    warnings.simplefilter("ignore", FutureWarning)
-    logging.disable_progress_bar()
+    from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=device.dtype).to(device.torch_device)
     config = peft.LoraConfig(r=args.rank, lora_alpha=32, lora_dropout=0.1, task_type="CAUSAL_LM",
                              target_modules=["q_proj", "k_proj", "v_proj"])

@@ -42,7 +42,7 @@ STAGES = [  # name, seconds at most, the command, the command of a dry run
     ("train_gpt2", 200, f"{LOWRANK} --ranks 0,192 --batch-size 16 --seq-len 1024",
      f"{LOWRANK} --model tiny --ranks 0,16 --batch-size 1 --seq-len 32 --rounds 1"),
     ("train_gpt2_xl", 300, f"{LOWRANK} --model gpt2-xl --ranks 0,384 --batch-size 4 --seq-len 1024", None),
-    ("finetuning_memory", 200, f"{BENCH} paper --tables IX", f"{BENCH} paper --tables IX"),
+    ("finetuning_memory", 200, f"{BENCH} paper", f"{BENCH} paper"),
     ("recompute", 90, f"{BENCH} recompute --dtype bfloat16 --batch-size 16",
      f"{BENCH} recompute --seq-len 64 --rounds 1"),
     ("decompose", 180, f"{BENCH} decompose --models gpt2", f"{BENCH} decompose --models tiny"),
@@ -53,32 +53,26 @@ STAGES = [  # name, seconds at most, the command, the command of a dry run
 DEFAULTS = dict(minutes=25.0, out_dir=None, dry_run=False)
 
 
-def run(command, log, seconds):
-    """Run a command, its output in a file: its exit code, or None after so many seconds. The processes that
-    it began end with it."""
-    with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, shell=True, stdout=file, stderr=subprocess.STDOUT,
-                                   start_new_session=True)
+def stage(name, seconds, command, folder):
+    """Run a stage, which leaves NAME.json if it ends well: its own rows, or what it said. Returns a line. The
+    processes that it began end with it."""
+    file, log = folder / f"{name}.json", folder / f"{name}.log"
+    if "bench.py" in command:
+        command += f" --json {shlex.quote(str(file))}"
+    with open(log, "w", encoding="utf-8") as output:
+        process = subprocess.Popen(command.replace("python ", f"{sys.executable} ", 1), shell=True,
+                                   stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            return process.wait(seconds)
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            return None
+            return f"stopped at its limit of {seconds:.0f} s: see {log}"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-
-
-def stage(name, seconds, command, folder):
-    """Run a stage, which leaves NAME.json if it ends well: its own rows, or what it said. Returns a line."""
-    file, log = folder / f"{name}.json", folder / f"{name}.log"
-    rows = f" --json {shlex.quote(str(file))}" if "bench.py" in command else ""
-    code = run(command.replace("python ", f"{sys.executable} ", 1) + rows, log, seconds)
     said = log.read_text(errors="replace").strip().splitlines()[-20:]
-    if code is None:
-        return f"stopped at its limit of {seconds:.0f} s: see {log}"
     if code:
         return f"failed with {code}: {said[-1][:200] if said else ''} (see {log})"
-    if not rows:
+    if "bench.py" not in command:
         write_atomic(file, json.dumps(dict(command=command, said=said), indent=1) + "\n")
     return "done"
 

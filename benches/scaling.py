@@ -44,6 +44,7 @@ DENSE = {"full rank": None, "narrow, parameters of n/4": 1 / 4, "narrow, operati
 CHANGES = {"r = n/4, dense head": dict(head="dense"), "r = n/4, full rank for 20%": dict(warm_start=0.2),
            "r = n/4, normal start": dict(start="normal")}
 SEARCH, RATIOS, FIRST_RATE = 4, (1, 4, 20), 16e-3
+FICTION = Path(DATA_DIR) / "text" / "fiction"
 CHOOSE, REPORT = "Dickens_Hard.txt", ("Austen_Pride.txt", "EBronte_Wuthering.txt")
 STUDENT = {2: 12.71, 3: 4.30}  # 97.5% quantiles for so many seeds
 DEFAULTS = dict(sizes=list(SIZES), seeds=[1, 2, 3], hours=24.0, jobs=2, out_dir="out/scaling")
@@ -73,22 +74,10 @@ def variant(size, name):
     return min(narrower, key=lambda shape: abs(count(shapes(shape, 0)) - wanted)), 0
 
 
-def keep_novels_out(source, folder):
-    """Copy the novels to learn from to a folder of their own; the paths of those that are kept out of it."""
-    held_out = [source / name for name in (CHOOSE, *REPORT)]
-    for path in held_out:
-        refuse(not path.exists(), f"no {path}: set $DATA_DIR to the folder that has text/fiction")
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in source.glob("*.txt"):
-        if path not in held_out:
-            shutil.copyfile(path, folder / path.name)
-    return held_out
-
-
 @torch.no_grad()
-def window_losses(model, tokenizer, path):
+def window_losses(model, tokenizer, novel):
     """The loss of each window of a novel."""
-    tokens = np.array(first_tokens(str(path), tokenizer))
+    tokens = np.array(first_tokens(FICTION / novel, tokenizer))
     batches = eval_batches(tokens, LENGTH, 1, len(tokens))
     return [head_loss(model.head, model.hidden(x), y).item() for x, y in batches]
 
@@ -109,7 +98,7 @@ def train(args, size, name, ratio, lr, seed):
                  shape=list(shape), vocabulary=VOCABULARY, eval_interval=steps, eval_tokens=LENGTH,
                  **CHANGES.get(name, {}))
     model, tokenizer = load_model(folder)
-    choose, *report = [window_losses(model, tokenizer, path) for path in args.held_out]
+    choose, *report = [window_losses(model, tokenizer, name) for name in (CHOOSE, *REPORT)]
     parts = [float(part.mean()) for part in np.array_split(sum(report, []), PARTS)]
     row = dict(size=size, variant=name, ratio=ratio, lr=lr, seed=seed, rank=rank, shape=list(shape),
                parameters=count_parameters(model), operations=operations(model), tokens=s["tokens"],
@@ -145,9 +134,13 @@ def finish(args, size, name, seed):
 def bench(args):
     for size in args.sizes:
         refuse(size not in SIZES, f"--sizes {size!r} is not among {', '.join(SIZES)}")
+    refuse(not FICTION.is_dir(), f"no {FICTION}: set $DATA_DIR to the folder that has text/fiction")
     os.environ["OMP_NUM_THREADS"] = "1"  # of each run
     args.deadline, args.novels, rows = time.time() + 3600 * args.hours, Path(args.out_dir) / "novels", []
-    args.held_out = keep_novels_out(Path(DATA_DIR) / "text" / "fiction", args.novels)
+    args.novels.mkdir(parents=True, exist_ok=True)
+    for path in FICTION.glob("*.txt"):
+        if path.name not in (CHOOSE, *REPORT):
+            shutil.copyfile(path, args.novels / path.name)
     for size in args.sizes:
         for seed in args.seeds:
             first = (size, seed) == (args.sizes[0], args.seeds[0])
@@ -159,8 +152,8 @@ def bench(args):
                 pool.shutdown(cancel_futures=True)
     if rows:
         plot(rows, Path(args.out_dir) / "scaling.png")
-    files = prepare(open_corpus(str(args.novels), DATA_DIR), None, VOCABULARY, own=True)
-    texts = [first_tokens(str(path), files.tokenizer) for path in args.held_out[1:]]
+    files = prepare(open_corpus(args.novels, DATA_DIR), None, VOCABULARY, own=True)
+    texts = [first_tokens(FICTION / name, files.tokenizer) for name in REPORT]
     for order, name in ((2, "bigrams, counted"), (3, "trigrams, counted")):
         loss = counting_model(files.train.tolist(), texts, order)
         rows.append(dict(size=None, variant=name, tokens=len(files.train), loss=loss))
@@ -198,8 +191,10 @@ def compared(rows):
         if r["size"]:
             runs[r["size"], r["variant"], r["ratio"]][r["seed"]] = r
     for (size, _, ratio), own in runs.items():
-        full = runs[size, "full rank", ratio]
+        full = runs.get((size, "full rank", ratio), {})
         seeds = sorted(own.keys() & full.keys())
+        if not seeds:  # full rank was late
+            continue
         gaps = np.array([np.subtract(own[s]["parts"], full[s]["parts"]) for s in seeds])  # (seeds, PARTS)
         half = 1.96 * gaps.mean(0).std(ddof=1) / PARTS ** 0.5
         if len(seeds) in STUDENT:
@@ -218,12 +213,6 @@ def dense_like(line, lines):
     if not losses[0] <= line["loss"] <= losses[-1]:
         return None
     return math.exp(np.interp(line["loss"], losses, [math.log(d["parameters"] / most) for d in dense]))
-
-
-def exponent(points):
-    """gamma of N_eff / N = (r/n)^gamma by least squares in logarithms. points: pairs (r/n, N_eff / N)."""
-    x, y = np.log(np.array(points)).T
-    return float(x @ y / (x @ x))
 
 
 def report(rows):
@@ -246,7 +235,8 @@ def report(rows):
                     points.append((SHARES[line["variant"]], like))
         texts.append(table(own.values()))
         if len(points) > 1:
-            texts.append(f"N_eff = N (r/n)^{exponent(points):.2f} at {RATIOS[-1]} tokens a parameter")
+            x, y = np.log(np.array(points)).T  # least squares of y = gamma x
+            texts.append(f"N_eff = N (r/n)^{x @ y / (x @ x):.2f} at {RATIOS[-1]} tokens a parameter")
     counted = "; ".join(f"{r['variant']}: {r['loss']:.3f}" for r in rows if not r["size"])
     return "\n\n".join([*texts, f"{counted} (all {rows[-1]['tokens']:,} tokens of the training text)"])
 

@@ -28,9 +28,9 @@ DEFAULTS = dict(model="gpt2", ranks=[0, 192, 96, 48], dtypes=["bfloat16", "float
                 seq_len=256, rounds=5, nanogpt=None, compile=False)
 
 
-def timed_step(device, loss_of, model, optimizer, batch, length, vocabulary=50257):
+def timed_step(device, loss_of, model, optimizer, batch, length):
     """step(dtype): forward, backward, clip and update on random tokens."""
-    tokens = torch.randint(vocabulary, (batch, length + 1), device=device.torch_device)
+    tokens = torch.randint(model.config.vocab_size, (batch, length + 1), device=device.torch_device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step(dtype):
@@ -51,7 +51,7 @@ def training_step(model, device, batch, length, as_it_is=False):
             use_recompute(model, faster_attention(here))
         return head_loss(model.head, model.hidden(x), y)
     optimizer, = make_optimizers(model, 1e-4, 0.1)
-    return timed_step(device, loss_of, model, optimizer, batch, length, model.config.vocab_size)
+    return timed_step(device, loss_of, model, optimizer, batch, length)
 
 
 def nanogpt_step(folder, device, batch, length):
