@@ -2,10 +2,9 @@
 
     python bench.py chance
 
-The paper prints no intervals; they follow from the sizes of the test sets. F1 is treated as a share, and two
-models' rows as independent samples: the paper does not say which rows each got right, which would allow a
-sharper test (eval.py --compare). Of so many differences some look large by chance: Holm's correction says how
-many hold.
+The paper prints no intervals; they follow from the sizes of the test sets, F1 taken as a share, and two
+models' rows as independent samples (eval.py --compare has the sharper test of the same rows). Of so many
+differences some look large by chance: Holm's correction says how many hold.
 """
 import math
 from statistics import NormalDist

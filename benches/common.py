@@ -22,8 +22,7 @@ HELP = {  # of the flags whose names do not say it all
     "calibration": "text of the activations: a file, a folder or builtin",
     "compile": "the blocks of our models, with torch.compile", "dry_run": "the smallest sizes, to find slips",
     "eager": "also without the CUDA graph, or without the one call on a CPU",
-    "hours": "after so many no run begins", "jobs": "runs at a time", "limit": "rows of each task",
-    "lengths": "the shortest and the longest prompt", "minutes": "of the whole run",
+    "hours": "after so many no run begins", "lengths": "the shortest and the longest prompt",
     "nanogpt": "also time nanoGPT's 124M, from this checkout of its repository",
     "out_dir": "a stopped run goes on there, a finished one is not repeated", "ranks": "0: full rank",
     "quality": "perplexity in place of times", "recompute": "a mode of train.py --recompute, or all",
@@ -40,19 +39,16 @@ def parse(name, module, argv):
         if isinstance(default, bool):
             how = dict(action="store_true")
         elif isinstance(default, list):  # an empty one is of numbers
-            how["type"] = words if default and isinstance(default[0], str) else numbers
+            how["type"] = list_of(str if default and isinstance(default[0], str) else at_least_0)
         what = HELP.get(flag, "") + " (default: %(default)s)"
         p.add_argument("--" + flag.replace("_", "-"), help=what, **how)
     p.add_argument("--json", help="write the rows to this file too")
     return p.parse_args(argv)
 
 
-def words(text):
-    return text.split(",")
-
-
-def numbers(text):
-    return [at_least_0(word) for word in words(text)]
+def list_of(kind):
+    """The argparse type of a list with commas."""
+    return lambda text: [kind(word) for word in text.split(",")]
 
 
 def interleaved(steps, rounds):
@@ -129,8 +125,8 @@ def run_once(script, folder, *flags, **settings):
 def table(rows, columns=None):
     """Rows as a Markdown table; None leaves a cell empty, and rank 0 is "full".
 
-    columns: title -> what is shown, a key or a function of a row; or (that, format); or (that, format, unit
-    to divide by). Without them each key of the rows is a title.
+    columns: title -> a key or a function of a row, or (that, format), or (that, format, unit to divide by).
+    Without them each key of the rows is a title.
     """
     def cell(row, what, form="{}", unit=1):
         value = what(row) if callable(what) else row.get(what)

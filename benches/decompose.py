@@ -147,6 +147,7 @@ def report(rows):
 
     names = {"gpt2": "random, as GPT-2"}
     return table(rows, {
-        "matrices of": lambda r: names.get(r["model"], r["model"]), "method": "method", "seconds": ("seconds", "{:.1f}"),
+        "matrices of": lambda r: names.get(r["model"], r["model"]), "method": "method",
+        "seconds": ("seconds", "{:.1f}"),
         "loop of svd": ("seconds_loop", "{:.1f}"), "speedup": ("speedup", "{:.1f}x"),
         "error over optimum": ("error_over_optimum", "{:.5f}")})

@@ -4,9 +4,8 @@
     python bench.py gpu --minutes 9     as far as that goes; again, and it goes on
     python bench.py gpu --dry-run       every stage at its smallest size, kernels.cu through its emulation
 
-A stage is a command with a limit of its own. One whose JSON is there is not repeated; one that failed or was
-stopped is. A stage begins only if its limit fits in the minutes that are left; the last one takes them all.
-Without a GPU it is a dry run, which takes minutes and finds the slips that would cost a GPU's time.
+A stage whose JSON is there is not repeated; one that failed or was stopped is. It begins only if its limit
+fits in the minutes that are left; the last one takes them all. Without a GPU it is a dry run.
 """
 import contextlib
 import json

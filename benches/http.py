@@ -21,7 +21,8 @@ from checkpoint import locate
 from sample import open_model
 
 TURNS = 2  # requests of each client in a round
-DEFAULTS = dict(gguf="smollm2-135m", bits=[8, 4], clients=[1, 8, 32], lengths=[16, 200], new_tokens=64, rounds=3)
+DEFAULTS = dict(gguf="smollm2-135m", bits=[8, 4], clients=[1, 8, 32], lengths=[16, 200], new_tokens=64,
+                rounds=3)
 
 
 # For a Worker: both start a server and give a function that says where it listens.

@@ -1,21 +1,20 @@
-"""The paper's Tables V, VI, VII and IX, this project's figures beside them: sizes, operations, memory.
+"""The paper's Tables VI, VII and IX, this project's figures beside them: sizes, operations, memory.
 
     python bench.py paper
 
-Counted from shapes, without a weight, but for the products of Table V and, where there is a GPU, the memory
-of finetuning Llama2-7B and 13B with random weights. A star marks the speeds and the memory that are counted.
-The times of Tables VI and VII are bench.py train's and decode's; memory of pretraining (III, IV) is bench.py
-memory's; scores (VIII) are bench.py scores'.
+Counted from shapes, without a weight, but for the memory of finetuning Llama2-7B and 13B where there is a
+GPU. Times of VI and VII: bench.py train and decode; memory of pretraining (III, IV): bench.py memory; scores
+(VIII): bench.py scores.
 """
 from functools import partial
 
 import torch
 
-from benches.common import PAPER, interleaved, table
+from benches.common import PAPER, table
 from benches.memory import account, by_kind, meta_model
 from benches.train import shapes_of_rank, training_step
 from checkpoint import random_model
-from common.device import find_device, matmul_rate, peak_memory, stored_bytes
+from common.device import find_device, peak_memory, stored_bytes
 from lowrank import attach_lora, replace_linears
 from model import count_parameters, flops_per_token
 from quant import quantize
@@ -28,14 +27,6 @@ DEFAULTS = {}
 
 def row(of, what, quantity, value, paper, how="exact"):
     return dict(table=of, what=what, quantity=quantity, value=value, paper=paper, how=how)
-
-
-def table_v(device):
-    """TFLOPS of a square product at each precision, int8 with sums of 32 bit."""
-    rates = {d: matmul_rate(device.torch_device, getattr(torch, d)) for d in ("float32", "bfloat16", "float16")}
-    a = torch.ones(2048, 2048, dtype=torch.int8, device=device.torch_device)
-    rates["int8"] = 2 * 2048 ** 3 / interleaved({0: partial(torch._int_mm, a, a)}, 5)[0]
-    return [row("V", d, "TFLOPS", rate / 1e12, PAPER["V"].get(d), "measured") for d, rate in rates.items()]
 
 
 def table_vi():
@@ -95,7 +86,7 @@ def table_ix(device):
 
 def bench(args):
     device = find_device("float32")
-    return device, table_v(device) + table_vi() + table_ix(device)
+    return device, table_vi() + table_ix(device)
 
 
 def report(rows):

@@ -8,8 +8,6 @@ groups of 32: other groups have to round them again as any model's, but groups o
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from benches.common import table
 from beyond.rounding import clip_rows, quantize_calibrated
 from checkpoint import load_model
@@ -27,7 +25,7 @@ DEFAULTS = dict(text="builtin", calibration="builtin")
 
 def bench(args):
     device, rows = find_device("float32"), []
-    for bits, group, how in tqdm(WAYS, desc="ways", disable=None, leave=False):
+    for bits, group, how in WAYS:
         start = time.perf_counter()
         model, tokenizer = load_model(MODEL, device.torch_device)
         learns = how in (FEEDBACK, SWEPT)

@@ -2,11 +2,10 @@
 
     python bench.py scaling --sizes 64x4 --json results/scaling.json
 
-All train on the same novels ($DATA_DIR/text/fiction) with the same optimizer. Each looks for its rate by
-factors of 2, at SEARCH tokens a parameter, and for the longest runs again at lower ones, by the loss on one
-novel that nobody trains on; what is reported is the loss on two others. Tokens a parameter are those of the
-full-rank model: all variants of a size see the same text. A model that only counts bigrams and trigrams of
-the same text is the floor of any claim.
+All train on the same novels ($DATA_DIR/text/fiction), as many tokens a parameter of full rank, with the same
+optimizer. Each looks for its rate by factors of 2, at SEARCH tokens a parameter, and for the longest runs
+again at lower ones, by the loss on one novel that nobody trains on; the loss on two others is reported. A
+model that only counts bigrams and trigrams of the same text is the floor of any claim.
 
 The interval of a difference to full rank has two parts, added as squares: 1.96 standard errors over PARTS
 pieces of the novels and, with several seeds, that of the mean over these (Student's t).
@@ -38,11 +37,12 @@ from model import count_parameters, flops_per_token
 VOCABULARY, LENGTH, BATCH, PARTS = 1024, 256, 8, 32
 SIZES = {"64x4": (4, 4, 64), "96x6": (6, 6, 96), "128x6": (6, 8, 128)}  # blocks, heads, width
 SHARES = {"r = n/16": 1 / 16, "r = n/8": 1 / 8, "r = n/4": 1 / 4, "r = 3n/8": 3 / 8, "r = n/2": 1 / 2}
-DENSE = {"full rank": None, "narrow, parameters of n/4": 1 / 4, "narrow, operations of n/4": 1 / 4,
+DENSE = {"full rank": 0, "narrow, parameters of n/4": 1 / 4, "narrow, operations of n/4": 1 / 4,
          "narrow, parameters of n/16": 1 / 16}
 # What may help, or does not: other settings of train.py, for the first size and seed.
 CHANGES = {"r = n/4, dense head": dict(head="dense"), "r = n/4, full rank for 20%": dict(warm_start=0.2),
            "r = n/4, normal start": dict(start="normal")}
+operations = partial(flops_per_token, length=LENGTH, training=True)  # of a model, for a token
 SEARCH, RATIOS, FIRST_RATE = 4, (1, 4, 20), 16e-3
 FICTION = Path(DATA_DIR) / "text" / "fiction"
 CHOOSE, REPORT = "Dickens_Hard.txt", ("Austen_Pride.txt", "EBronte_Wuthering.txt")
@@ -57,20 +57,14 @@ def shapes(shape, rank):
                           width=width, ffn=4 * width)
 
 
-def operations(model):
-    return flops_per_token(model, LENGTH, training=True)
-
-
 def variant(size, name):
-    """(shape, rank) of a variant. A narrow model has the width whose count comes nearest."""
+    """(shape, rank) of a variant. A dense model has the width whose count comes nearest."""
     blocks, heads, width = SIZES[size]
     if name not in DENSE:
         return SIZES[size], int(SHARES[name.split(",")[0]] * width)
-    if name == "full rank":
-        return SIZES[size], 0
     count = count_parameters if "parameters" in name else operations
     wanted = count(shapes(SIZES[size], int(DENSE[name] * width)))
-    narrower = [(blocks, heads, n) for n in range(heads, width, heads)]
+    narrower = [(blocks, heads, n) for n in range(heads, width + 1, heads)]
     return min(narrower, key=lambda shape: abs(count(shapes(shape, 0)) - wanted)), 0
 
 
@@ -208,11 +202,10 @@ def dense_like(line, lines):
     """Parameters of the dense model that has a line's loss after the same tokens, as a share of full rank's:
     on straight lines of log N between the dense models of its size. None outside them."""
     dense = [d for d in lines if d["variant"] in DENSE and d["ratio"] == line["ratio"]]
-    dense.sort(key=lambda d: d["loss"])
-    losses, most = [d["loss"] for d in dense], max(d["parameters"] for d in dense)
+    losses, sizes = zip(*sorted((d["loss"], math.log(d["parameters"])) for d in dense))
     if not losses[0] <= line["loss"] <= losses[-1]:
         return None
-    return math.exp(np.interp(line["loss"], losses, [math.log(d["parameters"] / most) for d in dense]))
+    return math.exp(np.interp(line["loss"], losses, sizes) - max(sizes))
 
 
 def report(rows):

@@ -3,8 +3,8 @@
     python bench.py scores                       a seeded sample of 300 rows of each task
     python bench.py scores --limit 10000         all rows: hours on a CPU; goes on where it was stopped
 
-Accuracy, or weighted F1 of the likeliest label (in parentheses of what is written), or F1 of NER's entities
-as written; beside each its 95% interval, and what always giving the commonest answer scores.
+Accuracy, weighted F1 of the likeliest label (in parentheses of what is written) or F1 of NER's entities; the
+95% interval of each, and what always giving the commonest answer scores.
 """
 from pathlib import Path
 

@@ -81,15 +81,13 @@ def gpt2_of_rank(name, rank, device):
     return model
 
 
-def peak_of_two_steps(name, rank, batch, length):
-    """For a Worker: a function of a dtype that makes two steps, and gives the peak of memory."""
-    def peak(dtype):
-        device = find_device(dtype)
-        step = training_step(gpt2_of_rank(name, rank, device), device, batch, length)
-        for _ in range(2):
-            step(device.dtype)
-        return peak_memory(device.torch_device)
-    return peak
+def peak_of_two_steps(name, rank, batch, length, dtype):
+    """Peak of the process's memory in bytes: resident on a CPU, allocated on a GPU."""
+    device = find_device(dtype)
+    step = training_step(gpt2_of_rank(name, rank, device), device, batch, length)
+    for _ in range(2):
+        step(device.dtype)
+    return peak_memory(device.torch_device)
 
 
 def bench(args):
@@ -105,16 +103,15 @@ def bench(args):
     if args.nanogpt:
         shapes["nanoGPT", 0] = shapes_of_rank("gpt2", 0)  # the same
         steps["nanoGPT", 0] = nanogpt_step(args.nanogpt, device, *size)
-    dtypes = {d: getattr(torch, d) for d in args.dtypes}
-    timed = {(*key, d): partial(step, dtype) for key, step in steps.items() for d, dtype in dtypes.items()}
+    timed = {(*key, d): partial(steps[key], getattr(torch, d)) for key in steps for d in args.dtypes}
     rows, seconds = [], interleaved(timed, args.rounds)
     del models, steps, timed  # the peaks need the memory
     torch.cuda.empty_cache()
-    rates = {d: matmul_rate(device.torch_device, dtype) for d, dtype in dtypes.items()}
+    rates = {d: matmul_rate(device.torch_device, getattr(torch, d)) for d in args.dtypes}
     for (name, rank, d), s in seconds.items():
         model, speed, peak = shapes[name, rank], args.batch_size * args.seq_len / s, None
         if name == args.model:
-            with Worker(peak_of_two_steps, name, rank, *size) as worker:
+            with Worker(partial, peak_of_two_steps, name, rank, *size) as worker:
                 peak = worker.ask(d)
         mfu = flops_per_token(model, args.seq_len, training=True) * speed / rates[d]
         rows.append(dict(model=name, rank=rank, dtype=d, tokens_per_second=speed, step_ms=s * 1e3,
