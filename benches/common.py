@@ -25,9 +25,8 @@ HELP = {  # of the flags whose names do not say it all
     "hours": "after so many no run begins", "lengths": "the shortest and the longest prompt",
     "nanogpt": "also time nanoGPT's 124M, from this checkout of its repository",
     "out_dir": "a stopped run goes on there, a finished one is not repeated", "ranks": "0: full rank",
-    "quality": "perplexity in place of times", "recompute": "a mode of train.py --recompute, or all",
-    "task": "of the rows; made-up headlines where it is not at hand",
-    "text": "text to measure: a file, a folder or builtin",
+    "quality": "perplexity in place of times", "text": "to measure: a file, a folder or builtin",
+    "recompute": "a mode of train.py --recompute, or all", "task": "made-up headlines if it is not at hand",
 }
 
 

@@ -2,9 +2,8 @@
 
     python bench.py paper
 
-Counted from shapes, without a weight, but for the memory of finetuning Llama2-7B and 13B where there is a
-GPU. Times of VI and VII: bench.py train and decode; memory of pretraining (III, IV): bench.py memory; scores
-(VIII): bench.py scores.
+Counted from shapes, but for the memory of finetuning where there is a GPU. Times of Tables VI and VII are
+measured by bench.py train and decode; Tables III and IV are bench.py memory's, VIII is bench.py scores'.
 """
 from functools import partial
 

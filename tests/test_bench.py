@@ -69,7 +69,7 @@ def test_a_changed_figure_changes_the_table(tmp_path):
     record["rows"][0]["utilization"] = 0.123
     (tmp_path / "pipeline.json").write_text(json.dumps(record))
     text = bench.tables("before\n<!-- pipeline.json -->\nold\n<!-- end -->\nafter\n", tmp_path)
-    with pytest.raises(InputError, match="missing.json.*--json"):
+    with pytest.raises(FileNotFoundError, match="missing.json"):
         bench.tables("<!-- missing.json -->\n<!-- end -->", tmp_path)
     assert "0.123" in text and "old" not in text and text.startswith("before\n") and text.endswith("after\n")
 
