@@ -55,15 +55,10 @@ def named_folders(words):
     folders = {}
     for word in words:
         name, equals, folder = word.partition("=")
-        if not equals or Path(word).is_dir():
-            name, folder = word, word
-        refuse(not folder, f"--adapter {word} has no folder: write NAME=DIR")
         refuse(name in folders, f"two adapters are called {name}: give each a name of its own")
-        folders[name] = folder
+        folders[name] = folder if equals else word
     return folders
 
-
-# ----------------------------------------------------------------------------- one text
 
 def write(model, tokenizer, ids, args, generator, cache=None):
     """Stream the continuation of ids to the terminal; returns its text and its tokens."""
@@ -79,18 +74,6 @@ def write(model, tokenizer, ids, args, generator, cache=None):
             print(piece, end="", flush=True)
     print()
     return text, tokens
-
-
-def one(model, tokenizer, args, generator, device):
-    print(args.prompt, end="", flush=True)
-    start = time.perf_counter()
-    _, tokens = write(model, tokenizer, tokenizer.encode(args.prompt, around=True), args, generator)
-    print(rate(len(tokens), start, device), file=sys.stderr)
-
-
-def rate(tokens, start, device):
-    seconds = time.perf_counter() - start
-    return f"[{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s on {device.name}]"
 
 
 def chat(model, tokenizer, args, generator):
@@ -109,17 +92,10 @@ def chat(model, tokenizer, args, generator):
         messages.append(dict(role="user", content=line))
         ids = tokenizer.encode(render_chat(tokenizer, messages), special=True)
         cache.lengths = [min(cache.end, len(os.path.commonprefix([known, ids[:-1]])))]
-        try:
-            text, tokens = write(model, tokenizer, ids, args, generator, cache)
-        except InputError as e:  # too long for the context: the conversation goes on without this message
-            print(f"\nerror: {e}. This message is dropped; a new chat has more room", flush=True)
-            messages.pop()
-            continue
+        text, tokens = write(model, tokenizer, ids, args, generator, cache)
         known = ids + tokens
         messages.append(dict(role="assistant", content=text.strip()))
 
-
-# ----------------------------------------------------------------------------- many texts
 
 def make_pool(model):
     """As many blocks as KV_MEMORY holds."""
@@ -153,7 +129,7 @@ def many(model, tokenizer, args, device):
         text = tokenizer.decode([t for t in r.tokens if t not in tokenizer.stop_ids])
         row = dict(line=lines[r], adapter=r.adapter, text=text, tokens=r.tokens)
         print(json.dumps(row, ensure_ascii=False), flush=True)
-    print(rate(sum(len(r.tokens) for r in lines), start, device), file=sys.stderr)
+    say_rate(sum(len(r.tokens) for r in lines), start, device)
 
 
 def open_model(name, bits):
@@ -162,6 +138,12 @@ def open_model(name, bits):
     model, tokenizer = load_model(name, device.torch_device, bits=bits)
     refuse(tokenizer is None, f"{name} has no tokenizer beside its weights: put a tokenizer.json there")
     return model.eval(), tokenizer, device
+
+
+def say_rate(tokens, start, device):
+    seconds = time.perf_counter() - start
+    print(f"[{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s on {device.name}]",
+          file=sys.stderr)
 
 
 def main(argv=None):
@@ -174,7 +156,10 @@ def main(argv=None):
     generator = torch.Generator(device.torch_device).manual_seed(SEED)
     if args.chat:
         return chat(model, tokenizer, args, generator)
-    return one(model, tokenizer, args, generator, device)
+    start = time.perf_counter()
+    print(args.prompt, end="", flush=True)
+    _, tokens = write(model, tokenizer, tokenizer.encode(args.prompt, around=True), args, generator)
+    return say_rate(len(tokens), start, device)
 
 
 if __name__ == "__main__":

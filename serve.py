@@ -11,18 +11,16 @@
 
 The `openai` client works as it is. What a request asks for and can't have is refused, never ignored.
 
-One thread owns the model. Before each step it hands new requests to the engine (beyond/batching.py), so that
-requests of different times and adapters share every product; after the step, their handlers send the new
-text. Models compute in float32 here, so that an answer does not depend on the others in the batch
-(batching.py says how exactly). A client that leaves cancels its request. After SIGTERM the server finishes
-what it has begun and takes nothing new.
+One thread computes. Before each step the engine (beyond/batching.py) is handed the new requests, so that
+those of different times and adapters share every product; after it, their handlers send the new text. Models
+compute in float32 here, so that an answer does not depend on the others in the batch (batching.py says how
+exactly). A client that leaves cancels its request. After SIGTERM the server finishes what it has begun.
 
 Needs `pip install fastapi uvicorn`. It listens on this machine alone: another --host needs an --api-key.
 """
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import json
 import random
 import socket
@@ -54,21 +52,22 @@ def error(e):
 
 
 def forms():
-    """Requests for completions and for chats as models of pydantic. What is not here is refused."""
-    from pydantic import Field, constr, create_model
+    """Requests for completions, chats and measurements as models of pydantic. What is not here is refused."""
+    from pydantic import AliasChoices, Field, constr, create_model
     strict, text = dict(extra="forbid", strict=True), constr(min_length=1)
+    most = AliasChoices("max_completion_tokens", "max_tokens")
     both = dict(model=(str, ""), user=(str, ""), n=(int, Field(1, ge=1, le=1)),
-                max_tokens=(int, Field(256, ge=1)), temperature=(float, Field(1.0, ge=0, le=2)),
+                max_tokens=(int, Field(256, ge=1, validation_alias=most)),
+                temperature=(float, Field(1.0, ge=0, le=2)),
                 top_p=(float, Field(1.0, gt=0, le=1)), stop=(text | list[text], []), stream=(bool, False),
                 seed=(int, Field(default_factory=lambda: random.getrandbits(31), ge=0, lt=1 << 62)),
                 stream_options=(dict, {}), __config__=strict)
     message = create_model("Message", role=(str, ...), content=(str, ...), __config__=strict)
     completion = create_model("Completion", prompt=(str | list[int], ...),
                               logprobs=(int, Field(None, ge=0, le=20)), **both)
-    chat = create_model("Chat", messages=(list[message], Field(min_length=1)),
-                        max_completion_tokens=(int, Field(None, ge=1)), logprobs=(bool, False),
+    chat = create_model("Chat", messages=(list[message], Field(min_length=1)), logprobs=(bool, False),
                         top_logprobs=(int, Field(0, ge=0, le=20)), **both)
-    return completion, chat
+    return completion, chat, create_model("Measurement", model=(str, ""), text=(str, ""), __config__=strict)
 
 
 class Answer:
@@ -76,8 +75,7 @@ class Answer:
 
     def __init__(self, request, tokenizer, stop, chat):
         self.request, self.tokenizer, self.stop, self.chat = request, tokenizer, stop, chat
-        self.news, self.came = asyncio.Event(), time.perf_counter()
-        self.read, self.finish = 0, None  # tokens that are text; why it ended
+        self.news, self.read, self.finish = asyncio.Event(), 0, None  # tokens that are text; why it ended
 
     async def watch(self, http):
         """Cancel the request when its client leaves."""
@@ -179,7 +177,7 @@ class Server:
             self.engine, self.bench = Engine(*parts), None
         self.thread = ThreadPoolExecutor(1)
         self.answers, self.new, self.failure = {}, [], None  # request -> its Answer; those not yet begun
-        self.totals = Counter(requests=0, prompt_tokens=0, tokens=0, first_tokens=0, first_token_seconds=0)
+        self.totals = Counter(requests=0, prompt_tokens=0, tokens=0)
 
     def check(self):
         if self.failure:
@@ -191,15 +189,15 @@ class Server:
         if chat:
             messages = [message.model_dump() for message in form.messages]
             ids = self.tokenizer.encode(render_chat(self.tokenizer, messages), special=True)
-            most, top = form.max_completion_tokens, form.top_logprobs if form.logprobs else None
+            top = form.top_logprobs if form.logprobs else None
         else:
-            ids, most, top = form.prompt, None, form.logprobs
+            ids, top = form.prompt, form.logprobs
         if isinstance(ids, str):
             ids = self.tokenizer.encode(ids, around=True)
         adapter = form.model if form.model not in ("", self.names[0]) else None
         if adapter and adapter not in self.engine.adapters.names:
             raise Refusal(404, f"no model is called {adapter!r}: there are {', '.join(self.names)}")
-        request = Request(ids, most or form.max_tokens, form.temperature, form.top_p, form.seed, adapter, top)
+        request = Request(ids, form.max_tokens, form.temperature, form.top_p, form.seed, adapter, top)
         self.check()
         self.engine.check(request)
         if self.state()["waiting"] >= WAITING:
@@ -223,11 +221,9 @@ class Server:
                 for request in [*self.engine.running, *ended]:
                     self.answers[request].news.set()
                 for request in ended:
-                    came = self.answers.pop(request).came
+                    del self.answers[request]
                     prompt, written = len(request.prompt), len(request.tokens)
                     self.totals.update(requests=1, prompt_tokens=prompt, tokens=written)
-                    if request.first:
-                        self.totals.update(first_tokens=1, first_token_seconds=request.first - came)
         except Exception as e:  # out of memory, say: nobody is left waiting, now and later
             self.failure = e
             traceback.print_exc()
@@ -257,7 +253,7 @@ def make_app(server, api_key=None):
         given, wanted = http.headers.get("authorization", "").encode(), f"Bearer {api_key}".encode()
         if api_key and http.url.path not in ("/", "/health") and not hmac.compare_digest(given, wanted):
             raise Refusal(401, "this server wants its --api-key: Authorization: Bearer KEY")
-    completion, chat = forms()
+    completion, chat, measurement = forms()
     app = FastAPI(dependencies=[Depends(allowed)], docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(InputError)
@@ -268,8 +264,8 @@ def make_app(server, api_key=None):
 
     @app.get("/health")
     def health():
-        failure = server.failure
-        return JSONResponse(dict(status=f"failed: {failure}" if failure else "ok"), 500 if failure else 200)
+        server.check()
+        return dict(status="ok")
 
     @app.get("/metrics")
     def metrics():
@@ -291,27 +287,26 @@ def make_app(server, api_key=None):
     def about():
         return dict(chat=bool(server.tokenizer.chat_template), bench=server.bench and server.bench.facts)
 
-    @app.post("/measure")
-    async def measure(http: Request):
-        refuse(not server.bench, "there is no rank bench: start serve.py with --teach")
-        fields = await body(http)
-        return await server.compute(server.bench.measure, fields.get("model"), fields.get("text"))
-
-    async def body(http):
-        """The fields of a request, without those that are null."""
+    async def read(http, form):
+        """A request's fields, without those that are null, as a form."""
         try:
             fields = json.loads(await http.body())
-            return {name: value for name, value in fields.items() if value is not None}
+            return form(**{name: value for name, value in fields.items() if value is not None})
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = ": ".join(map(str, first["loc"]))
+            raise InputError(f"{where}: {first['msg']}, got {repr(first['input'])[:200]}") from None
         except (ValueError, RecursionError, AttributeError) as e:
             raise InputError(f"the body is not a JSON object: {e}") from None
 
+    @app.post("/measure")
+    async def measure(http: Request):
+        refuse(not server.bench, "there is no rank bench: start serve.py with --teach")
+        form = await read(http, measurement)
+        return await server.compute(server.bench.measure, form.model, form.text)
+
     async def answered(http, form, objects):
-        try:
-            form = form(**await body(http))
-        except ValidationError as e:
-            first = e.errors()[0]
-            where = "".join(f"{part}: " for part in first["loc"])
-            raise InputError(f"{where}{first['msg']}, got {repr(first['input'])[:200]}") from None
+        form = await read(http, form)
         answer = server.submit(form, isinstance(form, chat), http)
         head = dict(id=f"answer-{random.getrandbits(64):016x}", object=objects[form.stream],
                     created=int(time.time()), model=form.model or server.names[0])
@@ -328,16 +323,6 @@ def make_app(server, api_key=None):
     async def chat_completions(http: Request):
         return await answered(http, chat, ["chat.completion", "chat.completion.chunk"])
     return app
-
-
-def listen(host, port, api_key):
-    """The socket; where others can reach it, only with a key."""
-    try:
-        open_to_all = not ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
-        refuse(open_to_all and not api_key, f"--host {host} is open to others: give an --api-key")
-        return socket.create_server((host, port))
-    except OSError as e:
-        raise InputError(f"can't listen at {host}, port {port}: {e.strerror}; choose another") from None
 
 
 def main(argv=None):
@@ -358,7 +343,12 @@ def main(argv=None):
         raise InputError(f"serve.py needs FastAPI and uvicorn ({e}): pip install fastapi uvicorn") from None
     folders = named_folders(args.adapter)
     refuse(args.model in folders, f"an adapter and the model are called {args.model}: rename the adapter")
-    listener = listen(args.host, args.port, args.api_key)
+    refuse(args.host not in ("127.0.0.1", "localhost") and not args.api_key,
+           f"--host {args.host} is open to others: give an --api-key")
+    try:
+        listener = socket.create_server((args.host, args.port))
+    except OSError as e:
+        raise InputError(f"can't listen at {args.host}:{args.port}: {e.strerror}; choose another") from None
     model, tokenizer, _ = open_model(args.model, args.bits)
     app = make_app(Server(args.model, model, tokenizer, folders, args.teach), args.api_key)
     say(f"serving {', '.join([args.model, *folders])} at http://{args.host}:{args.port}/v1, and a page at /")

@@ -2,28 +2,26 @@
 
     python bench.py serve
 
-All engines, transformers too, write as many greedy tokens for the same prompts of mixed lengths, with no
-adapter, one or sixteen. Bytes of keys and values are those when most were reserved: for contiguous rows room
-for the longest from the start, for pages the blocks handed out. Also the paper's count of what a cache saves.
+All engines write as many greedy tokens for the same prompts of mixed lengths, with no adapter, one or
+sixteen. Bytes of keys and values are those when most were reserved: for contiguous rows room for the longest
+from the start, for pages the blocks handed out. Also the paper's count of what a cache saves.
 """
 import random
-import tempfile
 from functools import partial
 from types import SimpleNamespace
 
 import torch
 
-from benches.common import installed, interleaved, table
+from benches.common import interleaved, table
 from benches.memory import meta_model
 from beyond.batching import Adapters, Engine, Request
-from beyond.paged_cache import SIZE, Pool, bytes_per_token
+from beyond.paged_cache import bytes_per_token
 from common.cli import refuse
 from common.data import first_tokens
-from common.formats import export
 from common.generate import generate
 from lowrank import replace_linears
 from model import count_parameters
-from sample import open_model
+from sample import make_pool, open_model
 
 TARGETS, RANK = ("q", "k", "v", "qkv"), 8  # of the random adapters
 DEFAULTS = dict(model="smollm2-135m", sequences=32, lengths=[16, 200], new_tokens=24, rounds=2)
@@ -57,11 +55,9 @@ def paper_counts():
 
 def mixed_prompts(model, tokenizer, count, args):
     """Stretches of the built-in text, of lengths drawn evenly from the range of --lengths."""
-    refuse(len(args.lengths) != 2 or not 1 <= args.lengths[0] <= args.lengths[1],
-           f"--lengths must be the shortest and the longest prompt, as 16,200, got {args.lengths}")
-    refuse(args.lengths[1] + args.new_tokens > model.config.context,
-           f"{args.lengths[1]} + {args.new_tokens} tokens do not fit the context of {model.config.context}: "
-           "lower --lengths or --new-tokens")
+    most = model.config.context - args.new_tokens
+    refuse(len(args.lengths) != 2 or not 1 <= args.lengths[0] <= args.lengths[1] <= most, "--lengths must be "
+           f"the shortest and the longest prompt, as 16,200, at most {most}, got {args.lengths}")
     ids, draw = first_tokens("builtin", tokenizer, 100_000), random.Random(0)
     lengths = [draw.randint(*args.lengths) for _ in range(count)]
     starts = [draw.randrange(len(ids) - n) for n in lengths]
@@ -78,55 +74,29 @@ def random_adapter(model, seed):
     return SimpleNamespace(factors=factors, scale=2.0)
 
 
-# Each engine returns (tokens of each prompt, slots of keys and values reserved at most, slots used then).
+# Each engine returns the slots of keys and values reserved at most, and those used then.
 
 def sequential(model, adapters, prompts, names, new):
     found = [contiguous(model, adapters, [p], [name], new) for p, name in zip(prompts, names)]
-    tokens, reserved, used = zip(*found)
-    return [row for row, in tokens], max(reserved), max(used)
+    return map(max, zip(*found))
 
 
 def contiguous(model, adapters, prompts, names, new):
     adapters.select(names)
-    tokens = [list(row) for row in zip(*generate(model, prompts, new, temperature=0))]
-    return tokens, len(prompts) * (max(map(len, prompts)) + new), sum(len(p) + new - 1 for p in prompts)
+    list(generate(model, prompts, new, temperature=0))
+    return len(prompts) * (max(map(len, prompts)) + new), sum(len(p) + new - 1 for p in prompts)
 
 
 def paged(model, adapters, prompts, names, new):
-    blocks = sum(-(-(len(p) + new - 1) // SIZE) + 1 for p in prompts)  # what all need at their ends, and room
-    pool = Pool(model.config, blocks, device=model.norm.weight.device)
-    engine = Engine(model, pool, adapters=adapters, batch_size=len(prompts))
-    requests = [Request(p, new, adapter=name) for p, name in zip(prompts, names)]
-    list(engine.run(requests))
-    return [r.tokens for r in requests], *engine.peak
-
-
-def transformers_engine(model):
-    """transformers' generate with the same weights, in one batch padded at the left."""
-    from transformers import AutoModelForCausalLM
-    device = model.norm.weight.device
-    with tempfile.TemporaryDirectory() as folder:
-        export(model, None, folder)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-
-    @torch.inference_mode()
-    def transformers(model, adapters, prompts, names, new):
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        out = theirs.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new,
-                              do_sample=False, pad_token_id=0)
-        used = sum(len(p) + new - 1 for p in prompts)
-        return out[:, longest:].tolist(), len(prompts) * (longest + new), used
-    return transformers
+    engine = Engine(model, make_pool(model), adapters=adapters, batch_size=len(prompts))
+    list(engine.run([Request(p, new, adapter=name) for p, name in zip(prompts, names)]))
+    return engine.peak
 
 
 def bench(args):
     model, tokenizer, device = open_model(args.model, 16)
     prompts = mixed_prompts(model, tokenizer, args.sequences, args)
     cases = [(sequential, 1), *((engine, count) for engine in (contiguous, paged) for count in (0, 1, 16))]
-    if installed("transformers"):
-        cases = [(transformers_engine(model), 0), *cases]
     adapters = Adapters(model)
     for i in range(16):
         adapters.select([None])
@@ -137,15 +107,10 @@ def bench(args):
         found[engine, count] = engine(model, adapters, prompts, names, args.new_tokens)
     found, rows, size = {}, [], bytes_per_token(model.config)
     for (engine, count), s in interleaved({case: partial(run, *case) for case in cases}, args.rounds).items():
-        _, reserved, used = found[engine, count]
+        reserved, used = found[engine, count]
         rows.append(dict(engine=engine.__name__, adapters=count, sequences=len(prompts),
                          tokens_per_second=len(prompts) * args.new_tokens / s,
                          kv_bytes_reserved=reserved * size, kv_bytes_used=used * size))
-    for count, engines in ((1, (sequential, contiguous, paged)), (16, (contiguous, paged))):
-        written = zip(*(found[engine, count][0] for engine in engines))
-        same = sum(row.count(row[0]) == len(row) for row in written)
-        print(f"{count} adapters: {len(engines)} engines wrote the same tokens for {same} of {len(prompts)} "
-              "prompts")
     print(f"{args.model}, {args.new_tokens} new tokens for each prompt, float32, {device.name}")
     return device, rows
 

@@ -1,25 +1,23 @@
 """Continuous batching (sections III.C.2 and V.C): many requests, each with its own adapter, through one base.
 
 A batch that waits for its longest text leaves most rows idle. Here the batch is made anew before every step:
-a request that ended leaves it and gives its blocks back (paged_cache.py), the next one that waits is read
-(its whole prompt at once) and joins:
+a request that ended gives its blocks back (paged_cache.py), the next one that waits is read and joins:
 
     step          1    2    3    4    5    6    7
     request a     P    t    t    t    .              P: the prompt is read, and gives the first token
     request b     P    t    .                        t: one more token, in one product with all other rows
     request c     waits     P    t    t    t    t
 
-When the pool is full the request that came last gives its blocks up; it is read again later, with the tokens
-that it has. Each request draws from a random generator of its own, and a row of a product does not know of
-the others. So in float32 its tokens are what they would be alone, unless two are as likely to some five
-digits: products of more rows add up in another order. In bfloat16, of two digits, half of the answers differ.
+When the pool is full the request that came last gives its blocks up, and is read again later. Each request
+draws from a random generator of its own, and a row of a product does not know of the others. So in float32
+its tokens are what they would be alone, unless two are as likely to some five digits: products of more rows
+add up in another order. In bfloat16, of two digits, half of the answers differ.
 
     adapters = Adapters(model, {"news": "out/news", "tweets": "out/tweets"})
     engine = Engine(model, Pool(model.config, blocks=512), adapters=adapters)
     for request in engine.run([Request([1, 2, 3], adapter="news"), Request([4, 5])]):    # as they end
         print(request.tokens)
 """
-import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -31,7 +29,7 @@ from beyond.paged_cache import PagedCache, Sequence
 from common.adapters import read_adapter
 from common.cli import refuse
 from common.generate import check_prompt, sample
-from model import Layer, multiplications
+from model import Layer
 
 
 @dataclass(eq=False)
@@ -48,21 +46,12 @@ class Request:
     cancelled: bool = False     # set it at any time: the request ends before the next step
     sequence: Sequence = None   # its keys and values, while it is in the batch
     generator: torch.Generator = None
-    first: float = None         # when its first token was there
     ended: bool = False
 
-    @property
-    def text(self):
-        return self.prompt + self.tokens
-
-
-# ---------------------------------------------------------------------------------- an adapter for each row
 
 class ManyLoRALinear(Layer):
-    """Equation 7 with an adapter for each row of a batch: y_i = base(x_i) + (alpha/r) B_i A_i x_i.
-
-    One product with the base serves all rows. `select` says which adapter each row of the next batches has,
-    and gathers the rows' A and B, once; smaller ranks are padded with zeros."""
+    """Equation 7 with an adapter for each row of a batch: y_i = base(x_i) + (alpha/r) B_i A_i x_i. One
+    product with the base serves all rows; smaller ranks are padded with zeros."""
 
     def __init__(self, base):
         super().__init__()
@@ -85,14 +74,6 @@ class ManyLoRALinear(Layer):
             return self.base(x)
         A, Bt = self.chosen  # (B or 1, r, in), (B or 1, r, out)
         return self.base(x) + x @ A.transpose(1, 2) @ Bt  # (B, T, in) -> (B, T, r) -> (B, T, out)
-
-    @property
-    def multiplications(self):
-        return multiplications(self.base)
-
-    @property
-    def bias(self):
-        return self.base.bias
 
 
 class Adapters:
@@ -123,13 +104,11 @@ class Adapters:
             self.selected = names
 
 
-# ---------------------------------------------------------------------------------- the engine
-
 class Engine:
     """Requests in, tokens out: `step` reads prompts of requests that may join, then a token of each."""
 
     def __init__(self, model, pool, stop=(), vocabulary=None, adapters=None, batch_size=32):
-        self.model, self.pool, self.stop, self.vocabulary = model, pool, stop, vocabulary
+        self.model, self.pool, self.stop, self.vocabulary = model, pool, set(stop), vocabulary
         self.adapters, self.batch_size = adapters or Adapters(model), batch_size
         self.single = None  # decoding_step's, for the pool
         self.waiting, self.running = deque(), []  # in the order of joining
@@ -165,8 +144,12 @@ class Engine:
         ended = self.leave()
         while self.waiting and len(self.running) < self.batch_size and self.join():
             ended += self.leave()
+        # each needs a slot for its next token: while blocks are missing, the last one gives its own back
+        while sum(r.sequence.needs(1) for r in self.running) > len(self.pool.free):
+            request = self.running.pop()
+            request.sequence.cut()
+            self.waiting.appendleft(request)
         if self.running:
-            self.make_room()
             self.advance(self.running, [r.tokens[-1:] for r in self.running])
             sequences = [r.sequence for r in self.running]
             slots = sum(len(s.table) for s in sequences) * self.pool.size
@@ -177,21 +160,15 @@ class Engine:
     def join(self):
         """Read the prompt of the request that waits longest, if there is room for it, and a block more for
         each running one."""
-        request, sequence = self.waiting[0], Sequence(self.pool)
-        if self.running and sequence.needs(len(request.text)) + len(self.running) > len(self.pool.free):
+        request = self.waiting[0]
+        text = request.prompt + request.tokens
+        needed = self.pool.blocks_for(len(text)) + len(self.running)
+        if self.running and needed > len(self.pool.free):
             return False
         self.running.append(self.waiting.popleft())
-        request.sequence = sequence
-        self.advance([request], [request.text])
+        request.sequence = Sequence(self.pool)
+        self.advance([request], [text])
         return True
-
-    def make_room(self):
-        """Every running request needs a slot for its next token: while blocks are missing, the one that
-        joined last gives its own back."""
-        while sum(r.sequence.needs(1) for r in self.running) > len(self.pool.free):
-            request = self.running.pop()
-            request.sequence.cut()
-            self.waiting.appendleft(request)
 
     def advance(self, requests, tokens):
         """Read the next tokens of these requests, T of each, and draw what follows."""
@@ -206,7 +183,6 @@ class Engine:
                 best, place = logprobs.topk(min(request.top, len(logprobs)))
                 request.scores.append((logprobs[token].item(), list(zip(place.tolist(), best.tolist()))))
             request.tokens.append(token)
-            request.first = request.first or time.perf_counter()
 
     def logits(self, tokens, cache):
         """Of what follows tokens (B, T): (B, vocabulary)."""
@@ -215,19 +191,17 @@ class Engine:
         self.single = self.single or decoding_step(self.model, cache)
         return self.single(tokens[:, 0], cache)
 
-    def is_over(self, request):
-        """At a stop token, at max_new_tokens, where the context is full, or when it was cancelled."""
-        tokens, full = request.tokens, len(request.text) > self.model.config.context
-        stopped = len(tokens) > 0 and tokens[-1] in self.stop
-        return request.cancelled or full or stopped or len(tokens) == request.max_new_tokens
-
     def leave(self):
-        """Take out what has ended."""
-        ended = [r for r in [*self.running, *self.waiting] if self.is_over(r)]
-        self.running = [r for r in self.running if r not in ended]
-        self.waiting = deque(r for r in self.waiting if r not in ended)
-        for request in ended:
-            if request.sequence:
-                request.sequence.cut()
-            request.ended = True
+        """Take out what has ended: at a stop token, at max_new_tokens, where the context is full, or when it
+        was cancelled."""
+        ended, context = [], self.model.config.context
+        for r in [*self.running, *self.waiting]:
+            full = len(r.tokens) == r.max_new_tokens or len(r.prompt) + len(r.tokens) > context
+            if r.cancelled or full or not self.stop.isdisjoint(r.tokens[-1:]):
+                r.ended = True
+                ended.append(r)
+                if r.sequence:
+                    r.sequence.cut()
+        self.running = [r for r in self.running if not r.ended]
+        self.waiting = deque(r for r in self.waiting if not r.ended)
         return ended

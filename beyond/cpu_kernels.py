@@ -1,10 +1,9 @@
 """W x and B (A x) with int8 or int4 weights on a CPU (section V.B), by kernels_cpu.cpp.
 
 In decoding, the time of a product is that of reading W: 8 or 4 bits a weight in place of 16 or 32, if W never
-leaves its integers. For many rows it is that of multiplying: integers of 16 bits are as fast as floats, and W
-need not be dequantized. So every product without a backward pass comes here, in decoding and in evaluation.
-x is rounded to 16 bits with a scale for each 128 numbers or fewer: y is off by some 1e-5 of its size.
-g++ compiles the kernels at the first use, in some seconds; the library is kept in the cache folder.
+leaves its integers. For many rows integers of 16 bits are as fast as floats, and W need not be dequantized.
+So every product without a backward pass comes here. x is rounded to 16 bits with a scale for each 128 numbers
+or fewer: y is off by some 1e-5 of its size. g++ compiles the kernels at the first use.
 
     y = product(x, A, B, bias)      # quant.QuantMatrix A (r, in), B (out, r): B (A x) + bias in one call
 """
@@ -115,11 +114,11 @@ def takes(W):
 def product(x, A, B=None, bias=None):
     """x (..., in) -> x W^T + bias (..., out) for W = A, or B A, without a backward pass. None for small
     groups, and without a compiler."""
-    if load() is None or not takes(A) or B is not None and not takes(B):
+    last = B or A
+    if load() is None or not takes(A) or not takes(last):
         return None
-    rows = x.float().contiguous()
-    bias = None if bias is None else bias.float()
-    y = torch.empty(*x.shape[:-1], (A if B is None else B).out_features)
+    rows, bias = x.float().contiguous(), None if bias is None else bias.float()
+    y = torch.empty(*x.shape[:-1], last.out_features)
     load().product(rows.data_ptr(), rows.numel() // A.in_features, struct_of(A), B and struct_of(B), A.bits,
                    None if bias is None else bias.data_ptr(), y.data_ptr())
     return y.to(x.dtype)

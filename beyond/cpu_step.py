@@ -1,8 +1,8 @@
 """A whole step of decoding on a CPU in one call: a token of each row through all blocks of a model.
 
-At batch 1 a block of gpt2-xl with r = 384 reads 10 MB of weights, which takes 0.35 ms on two cores, and
-calling its layers from Python takes almost as long. So the addresses of all weights and of the cache are
-written down once, and step_cpu.cpp walks through them for each token. It computes model.Block, in float32.
+A block of gpt2-xl with r = 384 reads 10 MB of weights in 0.35 ms on two cores, and calling its layers from
+Python takes almost as long. So the addresses of all weights and of the cache are written down once, and
+step_cpu.cpp walks through them for each token. It computes model.Block, in float32.
 
     step = cpu_step(model, cache)      # as common.generate.plain_step
     logits = step(tokens, cache)
@@ -18,11 +18,11 @@ from beyond.paged_cache import PagedCache
 from common.cli import say
 from lowrank import LowRankLinear
 from model import Attention, Block, FeedForward, is_linear
-from quant import QuantLinear, QuantLowRank, matrices
+from quant import QuantLinear, QuantLowRank
 
 BITS = {torch.bfloat16: 16, torch.float32: 32}  # of weights that are no integers
 TOLERANCE = 0.05  # a step in bfloat16 is some 0.01 off; with another kind of block, several times 0.05
-LAYERS = (nn.Linear, LowRankLinear, QuantLinear, QuantLowRank)
+LAYERS = {nn.Linear: ["weight"], LowRankLinear: ["A", "B"], QuantLinear: ["W"], QuantLowRank: ["A", "B"]}
 walked = weakref.WeakKeyDictionary()  # model -> whether its blocks are what step_cpu.cpp computes
 
 # As in step_cpu.cpp.
@@ -40,9 +40,8 @@ def cpu_step(model, cache):
     """A CPUStep for a cache that has read the prompts. None where something is in the way: layers that are
     none of LAYERS, another kind of block, no compiler."""
     c, stored = model.config, keys_and_values(cache)[0][0].dtype
-    if c.window or c.no_rope or c.architecture.qk_norm or stored not in BITS or load() is None:
-        return None
-    if not all(map(is_plain, model.blocks)):
+    other = c.window or c.no_rope or c.architecture.qk_norm or not all(map(is_plain, model.blocks))
+    if other or stored not in BITS or load() is None:
         return None
     step = CPUStep(model, cache)
     if model not in walked:
@@ -67,9 +66,7 @@ def is_plain(block):
 
 def factors(layer):
     """W of a layer, or A and B: each a QuantMatrix or a tensor."""
-    if isinstance(layer, LowRankLinear):
-        return [layer.A, layer.B]
-    return [layer.weight] if isinstance(layer, nn.Linear) else matrices(layer)
+    return [getattr(layer, name) for name in LAYERS[type(layer)]]
 
 
 def is_readable(W):

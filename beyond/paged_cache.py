@@ -1,15 +1,12 @@
 """A paged cache of keys and values (section V.C's cache; the paper's [34], PagedAttention) in Python.
 
-A contiguous cache (model.KVCache) sets aside room for the longest text that every sequence may become. Most
-of it is never written. Here the memory is a pool of small blocks, as the pages of an operating system: each
-holds the keys and values of `size` tokens, for all layers. A sequence has a table from its logical blocks to
-the pool's, and takes a block when its last one is full.
+A contiguous cache (model.KVCache) sets aside room for the longest text that every sequence may become. Here
+the memory is a pool of small blocks, each for `size` tokens, as the pages of an operating system. A sequence
+has a table of its blocks, and takes one when the last is full: at most size - 1 slots of it are unused.
 
     sequence a   "Profit rose by 3 %"            table [0, 2, 3]
     sequence b   "The capital of France is"      table [1, 4, 5]
     pool         | 0 Profit rose | 1 The capital | 2 by 3 | 3 % | 4 of France | 5 is | ...   (two words each)
-
-At most size - 1 slots a sequence are unused.
 
 Attention for one new token of each sequence never gathers a sequence's keys into one piece. Every block
 answers the query of its sequence, all blocks in one batched product, and the parts are joined as a softmax

@@ -1,16 +1,15 @@
 """The rank bench of serve.py's page: a model beside itself with any share of its ranks, at 16, 8 or 4 bits.
 
-    python serve.py --model smollm2-135m --teach         decomposed when the server starts
-    python serve.py --model out/decomposed --teach       with the factors of decompose.py, up to their ranks
+    python serve.py --model smollm2-135m --teach     decomposed at the start, but for a folder of decompose.py
 
 One decomposition serves every rank. With H = X X^T of the inputs X and the eigenvectors u_1, u_2, ... of
 W H W^T, the largest eigenvalue first (beyond/activations.py), the best product of rank r is
 
     B A X = (u_1 u_1^T + ... + u_r u_r^T) W X       |W X - B A X|^2 = value_(r+1) + value_(r+2) + ...
 
-The directions u_i are orthogonal: what one of them gives does not depend on which others are there. So
-nothing of a smaller solution changes when more is added. The best of rank r is the first r columns of B and
-rows of A, and a slider only says how many are read. H is that of the whole model's inputs.
+The directions u_i are orthogonal: what one of them gives does not depend on which others are there. So the
+best of rank r is the first r columns of B and rows of A, and a slider only says how many are read. H is that
+of the whole model's inputs.
 
 Each position of the sliders is a model, "rank-50%-8bit", that a request names as it names an adapter.
 """
@@ -21,7 +20,6 @@ from collections import defaultdict
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from beyond.activations import Moments, walk
 from beyond.batching import Engine, ManyLoRALinear
@@ -74,14 +72,16 @@ class Bench(Engine):
             self.factors |= {name: decompose(layer, moments, ordered) for name, layer in layers.items()}
             return {}
         windows = calibration_batches("builtin", tokenizer, model.config.context, TEXT_TOKENS)
-        blocks = tqdm(self.whole.blocks, desc="decomposing", unit=" blocks", disable=None, leave=False)
-        walk(enumerate(blocks), [self.whole.begin(tokens.to(self.pool.device)) for tokens in windows], look)
+        streams = [self.whole.begin(tokens.to(self.pool.device)) for tokens in windows]
+        walk(enumerate(self.whole.blocks), streams, look)
         self.at_bits = {16: self.whole, 8: sharing(self.whole), 4: sharing(self.whole)}
         for bits in (8, 4):  # now: what stays whole need not be quantized when a slider moves
             quantize(self.at_bits[bits], bits)
 
     def make(self, name):
-        """The model at a position of the sliders."""
+        """The model at a position of the sliders; for another name the whole one, with its adapters."""
+        if name not in self.settings:
+            return self.model
         share, bits = self.settings[name]
         model = sharing(self.at_bits[bits])
         for layer_name, (B, A, values) in self.factors.items():
@@ -99,8 +99,7 @@ class Bench(Engine):
     def advance(self, requests, tokens):
         whole, groups = self.model, defaultdict(list)
         for request, new in zip(requests, tokens):
-            of_bench = request.adapter in self.settings
-            groups[self.model_of(request.adapter) if of_bench else whole].append((request, new))
+            groups[self.model_of(request.adapter)].append((request, new))
         for self.model, group in groups.items():
             self.single = None  # a step is of one model
             super().advance(*zip(*group))

@@ -219,7 +219,7 @@ def test_bad_adapters_and_files(folder, adapters, tmp_path):
                            "2 adapters, and nothing says which one to use"),
                           (["--adapter", f"a={adapters / 'news'}", "--adapter", f"a={adapters / 'tweets'}",
                             *one], "two adapters are called a"),
-                          (["--adapter", "a="], "--adapter a= has no folder: write NAME=DIR"),
+                          (["--adapter", "a="], "is not an adapter: it has no adapter_config.json"),
                           (["--prompts", str(tmp_path / "nowhere.jsonl")], "nowhere.jsonl: there is no such file"),
                           (["--prompts", str(tmp_path / "empty.jsonl")], "is empty: write lines like"),
                           ([*one, "--chat"], "argument --chat: not allowed with argument --prompts")):

@@ -129,7 +129,7 @@ def test_models_and_health_and_metrics(folder, client, port):
     status, text = get(port, "/metrics")
     assert status == 200 and "# TYPE fingpt_requests_total counter\n" in text
     values = {row.split()[0]: float(row.split()[1]) for row in text.splitlines() if row[0] != "#"}
-    assert values["fingpt_tokens_total"] >= 3 and values["fingpt_first_token_seconds_total"] > 0
+    assert values["fingpt_tokens_total"] >= 3 and values["fingpt_requests_total"] >= 1
     assert values["fingpt_blocks_used"] == values["fingpt_running"] == 0 < values["fingpt_blocks"]
 
 
@@ -398,7 +398,7 @@ def test_a_broken_engine_leaves_nobody_waiting(folder):
             assert answer.status_code == 500 and "out of memory" in answer.json()["error"]["message"]
         assert "out of memory" in client.post("/v1/completions", json=dict(prompt="a", stream=True)).text
         assert client.get("/health").status_code == 500
-        assert client.get("/health").json()["status"] == "failed: out of memory"
+        assert "out of memory" in client.get("/health").json()["error"]["message"]
 
 
 def test_the_command_and_sigterm(folder, run, alone):
@@ -431,12 +431,12 @@ def test_the_command_and_sigterm(folder, run, alone):
 def test_bad_input(folder, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         model, port = str(folder / "model"), str(taken.getsockname()[1])
-        for args, message in ((["--adapter", "a="], "--adapter a= has no folder"),
+        for args, message in ((["--adapter", "a="], "is not an adapter: it has no adapter_config.json"),
                               (["--adapter", f"{model}={folder}/law"], "an adapter and the model are called"),
                               (["--port", "0"], "argument --port: must be a whole number, at least 1"),
-                              (["--port", port], "can't listen at 127.0.0.1, port .*in use"),
+                              (["--port", port], "can't listen at 127.0.0.1:.*in use"),
                               (["--host", "0.0.0.0"], "--host 0.0.0.0 is open to others: give an --api-key"),
-                              (["--host", "no such host"], "can't listen at no such host")):
+                              (["--host", "no such host", "--api-key", "a"], "can't listen at no such host")):
             with pytest.raises(InputError, match=message):
                 serve.main(["--model", model, *args])
     with pytest.raises(InputError, match="no such folder or file"):
