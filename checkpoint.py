@@ -241,6 +241,9 @@ def quantize(args):
           f"{stored_bytes(model) / 1e6:,.1f} MB")
 
 
+MOST_LOST = 0.05  # of what an adapter adds, when its sums with the base are rounded
+
+
 def merge(args):
     """Write an adapter's base with the adapter multiplied into it."""
     from common.adapters import base_id, bits_of, load_adapter, read_adapter
@@ -250,6 +253,8 @@ def merge(args):
     error = merge_lora(model)
     replace_model(args.out, model.bfloat16() if bits_of(model) < 16 else model, tokenizer)
     print(f"{args.out}: {base} with the adapter merged; rounding changed sums by {error:.1%} of what it adds")
+    if error > MOST_LOST:
+        print("much of the adapter is lost: keep it beside its base, or merge it into the base in 16 bit")
 
 
 def export_command(args):

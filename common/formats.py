@@ -73,6 +73,8 @@ SCALINGS = {"default": {}, "linear": dict(rope_factor="factor"), "dynamic": dict
 ROPE_ONLY = dict(partial_rotary_factor=(None, 1.0), truncate=(True,), mscale=(None,), mscale_all_dim=(None,))
 LIKE_LLAMA = dict(tied=False, rope_base=10000.0, head_dim=0, attention_bias=False, window=0)
 LLAMA_ONLY = dict(hidden_act=("silu", "swish"), mlp_bias=(False,), use_sliding_window=(False,))
+GPT2_ALIASES = dict(n_positions="max_position_embeddings", n_layer="num_hidden_layers",
+                    n_head="num_attention_heads", n_embd="hidden_size")
 GPT2_ONLY = dict(activation_function=("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
                  scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
                  add_cross_attention=(False,))
@@ -221,6 +223,8 @@ def huggingface_config(file):
     require(file, theirs, {"model_type": list(FAMILIES)})
     kind = theirs["model_type"]
     family = FAMILIES[kind]
+    for key, alias in GPT2_ALIASES.items() if kind == "gpt2" else ():
+        require(file, theirs, {alias: (theirs.setdefault(key, theirs.get(alias)),)})
     rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
     refuse(not isinstance(rope, dict), f"{file}: rope_scaling or rope_parameters is no object: get it again")
     theirs["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta"))
@@ -245,9 +249,10 @@ class HuggingFaceSource(Source):
         self.path, self.config = folder, huggingface_config(folder / "config.json")
         family, there = FAMILIES[self.config.kind], read_headers(safetensors_files(folder))
 
-        def theirs(name):  # old files have no prefix
-            full, short = full_name(name, family), their_name(name, family.column)
-            return short if short in there else full
+        def theirs(name):  # old files have no prefix, a compiled model's have one more
+            full = full_name(name, family)
+            others = their_name(name, family.column), f"_orig_mod.{full}"
+            return next((key for key in others if key in there), full)
         embed, head = theirs("embed.weight"), theirs("head.weight")
         if self.config.tied and head in there:  # too, or alone; one that differs is not tied
             same = embed not in there or torch.equal(there[embed].read(), there[head].read())

@@ -117,7 +117,7 @@ def read_blocks(path, tensor, order):
 
 # Settings that change the network, and the values with which they don't.
 GGUF_ONLY = {"rope.scaling.type": ("linear", "none", "yarn"), "rope.scaling.attn_factor": (1.0,),
-             "rope.scale_linear": (1.0,), "attention.sliding_window": (0,), "attention.clamp_kqv": (0.0,),
+             "attention.sliding_window": (0,), "attention.clamp_kqv": (0.0,),
              "attention.causal": (True,), "logit_scale": (0.0, 1.0), "expert_count": (0,),
              "split.count": (0, 1)}
 # RoPE's numbers at Hugging Face -> after "rope.scaling."
@@ -129,9 +129,13 @@ def gguf_config(file, fields, packed):
     known = [kind for kind, family in FAMILIES.items() if family.column == "llama"]
     require(file, fields, {"general.architecture": known})
     kind = fields.get("general.architecture", known[0])
-    theirs = {key.removeprefix(f"{kind}."): value for key, value in fields.items()}
+    theirs = {}
+    for key, value in fields.items():  # a list has a value for each block
+        alike = isinstance(value, list) and value and value.count(value[0]) == len(value)
+        theirs[key.removeprefix(f"{kind}.")] = value[0] if alike else value
     require(file, theirs, GGUF_ONLY)
     rope = {key: theirs.get(f"rope.scaling.{name}") for key, name in ROPE.items()}
+    rope["factor"] = rope["factor"] or theirs.get("rope.scale_linear")  # in older files
     scaling = theirs.get("rope.scaling.type", "linear" if rope["factor"] else "none")  # as llama.cpp does
     embed = packed.get("token_embd.weight")
     defaults = LIKE_LLAMA | dict(vocab_size=embed and embed.shape[0], tied="output.weight" not in packed,

@@ -78,14 +78,22 @@ def test_peft_loads_ours_and_gives_our_logits(saved):
 
 
 @pytest.mark.parametrize("how", [
-    dict(), dict(use_rslora=True), dict(target_modules=r".*\.(q_proj|down_proj|c_attn)"),
-    dict(layers_to_transform=[1]), dict(init_lora_weights="gaussian"),
-    dict(init_lora_weights="orthogonal", r=4)], ids=str)
+    dict(), dict(use_rslora=True), dict(rank_pattern={"q_proj": 5, "attn.c_proj": 2}),
+    dict(alpha_pattern={r".*layers\.1.*v_proj": 3, r"h.0.attn.c_attn": 7},
+         rank_pattern={r"layers.0.self_attn.q_proj": 4}),
+    dict(target_modules=r".*\.(q_proj|down_proj|c_attn)"), dict(layers_to_transform=[1]),
+    dict(init_lora_weights="gaussian"), dict(init_lora_weights="orthogonal", r=4),
+    dict(init_lora_weights="mica"),
+    dict(init_lora_weights="pissa"), dict(init_lora_weights="olora"),
+    dict(init_lora_weights="pissa", use_rslora=True, alpha_pattern={"q_proj": 5, "c_attn": 5}),
+    dict(init_lora_weights="olora", alpha_pattern={"k_proj": 5}, rank_pattern={"q_proj": 6})], ids=str)
 def test_we_load_what_peft_trained(base, tmp_path, how):
     kind, path = base
     torch.manual_seed(1)
     settings = dict(r=3, lora_alpha=12, target_modules=THEIRS[kind], task_type="CAUSAL_LM",
                     fan_in_fan_out=kind == "gpt2")
+    if kind == "gpt2" and how.get("init_lora_weights") == "olora":  # PEFT's own such adapters don't run
+        settings["target_modules"] = ["attn.c_proj"]
     model = peft.get_peft_model(theirs(path), peft.LoraConfig(**settings | how))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(2):
@@ -95,6 +103,10 @@ def test_we_load_what_peft_trained(base, tmp_path, how):
     model.eval().save_pretrained(tmp_path / "peft")
     mine = ours(path)
     before = mine(TOKENS)
+    if kind == "gpt2" and how.get("init_lora_weights") == "olora":
+        with pytest.raises(InputError, match="init_lora_weights is 'olora', which is not read here"):
+            load_adapter(mine, tmp_path / "peft")
+        return
     adapter = load_adapter(mine, tmp_path / "peft", base_id(path / "ours"))
     assert adapter.rank == how.get("r", 3) and adapter.base_id is None and "believed" in str(adapter)
     logits = mine.eval()(TOKENS)
@@ -106,6 +118,17 @@ def test_we_load_what_peft_trained(base, tmp_path, how):
         assert torch.allclose(again(TOKENS).logits, wanted, atol=2e-5)
     take_off(mine)
     assert torch.equal(mine(TOKENS), before)
+
+
+def test_a_start_that_changes_the_base_needs_its_weights(base, tmp_path):
+    kind, path = base
+    config = peft.LoraConfig(r=2, target_modules=THEIRS[kind], task_type="CAUSAL_LM",
+                             init_lora_weights="pissa")
+    peft.get_peft_model(theirs(path), config).save_pretrained(tmp_path / "peft")
+    mine = ours(path)
+    quantize(mine, 8)
+    with pytest.raises(InputError, match="began as pissa changes its base's weights"):
+        load_adapter(mine, tmp_path / "peft")
 
 
 def test_gradients_of_a_and_b_are_pefts(saved):
@@ -191,9 +214,9 @@ def spoil_settings(**changes):
     (spoil_settings(use_dora=True), "use_dora is True, which is not read here"),
     (spoil_settings(peft_type="IA3"), "peft_type is 'IA3'"),
     (spoil_settings(modules_to_save=["lm_head"]), "modules_to_save"),
-    (spoil_settings(rank_pattern={".*": 3}), "rank_pattern is {'.*': 3}, which is not read here"),
+    (spoil_settings(rank_pattern={".*": 3}), r"of rank 3 A must be \(3, in\)"),
     (spoil_settings(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens is"),
-    (spoil_settings(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
+    (spoil_settings(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
     (spoil_settings(trainable_token_indices=[1]), "trainable_token_indices"),
     (spoil_settings(a_setting_of_tomorrow=0.5), "a_setting_of_tomorrow is 0.5"),
     (spoil_settings(lora_dropout=7), "can't be read"),
@@ -221,7 +244,8 @@ def test_damaged_adapters_are_read_as_peft_does_or_refused(base, tmp_path, mutat
         return
     folder, config = tmp_path / "peft", dict(r=2, lora_alpha=4, target_modules=THEIRS[kind], use_rslora=True)
     torch.manual_seed(2)
-    trained = peft.get_peft_model(theirs(path), peft.LoraConfig(**config, task_type="CAUSAL_LM"))
+    trained = peft.get_peft_model(theirs(path), peft.LoraConfig(
+        **config, task_type="CAUSAL_LM", rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj|c_proj": 5}))
     for name, p in trained.named_parameters():
         if "lora_" in name:
             nn.init.normal_(p.data, std=0.3)
@@ -297,6 +321,10 @@ def test_merge_writes_a_model_of_its_own(saved, tmp_path, capsys):
     checkpoint.main(["quantize", str(path / "ours"), str(tmp_path / "base8")])
     save_adapter(tmp_path / "mine8", model, tmp_path / "base8", base_id(tmp_path / "base8"))
     checkpoint.main(["merge", str(tmp_path / "mine8"), str(tmp_path / "merged8")])
+    checkpoint.main(["quantize", str(path / "ours"), str(tmp_path / "base4"), "--bits", "4"])
+    save_adapter(tmp_path / "mine4", model, tmp_path / "base4", base_id(tmp_path / "base4"))
+    checkpoint.main(["merge", str(tmp_path / "mine4"), str(tmp_path / "merged4")])
+    assert "much of the adapter is lost: keep it beside its base" in capsys.readouterr().out
     assert (load_model(tmp_path / "merged8")[0](TOKENS) - logits).abs().max() < 0.1
     for args, message in (([folder, tmp_path / "merged"], "is not empty"),
                           ([saved[2], tmp_path / "x"], "some-base: no such folder"),

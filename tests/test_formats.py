@@ -297,6 +297,10 @@ AS_PEOPLE_HAVE_THEM = {
     "swish": ("llama", {}, configured(hidden_act="swish")),
     "no key/value heads": ("llama", dict(num_key_value_heads=4), configured(num_key_value_heads=None)),
     "gelu_fast": ("gpt2", dict(activation_function="gelu_fast"), lambda folder: None),
+    "gpt2's heads under another name": ("gpt2", {}, configured(["n_head"], num_attention_heads=4)),
+    "gpt2's other names": ("gpt2", {}, configured(
+        ["n_head", "n_embd", "n_layer", "n_positions"], num_attention_heads=4, hidden_size=48,
+        num_hidden_layers=3, max_position_embeddings=64)),
     "another model's file": ("llama", {}, rewritten(stale, "a.safetensors")),
     "another model's shards": ("llama", {}, stale_shards),
     "a consolidated file": ("llama", {}, rewritten(added(norm__w=(9,)), "consolidated.safetensors")),
@@ -359,8 +363,19 @@ def test_folders_as_people_have_them(name, tmp_path):
     assert_same_logits(tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval())
 
 
+def test_a_compiled_models_names(tmp_path):
+    """transformers takes such a file for one without weights, and begins with random ones."""
+    reference = theirs("llama")
+    reference.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    compiled = {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
+    save_file(compiled, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_same_logits(tmp_path, reference)
+
+
 @pytest.mark.parametrize("kind, change, words", [
     ("llama", configured(rope_scaling="linear"), "rope_scaling or rope_parameters is no object"),
+    ("gpt2", configured(num_attention_heads=6), "num_attention_heads is 6; only 4 is supported"),
     ("llama", configured(num_hidden_layers=10 ** 9), "num_hidden_layers is 1000000000, and no model"),
     ("llama", configured(rms_norm_eps="small"), "rms_norm_eps is small, and no model can have that"),
     ("llama", rewritten(added(norm__weight=(64,))), "has 1 tensors that a llama model doesn't have, .*norm"),
@@ -525,7 +540,12 @@ def described(reference):
     return reference.config.model_type.replace("mistral", "llama"), add
 
 
+def per_block(values):
+    return {"llama.attention.head_count_kv": gguf.GGUFValue(values, gguf.GGUFValueType.ARRAY)}
+
+
 @pytest.mark.parametrize("change", [
+    lambda w: w.kv_data[0].update(per_block([2, 2, 2])),
     lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),
     lambda w: (w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), w.add_rope_scaling_factor(1.0)),
     lambda w: (w.add_rope_scaling_type(gguf.RopeScalingType.NONE), w.add_rope_scaling_factor(4.0))])
@@ -535,7 +555,7 @@ def test_gguf_settings_that_change_nothing(change, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    lambda w: w.add_rope_scaling_factor(4.0),
+    lambda w: w.add_rope_scaling_factor(4.0), lambda w: w.add_float32("llama.rope.scale_linear", 4.0),
     lambda w: (w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), w.add_rope_scaling_factor(4.0))])
 def test_gguf_with_linear_scaling(change, tmp_path):
     """As llama.cpp has it: without a type, a factor is linear."""
@@ -583,6 +603,8 @@ def log_probabilities(file, tokens):
 @pytest.mark.parametrize("kind, pack, change", [
     ("llama", "F32", lambda w: None), ("qwen2", "F32", lambda w: None), ("llama", "Q8_0", lambda w: None),
     ("llama", "F32", lambda w: w.add_rope_scaling_factor(4.0)),
+    ("llama", "F32", lambda w: w.add_float32("llama.rope.scale_linear", 4.0)),
+    ("llama", "F32", lambda w: w.kv_data[0].update(per_block([2, 2, 2]))),
     ("llama", "F32", lambda w: [w.add_rope_scaling_factor(4.0),
                                 w.add_rope_scaling_type(gguf.RopeScalingType.NONE)]),
     ("llama", "F32", lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32))),
@@ -633,7 +655,7 @@ def test_gguf_that_is_not_this_network(tmp_path):
             ("attention.clamp_kqv is 8.0", lambda w: w.add_clamp_kqv(8.0)),
             ("logit_scale is 0.5", lambda w: w.add_logit_scale(0.5)),
             ("split.count is 2", lambda w: w.add_uint16("split.count", 2)),
-            ("rope.scale_linear is 4.0", lambda w: w.add_float32("llama.rope.scale_linear", 4.0)),
+            ("head_count_kv is .2, 1, 2., and no model", lambda w: w.kv_data[0].update(per_block([2, 1, 2]))),
             ("attention.sliding_window is 20", lambda w: w.add_sliding_window(20)),
             ("rope_freqs.weight", lambda w: w.add_tensor("rope_freqs.weight", np.full(8, 2, np.float32)))):
         refused(words, change=change)
