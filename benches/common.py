@@ -105,9 +105,9 @@ def run_once(script, folder, *flags, **settings):
     """
     folder, flags = Path(folder), [str(flag) for flag in flags]
     made_with, wanted = folder.with_name(f"{folder.name}.flags.json"), json.dumps([script, *flags, settings])
-    made = made_with.read_text() if folder.exists() and made_with.exists() else wanted
-    refuse(made != wanted, f"{folder} holds a run of {made}, and {wanted} is asked for: remove it, or choose "
-           "another --out-dir")
+    made = made_with.read_text() if made_with.exists() else "unknown flags"
+    refuse(folder.exists() and made != wanted, f"{folder} holds a run of {made}, and {wanted} is asked for: "
+           "remove it, or choose another --out-dir")
     summary = read_json(folder / "summary.json")
     if not summary:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -232,6 +232,9 @@ def test_a_run_with_another_argument_is_not_reused(runs, once, tmp_path):
         with pytest.raises(InputError, match="out holds a run of .*\"4\".* is asked for: .*--out-dir"):
             once("out", *flags, **settings)
     assert [file.read_text() for file in tmp_path.rglob("*.json")] == before
+    (tmp_path / "out.flags.json").unlink()
+    with pytest.raises(InputError, match="out holds a run of unknown flags"):
+        once("out", "--rank", 4)
     shutil.rmtree(tmp_path / "out")
     assert once("out", "--rank", 8) == {}
 
