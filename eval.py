@@ -6,16 +6,15 @@
     python eval.py --model smollm2-135m --tasks perplexity --data wikitext2-valid.txt --limit 16384
 
 Every score has a 95% interval (bootstrap), and beside it what always giving the commonest answer would score.
-tasks/sets.py says what a model is asked, tasks/score.py how. The table counts the rows that are longer than
-the model's context and were cut.
+tasks/sets.py says what a model is asked, tasks/score.py how. The column `cut` counts rows that are longer
+than the model's context; `unseen` are the scores without the rows whose prompts training rows have, too.
 
     OUT/run.json                  the model that the rows below belong to
     OUT/predictions/piqa.jsonl    a line a row, from which a run that was killed goes on
     OUT/summary.json              a key for each task
 
 Perplexity is exp of the mean loss over windows of 1,024 tokens without overlap (of the context, if that is
-shorter): the first token of a window is given, the others are predicted. Bits per byte divide the same loss
-by the bytes of the predicted text, so that models with different tokenizers can be compared.
+shorter): the first token of a window is given, the others are predicted.
 """
 import hashlib
 import json
@@ -45,15 +44,12 @@ CHOICES = ("boolq", "piqa", "winogrande")
 TASKS = (*CHOICES, "fpb", "fiqa", "tfns", "ner", "perplexity")
 NEW_TOKENS = dict.fromkeys(CHOICES, 0) | {"ner": 128}  # that are written; FinGPT: 512 less the prompt's
 MEASURE = dict.fromkeys(CHOICES, "accuracy") | {"perplexity": "perplexity"}  # of the rest: f1
-OTHERS = ("likeliest", "by_character")  # second scores: of sentiment, and of PIQA
 
 
 def read_answer(task, example, scores, text):
     """What the model answered, by the likeliest choice or by the text that it wrote, and what is right."""
     if task in CHOICES:
-        by_character = [s / max(len(c) - 1, 1) for s, c in zip(scores, example.choices)]  # a space is none
-        return dict(label=example.label, prediction=int(np.argmax(scores)), scores=scores,
-                    by_character=int(np.argmax(by_character)))
+        return dict(label=example.label, prediction=int(np.argmax(scores)), scores=scores)
     if task == "ner":
         tags, parsed = sets.read_entities(example.words, text)
         right, named = set(sets.entities(example.tags)), set(sets.entities(tags))
@@ -73,45 +69,37 @@ def text_windows(path, tokenizer, limit, length):
 
 
 def measured_rows(model, tokenizer, device, task, examples):
-    """Yields the rows of each batch."""
+    """Yields batches of (example, what there is to know of its answer)."""
     if task != "perplexity":
         for batch in score.score_in_batches(model, tokenizer, examples, device, NEW_TOKENS.get(task, 10)):
-            yield [dict(index=e.index, cut=cut, **read_answer(task, e, *answer)) for e, *answer, cut in batch]
+            yield [(e, dict(cut=cut, **read_answer(task, e, *answer))) for e, *answer, cut in batch]
         return
     for window in examples:
         tokens = torch.tensor([window.words], device=device.torch_device)
         with torch.inference_mode(), device.autocast():
             loss = head_loss(model.head, model.hidden(tokens[:, :-1]), tokens[:, 1:]).item()
-        first, whole = (tokenizer.decode(ids).encode() for ids in (window.words[:1], window.words))
-        yield [dict(index=window.index, loss=loss, predicted=tokens.shape[1] - 1, cut=0,
-                    bytes=len(whole) - len(first))]
+        yield [(window, dict(cut=0, loss=loss, predicted=tokens.shape[1] - 1))]
 
 
 def counted(task, rows):
     """{key: (name, counts of each row (n, ...), metric of their sum)} of each score, the main one first."""
     if task == "perplexity":
         counts = [[r["loss"] * r["predicted"], r["predicted"]] for r in rows]
-        return {"main": ("perplexity", np.array(counts), perplexity_of)}
+        return {"main": ("perplexity", np.array(counts), lambda both: np.exp(both[..., 0] / both[..., 1]))}
     if task == "ner":
         return {"main": ("entity F1", np.array([r["counts"] for r in rows]), score.entity_f1)}
     classes, metric = 3, score.weighted_f1
     names = {"prediction": "weighted F1, as written", "likeliest": "weighted F1, likeliest label"}
     if task in CHOICES:
         classes, metric, names = 2, score.accuracy, {"prediction": "accuracy"}
-    if task == "piqa":
-        names["by_character"] = "accuracy by characters"
     labels, found = [r["label"] for r in rows], {}
     for key, name in names.items():
         found[key] = name, score.confusion(labels, [r[key] for r in rows], classes), metric
     return found
 
 
-def perplexity_of(sums):
-    return np.exp(sums[..., 0] / sums[..., 1])
-
-
 def summed_up(task, rows):
-    """A task's part of summary.json: the main score, and under a key of OTHERS what stands beside it."""
+    """A task's part of summary.json: the main score, and under "likeliest" what stands beside it."""
     r = dict(rows=len(rows), seconds=sum(r["seconds"] for r in rows), cut=sum(r["cut"] > 0 for r in rows))
     for key, (name, counts, metric) in counted(task, rows).items():
         total = counts.sum(0)
@@ -119,11 +107,9 @@ def summed_up(task, rows):
                  "interval": score.bootstrap(counts, metric)}
         if counts.ndim == 3:  # tables of right and given labels
             found |= dict(accuracy=float(score.accuracy(total)), majority=score.majority(counts, metric))
-        r |= {key: found} if key in OTHERS else found
+        r |= {key: found} if key == "likeliest" else found
     if task == "perplexity":
-        (loss, predicted), size = total, sum(r["bytes"] for r in rows)
-        return r | dict(loss=float(loss / predicted), bits_per_byte=float(loss / np.log(2) / size),
-                        tokens=int(predicted) + len(rows), window=rows[0]["predicted"] + 1)
+        r |= dict(tokens=int(total[1]) + len(rows), window=rows[0]["predicted"] + 1)
     if task == "ner":
         r["majority"] = 0.0  # the commonest tag is O: no entity is named
     if "parsed" in rows[0]:
@@ -135,38 +121,36 @@ def score_task(model, tokenizer, device, task, examples, file=None):
     """The scores of a task (of sentiment, if its name is none of TASKS) over these examples: a dict.
 
     With `file` every row is written there as soon as it is known, and what is there is not measured again."""
-    prints = {e.index: hashlib.sha256(repr(e).encode()).hexdigest()[:12] for e in examples}
-    known = {}
-    if file is not None:
-        known = {r["index"]: r for r in read_metrics(file)}
-        write_rows(file, known)  # without a line that a kill cut short
-    done = {i: r for i, r in known.items() if r["row"] == prints.get(i)}
-    if done:
-        say(f"{task}: {len(done):,} of {len(examples):,} rows are in {file} already")
-    todo = [e for e in examples if e.index not in done]
+    done = read_rows(file) if file else {}
+    todo = [e for e in examples if name_of(e) not in done]
+    if file:  # anew, without a line that a kill cut short
+        write_atomic(file, "".join(json.dumps(row) + "\n" for row in done.values()))
     hidden = None if rank() == 0 else True  # None: where there is no terminal
     with tqdm(total=len(todo), desc=task, unit=" rows", disable=hidden, leave=False) as bar:
         start = time.perf_counter()
         for batch in measured_rows(model, tokenizer, device, task, todo):
             seconds = round((time.perf_counter() - start) / len(batch), 6)
-            new = {r["index"]: dict(r, row=prints[r["index"]], seconds=seconds) for r in batch}
-            done |= new
-            if file is not None:
+            rows = [dict(answer, row=name_of(e), index=e.index, seconds=seconds) for e, answer in batch]
+            done |= {row["row"]: row for row in rows}
+            if file:
                 with open(file, "a") as f:
-                    f.writelines(json.dumps(r) + "\n" for r in new.values())
+                    f.writelines(json.dumps(row) + "\n" for row in rows)
             bar.update(len(batch))
             start = time.perf_counter()
-    if file is not None:
-        write_rows(file, known | done)
-    result = summed_up(task, [done[e.index] for e in examples])
-    unseen = [done[e.index] for e in examples if not e.seen]
+    result = summed_up(task, [done[name_of(e)] for e in examples])
+    unseen = [done[name_of(e)] for e in examples if not e.seen]
     if 0 < len(unseen) < len(examples):
         result |= dict(seen=len(examples) - len(unseen), unseen=summed_up(task, unseen))
     return result
 
 
-def write_rows(file, rows):
-    write_atomic(file, "".join(json.dumps(rows[i]) + "\n" for i in sorted(rows)))
+def name_of(example):
+    """Of a row with this very text."""
+    return hashlib.sha256(repr(example).encode()).hexdigest()[:12]
+
+
+def read_rows(file):
+    return {row["row"]: row for row in read_metrics(file)}
 
 
 def claim(folder, settings):
@@ -180,61 +164,44 @@ def claim(folder, settings):
 
 
 def print_results(results):
-    lines, parsed, seen = [], [], []
-    for task, r in results.items():
-        parts = {task: r}
-        if "parsed" in r:
-            parsed.append(f"{task} {r['parsed']:.1%}")
-        if "seen" in r:
-            seen.append(f"{task} {r['seen']} of {r['rows']:,}")
-            parts[f"{task} unseen"] = r["unseen"]
+    lines = []
+    for task, result in results.items():
+        parts = {task: result}
+        if "unseen" in result:
+            parts[f"{task} unseen"] = result["unseen"]
         for name, part in parts.items():
-            majority = f"{part['majority']:.3f}" if "majority" in part else ""
-            counts = [f"{part['rows']:,}", f"{part['seconds']:.1f}", part["cut"]]
-            for found in [part, *(part[key] for key in OTHERS if key in part)]:
-                value, (low, high) = found[MEASURE.get(task, "f1")], found["interval"]
-                limits = f"{low:.3f} to {high:.3f}"
-                lines.append([name, found["score"], f"{value:.3f}", limits, majority, *counts])
-                name, counts = "", [""] * 3  # only in the first line
+            for found in filter(None, (part, part.get("likeliest"))):
+                low, high = found["interval"]
+                majority = f"{found['majority']:.3f}" if "majority" in found else ""
+                lines.append([name, found["score"], f"{found[MEASURE.get(task, 'f1')]:.3f}",
+                              f"{low:.3f} to {high:.3f}", majority, f"{part['rows']:,}",
+                              f"{part['seconds']:.1f}", part["cut"]])
     print(cli.markdown(["task", "score", "value", "95% interval", "majority", "rows", "s", "cut"], lines))
-    if parsed:
-        print(f"\nanswers that could be parsed (others are neutral, or name nobody): {', '.join(parsed)}")
-    if seen:
-        print(f"\nprompts that training rows have too (unseen: the scores without them): {', '.join(seen)}")
-    if "perplexity" in results:
-        r = results["perplexity"]
-        print(f"\nperplexity: {r['perplexity']:.3f}, {r['bits_per_byte']:.3f} bits a byte, "
-              f"{r['rows']} windows of {r['window']} tokens")
 
 
 def compare(one, other):
-    """A table of two runs over the rows that both have. p is McNemar's exact test where rows are right or
-    wrong, else from the bootstrap."""
-    for folder in (one, other):
-        refuse(not os.path.isdir(f"{folder}/predictions"), f"--compare {folder}: no predictions are there")
+    """A table of two runs over the rows that both have. p, the probability of such a difference by chance, is
+    McNemar's exact test where rows are right or wrong, else from the bootstrap."""
     lines = []
     for task in TASKS:
-        files = [Path(folder) / "predictions" / f"{task}.jsonl" for folder in (one, other)]
-        first, second = ({(r["index"], r["row"]): r for r in read_metrics(file)} for file in files)
-        shared = sorted(first.keys() & second.keys())
+        first, second = (read_rows(f"{folder}/predictions/{task}.jsonl") for folder in (one, other))
+        shared = [name for name in first if name in second]
         if not shared:
             continue
-        theirs = counted(task, [second[k] for k in shared])
-        for key, (name, a, metric) in counted(task, [first[k] for k in shared]).items():
+        theirs = counted(task, [second[name] for name in shared])
+        for key, (title, a, metric) in counted(task, [first[name] for name in shared]).items():
             b, tables = theirs[key][1], a.ndim == 3  # of right and given labels
             if tables:
-                name, metric = name.replace("weighted F1", "accuracy"), score.accuracy
+                title, metric = title.replace("weighted F1", "accuracy"), score.accuracy
             low, high, p = score.paired_bootstrap(a, b, metric)
             if tables:
                 p = score.mcnemar(metric(a), metric(b))
-            A, B = float(metric(a.sum(0))), float(metric(b.sum(0)))
-            chance = [f"{p:.3f}" if p >= 0.001 else "< 0.001", "yes" if p >= 0.05 else "no"]
-            lines.append([task, name, len(shared), f"{A:.3f}", f"{B:.3f}", f"{B - A:+.3f}",
-                          f"{low:+.3f} to {high:+.3f}", *chance])
-            task = ""
-    refuse(not lines, f"{one} and {other} have no row in common: run the same tasks on the same data")
-    header = ["task", "score", "rows", "A", "B", "B - A", "95% interval", "p", "chance?"]
-    print(f"A = {one}\nB = {other}\n" + cli.markdown(header, lines))
+            A, B = metric(a.sum(0)), metric(b.sum(0))
+            lines.append([task, title, len(shared), f"{A:.3f}", f"{B:.3f}", f"{B - A:+.3f}",
+                          f"{low:+.3f} to {high:+.3f}", f"{p:.3f}" if p >= 0.001 else "< 0.001"])
+    refuse(not lines, f"{one} and {other}: they have no predictions of the same rows: run the same tasks")
+    print(f"A = {one}\nB = {other}")
+    print(cli.markdown(["task", "score", "rows", "A", "B", "B - A", "95% interval", "p"], lines))
 
 
 def parse(argv):
@@ -264,11 +231,16 @@ def evaluate(args):
     names, items = list(dict.fromkeys(args.tasks.split(","))), {}
     for name in names:  # missing or malformed data is told before the model is loaded
         refuse(name not in TASKS, f"no task is called {name!r}: the tasks are {', '.join(TASKS)}")
-        refuse(name == "perplexity" and args.limit == 1, "--limit must be at least 2 tokens, got 1")
         if name != "perplexity":
             items[name] = sets.draw(sets.load(name, args.data_dir), args.limit)
     model, tokenizer, device = open_model(args.model, args.bits)
-    settings = add_adapter(model, args)
+    settings = dict(model=str(args.model), base_id=base_id(args.model), adapter=args.adapter, factors=None,
+                    bits=args.bits)
+    if args.adapter:
+        adapter = load_adapter(model, args.adapter, settings["base_id"])
+        say(adapter)
+        factors = b"".join(t.cpu().numpy().tobytes() for pair in adapter.factors.values() for t in pair)
+        settings["factors"] = hashlib.sha256(factors).hexdigest()[:16]
     if "perplexity" in names:
         length = min(WINDOW, model.config.context)
         items["perplexity"] = text_windows(args.data, tokenizer, args.limit, length)
@@ -280,25 +252,11 @@ def evaluate(args):
     print_results(results)
     # quantized integers as they are, everything else in 16 bit
     size = sum(t.numel() * min(2, t.element_size()) for t in own_tensors(model).values())
-    cost = dict(parameters=count_parameters(model), size_bytes=size,
-                peak_memory_bytes=peak_memory(device.torch_device))
-    print(f"\n{args.model}: {cost['parameters'] / 1e6:,.1f}M parameters, {cost['size_bytes'] / 1e6:,.1f} MB, "
-          f"peak memory {cost['peak_memory_bytes'] / 1e9:.2f} GB, {device.name}")
-    summary = dict(**results, **settings, **cost, device=device.name, arguments=vars(args))
+    memory = peak_memory(device.torch_device)
+    summary = dict(**results, **settings, parameters=count_parameters(model), size_bytes=size,
+                   peak_memory_bytes=memory, device=device.name, arguments=vars(args))
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return 0
-
-
-def add_adapter(model, args):
-    """Attach --adapter, if there is one. Returns what the rows of this run depend on."""
-    settings = dict(model=str(args.model), base_id=base_id(args.model), adapter=args.adapter, factors=None,
-                    bits=args.bits)
-    if args.adapter:
-        adapter = load_adapter(model, args.adapter, settings["base_id"])
-        say(adapter)
-        factors = b"".join(t.cpu().numpy().tobytes() for pair in adapter.factors.values() for t in pair)
-        settings["factors"] = hashlib.sha256(factors).hexdigest()[:16]
-    return settings
 
 
 if __name__ == "__main__":

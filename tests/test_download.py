@@ -15,8 +15,7 @@ import pytest
 
 from common import download
 from common.cli import InputError
-from tasks.sets import TASKS, load
-from tasks.sources import SOURCES
+from tasks.sets import SOURCES, TASKS, load
 
 ROOT = Path(__file__).parent.parent
 

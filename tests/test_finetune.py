@@ -173,7 +173,7 @@ def test_rows_are_the_tokens_that_are_scored(base):
     scored = score.make_item(example, tokenizer, 512)
     given, ending = score.encode_pair(tokenizer, example.prompt, example.answer)
     assert row.ids == given + ending + [tokenizer.end] and row.start == len(given)
-    assert row.ids[:row.start] == scored.trunk[:row.start]
+    assert row.ids[:row.start] == scored.texts[0][:row.start]
     cut = encode(tokenizer, example.prompt, example.answer, 24)
     assert len(cut.ids) == 24 and cut.ids[cut.start:] == row.ids[row.start:]
     assert cut.ids[:5] == row.ids[:5] and cut.ids[cut.start - 5:cut.start] == row.ids[row.start - 5:row.start]
@@ -496,8 +496,8 @@ def test_a_run_goes_on_with_its_own_rows_alone(base, tmp_path):
     (["--lr", "-1"], "argument --lr: must be a finite number above 0, got -1"),
     (["--lr", "nan"], "argument --lr: must be a finite number above 0, got nan"),
     (["--batch-size", "0"], "argument --batch-size: must be a whole number, at least 1, got 0"),
-    (["--method", "full", "--bits", "8"], "--method full changes weights, which integers can't follow: give --bits 16"),
-    (["--method", "head", "--rank", "4"], "--rank and --targets are of --method lora, got head"),
+    (["--method", "full", "--bits", "8"], "--method full changes weights: --rank, --targets and --bits below 16 are for lora"),
+    (["--method", "head", "--rank", "4"], "--method head changes weights: --rank, --targets"),
     (["--shard"], "needs several processes: torchrun --nproc_per_node N finetune.py"),
     (["--base", "nowhere"], "nowhere: no such folder or file, nor a known model"),
 ])

@@ -12,8 +12,7 @@ from seqeval.metrics.sequence_labeling import get_entities
 from common.cli import InputError
 from tasks import sets
 from tasks.rows import read_alpaca
-from tasks.sets import load, read_entities, read_sentiment
-from tasks.sources import PHRASES
+from tasks.sets import PHRASES, load, read_entities, read_sentiment
 
 INSTRUCTION = ("Instruction: What is the sentiment of this news? Please choose an answer from "
                "{negative/neutral/positive}.\nInput: ")
@@ -148,7 +147,7 @@ def test_odd_sentiments(text, label, parsed):
     ("boolq", "dev.jsonl", '{"question": "a", "passage": "b", "answer": "yes"}',
      "dev.jsonl, line 1: it needs 'answer', a bool"),
     ("boolq", "dev.jsonl", "\n", "boolq: there is no row in"),
-    ("piqa", "valid-labels.lst", "0\n2\n" * 18, "labels.lst, line 2: the label must be 0 or 1, got '2'"),
+    ("piqa", "valid-labels.lst", "0\n2\n" * 18, "labels.lst, line 2: it must be 0 or 1, got '2'"),
     ("piqa", "valid-labels.lst", "0\n1\n", "valid-labels.lst has 2 labels for 36 rows in valid.jsonl"),
     ("piqa", "valid.jsonl", "[]\n", "valid.jsonl, line 1: it needs 'goal', a str"),
     ("winogrande", "dev.jsonl", '{"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}',
@@ -156,9 +155,9 @@ def test_odd_sentiments(text, label, parsed):
     ("fpb", PHRASES, "fine .@good\n", "Sentences_50Agree.txt, line 1: it must end with @"),
     ("fpb", PHRASES, "", "fpb: there is no row"),
     ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": "x", "info": [{"sentiment_score": "up"}]}}',
-     "post_ABSA_train.json, entry '7': each info needs a sentiment_score"),
+     "post_ABSA_train.json, entry '7': it needs a sentence, and a sentiment_score"),
     ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": "x", "info": [{"sentiment_score": NaN}]}}',
-     "entry '7': sentiment_score must be in -1..1, got nan"),
+     "entry '7': it needs a sentence, and a sentiment_score in -1..1"),
     ("fiqa", "task1_headline_ABSA_train.json", '{"7": {\n"sentence": }}',
      "headline_ABSA_train.json: it is not JSON .*line 2 column 13"),
     *[("fiqa", "task1_post_ABSA_train.json",
@@ -166,15 +165,15 @@ def test_odd_sentiments(text, label, parsed):
         "45", "true", "null", "[]", '"nan"', '"0,35"', '""', "1" * 400)],
     ("fiqa", "task1_post_ABSA_train.json", '{"7": %s}' % ("1" * 5000), "it is not JSON that can be read"),
     ("fiqa", "task1_post_ABSA_train.json", "[" * 100_000, "it is not JSON that can be read"),
-    ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": "x", "info": []}}', "needs a sentence and"),
+    ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": "x", "info": []}}', "needs a sentence, and"),
     ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": 3, "info": [{"sentiment_score": "1"}]}}',
-     "needs a sentence and an info"),
+     "needs a sentence, and a sentiment_score"),
     ("fiqa", "task1_headline_ABSA_train.json", "[]", "headline_ABSA_train.json: it must be an object"),
-    ("tfns", "sent_train.csv", "text,label\na,0\nb,3\n", "line 3: it must be a text and a label"),
-    ("tfns", "sent_train.csv", 'text,label\n"open,1\n' + "tweet,1\n" * 20_000, "not CSV .field larger than"),
+    ("tfns", "sent_train.csv", "text,label\na,0\nb,3\n", "row 3: it must be a text and a label"),
+    ("tfns", "sent_train.csv", 'text,label\n"open,1\n' + "tweet,1\n" * 20_000, "sent_train.csv is not CSV .field larger than"),
     ("tfns", "sent_train.csv", 'text,label\n"open,1\nmore,0\n', "not CSV .unexpected end of data"),
-    ("tfns", "sent_train.csv", "text;label\na;0\n", "line 1: the first line must be text,label"),
-    ("tfns", "sent_train.csv", "a,0\n", "sent_train.csv, line 1: the first line must be text,label"),
+    ("tfns", "sent_train.csv", "text;label\na;0\n", "the first line must be text,label"),
+    ("tfns", "sent_train.csv", "a,0\n", "sent_train.csv: the first line must be text,label"),
     ("ner", "FIN5.txt", "Anna NNP - I-PER\nKoch I-PER\n", "FIN5.txt, line 2: it must be a word"),
     ("ner", "FIN5.txt", "Anna\xa0NNP - I-PER\n", "FIN5.txt, line 1: it must be a word"),
     ("ner", "FIN5.txt", "Anna NNP - I-FOO\n", "FIN5.txt, line 1: it must be a word")])
