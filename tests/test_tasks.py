@@ -285,7 +285,7 @@ def test_nothing_but_an_input_error_is_raised_for_a_damaged_file(task, data):
 
 def test_text_of_another_encoding_is_named(data):
     (data / "boolq" / "dev.jsonl").write_bytes(b'{}\n{"question": "\xe9"}\n')
-    with pytest.raises(InputError, match="dev.jsonl is not UTF-8 text .byte 17 of a block is 0xe9"):
+    with pytest.raises(InputError, match="dev.jsonl is not UTF-8 text .*0xe9"):
         load("boolq", data)
 
 
