@@ -207,6 +207,20 @@ def svd_factors(W, r):
     return balanced(B, A), values
 
 
+def eigenvalues(G):
+    """Of a symmetric G (m, m) without negative ones: (m,) on the CPU, largest first."""
+    return torch.linalg.eigvalsh(G).flip(-1).clamp_min(0).cpu()
+
+
+def from_factors(dense, B, A):
+    """The LowRankLinear of B (out, r) and A (r, in) that takes the place of a dense layer, with its bias."""
+    with torch.device("meta"):
+        layer = LowRankLinear(dense.in_features, dense.out_features, len(A), bias=False)
+    layer.B, layer.A = nn.Parameter(B.to(dense.weight)), nn.Parameter(A.to(dense.weight))
+    layer.bias = dense.bias
+    return layer
+
+
 def gram(W):
     """W W^T or W^T W, whichever is smaller: W (out, in) -> (m, m)."""
     return W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from benches.common import interleaved, run_once, table
 from beyond.activations import Moments, walk
@@ -43,8 +42,7 @@ def smollm2(device):
         return {}
 
     windows = calibration_batches("builtin", tokenizer, model.config.context, 4096)
-    blocks = tqdm(model.blocks, desc="moments of smollm2-135m", disable=None, leave=False)
-    walk(enumerate(blocks), [model.begin(tokens.to(device)) for tokens in windows], look)
+    walk(model, windows, look, "moments of smollm2-135m")
     return W, H, groups
 
 

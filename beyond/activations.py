@@ -14,8 +14,8 @@ errors. Hence one walk through the model (`walk`), which decompose.py and roundi
 
     norm1 -> [q k v] -> attention -> [o] -> + -> norm2 -> [gate up] -> silu * -> [down] -> +
 
-the layers in brackets share an input: they are changed, then the text goes on through them. One block has to
-fit in memory, not the model. Processes share the windows of the text.
+the layers in brackets share an input: they are changed, then the text goes on through them. Processes share
+the windows of the text.
 
 What an error in y costs differs from layer to layer: an error d changes the loss of the text by about
 (g d)^2 / 2, g = d loss / d y. So, before ranks are chosen from them, eigenvalues are weighted with the mean
@@ -30,12 +30,12 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from tqdm import tqdm
 
-from checkpoint import build, place
 from common.cli import refuse
 from common.loss import head_loss
-from common.processes import all_reduce, barrier, rank, world_size
-from lowrank import LowRankLinear, balanced, eigen
+from common.processes import all_reduce, is_first, merged, my_share
+from lowrank import balanced, eigen, eigenvalues, from_factors
 from model import is_linear
 
 RIDGE = 1e-4             # of the mean of H's diagonal: directions that the text never showed count a little
@@ -59,10 +59,6 @@ class Moments:
             return W @ self.H.to(W.dtype) @ W.T
         C = self.C.to(W.dtype)
         return C.T @ (W.T @ W) @ C
-
-    def eigenvalues(self, W):
-        """Of gram(W), W (out, in), in float64: (m,), largest first."""
-        return torch.linalg.eigvalsh(self.gram(W.double())).flip(-1).clamp_min(0)
 
     def factors(self, W, r):
         """B (out, r) and A (r, in) whose B A X is nearest to W X, in float32; and the eigenvalues (m,)."""
@@ -90,136 +86,92 @@ def second_moments(inputs, width, device):
     return H
 
 
-def walk(blocks, streams, change):
+def walk(model, windows, change, doing):
     """Run a text through the blocks while their linear layers change.
 
-    blocks: pairs (i, block). streams: [(x (B, T, C), rope, mask)], as of model.begin. change(layers, H), with
-    {name: layer} of layers that share inputs of the second moments H, returns {name: layer} of those that it
-    replaces, and the text goes on through these."""
-    def changed(part, names, inputs):
+    windows: tokens (B, T), of which each process takes a share. change(layers, H), with {name: layer} of
+    layers that share inputs of the second moments H, returns {name: layer} of those that it replaces, and the
+    text goes on through these. doing: beside the bar. Returns what the last block gives: [x (B, T, C)]."""
+    device = model.norm.weight.device
+    streams = [model.begin(tokens.to(device)) for tokens in my_share(windows)]
+
+    def changed(part, prefix, names, inputs):
         layers = {prefix + name: getattr(part, name) for name in names}
         width = next(iter(layers.values())).in_features
-        new = change(layers, second_moments(inputs, width, block.norm1.weight.device))
-        for name, layer in new.items():
+        for name, layer in change(layers, second_moments(inputs, width, device)).items():
             setattr(part, name.removeprefix(prefix), layer)
 
-    for i, block in blocks:
+    bar = tqdm(model.blocks, desc=doing, unit=" blocks", disable=None if is_first() else True, leave=False)
+    for i, block in enumerate(bar):
         for half, norm in (("attention", block.norm1), ("mlp", block.norm2)):
             part, prefix = getattr(block, half), f"blocks.{i}.{half}."
             *first, last = [name for name, m in part.named_children() if is_linear(m)]
             inputs = [norm(x) for x, _, _ in streams]
-            changed(part, first, inputs)
+            changed(part, prefix, first, inputs)
             last_layer = getattr(part, last)
             setattr(part, last, nn.Identity())  # without its last layer, the half returns that layer's input
             for n, (_, rope, mask) in enumerate(streams):
                 inputs[n] = part(inputs[n], rope, None, mask) if half == "attention" else part(inputs[n])
             setattr(part, last, last_layer)
-            changed(part, [last], inputs)
+            changed(part, prefix, [last], inputs)
             for n, (x, rope, mask) in enumerate(streams):
                 streams[n] = x + getattr(part, last)(inputs[n]), rope, mask
-
-
-class LazyModel:
-    """A model on the meta device. What is needed of it is read from its files, and forgotten after use."""
-
-    def __init__(self, work, device):
-        self.work, self.device, self.config = work, device, work.source.config
-        self.model = build(self.config, {}).eval().requires_grad_(False)
-
-    def load(self, *prefixes):
-        for name in self.work.source.shapes:
-            if name.startswith(prefixes):
-                place(self.model, name, self.work.read_tensor(name), self.device, torch.float32)
-        self.model.tie()
-        return self.model
-
-    def begin(self, windows):
-        """(x, rope, mask) of each window (1, T), as they enter the first block."""
-        model = self.load("embed.", "positions.")
-        streams = [model.begin(tokens.to(self.device)) for tokens in windows]
-        self.model.embed.to("meta")
-        return streams
-
-    def blocks(self, doing, order=1):
-        """(i, block), one in memory at a time; from the last to the first with order -1."""
-        for i in self.work.bar(range(self.config.blocks)[::order], doing):
-            yield i, self.load(f"blocks.{i}.").blocks[i]
-            self.model.blocks[i].to("meta")
+    return [x for x, _, _ in streams]
 
 
 # ----------------------------------------------------------------------------- decompose.py --calibration
 
 class Calibrated:
-    """Decompose a model for the inputs that the windows [(1, T)] of a text give. work: a decompose.Work."""
+    """Decompose a model, whose files have these dtypes, for the inputs that a text's windows [(1, T)] give."""
 
-    def __init__(self, work, windows):
-        self.work, self.windows = work, windows
+    def __init__(self, model, windows, dtypes):
+        self.model, self.windows, self.dtypes = model, windows, dtypes
 
-    def walk(self, doing, change, device):
-        lazy = LazyModel(self.work, device)
-        walk(lazy.blocks(doing), lazy.begin(self.windows[rank()::world_size()]), change)
-
-    def losses(self, device):
+    def losses(self):
         """What it costs to cut off each eigenvalue of each layer: name -> (m,), largest first."""
+        found = {}
+
         def look(layers, H):
             moments = Moments(H)
-            for name in self.work.mine(layers):
-                self.work.save_eigenvalues(name, moments.eigenvalues(layers[name].weight))
+            for name in my_share(layers):
+                found[name] = eigenvalues(moments.gram(layers[name].weight.double()))
             return {}
 
-        self.walk("eigenvalues", look, device)
-        windows = self.windows[:SENSITIVITY_WINDOWS][rank()::world_size()]
-        found = sensitivities(LazyModel(self.work, device), windows)
-        eigenvalues = self.work.eigenvalues().items()
-        return {name: all_reduce(sum(found[name])) * values for name, values in eigenvalues}
+        walk(self.model, self.windows, look, "eigenvalues")
+        costs = sensitivities(self.model, my_share(self.windows[:SENSITIVITY_WINDOWS]))
+        return {name: all_reduce(costs[name]) * values for name, values in merged(found).items()}
 
-    def decompose(self, ranks, device):
+    def decompose(self, ranks):
         """Each layer is decomposed for the inputs it now has; then the text goes on through its factors, in
         the dtype of the model's files."""
         def change(layers, H):
-            moments, layers = Moments(H), {name: dense for name, dense in layers.items() if ranks[name]}
-            for name in self.work.mine(layers):
-                self.work.save_factors(name, *moments.factors(layers[name].weight, ranks[name])[0])
-            barrier()
-            return {name: low_rank(name, dense) for name, dense in layers.items()}
+            moments, found = Moments(H), {}
+            for name in my_share(name for name in layers if ranks[name]):
+                factors, _ = moments.factors(layers[name].weight, ranks[name])
+                found[name] = [factor.to("cpu", self.dtypes[f"{name}.weight"]) for factor in factors]
+            return {name: from_factors(layers[name], *factors) for name, factors in merged(found).items()}
 
-        def low_rank(name, dense):
-            layer = LowRankLinear(dense.in_features, dense.out_features, ranks[name], bias=False)
-            layer.load_state_dict(self.work.factors(name))
-            layer.bias = dense.bias
-            return layer.to(dense.weight.device)
-
-        self.walk("decomposing", change, device)
+        walk(self.model, self.windows, change, "decomposing")
 
 
-def sensitivities(lazy, windows):
-    """What an error in a layer's output costs: name -> for each window the mean square of d loss / d y over
-    tokens and channels. A backward pass that keeps the inputs of blocks alone and computes the rest again, a
-    block at a time, as recompute.py does."""
-    inputs, found = [], defaultdict(list)
-    streams = lazy.begin(windows)
-    for _, block in lazy.blocks("sensitivities, forward"):
-        inputs.append([x for x, _, _ in streams])
-        streams = [(block(x, rope, None, mask), rope, mask) for x, rope, mask in streams]
-    model, gradients = lazy.load("norm.", "head.", *(["embed."] if lazy.config.tied else [])), []
-    with torch.enable_grad():
-        for (x, _, _), tokens in zip(streams, windows):
-            x = x[:, :-1].requires_grad_()  # the last token predicts nothing
-            targets = tokens[:, 1:].to(x.device)
-            loss = head_loss(model.head, model.norm(x), targets) * targets.numel()
-            gradients.append(nn.functional.pad(torch.autograd.grad(loss, x)[0], (0, 0, 0, 1)))
+def sensitivities(model, windows):
+    """What an error in a layer's output costs: name -> the mean square of d loss / d y over the tokens and
+    channels of a window (1, T), the loss summed over its tokens; all windows added up."""
+    found = defaultdict(float)
 
     def remember(name, layer, of_inputs, of_outputs):
-        found[name].append(of_outputs[0].square().mean().item())
+        found[name] += of_outputs[0].square().mean().item()
 
-    for i, block in lazy.blocks("sensitivities, backward", order=-1):
-        layers = [(f"blocks.{i}.{name}", m) for name, m in block.named_modules() if is_linear(m)]
-        hooks = [m.register_full_backward_hook(functools.partial(remember, name)) for name, m in layers]
+    for name, m in model.blocks.named_modules(prefix="blocks"):
+        if is_linear(m):
+            m.register_full_backward_hook(functools.partial(remember, name))
+    for tokens in windows:
+        tokens = tokens.to(model.norm.weight.device)
+        x, rope, mask = model.begin(tokens[:, :-1])  # the last token predicts nothing
         with torch.enable_grad():
-            for n, (_, rope, mask) in enumerate(streams):
-                x = inputs[i][n].requires_grad_()
-                gradients[n], = torch.autograd.grad(block(x, rope, None, mask), x, gradients[n])
-        for hook in hooks:
-            hook.remove()
-        inputs.pop()
+            x = y = x.requires_grad_()
+            for block in model.blocks:
+                y = block(y, rope, None, mask)
+            loss = head_loss(model.head, model.norm(y), tokens[:, 1:]) * (tokens.shape[1] - 1)
+        torch.autograd.grad(loss, x)
     return found

@@ -72,8 +72,7 @@ class Bench(Engine):
             self.factors |= {name: decompose(layer, moments, ordered) for name, layer in layers.items()}
             return {}
         windows = calibration_batches("builtin", tokenizer, model.config.context, TEXT_TOKENS)
-        streams = [self.whole.begin(tokens.to(self.pool.device)) for tokens in windows]
-        walk(enumerate(self.whole.blocks), streams, look)
+        walk(self.whole, windows, look, "decomposing")
         self.at_bits = {16: self.whole, 8: sharing(self.whole), 4: sharing(self.whole)}
         for bits in (8, 4):  # now: what stays whole need not be quantized when a slider moves
             quantize(self.at_bits[bits], bits)

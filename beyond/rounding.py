@@ -21,7 +21,6 @@ import math
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 import quant
 from beyond.activations import walk
@@ -123,8 +122,7 @@ def quantize_calibrated(model, bits, batches, group=None, sweeps=3):
     def change(layers, H):
         return {n: round_layer(n, layer, bits, group, H.float(), sweeps) for n, layer in layers.items()}
 
-    blocks = tqdm(model.blocks, desc="rounding", unit=" blocks", disable=None, leave=False)
-    walk(enumerate(blocks), [model.begin(tokens) for tokens in batches], change)
+    walk(model, batches, change, "rounding")
     quant.quantize(model, bits, group)
 
 

@@ -74,6 +74,20 @@ def all_reduce(value, op=dist.ReduceOp.SUM):
     return value.item()
 
 
+def my_share(items):
+    """This process's part of some items, which are dealt out in turn."""
+    return list(items)[rank()::world_size()]
+
+
+def merged(own):
+    """All entries of all processes' dictionaries, whose tensors are on the CPU."""
+    parts = [own]
+    if world_size() > 1:
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, own)
+    return {name: value for part in parts for name, value in part.items()}
+
+
 def any_process(flag):
     """Whether the flag is set in any process, so that all take the same branch."""
     return all_reduce(flag, dist.ReduceOp.MAX) > 0

@@ -307,9 +307,9 @@ def test_factored_quantized_adapted_and_piped(name, tmp_path):
     model = pair(CONFIGS_HERE[name])[0]
     piped = Pipeline(model, 1, "gpipe", 1, 40, find_device())
     with torch.no_grad():
-        streams, wanted = [model.begin(tokens)], model(tokens)
+        wanted = model(tokens)
         piped.pieces[1] = piped.pieces[0]  # as in a later stage, which gets x from another process
-        later = piped.run_blocks(1, tokens, streams[0][0])
-        walk(enumerate(model.blocks), streams, lambda layers, inputs: {})  # as decompose.py --calibration does
-        for h in (later, streams[0][0]):
+        later = piped.run_blocks(1, tokens, model.begin(tokens)[0])
+        walked, = walk(model, [tokens], lambda layers, inputs: {}, "")  # as decompose.py --calibration does
+        for h in (later, walked):
             assert (model.head(model.norm(h)) - wanted).abs().max() < 1e-5 * wanted.abs().max()
