@@ -62,8 +62,7 @@ class Plain:
         """Put factors in the place of each layer whose rank is not 0."""
         found = {}
         for name in bar(my_share(name for name, r in ranks.items() if r), "decomposing"):
-            factors, _ = svd_factors(self.layers[name].weight, ranks[name])
-            found[name] = [factor.cpu() for factor in factors]
+            found[name] = [factor.cpu() for factor in svd_factors(self.layers[name].weight, ranks[name])]
         for name, (B, A) in merged(found).items():
             self.model.set_submodule(name, from_factors(self.layers[name], B, A))
 

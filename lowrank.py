@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common.cli import InputError
+from common.cli import refuse
 from model import Layer, count_parameters, dense_weight, is_linear, multiplications
 
 FLOAT32_IS_ENOUGH = 1e-3  # if the eigenvalues that are cut off add up to more than this times the largest
@@ -36,8 +36,8 @@ FLOAT32_IS_ENOUGH = 1e-3  # if the eigenvalues that are cut off add up to more t
 
 def check_rank(rank, in_features, out_features):
     most = min(in_features, out_features)
-    if not 1 <= rank <= most:
-        raise InputError(f"rank must be in 1..{most} for a {in_features}x{out_features} layer, got {rank}")
+    refuse(not 1 <= rank <= most,
+           f"rank must be in 1..{most} for a {in_features}x{out_features} layer, got {rank}")
 
 
 # ----------------------------------------------------------------------------- the layers
@@ -78,8 +78,7 @@ class LowRankEmbedding(Layer):
     def __init__(self, num_embeddings, embedding_dim, rank):
         super().__init__()
         check_rank(rank, num_embeddings, embedding_dim)
-        self.num_embeddings, self.embedding_dim, self.rank = num_embeddings, embedding_dim, rank
-        self.multiplications = rank * embedding_dim  # looking up a row of A multiplies nothing
+        self.rank, self.multiplications = rank, rank * embedding_dim  # looking up a row of A takes none
         self.A = nn.Parameter(torch.empty(num_embeddings, rank))
         self.B = nn.Parameter(torch.empty(embedding_dim, rank))
         if not self.A.is_meta:
@@ -106,9 +105,8 @@ class BlendedLinear(Layer):
         self.multiplications = in_features * out_features + self.lowrank.multiplications
         self.register_buffer("alpha", torch.ones(()))  # in the checkpoint: a resumed run goes on with it
 
-    def init_weights(self, std=0.02):
+    def init_weights(self, std):
         nn.init.normal_(self.weight, std=std)
-        self.lowrank.init_weights(std)
         self.alpha.fill_(1)
 
     def forward(self, x):
@@ -132,6 +130,7 @@ class LoRALinear(Layer):
         check_rank(r, base.in_features, base.out_features)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r, self.scale = r, alpha / r
+        self.multiplications = multiplications(base) + r * (self.in_features + self.out_features)
         self.base = base.requires_grad_(False)
         device = [*base.parameters(), *base.buffers()][0].device  # a quantized base has buffers alone
         self.A = nn.Parameter(torch.empty(r, self.in_features, device=device))
@@ -160,10 +159,6 @@ class LoRALinear(Layer):
     def bias(self):
         return self.base.bias
 
-    @property
-    def multiplications(self):
-        return multiplications(self.base) + self.A.numel() + self.B.numel()
-
     def delta(self):
         """What the adapter adds to W: (alpha/r) B A, (out, in)."""
         return self.scale * (self.B @ self.A)
@@ -179,46 +174,23 @@ class LoRALinear(Layer):
 def init_factors(A, B, std, start="normal"):
     """Random A (r, in) and B (out, r), in place of a dense W (out, in) of deviation std.
     start: normal      normal numbers of deviation s; r s^4 = std^2 gives B A the variance of W
-           cola        the same with CoLA's deviation (2502.10940), r^-1/4 (in + out)^-1/4
-           svd         the truncated SVD of a random W (Khodak et al. 2105.01029)
            orthogonal  orthonormal rows of A and columns of B, scaled so that |B A|_F = std sqrt(in out)
     """
     out, r, width = *B.shape, A.shape[1]
-    if start == "svd":
-        (b, a), _ = svd_factors(A.new_empty(out, width).normal_(std=std), r)
-        A.copy_(a)
-        B.copy_(b)
-    elif start == "orthogonal":
-        for factor in (A, B):
+    for factor in (A, B):
+        if start == "orthogonal":
             nn.init.orthogonal_(factor, gain=math.sqrt(std) * (width * out / r) ** 0.25)
-    else:
-        s = math.sqrt(std) / r ** 0.25 if start == "normal" else (r * (width + out)) ** -0.25
-        A.normal_(std=s)
-        B.normal_(std=s)
+        else:
+            factor.normal_(std=math.sqrt(std) / r ** 0.25)
 
 
 def svd_factors(W, r):
-    """((B, A), eigenvalues) of W (out, in), its truncated SVD U S V^T: B = U S^1/2 (out, r), A = S^1/2 V^T
-    (r, in), and all S^2 (m,). From the eigenproblem of the smaller side, W W^T = U S^2 U^T (then A ~ U^T W)
-    or W^T W = V S^2 V^T (then B ~ W V): several times as fast as the SVD of W itself."""
+    """B = U S^1/2 (out, r) and A = S^1/2 V^T (r, in) of W (out, in), the truncated SVD of W = U S V^T. From the
+    eigenproblem of the smaller side, W W^T = U S^2 U^T (then A ~ U^T W) or W^T W = V S^2 V^T (then B ~ W V):
+    several times as fast as the SVD of W itself."""
     W = W.detach().float()
-    values, vectors = eigen(W, r, gram)
-    B, A = (vectors, vectors.T @ W) if W.shape[0] <= W.shape[1] else (W @ vectors, vectors.T)
-    return balanced(B, A), values
-
-
-def eigenvalues(G):
-    """Of a symmetric G (m, m) without negative ones: (m,) on the CPU, largest first."""
-    return torch.linalg.eigvalsh(G).flip(-1).clamp_min(0).cpu()
-
-
-def from_factors(dense, B, A):
-    """The LowRankLinear of B (out, r) and A (r, in) that takes the place of a dense layer, with its bias."""
-    with torch.device("meta"):
-        layer = LowRankLinear(dense.in_features, dense.out_features, len(A), bias=False)
-    layer.B, layer.A = nn.Parameter(B.to(dense.weight)), nn.Parameter(A.to(dense.weight))
-    layer.bias = dense.bias
-    return layer
+    _, vectors = eigen(W, r, gram)
+    return balanced(vectors, vectors.T @ W) if W.shape[0] <= W.shape[1] else balanced(W @ vectors, vectors.T)
 
 
 def gram(W):
@@ -228,14 +200,17 @@ def gram(W):
 
 def eigen(W, r, gram_of):
     """All eigenvalues (m,) of gram_of(W) in float64, largest first, and r eigenvectors, columns of (m, r).
-
-    gram_of: `gram`, or one that weights the inputs (beyond/activations.py). Float32 loses eigenvalues below
-    1e-7 of the largest; if those that are cut off add up to less than 1e-3 of it, all is done again in
-    float64, which takes twice the time."""
+    Float32 loses eigenvalues below 1e-7 of the largest; if those that are cut off add up to less than 1e-3 of
+    it, all is done again in float64, which takes twice the time."""
     values, vectors = torch.linalg.eigh(gram_of(W))
     if values[:-r].clamp_min(0).sum() < FLOAT32_IS_ENOUGH * values[-1]:
         values, vectors = torch.linalg.eigh(gram_of(W.double()))
     return values.flip(-1).clamp_min(0).double(), vectors.flip(-1)[:, :r].float()
+
+
+def eigenvalues(G):
+    """Of a symmetric G (m, m) without negative ones: (m,) on the CPU, largest first."""
+    return torch.linalg.eigvalsh(G).flip(-1).clamp_min(0).cpu()
 
 
 def balanced(B, A):
@@ -267,19 +242,15 @@ def swap_layers(model, make, wanted=is_linear):
 
 def replace_linears(model, rank, method=1, embedding_rank=0, start="normal", head=True):
     """Replace every linear layer, and with `head` also W^H, by one of `rank`; with embedding_rank also W^E.
-
-    method 1: random factors (`init_factors`; those of W^E always normal); 2: the truncated SVD of the layer's
-    weight; 3: method 2's factors, blended with that weight. On the meta device only shapes are made. Returns
-    the line that says what was done.
-    """
+    method 1: random factors (`init_factors`); 2: the truncated SVD of the layer's weight; 3: the same, blended
+    with that weight. On the meta device only shapes are made. Returns the line that says what was done."""
     before, linears = count_parameters(model), {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and (head or name != "head"):
             linears[name] = module
-    bar = tqdm(linears.items(), desc="decomposing", unit=" layers", disable=None, leave=False)
-    new = {name: low_rank_layer(dense, rank, method, start) for name, dense in bar}
-    swap_layers(model, lambda name, dense: new.get(name))
-    what = f"{len(new)} linears"
+    for name, dense in tqdm(linears.items(), "decomposing", unit=" layers", disable=None, leave=False):
+        model.set_submodule(name, low_rank_layer(dense, rank, method, start))
+    what = f"{len(linears)} linears"
     if embedding_rank:
         model.embed = low_rank_embedding(model.embed, embedding_rank, method)
         what += " and the embedding"
@@ -295,14 +266,19 @@ def millions(count):
 
 
 def low_rank_layer(dense, rank, method, start):
-    W = dense.weight
-    with torch.device(W.device):
-        layer = LowRankLinear(dense.in_features, dense.out_features, rank, dense.bias is not None, start)
-    if method > 1 and not W.is_meta:
-        (B, A), _ = svd_factors(W, rank)
-        layer.A.data, layer.B.data = A.to(W.dtype), B.to(W.dtype)
-        if dense.bias is not None:
-            layer.bias.data.copy_(dense.bias.data)
+    check_rank(rank, dense.in_features, dense.out_features)
+    if method > 1 and not dense.weight.is_meta:
+        return from_factors(dense, *svd_factors(dense.weight, rank))
+    with torch.device(dense.weight.device):
+        return LowRankLinear(dense.in_features, dense.out_features, rank, dense.bias is not None, start)
+
+
+def from_factors(dense, B, A):
+    """The LowRankLinear of B (out, r) and A (r, in) in the place of a dense layer, whose bias it takes."""
+    with torch.device("meta"):
+        layer = LowRankLinear(dense.in_features, dense.out_features, len(A), bias=False)
+    layer.A, layer.B = nn.Parameter(A.to(dense.weight)), nn.Parameter(B.to(dense.weight))
+    layer.bias = dense.bias
     return layer
 
 
@@ -311,9 +287,9 @@ def low_rank_embedding(dense, rank, method):
     with torch.device(W.device):
         layer = LowRankEmbedding(*W.shape, rank)
     if method > 1 and not W.is_meta:
-        (A, Bt), _ = svd_factors(W, rank)  # W (vocabulary, n) = A B^T
+        A, Bt = svd_factors(W, rank)  # W (vocabulary, n) = A B^T
         layer.A.data, layer.B.data = A.to(W.dtype), Bt.T.to(W.dtype).contiguous()
-    return layer.train(dense.training)
+    return layer
 
 
 # ----------------------------------------------------------------------------- method 3
@@ -352,11 +328,7 @@ def blend_with(model, dense_weight):
 
 def finish_blend(model):
     """Replace each BlendedLinear by its LowRankLinear, when a is 0. Returns how many."""
-    def make(name, layer):
-        if layer.alpha != 0:
-            raise InputError(f"{name} still has alpha = {float(layer.alpha):.3f}: a blend must have ended")
-        return layer.lowrank
-    return len(swap_layers(model, make, wanted=lambda m: isinstance(m, BlendedLinear)))
+    return len(swap_layers(model, lambda name, layer: layer.lowrank, lambda m: isinstance(m, BlendedLinear)))
 
 
 def attach_lora(model, r=8, alpha=32, targets=("q", "k", "v", "qkv"), dropout=0.0):
@@ -369,9 +341,7 @@ def attach_lora(model, r=8, alpha=32, targets=("q", "k", "v", "qkv"), dropout=0.
         names.add(last)
         return LoRALinear(layer, r, alpha, dropout) if last in targets else None
     wrapped = swap_layers(model, make)
-    if not wrapped:
-        there = ", ".join(sorted(names))
-        raise InputError(f"no layer is called {', '.join(targets)}: this model has {there}")
+    refuse(not wrapped, f"no layer is called {', '.join(targets)}: this model has {', '.join(sorted(names))}")
     trainable = count_parameters(model) - base
     return (f"attached {len(wrapped)} adapters: {trainable:,} trainable parameters "
             f"({trainable / base:.2%} of the base's {millions(base)})")
@@ -381,9 +351,8 @@ def attach_lora(model, r=8, alpha=32, targets=("q", "k", "v", "qkv"), dropout=0.
 def merge_lora(model):
     """Every adapted layer becomes its base with W + (alpha/r) B A in place of W, in its own format. Returns
     |rounding error| / |what was added|, Frobenius norms over all layers."""
-    if model.config.tied and isinstance(model.head, LoRALinear):
-        raise InputError("the head shares its weights with the embedding, and merging would change both: "
-                         "keep the adapter beside the model")
+    refuse(model.config.tied and isinstance(model.head, LoRALinear), "the head shares its weights with the "
+           "embedding, and merging would change both: keep the adapter beside the model")
     lost = added = 0.0
 
     def make(name, layer):

@@ -133,12 +133,10 @@ class Layer(nn.Module):
         forward(x: (..., in))               -> (..., out)
         multiplications                     of one token, an int
         dense_weight()                      W (out, in) of the dense layer that computes the same
+        init_weights(std)                   random values in place of a dense layer's of deviation std, where a
+                                            model can begin with such layers
     """
     in_features = None
-
-    def init_weights(self, std):
-        """Random values, in place of a dense layer of deviation std."""
-        raise InputError(f"a {type(self).__name__} has no random start: its values come from a trained layer")
 
     def with_lora(self, x, A, B, scale):
         """forward(x) + scale B (A x) in one launch, or None where there is no kernel for that."""
@@ -274,28 +272,20 @@ class Transformer(nn.Module):
         if self.config.tied and isinstance(self.head, nn.Linear) and isinstance(self.embed, nn.Embedding):
             self.head.weight = self.embed.weight
 
-    def materialize(self, device="cpu"):
-        """Give a model on the meta device its memory, not yet its values."""
-        self.to_empty(device=device)
-        self.tie()  # to_empty gives head and embedding a tensor each
-        return self
-
     def init_weights(self):
         """GPT-2's: deviation 0.02, smaller by sqrt(2N) for the two matrices that add to the residual."""
-        def visit(module, name):
-            std = 0.02 / (math.sqrt(2 * self.config.blocks) if name in ("o", "down") else 1)
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+        self.tie()  # to_empty, which gives a meta model memory, gives head and embedding a tensor each
+        for name, module in self.named_modules():
+            adds = {"o", "down"} & set(name.split("."))
+            std = 0.02 / (math.sqrt(2 * self.config.blocks) if adds else 1)
+            if isinstance(module, Layer):
+                module.init_weights(std)
+            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                module.reset_parameters()
+            elif isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-                module.reset_parameters()
-            elif isinstance(module, Layer):
-                module.init_weights(std)
-            else:
-                for child_name, child in module.named_children():
-                    visit(child, child_name)
-        visit(self, "")
 
     def set_dropout(self, p):
         """Change the dropout of a model that was loaded."""

@@ -31,8 +31,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
 
-from common.cli import InputError
+from common.cli import refuse
 from common.loss import compute_dtype
 from lowrank import LowRankLinear
 from model import Attention, Block, last_product
@@ -43,10 +44,8 @@ recomputed = Counter()  # what was computed a second time, and how often
 
 def use_recompute(model, mode):
     """Make every block of the model keep what `mode` says; in place, and any earlier mode is undone. RMSNorm
-    keeps its input alone in every mode. Returns the model.
-    """
-    if mode not in MODES:
-        raise InputError(f"--recompute must be one of {', '.join(MODES)}, got {mode}")
+    keeps its input alone in every mode. Returns the model."""
+    refuse(mode not in MODES, f"--recompute must be one of {', '.join(MODES)}, got {mode}")
     by_hand = {"none": materialized_attention, "attention": recomputed_attention}
     attend = by_hand.get(mode)  # sdpa and block: model.attend, which is torch's fused one
     for module in model.modules():
@@ -60,34 +59,26 @@ def use_recompute(model, mode):
 
 
 def _override(module, name, function):
-    """Let this one module use `function` for its attribute `name`; None: that of its class again.
-
-    What another file put there (quantization-aware training does) stays.
-    """
-    there = module.__dict__.get(name)
-    if there is None or getattr(there, "func", there).__module__ == __name__:  # .func: of a partial
-        module.__dict__.pop(name, None)
-        if function is not None:
-            module.__dict__[name] = function
+    """Let this one module use `function` for its attribute `name`; None: that of its class again."""
+    module.__dict__.pop(name, None)
+    if function is not None:
+        module.__dict__[name] = function
 
 
 class State:
     """What a result depends on besides its inputs: the random states, and whether autocast is on."""
 
     def __init__(self, x):
-        self.device, self.kind = x.device, x.device.type
-        self.random = torch.get_rng_state()
-        self.cuda_random = torch.cuda.get_rng_state(x.device) if self.kind == "cuda" else None
+        self.random, self.of_devices = torch.get_rng_state(), get_device_states(x)  # the CPU's, a GPU's
+        self.kind = x.device.type
         self.autocast = dict(enabled=torch.is_autocast_enabled(self.kind),
                              dtype=torch.get_autocast_dtype(self.kind))
 
     @contextmanager
     def restored(self):
-        devices = [self.device] if self.kind == "cuda" else []
-        with torch.random.fork_rng(devices), self.uncached_autocast():
+        with torch.random.fork_rng(self.of_devices[0]), self.uncached_autocast():
             torch.set_rng_state(self.random)
-            if self.kind == "cuda":
-                torch.cuda.set_rng_state(self.cuda_random, self.device)
+            set_device_states(*self.of_devices)
             yield
 
     def uncached_autocast(self):
@@ -110,10 +101,8 @@ class State:
 
 
 class RecomputedBlock(torch.autograd.Function):
-    """y = run(x), keeping x alone.
-
-    parameters: those that run uses and that want a gradient. last: the layer whose product ends run, W^D.
-    """
+    """y = run(x), keeping x alone. parameters: those that run uses and that want a gradient. last: the layer
+    whose product ends run, W^D."""
 
     @staticmethod
     def forward(ctx, run, last, x, *parameters):
@@ -126,15 +115,11 @@ class RecomputedBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, *parameters = ctx.saved_tensors
-        x = x.detach().requires_grad_(ctx.needs_input_grad[2])
+        x = x.detach().requires_grad_()
         with torch.enable_grad(), ctx.state.restored(), without_product(ctx.last):
             y = ctx.run(x)
         recomputed["block"] += 1
-        wanted = ([x] if x.requires_grad else []) + parameters
-        gradients = torch.autograd.grad(y, wanted, dy, allow_unused=True)
-        if not x.requires_grad:
-            gradients = (None, *gradients)
-        return None, None, *gradients
+        return None, None, *torch.autograd.grad(y, (x, *parameters), dy, allow_unused=True)
 
 
 def recomputed_block(block, x, rope=None, cache=None, mask=None):
@@ -149,10 +134,8 @@ def recomputed_block(block, x, rope=None, cache=None, mask=None):
 
 @contextmanager
 def without_product(layer):
-    """Inside, layer(u) gives zeros, and the backward pass of layer(u) all the same.
-
-    Only for dense and low-rank layers; others stay as they are.
-    """
+    """Inside, layer(u) gives zeros, and the backward pass of layer(u) all the same. Only a dense or low-rank
+    layer; others stay as they are."""
     if type(layer) not in (nn.Linear, LowRankLinear) or "forward" in layer.__dict__ or layer._forward_hooks:
         yield
         return
@@ -337,6 +320,6 @@ class RecomputedNorm(torch.autograd.Function):
 
 def norm_forward(norm, x):
     """RMSNorm.forward, through RecomputedNorm where autograd would see plain operations."""
-    if x.is_cuda or not torch.is_grad_enabled() or norm.weight is None:
+    if x.is_cuda or not torch.is_grad_enabled():
         return type(norm).forward(norm, x)
     return RecomputedNorm.apply(x, norm.weight, norm.eps)

@@ -263,7 +263,7 @@ def random_model(args, vocab_size, home):
     size, memory = 4 * count_parameters(model), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     refuse(home.type == "cpu" and size > memory, f"--model {args.model} needs {size / 1e9:,.0f} GB, and "
            f"there are {memory / 1e9:,.0f}: give a --rank, or a smaller model")
-    model.materialize(home).init_weights()
+    model.to_empty(device=home).init_weights()
     return model
 
 

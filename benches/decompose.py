@@ -8,8 +8,6 @@ All at a third of the ranks. The loop takes W, or W C where inputs count (H = C 
 is given C; ours has to compute it. Gathering H is not timed. error_over_optimum is the largest over all
 matrices, of the Frobenius norm of (W - B A) C over that of the best possible, in float64.
 """
-from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,77 +29,74 @@ DEFAULTS = dict(models=[REAL, "gpt2"], quality=False, text=None, calibration=Non
 
 @torch.no_grad()
 def smollm2(device):
-    """{name: W}, {name: H}, and the names that share an H, from 4,096 tokens of Python's own text."""
+    """Pairs of matrices that share their inputs and the second moments H of these, from 4,096 tokens of
+    Python's own text."""
     model, tokenizer = load_model(REAL, device)
-    W, H, groups = {}, {}, []
+    groups = []
 
-    def look(layers, moments):
-        H.update(dict.fromkeys(layers, moments))
-        W.update({name: layer.weight.detach() for name, layer in layers.items()})
-        groups.append(list(layers))
+    def look(layers, H):
+        groups.append(([layer.weight.detach() for layer in layers.values()], H))
         return {}
 
     windows = calibration_batches("builtin", tokenizer, model.config.context, 4096)
     walk(model, windows, look, "moments of smollm2-135m")
-    return W, H, groups
+    return groups
 
 
 def random_matrices(name, device):
-    """Random matrices of a GPT-2's shapes (flat spectra), and inputs whose deviations fall as 1/sqrt(i)."""
+    """The same of random matrices (flat spectra) of a GPT-2's shapes, with inputs whose deviations fall as
+    1/sqrt(i)."""
     config = config_for(name)
     n, m = config.width, config.ffn
     torch.manual_seed(0)
-    W, H = {}, {}
-    for i in range(config.blocks):
-        for kind, shape in dict(qkv=(3 * n, n), o=(n, n), up=(m, n), down=(n, m)).items():
-            deviations = torch.arange(1, shape[1] + 1, device=device) ** -0.5
-            X = torch.randn(4096, shape[1], device=device) * deviations  # (tokens, in)
-            W[f"{i}.{kind}"], H[f"{i}.{kind}"] = 0.02 * torch.randn(shape, device=device), X.T @ X
-    return W, H, [[name] for name in W]
+    groups = []
+    for shape in [(3 * n, n), (n, n), (m, n), (n, m)] * config.blocks:
+        deviations = torch.arange(1, shape[1] + 1, device=device) ** -0.5
+        X = torch.randn(4096, shape[1], device=device) * deviations  # (tokens, in)
+        groups.append(([0.02 * torch.randn(shape, device=device)], X.T @ X))
+    return groups
 
 
-def loop_of_svd(matrices):
-    return [torch.linalg.svd(M, full_matrices=False)[1] for M in matrices]
+def rank_of(W):
+    return min(W.shape) // 3
 
 
-def plain(matrices, ranks, H):
-    return [svd_factors(M, r)[0] for M, r in zip(matrices, ranks)]
+def plain(matrices, H):
+    return [svd_factors(W, rank_of(W)) for W in matrices]
 
 
-def activations(matrices, ranks, H):
+def activations(matrices, H):
     moments = Moments(H)
-    return [moments.factors(M, r)[0] for M, r in zip(matrices, ranks)]
+    return [moments.factors(W, rank_of(W))[0] for W in matrices]
 
 
-def compare(W, H, groups, ours):
-    """Seconds of ours and of the loop, in turn, group by group; and the largest error over the optimum."""
-    seconds, worst, found = Counter(), 0.0, {}
+def compare(matrices, H, ours):
+    """Seconds of ours and of the loop, in turn, and the largest error over the optimum."""
+    C = Moments(H).C if ours is activations else torch.eye(len(H), dtype=torch.float64, device=H.device)
+    targets, found = [(W.double() @ C).float() for W in matrices], {}
 
-    def keep(name, function, *args):
-        found[name] = function(*args)
+    def run_ours():
+        found["factors"] = ours(matrices, H)
 
-    for group in groups:
-        matrices, moments = [W[name] for name in group], H[group[0]]
-        C = Moments(moments).C if ours is activations else None
-        targets = matrices if C is None else [(M.double() @ C).float() for M in matrices]
-        ranks = [min(M.shape) // 3 for M in matrices]
-        seconds.update(interleaved({"ours": partial(keep, "ours", ours, matrices, ranks, moments),
-                                    "loop": partial(keep, "loop", loop_of_svd, targets)}, 1))
-        for M, (B, A), S in zip(matrices, found["ours"], found["loop"]):
-            error = M.double() - B.double() @ A.double()
-            error = (error if C is None else error @ C).norm()
-            worst = max(worst, (error / S[B.shape[1]:].double().norm()).item())
+    def run_loop():
+        found["spectra"] = [torch.linalg.svd(M, full_matrices=False)[1] for M in targets]
+
+    seconds, worst = interleaved({"ours": run_ours, "loop": run_loop}, 1), 0.0
+    for W, (B, A), S in zip(matrices, found["factors"], found["spectra"]):
+        error = ((W.double() - B.double() @ A.double()) @ C).norm() / S[rank_of(W):].double().norm()
+        worst = max(worst, error.item())
     return seconds["ours"], seconds["loop"], worst
 
 
 def speed(models, device):
     rows = []
     for model in models:
-        W, H, groups = smollm2(device) if model == REAL else random_matrices(model, device)
+        groups = smollm2(device) if model == REAL else random_matrices(model, device)
         for ours in (plain, activations):
-            seconds, loop, worst = compare(W, H, groups, ours)
-            rows.append(dict(model=model, method=ours.__name__, matrices=len(W), seconds=seconds,
-                             seconds_loop=loop, speedup=loop / seconds, error_over_optimum=worst))
+            seconds, loop, errors = zip(*(compare(matrices, H, ours) for matrices, H in groups))
+            rows.append(dict(model=model, method=ours.__name__, seconds=sum(seconds), seconds_loop=sum(loop),
+                             matrices=sum(len(matrices) for matrices, _ in groups),
+                             speedup=sum(loop) / sum(seconds), error_over_optimum=max(errors)))
     return rows
 
 
@@ -115,13 +110,12 @@ def quality(args):
         s = run_once("eval.py", work / f"perplexity-{Path(model).name}", "--model", model,
                      "--tasks", "perplexity", "--data", args.text, "--limit", 16384)
         rows.append(dict(method=method, ratio=ratio, steps=steps, perplexity=s["perplexity"]["perplexity"]))
-        print(rows[-1], flush=True)
 
-    add("dense", 1.0, 0, "smollm2-135m")
+    add("dense", 1.0, 0, REAL)
     for ratio in (0.8, RECOVERED, 0.4):
         for method, text in (("plain", []), ("activations", ["--calibration", args.calibration])):
             folder = work / f"{method}-{ratio}"
-            run_once("decompose.py", folder, "--model", "smollm2-135m", "--ratio", ratio, *text)
+            run_once("decompose.py", folder, "--model", REAL, "--ratio", ratio, *text)
             add(method, ratio, 0, folder)
     for method in (2, 3):
         out = work / f"method-{method}"

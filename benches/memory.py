@@ -174,15 +174,12 @@ def rows_of(model, batch, length, mode):
 
 
 def table_iii():
-    """Llama2-7B and 70B: ours and the paper's, and what recomputation leaves, in GB."""
+    """Llama2-7B and 70B: GB of ours, and the paper's in brackets."""
     rows = []
     for line, paper in PAPER["III"].items():
         name, batch = line.split()
-        model, row = meta_model(name), dict(model=name, batch=batch)
-        kinds, block = (by_kind(rows_of(model, int(batch), LENGTH, mode)) for mode in ("none", "block"))
-        row |= {kind: f"{kinds[kind] / 1e9:,.1f} ({figure})" for kind, figure in zip(KINDS, paper)}
-        row["with --recompute block"] = f"{block['activation'] / 1e9:.1f} + {block['transient'] / 1e9:.1f}"
-        rows.append(row)
+        kinds, row = by_kind(rows_of(meta_model(name), int(batch), LENGTH, "none")), dict(model=name, batch=batch)
+        rows.append(row | {kind: f"{kinds[kind] / 1e9:,.1f} ({gb})" for kind, gb in zip(KINDS, paper)})
     return table(rows)
 
 

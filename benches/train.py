@@ -76,7 +76,7 @@ def shapes_of_rank(name, rank, **changes):
 
 def gpt2_of_rank(name, rank, device):
     torch.manual_seed(0)
-    model = shapes_of_rank(name, rank).materialize(device.torch_device)
+    model = shapes_of_rank(name, rank).to_empty(device=device.torch_device)
     model.init_weights()
     return model
 

@@ -74,10 +74,9 @@ class Moments:
 def second_moments(inputs, width, device):
     """X X^T (in, in) in float64 over the inputs [(B, T, in)] of all processes."""
     H = torch.zeros(width, width, dtype=torch.float64, device=device)
-    with torch.autocast(H.device.type, enabled=False):
-        for x in inputs:
-            flat = x.reshape(-1, width).float()  # (tokens, in)
-            H += flat.T @ flat
+    for x in inputs:
+        flat = x.reshape(-1, width).float()  # (tokens, in)
+        H += flat.T @ flat
     if dist.is_initialized():
         dist.all_reduce(H)
     total = H.trace().item()

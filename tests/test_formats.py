@@ -55,7 +55,7 @@ def ours(path):
     source = open_model(path)
     with torch.device("meta"):
         model = Transformer(source.config)
-    model.materialize()
+    model.to_empty(device="cpu").tie()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(source.get(name))

@@ -16,7 +16,9 @@ from lowrank import (
     attach_lora,
     balanced,
     blend_alpha,
+    eigen,
     finish_blend,
+    gram,
     merge_lora,
     replace_linears,
     set_alpha,
@@ -56,7 +58,7 @@ def test_a_new_layer_has_the_deviation_of_a_dense_one():
     assert abs(layer.dense_weight().std().item() - 0.02) < 0.001
 
 
-@pytest.mark.parametrize("start", ["normal", "cola", "svd", "orthogonal"])
+@pytest.mark.parametrize("start", ["normal", "orthogonal"])
 def test_every_start_is_as_large_as_it_says(start):
     torch.manual_seed(0)
     layer = LowRankLinear(96, 160, 24, start=start)
@@ -64,15 +66,10 @@ def test_every_start_is_as_large_as_it_says(start):
     A, B, product = layer.A.detach(), layer.B.detach(), layer.dense_weight().detach()
     if start == "normal":
         assert product.std().item() == pytest.approx(0.03, rel=0.1) and A.std().item() == pytest.approx(B.std().item(), rel=0.05)
-    elif start == "cola":
-        assert A.std().item() == pytest.approx((24 * (96 + 160)) ** -0.25, rel=0.05) == pytest.approx(B.std().item(), rel=0.1)
-    elif start == "orthogonal":
+    else:
         assert product.norm().item() == pytest.approx(0.03 * (96 * 160) ** 0.5, rel=1e-5)
         S = torch.linalg.svdvals(product)[:24]
         assert S.max() / S.min() < 1.0001 and A.norm(dim=1).max().item() == pytest.approx(B.norm(dim=0).min().item(), rel=1e-4)
-    else:  # the largest singular values of a random matrix lie at its edge, std (sqrt(in) + sqrt(out))
-        S = torch.linalg.svdvals(product)
-        assert S[0].item() == pytest.approx(0.03 * (96 ** 0.5 + 160 ** 0.5), rel=0.1) and S[24] < 1e-4
     assert not layer.bias.any()
 
 
@@ -80,7 +77,7 @@ def test_a_head_may_stay_dense_and_shared():
     with torch.device("meta"):
         model = Transformer(GPT2)
         line = replace_linears(model, 4, start="orthogonal", head=False)
-    model.materialize().init_weights()
+    model.to_empty(device="cpu").init_weights()
     assert isinstance(model.head, nn.Linear) and model.head.weight is model.embed.weight and line.startswith("replaced 8 linears")
     assert model.blocks[0].mlp.up.start == "orthogonal"
     S = torch.linalg.svdvals(model.blocks[0].mlp.up.dense_weight())[:4]
@@ -116,7 +113,7 @@ def test_the_walker_says_what_it_did():
 def test_plain_factors_are_as_good_as_the_svd(shape, rank):
     torch.manual_seed(rank)
     W = torch.randn(*shape)
-    (B, A), values = svd_factors(W, rank)
+    (B, A), values = svd_factors(W, rank), eigen(W, rank, gram)[0]
     product, W = B.double() @ A.double(), W.double()
     U, S, Vt = torch.linalg.svd(W, full_matrices=False)
     assert torch.dist(product, (U[:, :rank] * S[:rank]) @ Vt[:rank]) < 1e-4 * S[0]
@@ -131,7 +128,7 @@ def test_squared_condition_numbers_are_met_in_float64():
     U, V = (torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0] for _ in range(2))
     S = torch.logspace(0, -5.5, 64, dtype=torch.float64)
     for W in ((U * S) @ V.T, (V * S) @ U.T):
-        (B, A), _ = svd_factors(W.float(), 40)
+        B, A = svd_factors(W.float(), 40)
         assert torch.dist(W, B.double() @ A.double()) <= 1.01 * S[40:].square().sum().sqrt() + 2e-7
 
 
@@ -140,7 +137,7 @@ def test_a_matrix_of_low_rank_is_kept_exactly(shape):
     torch.manual_seed(0)
     W = torch.randn(shape[0], 4) @ torch.randn(4, shape[1])
     for w, r in ((W, 4), (W, 10), (0 * W, 3)):
-        (B, A), _ = svd_factors(w, r)
+        B, A = svd_factors(w, r)
         assert B.isfinite().all() and A.isfinite().all()
         assert torch.dist(B @ A, w) <= 1e-4 * w.norm()
 
@@ -168,7 +165,7 @@ def test_method_2_at_full_rank_is_the_dense_model(config):
 
 def _full(dense):
     layer = LowRankLinear(dense.in_features, dense.out_features, min(dense.weight.shape), dense.bias is not None)
-    (layer.B.data, layer.A.data), _ = svd_factors(dense.weight, layer.rank)
+    layer.B.data, layer.A.data = svd_factors(dense.weight, layer.rank)
     if dense.bias is not None:
         layer.bias.data = dense.bias.data
     return layer
@@ -192,8 +189,6 @@ def test_method_3_goes_from_the_dense_model_to_a_low_rank_one():
     assert torch.allclose(blended(TOKENS), dense(TOKENS), atol=1e-5)
     frozen = [n for n, p in blended.named_parameters() if not p.requires_grad]
     assert len(frozen) == 9 and all(n.endswith(".weight") for n in frozen)
-    with pytest.raises(InputError, match="still has alpha = 1.000"):
-        finish_blend(blended)
     set_alpha(blended, 0.25)
     layer, x = blended.blocks[0].mlp.up, torch.randn(5, 32)
     assert torch.allclose(layer(x), F.linear(x, 0.25 * layer.weight + 0.75 * layer.lowrank.B @ layer.lowrank.A, layer.bias), atol=1e-6)
