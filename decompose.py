@@ -40,10 +40,6 @@ def linears(model):
     return {name: m for name, m in model.named_modules() if name.startswith("blocks.") and is_linear(m)}
 
 
-def bar(items, doing):
-    return tqdm(items, desc=doing, disable=None if is_first() else True, leave=False, dynamic_ncols=True)
-
-
 class Plain:
     """Decompose the weights of a model as they are."""
 
@@ -53,7 +49,8 @@ class Plain:
     def losses(self):
         """What it costs to cut off each eigenvalue of each matrix: name -> (m,), largest first."""
         found = {}
-        for name in bar(my_share(self.layers), "eigenvalues"):
+        mine = my_share(self.layers)
+        for name in tqdm(mine, "eigenvalues", disable=None if is_first() else True, leave=False):
             values = eigenvalues(gram(self.layers[name].weight.double()))
             found[name] = values / values.sum().clamp_min(1e-300)
         return merged(found)
@@ -61,7 +58,8 @@ class Plain:
     def decompose(self, ranks):
         """Put factors in the place of each layer whose rank is not 0."""
         found = {}
-        for name in bar(my_share(name for name, r in ranks.items() if r), "decomposing"):
+        mine = my_share(name for name, r in ranks.items() if r)
+        for name in tqdm(mine, "decomposing", disable=None if is_first() else True, leave=False):
             found[name] = [factor.cpu() for factor in svd_factors(self.layers[name].weight, ranks[name])]
         for name, (B, A) in merged(found).items():
             self.model.set_submodule(name, from_factors(self.layers[name], B, A))
@@ -116,10 +114,8 @@ def parse(argv):
     p = Parser(__doc__)
     p.add_argument("--model", required=True, help="a known name, a folder or a file; dense")
     kept = p.add_mutually_exclusive_group(required=True)
-    kept.add_argument("--rank", type=at_least_1, help="of every linear layer of the blocks; what this would "
-                      "not make smaller stays dense")
-    kept.add_argument("--ratio", type=share, help="or: the share of the blocks' matrices to keep, with ranks "
-                      "chosen under this budget")
+    kept.add_argument("--rank", type=at_least_1, help="of all matrices of the blocks that it makes smaller")
+    kept.add_argument("--ratio", type=share, help="or: the share of these matrices to keep, by chosen ranks")
     p.add_argument("--calibration", metavar="TEXT", help="keep the outputs for this text, not the weights: a "
                    "file, a folder or builtin (default: none, plain SVD)")
     p.add_argument("--out-dir", default="out/decomposed", help="the new model folder (default: %(default)s)")
@@ -136,18 +132,15 @@ def decompose(args, source, device):
     refuse(args.ratio and args.ratio < least,
            f"--ratio {args.ratio} is less than rank 1 everywhere, which is {least:.4f}")
     ranks = same_ranks(shapes, args.rank) if args.rank else None
+    dtypes, method = {name: source.get(name, 1).dtype for name in source.shapes}, Plain(model)
     if args.calibration:
+        from beyond.activations import Calibrated
         windows = calibration_batches(args.calibration, source.tokenizer(), source.config.context)
-    dtypes = {name: source.get(name, 1).dtype for name in source.shapes}
+        method = Calibrated(model, windows, dtypes)
     fill(model, source.tensors, device, torch.float32).requires_grad_(False)
     for name, p in model.named_parameters():
         refuse(not p.isfinite().all(),
                f"{source.path}: {name} has numbers that are not finite: get it again")
-    if args.calibration:
-        from beyond.activations import Calibrated
-        method = Calibrated(model, windows, dtypes)
-    else:
-        method = Plain(model)
     ranks = ranks or choose_ranks(method.losses(), shapes, args.ratio)
     method.decompose(ranks)
     if is_first():

@@ -133,8 +133,7 @@ class Layer(nn.Module):
         forward(x: (..., in))               -> (..., out)
         multiplications                     of one token, an int
         dense_weight()                      W (out, in) of the dense layer that computes the same
-        init_weights(std)                   random values in place of a dense layer's of deviation std, where a
-                                            model can begin with such layers
+        init_weights(std)                   random values in place of a dense layer's of deviation std
     """
     in_features = None
 

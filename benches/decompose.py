@@ -29,10 +29,8 @@ DEFAULTS = dict(models=[REAL, "gpt2"], quality=False, text=None, calibration=Non
 
 @torch.no_grad()
 def smollm2(device):
-    """Pairs of matrices that share their inputs and the second moments H of these, from 4,096 tokens of
-    Python's own text."""
-    model, tokenizer = load_model(REAL, device)
-    groups = []
+    """Matrices that share inputs, and H of these, from 4,096 tokens of Python's own text: [(matrices, H)]."""
+    (model, tokenizer), groups = load_model(REAL, device), []
 
     def look(layers, H):
         groups.append(([layer.weight.detach() for layer in layers.values()], H))
@@ -44,12 +42,10 @@ def smollm2(device):
 
 
 def random_matrices(name, device):
-    """The same of random matrices (flat spectra) of a GPT-2's shapes, with inputs whose deviations fall as
-    1/sqrt(i)."""
-    config = config_for(name)
+    """The same of a GPT-2's shapes: random matrices (flat spectra), inputs of deviations 1/sqrt(i)."""
+    config, groups = config_for(name), []
     n, m = config.width, config.ffn
     torch.manual_seed(0)
-    groups = []
     for shape in [(3 * n, n), (n, n), (m, n), (n, m)] * config.blocks:
         deviations = torch.arange(1, shape[1] + 1, device=device) ** -0.5
         X = torch.randn(4096, shape[1], device=device) * deviations  # (tokens, in)

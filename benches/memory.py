@@ -68,10 +68,8 @@ def storages(things):
 
 
 class Kept(saved_tensors_hooks):
-    """Inside, autograd's tensors are noted: `storages`, without those of parameters.
-
-    gradients: parameters whose gradients head_loss makes early; they count as gradients.
-    """
+    """Inside, what autograd keeps is noted in `storages`, parameters aside. gradients: parameters whose
+    gradients head_loss makes early; they count as gradients."""
 
     def __init__(self, parameters, gradients=()):
         super().__init__(self.note, lambda t: t)
@@ -102,16 +100,14 @@ def measure(piece, x, kept):
     return size, watch.peak - size, y.detach().requires_grad_(y.requires_grad)
 
 
-def activations(model, batch, length, dtype=None, recompute=None):
+def activations(model, batch, length, recompute):
     """Of a step on `batch` sequences of `length` tokens: bytes kept; the working sets of a block and of the
     ends."""
-    with FakeTensorMode():  # a copy with fake tensors in place of the model's own
+    with FakeTensorMode():  # a copy with fake tensors, of 16 bit, in place of the model's own
         memo = {id(b): torch.empty(b.shape, dtype=b.dtype) for b in model.buffers()}
         for p in model.parameters():
-            memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=dtype or p.dtype), p.requires_grad)
-        model = copy.deepcopy(model, memo).train()
-        if recompute:
-            use_recompute(model, recompute)
+            memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=torch.bfloat16), p.requires_grad)
+        model = use_recompute(copy.deepcopy(model, memo).train(), recompute)
         tokens, parameters = torch.empty(batch, length, dtype=torch.int64), list(model.parameters())
         _, rope, _ = model.begin(tokens)
         kept, ends, x = measure(lambda tokens: model.begin(tokens)[0], tokens, Kept(parameters))
@@ -128,23 +124,14 @@ def activations(model, batch, length, dtype=None, recompute=None):
     return kept + more, largest, max(ends, working)
 
 
-def account(model, batch, length, dtype=None, recompute=None, optimizer_bytes=None):
-    """Rows {name, kind, bytes} of a training step. Parameters are in `dtype`, or as they are.
-
-    recompute: a mode of recompute.py, or as it is. optimizer_bytes: for each number that learns; None: two
-    moments in its dtype.
-    """
-    def size(tensors):
-        return sum(t.numel() * (dtype if dtype and isinstance(t, nn.Parameter) else t.dtype).itemsize
-                   for t in tensors)
-    learn = [p for p in model.parameters() if p.requires_grad]
-    optimizer = 2 * size(learn)
-    if optimizer_bytes is not None:
-        optimizer = optimizer_bytes * sum(p.numel() for p in learn)
-    kept, block, ends = activations(model, batch, length, dtype, recompute)
-    rows = [("parameters", "parameter", size([*model.parameters(), *model.buffers()])),
-            ("gradients", "gradient", size(learn)), ("AdamW", "optimizer", optimizer),
-            ("kept by autograd", "activation", kept),
+def account(model, batch, length, recompute, optimizer_bytes=4):
+    """Rows {name, kind, bytes} of a training step, its parameters in 16 bit. recompute: a mode of recompute.py.
+    optimizer_bytes: for each number that learns; two moments in 16 bit take 4."""
+    learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    stored = 2 * sum(p.numel() for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+    kept, block, ends = activations(model, batch, length, recompute)
+    rows = [("parameters", "parameter", stored), ("gradients", "gradient", 2 * learn),
+            ("AdamW", "optimizer", optimizer_bytes * learn), ("kept by autograd", "activation", kept),
             ("working set of a block", "transient", block), ("working set of the loss", "transient", ends)]
     return [dict(name=name, kind=kind, bytes=n) for name, kind, n in rows]
 
@@ -169,8 +156,8 @@ KEEPS = {  # mode: what is kept, and the paper's total
 
 
 def rows_of(model, batch, length, mode):
-    """As the paper counts: 16 bit, and for the optimizer two moments and a copy of the weights in 32 bit."""
-    return account(model, batch, length, torch.bfloat16, mode, optimizer_bytes=12)
+    """As the paper counts: for the optimizer two moments and a copy of the weights in 32 bit."""
+    return account(model, batch, length, mode, optimizer_bytes=12)
 
 
 def table_iii():

@@ -75,7 +75,7 @@ def table_ix(device):
         if device.torch_device.type == "cuda":
             peak, how = finetuning_peak(name, r, bits, device), "measured"
         else:
-            kinds = by_kind(account(model, 1, FINETUNED, torch.bfloat16, recompute="block"))
+            kinds = by_kind(account(model, 1, FINETUNED, "block"))
             peak, how = sum(kinds.values()), "counted"
         add = partial(row, "IX", f"{name} r{r} {bits} bit")
         rows += [add("trainable parameters, M", learned / 1e6, learn), add("model GB", stored / 1e9, size),
