@@ -8,9 +8,9 @@
 The output is a model folder (eval.py, sample.py and train.py --init-from read it) with summary.json. `python
 serve.py --model OUT --teach` shows the spectra on its page.
 
-Plain: every matrix is replaced by the nearest one of its rank (lowrank.svd_factors). Each process has the whole
-model in float32, and a share of the matrices to decompose.
-With --calibration: by the one whose outputs for a text are nearest, block by block (beyond/activations.py).
+Plain: every matrix is replaced by the nearest one of its rank (lowrank.svd_factors). With --calibration: by
+the one whose outputs for a text are nearest, block by block (beyond/activations.py). Each process has the
+whole model, in float32, and a share of the matrices to decompose.
 
 Ranks (--ratio): one budget of parameters for all matrices, spent where a parameter saves most. Without a text
 each matrix counts the same: its eigenvalues are taken relative to their sum.
@@ -126,7 +126,7 @@ def parse(argv):
 
 def decompose(args, source, device):
     began, model = time.perf_counter(), build(source.config, {})
-    shapes, full = {name: layer.weight.shape for name, layer in linears(model).items()}, count_parameters(model)
+    shapes = {name: layer.weight.shape for name, layer in linears(model).items()}
     whole = sum(size(shape, 0) for shape in shapes.values())
     least = sum(map(sum, shapes.values())) / whole
     refuse(args.ratio and args.ratio < least,
@@ -145,10 +145,11 @@ def decompose(args, source, device):
     method.decompose(ranks)
     if is_first():
         now, low = count_parameters(model), sum(r > 0 for r in ranks.values())
-        kept = sum(size(shape, ranks[name]) for name, shape in shapes.items()) / whole
+        kept = sum(size(shape, ranks[name]) for name, shape in shapes.items())
+        full, kept = now - kept + whole, kept / whole
         summary = dict(parameters=now, parameters_full_rank=full, compression=full / now, block_share=kept,
-                       ranks=ranks, seconds=time.perf_counter() - began, peak_memory_bytes=peak_memory(device),
-                       processes=world_size(), device=str(device), arguments=vars(args))
+                       ranks=ranks, seconds=time.perf_counter() - began, processes=world_size(),
+                       peak_memory_bytes=peak_memory(device), device=str(device), arguments=vars(args))
         write(model, source, dtypes, args, summary)
         say(f"{low} of {len(ranks)} matrices low-rank, {millions(full)} -> {millions(now)} parameters "
             f"({full / now:.2f}x), {kept:.1%} of the blocks' matrices: {args.out_dir}")

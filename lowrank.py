@@ -185,7 +185,7 @@ def init_factors(A, B, std, start="normal"):
 
 
 def svd_factors(W, r):
-    """B = U S^1/2 (out, r) and A = S^1/2 V^T (r, in) of W (out, in), the truncated SVD of W = U S V^T. From the
+    """B = U S^1/2 (out, r) and A = S^1/2 V^T (r, in), the truncated SVD of W = U S V^T (out, in). From the
     eigenproblem of the smaller side, W W^T = U S^2 U^T (then A ~ U^T W) or W^T W = V S^2 V^T (then B ~ W V):
     several times as fast as the SVD of W itself."""
     W = W.detach().float()
@@ -241,9 +241,9 @@ def swap_layers(model, make, wanted=is_linear):
 
 
 def replace_linears(model, rank, method=1, embedding_rank=0, start="normal", head=True):
-    """Replace every linear layer, and with `head` also W^H, by one of `rank`; with embedding_rank also W^E.
-    method 1: random factors (`init_factors`); 2: the truncated SVD of the layer's weight; 3: the same, blended
-    with that weight. On the meta device only shapes are made. Returns the line that says what was done."""
+    """Replace every linear layer, and with `head` also W^H, by one of `rank`; with embedding_rank W^E, by
+    random factors. method 1: random factors (`init_factors`); 2: the truncated SVD of the weight; 3: the
+    same, blended with that weight. Returns the line that says what was done."""
     before, linears = count_parameters(model), {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and (head or name != "head"):
@@ -252,7 +252,8 @@ def replace_linears(model, rank, method=1, embedding_rank=0, start="normal", hea
         model.set_submodule(name, low_rank_layer(dense, rank, method, start))
     what = f"{len(linears)} linears"
     if embedding_rank:
-        model.embed = low_rank_embedding(model.embed, embedding_rank, method)
+        with torch.device(model.embed.weight.device):
+            model.embed = LowRankEmbedding(*model.embed.weight.shape, embedding_rank)
         what += " and the embedding"
     after = count_parameters(model)
     line = f"replaced {what}: {millions(before)} -> {millions(after)} parameters ({before / after:.2f}x)"
@@ -279,16 +280,6 @@ def from_factors(dense, B, A):
         layer = LowRankLinear(dense.in_features, dense.out_features, len(A), bias=False)
     layer.A, layer.B = nn.Parameter(A.to(dense.weight)), nn.Parameter(B.to(dense.weight))
     layer.bias = dense.bias
-    return layer
-
-
-def low_rank_embedding(dense, rank, method):
-    W = dense.weight
-    with torch.device(W.device):
-        layer = LowRankEmbedding(*W.shape, rank)
-    if method > 1 and not W.is_meta:
-        A, Bt = svd_factors(W, rank)  # W (vocabulary, n) = A B^T
-        layer.A.data, layer.B.data = A.to(W.dtype), Bt.T.to(W.dtype).contiguous()
     return layer
 
 

@@ -133,9 +133,8 @@ def report(rows):
         return table(rows, {"method": "method", "kept": ("ratio", "{:.0%}"), "steps of recovery": "steps",
                             "perplexity": ("perplexity", "{:,.1f}")})
 
-    names = {"gpt2": "random, as GPT-2"}
     return table(rows, {
-        "matrices of": lambda r: names.get(r["model"], r["model"]), "method": "method",
-        "seconds": ("seconds", "{:.1f}"),
+        "matrices of": lambda r: "random, as GPT-2" if r["model"] == "gpt2" else r["model"],
+        "method": "method", "seconds": ("seconds", "{:.1f}"),
         "loop of svd": ("seconds_loop", "{:.1f}"), "speedup": ("speedup", "{:.1f}x"),
         "error over optimum": ("error_over_optimum", "{:.5f}")})

@@ -125,8 +125,8 @@ def activations(model, batch, length, recompute):
 
 
 def account(model, batch, length, recompute, optimizer_bytes=4):
-    """Rows {name, kind, bytes} of a training step, its parameters in 16 bit. recompute: a mode of recompute.py.
-    optimizer_bytes: for each number that learns; two moments in 16 bit take 4."""
+    """Rows {name, kind, bytes} of a training step with weights of 16 bit. recompute: a mode of recompute.py.
+    optimizer_bytes: for each number that learns; two moments of 16 bit take 4."""
     learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = 2 * sum(p.numel() for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
     kept, block, ends = activations(model, batch, length, recompute)
@@ -165,8 +165,9 @@ def table_iii():
     rows = []
     for line, paper in PAPER["III"].items():
         name, batch = line.split()
-        kinds, row = by_kind(rows_of(meta_model(name), int(batch), LENGTH, "none")), dict(model=name, batch=batch)
-        rows.append(row | {kind: f"{kinds[kind] / 1e9:,.1f} ({gb})" for kind, gb in zip(KINDS, paper)})
+        kinds = by_kind(rows_of(meta_model(name), int(batch), LENGTH, "none"))
+        cells = {kind: f"{kinds[kind] / 1e9:,.1f} ({gb})" for kind, gb in zip(KINDS, paper)}
+        rows.append(dict(model=name, batch=batch) | cells)
     return table(rows)
 
 

@@ -100,8 +100,7 @@ def walk(model, windows, change, doing):
         for name, layer in change(layers, second_moments(inputs, width, device)).items():
             setattr(part, name.removeprefix(prefix), layer)
 
-    bar = tqdm(model.blocks, desc=doing, unit=" blocks", disable=None if is_first() else True, leave=False)
-    for i, block in enumerate(bar):
+    for i, block in enumerate(tqdm(model.blocks, doing, disable=None if is_first() else True, leave=False)):
         for half, norm in (("attention", block.norm1), ("mlp", block.norm2)):
             part, prefix = getattr(block, half), f"blocks.{i}.{half}."
             *first, last = [name for name, m in part.named_children() if is_linear(m)]
@@ -121,7 +120,7 @@ def walk(model, windows, change, doing):
 # ----------------------------------------------------------------------------- decompose.py --calibration
 
 class Calibrated:
-    """Decompose a model, whose files have these dtypes, for the inputs that a text's windows [(1, T)] give."""
+    """Decompose a model, its files of these dtypes, for the inputs that a text's windows [(1, T)] give."""
 
     def __init__(self, model, windows, dtypes):
         self.model, self.windows, self.dtypes = model, windows, dtypes
