@@ -94,10 +94,9 @@ def choose_ranks(losses, shapes, ratio):
     for name, shape in shapes.items():
         loss = losses[name].double()
         saved = loss[:dense_from(shape) - 1]  # by rank 1, 2, ...
-        ranks = torch.arange(1, len(saved) + 1)
-        by_rank = (saved / sum(shape)).tolist()
-        by_all = (loss.sum() - saved.cumsum(0)) / (size(shape, 0) - ranks * sum(shape))  # at rank 1, 2, ...
-        purchases += [(by_rank[r - 1], name, r) for r in ranks[1:].tolist()]
+        paid = torch.arange(1, len(saved) + 1) * sum(shape)
+        by_all = (loss.sum() - saved.cumsum(0)) / (size(shape, 0) - paid)  # at rank 1, 2, ...
+        purchases += [(s, name, r) for r, s in enumerate((saved / sum(shape)).tolist(), 1)]
         purchases.append((by_all.min().item(), name, 0))
     ranks = dict.fromkeys(shapes, 1)
     left = ratio * sum(size(shape, 0) for shape in shapes.values()) - sum(map(sum, shapes.values()))

@@ -161,10 +161,12 @@ def test_a_killed_run_leaves_no_model_and_the_next_one_begins_anew(tmp_path, tex
     decompose(*command, tmp_path / "whole")
     cut = tmp_path / "cut"
     process = subprocess.Popen([sys.executable, "decompose.py", *map(str, command), str(cut)], cwd=ROOT, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not (tmp_path / "cut.partial").exists():
+    while process.poll() is None and not cut.exists():
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (cut / "config.json").exists()
+    (tmp_path / "cut.partial").mkdir(exist_ok=True)
+    (tmp_path / "cut.partial/model.safetensors").write_text("half of a file")
     decompose(*command, cut)
     assert same(tmp_path / "whole", cut) and not (tmp_path / "cut.partial").exists()
     with pytest.raises(InputError, match="is not empty: choose a new folder"):
