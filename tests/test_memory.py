@@ -97,7 +97,7 @@ def test_what_follows_from_the_parameters(name, parameters):
 
 
 def test_adapters_alone_have_gradients_and_keep_less():
-    model = make_model("llama", "lora on int8")
+    model = make_model("llama", "lora on int8").bfloat16()
     kinds, dense = (by_kind(account(m, 2, 128, "sdpa")) for m in (model, make_model("llama")))
     learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert kinds["gradient"] == 2 * learn and kinds["optimizer"] == 4 * learn
