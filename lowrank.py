@@ -105,7 +105,7 @@ class BlendedLinear(Layer):
         self.multiplications = in_features * out_features + self.lowrank.multiplications
         self.register_buffer("alpha", torch.ones(()))  # in the checkpoint: a resumed run goes on with it
 
-    def init_weights(self, std):
+    def init_weights(self, std=0.02):
         nn.init.normal_(self.weight, std=std)
         self.alpha.fill_(1)
 
