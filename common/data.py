@@ -88,13 +88,11 @@ def text_corpus(path):
         files = [p for p in found if suffix(p) in SUFFIXES and "/." not in f"/{p.relative_to(path)}"]
     refuse(not any(f.stat().st_size for f in files), f"--data {path}: the text is empty, or no {kinds} file")
     if len(files) < len(found):
-        left_out = len(found) - len(files)
-        say(f"data {path}: {len(files):,} files; {left_out:,} are left out, hidden or no {kinds}")
-    digest = hashlib.sha256()  # of the text itself: names, sizes and times may be those of another one
+        say(f"data {path}: {len(files):,} of {len(found):,} files, the others are hidden or no {kinds}")
+    digest = hashlib.sha256()  # of the text and its form: sizes and times may be those of another one
     for file in files:
         with open(file, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
-        digest.update(suffix(file).encode())  # the same bytes are another text as .jsonl
+            digest.update(hashlib.file_digest(f, "sha256").digest() + suffix(file).encode())
     key = digest.hexdigest()[:12]
     return Corpus(path.stem, key, lambda: (text for file in files for text in read_documents(file)))
 
@@ -171,8 +169,7 @@ def prepare(corpus, tokenizer=None, vocabulary=4096, own=False):
     folder = (corpus.home or cache_dir() / "tokens") / f"{corpus.name}-{corpus.key}-{kind}"
     if not (folder / "meta.json").exists():
         if tokenizer is None:
-            why = "" if own else "GPT-2's vocabulary is neither on this machine nor to be had: "
-            say(f"{why}training a SentencePiece model on the corpus, {vocabulary:,} pieces")
+            say(f"training a SentencePiece model on the corpus, {vocabulary:,} pieces in place of GPT-2's")
             tokenizer = train_tokenizer(corpus.documents(), vocabulary)
         write_tokens(corpus, tokenizer, folder)
     return TokenFiles(folder)

@@ -186,7 +186,7 @@ def test_a_folder_says_what_it_leaves_out(tmp_path, capsys):
         (tmp_path / "in" / name).write_bytes(packed(f"text of {name}\n", name))
     documents = list(open_corpus(str(tmp_path / "in"), "data").documents())
     assert documents == ["text of b.TXT\n", "text of c.txt.gz\n", "text of sub/a.md\n"]
-    line = "3 files; 5 are left out, hidden or no .txt or .md or .jsonl"
+    line = "3 of 8 files, the others are hidden or no .txt or .md or .jsonl"
     assert line in capsys.readouterr().out
 
 
