@@ -113,7 +113,7 @@ def read_documents(path):
                 refuse(wrong, f'{path}: a row should be {{"text": ...}}, not {str(wrong[:1])[1:60]}')
                 texts = [row["text"] + "\n" for row in rows]
             for text in texts:
-                refuse("\0" in text, f"{path} is not text, it has zero bytes: unpack it if it is a packed one")
+                refuse("\0" in text, f"{path} is not text, it has zero bytes: unpack it if it is packed")
                 yield text
 
 

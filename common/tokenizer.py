@@ -200,7 +200,7 @@ def train_tokenizer(texts, vocab_size=4096, coverage=0.9995):
             max_sentence_length=1 << 24, num_threads=1, unk_id=0, eos_id=1, eos_piece=STOPS[0], bos_id=-1,
             pad_id=-1, minloglevel=2)
     except RuntimeError:
-        refuse(coverage < 0.98, f"no tokenizer of {vocab_size} tokens fits these {len(lines)} lines: give more")
+        refuse(coverage < 0.98, f"no tokenizer of {vocab_size} tokens fits {len(lines)} lines: add text")
         return train_tokenizer(lines, vocab_size, coverage - 0.005)
     fields = read_sentencepiece("the trained model", model.getvalue())
     return Tokenizer("trained on this corpus", *vocabulary("it", fields))

@@ -420,7 +420,7 @@ def test_training_on_little_and_on_odd_text():
     signs = "".join(chr(0x4E00 + i) * (1 + 600_000 // (i + 1) ** 2) for i in range(6000))
     many = ours.train_tokenizer([signs[i:i + 50] for i in range(0, len(signs), 50)])
     assert many.vocab_size <= 4096 and many.decode(many.encode(signs)) == signs
-    with pytest.raises(InputError, match="no tokenizer of 4096 tokens fits these 0 lines"):
+    with pytest.raises(InputError, match="no tokenizer of 4096 tokens fits 0 lines"):
         ours.train_tokenizer([])
     with pytest.raises(InputError, match="no tokenizer of 10 tokens"):
         ours.train_tokenizer(["hello"], vocab_size=10)
