@@ -38,30 +38,22 @@ Matrix = struct("Matrix", q=POINTER, scale=POINTER, offset=POINTER, rows=INT, wi
                 row_bytes=INT)
 
 
-def build(source, *command, included=()):
-    """The library that `command source -o library` makes, kept for the next time; None, said, if it can't."""
-    text = " ".join([*(file.read_text() for file in (source, *included)), cpu_name(), *command])
-    library = cache_dir() / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
-    try:
-        if not library.exists():
-            library.parent.mkdir(parents=True, exist_ok=True)
-            partial = library.with_suffix(f".{os.getpid()}")
-            subprocess.run([*command, source, "-o", partial], check=True, capture_output=True, text=True)
-            os.replace(partial, library)
-        return ctypes.CDLL(str(library))
-    except (OSError, subprocess.CalledProcessError) as e:
-        lines = (e.stderr if isinstance(e, subprocess.CalledProcessError) else str(e)).strip().splitlines()
-        why = next((line for line in lines if "error" in line), lines[0])[:200]
-        say(f"{source.name} is not used, which is slower: {command[0]} could not build it ({why})")
-        return None
-
-
 @functools.cache
 def load():
     """The compiled library; None, said once, where it can't be compiled."""
     source, included = (Path(__file__).with_name(name) for name in ("step_cpu.cpp", "kernels_cpu.cpp"))
-    kernels = build(source, "g++", *FLAGS, included=[included])
-    if kernels is None:
+    text = " ".join([source.read_text(), included.read_text(), cpu_name(), *FLAGS])
+    library = cache_dir() / f"kernels_cpu-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+    try:
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            partial = library.with_suffix(f".{os.getpid()}")
+            subprocess.run(["g++", *FLAGS, source, "-o", partial], check=True, capture_output=True, text=True)
+            os.replace(partial, library)
+        kernels = ctypes.CDLL(str(library))
+    except (OSError, subprocess.CalledProcessError) as e:
+        lines = (e.stderr if isinstance(e, subprocess.CalledProcessError) else str(e)).strip().splitlines()
+        say(f"kernels_cpu.cpp is not used, which is slower: g++ could not build it ({lines[0][:200]})")
         return None
     matrix = ctypes.POINTER(Matrix)
     kernels.product.argtypes = [POINTER, INT, matrix, matrix, INT, POINTER, POINTER]

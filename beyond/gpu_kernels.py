@@ -1,4 +1,4 @@
-"""kernels.cu from Python: compiled by nvcc at the first use, called through ctypes, arguments checked here.
+"""kernels.cu from Python: compiled at the first use by torch.utils.cpp_extension, arguments checked here.
 
     kernels = load()                    # None, said once, where it can't be compiled
     y = kernels.product(x, W)           # x (M, in) in 16 bit, W a quant.QuantMatrix (out, in) -> (M, out)
@@ -6,15 +6,16 @@
 """
 import ctypes
 import functools
+import os
+import sys
 from pathlib import Path
 
 import torch
 
-from beyond.cpu_kernels import Matrix, build
-from common.cli import InputError, refuse, say
+from beyond.cpu_kernels import Matrix
+from common.cli import InputError, cache_dir, refuse, say
 from quant import MATVEC_ROWS, QuantMatrix
 
-FLAGS = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC"]
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # these numbers are also in kernels.cu
 NAIVE, WARP, FAST = range(3)
 PIECE, COUNTERS = 1024, 256
@@ -23,13 +24,18 @@ PIECE, COUNTERS = 1024, 256
 @functools.cache
 def load():
     """The Kernels for this GPU; None, said once, where they can't be compiled."""
-    from torch.utils.cpp_extension import CUDA_HOME
+    from torch.utils import cpp_extension
     say("kernels.cu: compiling, or loading what was compiled before (a minute the first time) ...")
-    nvcc = f"{CUDA_HOME}/bin/nvcc" if CUDA_HOME else "nvcc"
-    major, minor = torch.cuda.get_device_capability()
-    source = Path(__file__).parent.with_name("kernels.cu")
-    library = build(source, nvcc, *FLAGS, f"-arch=sm_{major}{minor}")
-    return None if library is None else Kernels(library, "cuda")
+    os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # ninja, in an environment not active
+    source, folder = Path(__file__).parent.with_name("kernels.cu"), cache_dir() / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        cpp_extension.load("fingpt", [str(source)], build_directory=str(folder), is_python_module=False)
+        return Kernels(ctypes.CDLL(str(folder / "fingpt.so")), "cuda")
+    except (RuntimeError, OSError, ImportError) as e:
+        why = [line for line in str(e).splitlines() if "error:" in line][:2] or str(e).splitlines()[:1]
+        say(f"kernels.cu is not used, which is slower: it needs nvcc and ninja ({' | '.join(why)[:400]})")
+        return None
 
 
 def fits(x, *matrices):

@@ -8,14 +8,14 @@ from pathlib import Path
 from beyond.gpu_kernels import Kernels
 
 ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ["-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-DCUDA_ON_CPU", "-x", "c++"]
 
 
 class Emulated(Kernels):
     def __init__(self):
-        flags = ["-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-DCUDA_ON_CPU", "-x", "c++"]
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder) / "kernels.so"
-            command = ["g++", *flags, "-I", ROOT / "tests", ROOT / "kernels.cu", "-o", library]
+            command = ["g++", *FLAGS, "-I", ROOT / "tests", ROOT / "kernels.cu", "-o", library]
             subprocess.run(command, check=True)
             super().__init__(ctypes.CDLL(str(library)), "cpu")
 

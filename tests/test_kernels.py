@@ -3,16 +3,18 @@
     pytest tests/test_kernels.py             # here, without a GPU
     pytest tests/test_kernels.py -m slow     # compile it for sm_80 and sm_90, with nvcc; run it, with a GPU
 """
+import ctypes
 import itertools
 import os
 import random
 import shutil
+import subprocess
 
 import pytest
 import torch
-from cuda_on_cpu import Emulated
+from cuda_on_cpu import FLAGS, ROOT, Emulated
 
-from beyond import cpu_kernels, gpu_kernels
+from beyond import gpu_kernels
 from beyond.gpu_kernels import FAST, NAIVE, TYPES, WARP
 from common.cli import InputError
 from quant import QuantMatrix
@@ -181,17 +183,26 @@ def test_the_boundary_checks_its_arguments(kernels):
 CUT = 3e-5  # of the size: tensor cores cut float sums off instead of rounding them
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
-def test_it_compiles_for_gpus(capability, monkeypatch, tmp_path):
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_it_compiles_for_gpus(architecture, tmp_path):
     """For an A100 and an H100."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    if not os.path.exists(f"{home}/bin/nvcc"):
+    nvcc = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin/nvcc")
+    if not os.path.exists(nvcc):
         pytest.skip("no nvcc in CUDA_HOME")
-    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", home)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(cpu_kernels, "cache_dir", lambda: tmp_path)
-    kernels = gpu_kernels.load.__wrapped__()
-    assert kernels.library.run_product, "the library can be loaded"
+    flags = ["-std=c++17", f"-arch={architecture}", "-shared", "-Xcompiler", "-fPIC"]
+    subprocess.run([nvcc, *flags, ROOT / "kernels.cu", "-o", tmp_path / "kernels.so"], check=True)
+    assert ctypes.CDLL(str(tmp_path / "kernels.so")).run_product, "the library can be loaded"
+
+
+def test_the_loader_finds_the_library_where_torch_builds_it(monkeypatch, tmp_path):
+    """With the emulation in place of nvcc's work."""
+    def build(name, sources, build_directory, is_python_module):
+        command = ["g++", *FLAGS, "-I", ROOT / "tests", *sources, "-o", f"{build_directory}/{name}.so"]
+        subprocess.run(command, check=True)
+        assert not is_python_module
+    monkeypatch.setattr("torch.utils.cpp_extension.load", build)
+    monkeypatch.setattr(gpu_kernels, "cache_dir", lambda: tmp_path)
+    assert gpu_kernels.load.__wrapped__().library.run_product
 
 
 @pytest.fixture(scope="session")
