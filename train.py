@@ -15,6 +15,7 @@ and the state to resume from; with --bits also OUT/int8 or OUT/int4, the rounded
 """
 import importlib.util
 import os
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -210,6 +211,10 @@ def check(args, given):
     decomposed = args.init_from and decomposed_from(args.init_from)
     refuse(args.method == 2 and not args.init_from,
            "--method 2 starts from the SVD of pretrained weights: say which with --init-from")
+    refuse(args.method == 1 and args.init_from and args.rank,
+           f"--method 1 starts from random factors, not from {args.init_from}: choose --method 2 or 3")
+    refuse(args.compile and shutil.which("g++") is None,
+           "--compile needs a C++ compiler: install g++, or leave it out")
     refuse(args.method == 3 and not args.rank and not args.resume and not decomposed,
            "--method 3 blends into layers of a rank: give --rank, or --init-from a folder of decompose.py")
     refuse(args.rank and decomposed,

@@ -159,6 +159,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     (("--rank", -1), "argument --rank: must be a whole number, at least 0, got -1"),
     (("--model", "gpt5"), "argument --model: invalid choice: 'gpt5' (choose from "),
     (("--data", "/nowhere/at/all.txt"), "--data /nowhere/at/all.txt: there is no such file or folder"),
+    (("--method", 1, "--init-from", "gpt2", "--rank", 8), "--method 1 starts from random factors, not from gpt2"),
     (("--method", 2, "--rank", 8), "--method 2 starts from the SVD of pretrained weights"),
     (("--method", 3), "--method 3 blends into layers of a rank: give --rank"),
     (("--method", 7), "argument --method: invalid choice: 7 (choose from 1, 2, 3)"),
