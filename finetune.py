@@ -289,6 +289,10 @@ def scores_of(when, strategy, tokenizer, test):
         low, high = best["interval"]
         say(f"{when}: {task} weighted F1 {best['f1']:.3f} (95% {low:.3f} to {high:.3f}), generated "
             f"{r['f1']:.3f}, always the commonest label {r['majority']:.3f}, {len(examples)} rows")
+        if "unseen" in r:
+            rest = r["unseen"].get("likeliest", r["unseen"])["f1"]
+            say(f"{when}: {task} {rest:.3f} without the {r['seen']} rows whose prompts training has, too")
+            found[task]["f1_unseen"] = rest
     model.train()
     return found
 

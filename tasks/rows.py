@@ -113,7 +113,8 @@ def alpaca_example(row, index, where):
     names = ("prompt", "completion") if "completion" in fields else ("instruction", "output")
     asked, answer, given = fields.get(names[0]), fields.get(names[1]), fields.get("input") or ""
     texts = all(isinstance(text, str) for text in (asked, answer, given))
-    refuse(not texts, f"{where} is {json.dumps(row)[:80]}: it should be {ALPACA}, each a text")
+    refuse(not texts, f"{where} is {json.dumps(row)[:80]}: it should be {ALPACA}, each a text; conversations "
+           "(ShareGPT's) and lists of chat messages are not read")
     if asked.strip() and names[0] == "instruction":
         asked = sets.instruction_prompt(asked, given) if given.strip() else f"Instruction: {asked}\nAnswer: "
     return sets.Example("rows", index, asked, answer)

@@ -473,6 +473,18 @@ def test_cut_rows_are_counted(base, tmp_path, capsys):
     assert [r.ids[-1] == tokenizer.end for r in data.train] == [r.lost[1] == 0 for r in data.train]
 
 
+def test_scores_without_the_rows_that_training_has_too(base, capsys):
+    (model, tokenizer), device = load_model(base), finetune.find_device("float32")
+    examples = made_up_headlines(30, 3)
+    for example in examples[:10]:
+        example.seen = True
+    strategy = SimpleNamespace(model=model, device=device, run=lambda function, *args: function(*args))
+    found = finetune.scores_of("before", strategy, tokenizer, {"fpb": examples})["fpb"]
+    rest = evaluation.score_task(model.eval(), tokenizer, device, "fpb", examples[10:])["likeliest"]["f1"]
+    assert found["f1_unseen"] == pytest.approx(rest) and found["rows"] == 30
+    assert f"before: fpb {rest:.3f} without the 10 rows whose prompts training has" in capsys.readouterr().out
+
+
 def test_a_run_goes_on_with_its_own_rows_alone(base, tmp_path):
     file, out = tmp_path / "rows.json", str(tmp_path / "out")
     rows = [dict(instruction="Repeat.", input=f"number {i}", output=f"number {i}") for i in range(40)]
