@@ -474,7 +474,7 @@ def test_cut_rows_are_counted(base, tmp_path, capsys):
 
 
 def test_scores_without_the_rows_that_training_has_too(base, capsys):
-    (model, tokenizer), device = load_model(base), finetune.find_device("float32")
+    (model, tokenizer), device = load_model(base), find_device("float32")
     examples = made_up_headlines(30, 3)
     for example in examples[:10]:
         example.seen = True
