@@ -478,7 +478,7 @@ def test_scores_without_the_rows_that_training_has_too(base, capsys):
     examples = made_up_headlines(30, 3)
     for example in examples[:10]:
         example.seen = True
-    strategy = SimpleNamespace(model=model, device=device, run=lambda function, *args: function(*args))
+    strategy = SimpleNamespace(model=model, device=device, module=lambda function, *args: function(*args))
     found = finetune.scores_of("before", strategy, tokenizer, {"fpb": examples})["fpb"]
     rest = evaluation.score_task(model.eval(), tokenizer, device, "fpb", examples[10:])["likeliest"]["f1"]
     assert found["f1_unseen"] == pytest.approx(rest) and found["rows"] == 30
