@@ -64,7 +64,6 @@ class Config:
     attention_bias: bool = False  # W^Q, W^K, W^V and W^O have a bias
     no_rope: tuple = ()           # blocks without RoPE
     window: int = 0               # a query sees so many tokens, its own the last of them; 0: all
-    full: tuple = ()              # blocks without the window
     rope_scaling: str = "linear"  # common/rope.py has its kinds, and what the numbers mean
     rope_factor: float = 1.0
     rope_original: int = 0
@@ -80,8 +79,8 @@ class Config:
                f"width {self.width} is not divisible by {self.heads} heads")
         refuse(self.heads % self.kv_heads, f"{self.heads} heads can't share {self.kv_heads} key/value heads")
         refuse(not 0 <= self.dropout < 1, f"dropout must be in 0..1 (1 excluded), got {self.dropout}")
-        refuse(not {*self.no_rope, *self.full} <= set(range(self.blocks)),
-               f"no_rope {self.no_rope} and full {self.full} must be blocks 0..{self.blocks - 1}")
+        refuse(not {*self.no_rope} <= set(range(self.blocks)),
+               f"no_rope {self.no_rope} must be blocks 0..{self.blocks - 1}")
         if self.architecture.rope:
             check_rope(self)
 
@@ -197,7 +196,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer = config, layer
-        self.turns, self.windowed = layer not in config.no_rope, layer not in config.full
+        self.turns = layer not in config.no_rope
         n, d, biases = config.width, config.head_size, config.biases
         sizes = {"qkv": 3 * config.heads * d, "q": config.heads * d}
         for name in config.architecture.inputs:
@@ -206,7 +205,7 @@ class Attention(nn.Module):
         self.k_norm = config.make_norm(d) if config.architecture.qk_norm else None
         self.o = nn.Linear(config.heads * d, n, bias="o" in biases)
 
-    def forward(self, x, rope=None, cache=None, masks=None):
+    def forward(self, x, rope=None, cache=None, mask=None):
         B, T, _ = x.shape
         fused = self.config.architecture.inputs == ("qkv",)
         parts = self.qkv(x).chunk(3, dim=-1) if fused else (self.q(x), self.k(x), self.v(x))
@@ -215,7 +214,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None and self.turns:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        attend, mask = self.attend, masks and masks[self.windowed]
+        attend = self.attend
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, kv_heads, S, d)
             attend = cache.attend or attend
@@ -246,8 +245,8 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope=None, cache=None, masks=None):
-        x = x + self.dropout(self.attention(self.norm1(x), rope, cache, masks))
+    def forward(self, x, rope=None, cache=None, mask=None):
+        x = x + self.dropout(self.attention(self.norm1(x), rope, cache, mask))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -294,7 +293,7 @@ class Transformer(nn.Module):
         self.dropout.p = p
 
     def layout(self, tokens, cache=None):
-        """Of tokens (B, T): positions, RoPE's tables, and the masks of blocks without and with a window."""
+        """Of tokens (B, T): positions, RoPE's tables, and the mask."""
         c, T = self.config, tokens.shape[1]
         end = T + (cache.end if cache else 0)
         why = " (more would turn the keys in a cache anew)" if c.rope_scaling == "dynamic" else ""
@@ -302,24 +301,25 @@ class Transformer(nn.Module):
                f"{c.context}{why}: shorten the prompt or the window")
         positions = cache.positions(T) if cache else torch.arange(T, device=tokens.device)
         rope = rope_tables(positions, c, end) if c.architecture.rope else None
-        mask = near = cache.mask(T) if cache else None
-        if 0 < c.window < end:
-            near = cache.mask(T, c.window) if cache else visible(positions, positions, c.window)
-        return positions, rope, (mask, near)
+        window = c.window if c.window < end else 0
+        mask = cache.mask(T, window) if cache else None
+        if window and not cache:
+            mask = visible(positions, positions, window)
+        return positions, rope, mask
 
     def begin(self, tokens, cache=None):
-        """The embeddings (B, T, C), and the rope tables and masks that every block is given."""
-        positions, rope, masks = self.layout(tokens, cache)
+        """The embeddings (B, T, C), and the rope tables and the mask that every block is given."""
+        positions, rope, mask = self.layout(tokens, cache)
         x = self.embed(tokens)
         if self.positions is not None:
             x = x + self.positions(positions)
-        return self.dropout(x), rope, masks
+        return self.dropout(x), rope, mask
 
     def hidden(self, tokens, cache=None):
         """tokens (B, T) -> what the head reads, (B, T, C)."""
-        x, rope, masks = self.begin(tokens, cache)
+        x, rope, mask = self.begin(tokens, cache)
         for block in self.blocks:
-            x = block(x, rope, cache, masks)
+            x = block(x, rope, cache, mask)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.norm(x)

@@ -325,13 +325,13 @@ class Pipeline(Single):
         """
         if stage == 0:
             seed_random(*seed, 0)
-            x, rope, masks = self.model.begin(tokens)
+            x, rope, mask = self.model.begin(tokens)
         else:
-            _, rope, masks = self.model.layout(tokens)
+            _, rope, mask = self.model.layout(tokens)
         for i, block in enumerate(self.model.blocks, 1):
             if i in self.pieces[stage]:
                 seed_random(*seed, i)
-                x = block(x, rope, None, masks)
+                x = block(x, rope, None, mask)
         return x
 
     def compute(self, steps, tokens, targets, seed=()):

@@ -50,11 +50,10 @@ CONFIGS_HERE = {
     "llama linear": like_llama("llama", rope_factor=4.0),
     "llama3": like_llama("llama", rope_scaling="llama3", rope_factor=8.0, rope_original=32),
     "mistral": like_llama("mistral", window=9, head_dim=6),
-    "qwen2 window": like_llama("qwen2", window=7, full=(0,)),
     "qwen3": like_llama("qwen3", head_dim=12),
-    "qwen3 window": like_llama("qwen3", attention_bias=True, window=5, full=(1, 2)),
+    "qwen3 biases": like_llama("qwen3", attention_bias=True),
     "smollm3": like_llama("smollm3", no_rope=(1,), tied=True),
-    "smollm3 window": like_llama("smollm3", no_rope=(0, 2), window=11, full=(1,), attention_bias=True)}
+    "smollm3 biases": like_llama("smollm3", no_rope=(0, 2), attention_bias=True)}
 EACH = pytest.mark.parametrize("config", CONFIGS_HERE.values(), ids=CONFIGS_HERE)
 LLAMAS = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "head": "lm_head",
           "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
@@ -89,16 +88,12 @@ def transformers_model(c):
         rope |= dict(rope_type=c.rope_scaling, factor=c.rope_factor, attention_factor=c.rope_attention,
                      beta_slow=c.rope_low, beta_fast=c.rope_high, low_freq_factor=c.rope_low,
                      high_freq_factor=c.rope_high, original_max_position_embeddings=c.rope_original or None)
-    kinds = [i not in c.full if c.window else False for i in range(c.blocks)]
-    kinds = ["sliding_attention" if slides else "full_attention" for slides in kinds]
     sizes = dict(vocab_size=c.vocab_size, max_position_embeddings=c.context, hidden_size=c.width,
                  num_hidden_layers=c.blocks, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
                  intermediate_size=c.ffn, rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tied,
                  rope_parameters=rope, head_dim=c.head_size, attention_bias=c.attention_bias)
-    if c.kind != "llama":
+    if c.kind == "mistral":
         sizes |= dict(sliding_window=c.window or None)
-    if c.kind in ("qwen2", "qwen3", "smollm3"):
-        sizes |= dict(use_sliding_window=c.window > 0, layer_types=kinds)
     if c.kind == "smollm3":
         sizes |= dict(no_rope_layers=[int(i not in c.no_rope) for i in range(c.blocks)], pad_token_id=0)
     name = dict(llama="Llama", mistral="Mistral", qwen2="Qwen2", qwen3="Qwen3", smollm3="SmolLM3")[c.kind]
@@ -241,7 +236,7 @@ def test_bad_prompts_are_refused():
 
 # ----------------------------------------------------------------------------- with all the rest
 
-UNEVEN = pytest.mark.parametrize("name", ["mistral", "qwen3 window", "smollm3 window", "llama yarn"])
+UNEVEN = pytest.mark.parametrize("name", ["mistral", "qwen3 biases", "smollm3 biases", "llama yarn"])
 
 
 @UNEVEN
