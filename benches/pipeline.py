@@ -20,17 +20,7 @@ import torch.nn.functional as F
 
 from benches.common import table
 from common.device import find_device
-from pipeline import (
-    SCHEDULES,
-    Grid,
-    Wires,
-    count_stages,
-    execute,
-    process_of,
-    schedule,
-    simulate,
-    utilization,
-)
+from pipeline import SCHEDULES, Grid, Wires, count_stages, execute, process_of, schedule, simulate, utilization
 
 DEFAULTS = dict(stages=4)
 
