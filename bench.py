@@ -24,7 +24,6 @@ FILES = [f for f in sorted(Path(__file__).parent.glob("benches/*.py")) if f.stem
 BENCHES = {f.stem: f.read_text().split("\n")[0].strip('"') for f in FILES}  # name -> its first line
 RESULTS = Path(__file__).parent / "results"
 
-
 def tables(text, folder=RESULTS):
     """The text with every block `<!-- FILE.json -->...<!-- end -->` made anew: the table of that record and
     its origin."""
@@ -35,7 +34,6 @@ def tables(text, folder=RESULTS):
                   f"commit {record['commit']}; [rows]({match[1]})")
         return f"<!-- {match[1]} -->\n{report(record['rows'])}\n\n<sub>{origin}</sub>\n<!-- end -->"
     return re.sub(r"<!-- (\S+\.json) -->.*?<!-- end -->", block, text, flags=re.S)
-
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
@@ -61,7 +59,6 @@ def main(argv=None):
                       rows=rows)
         write_atomic(args.json, json.dumps(record, indent=1) + "\n")
     return 0
-
 
 if __name__ == "__main__":
     command(main)

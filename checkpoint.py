@@ -34,7 +34,6 @@ from model import CONFIGS, Layer, Packed, Transformer, config_for, count_paramet
 FORMAT = "fingpt-hpc"
 KINDS = {"lowrank": LowRankLinear, "blended": BlendedLinear, "lowrank embedding": LowRankEmbedding}
 
-
 def describe_layers(model):
     """What config.json says of layers that are not dense: name -> kind, rank, ..."""
     kinds, layers = {cls: kind for kind, cls in KINDS.items()}, {}
@@ -47,7 +46,6 @@ def describe_layers(model):
             from quant import describe
             layers[name] = describe(m)
     return layers
-
 
 def build(config, layers):
     """The model of a config.json, on the meta device: shapes without memory."""
@@ -67,7 +65,6 @@ def build(config, layers):
         tie(model)
     return model
 
-
 def tie(model):
     """One matrix for a head and an embedding that are tied, dense or quantized."""
     model.tie()
@@ -75,11 +72,9 @@ def tie(model):
         from quant import tie_quantized
         tie_quantized(model)
 
-
 def own_tensors(model):
     """Parameters and buffers by name, a shared one once."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
-
 
 def save_model(folder, model, tokenizer=None, tensors=None, **more):
     """Write a model folder, new or about to be renamed, of the model's own tensors or of those given.
@@ -91,23 +86,19 @@ def save_model(folder, model, tokenizer=None, tensors=None, **more):
         tokenizer.save(folder)
     write_config(folder, model.config, describe_layers(model), sorted({*files.values()}), **more)
 
-
 def replace_model(folder, model, tokenizer):
     """save_model in place of what `folder` is."""
     with replaced(folder) as new:
         save_model(new, model, tokenizer)
-
 
 def write_config(folder, config, layers, files, **more):
     """config.json, which makes a folder a model; written last."""
     content = dict(format=FORMAT, architecture=config.as_dict(), layers=layers, files=files) | more
     write_atomic(Path(folder) / "config.json", json.dumps(content, indent=1) + "\n")
 
-
 def decomposed_from(folder):
     """The dense model that decompose.py made a folder from; None of any other model."""
     return read_json(Path(folder) / "config.json").get("decomposed_from")
-
 
 class FolderSource(Source):
     """A model folder of this project, read as common/formats.py reads those of others."""
@@ -125,7 +116,6 @@ class FolderSource(Source):
         """All, and their checksums are compared."""
         return itertools.chain.from_iterable(map(read_tensors, self.files))
 
-
 def locate(name):
     """The folder or file that --model means: a path, or a known name that is fetched."""
     path, name = Path(name), str(name)
@@ -137,7 +127,6 @@ def locate(name):
     refuse(name not in HUB and not is_repository,
            f"{name}: no such folder or file, nor a known model ({', '.join(CONFIGS)})")
     return hub_snapshot(name)
-
 
 def open_model(name):
     """The Source of a known name, a folder or a GGUF file."""
@@ -151,14 +140,12 @@ def open_model(name):
            "model.safetensors, or a .gguf file")
     return HuggingFaceSource(path)
 
-
 def open_dense(name):
     """The Source of a model that has none but dense layers."""
     source = open_model(name)
     refuse(source.layers, f"{name} is not dense: {len(source.layers)} of its layers are low-rank or "
            "quantized. Give what it was made from")
     return source
-
 
 def load_model(name, device="cpu", dtype=torch.float32, bits=16, group=None):
     """(model, tokenizer) of a known name, a folder or a file, in eval mode; the tokenizer may be None.
@@ -171,7 +158,6 @@ def load_model(name, device="cpu", dtype=torch.float32, bits=16, group=None):
            f"--bits {bits} out, or give the model that it was made from")
     model = fill(build(source.config, source.layers), source.tensors, device, dtype, bits, group)
     return model, source.tokenizer()
-
 
 def fill(model, tensors, device, dtype, bits=16, group=None):
     """Give a meta model its memory, a (name, tensor) of tensors(forms) at a time.
@@ -197,7 +183,6 @@ def fill(model, tensors, device, dtype, bits=16, group=None):
     tie(model)
     return model.eval()
 
-
 def place(model, name, tensor, device, dtype):
     """Copy a tensor into a meta model; a floating-point parameter in `dtype`, a buffer as it is."""
     owner, _, leaf = name.rpartition(".")
@@ -207,7 +192,6 @@ def place(model, name, tensor, device, dtype):
     dtype = dtype if is_parameter else tensor.dtype
     copy = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
     setattr(module, leaf, nn.Parameter(copy, old.requires_grad) if is_parameter else copy)
-
 
 # ------------------------------------------------------------------------------------ python checkpoint.py
 
@@ -223,7 +207,6 @@ def random_model(name, rank=0, bits=16, group=None, device="cpu", dtype=torch.bf
             replace_linears(model, rank)
     shapes = {key: tensor.shape for key, tensor in own_tensors(model).items()}
     return fill(model, values, device, dtype, bits, group)
-
 
 def quantize(args):
     """Write a folder of int8 or int4 weights, scales in float16, and what is not quantized in bfloat16."""
@@ -241,9 +224,7 @@ def quantize(args):
     print(f"{args.out}: {count_parameters(model) / 1e6:,.1f}M parameters at {args.bits} bit, "
           f"{stored_bytes(model) / 1e6:,.1f} MB")
 
-
 MOST_LOST = 0.05  # of what an adapter adds, when its sums with the base are rounded
-
 
 def merge(args):
     """Write an adapter's base with the adapter multiplied into it."""
@@ -257,14 +238,12 @@ def merge(args):
     if error > MOST_LOST:
         print("much of the adapter is lost: keep it beside its base, or merge it into the base in 16 bit")
 
-
 def export_command(args):
     """Write a dense Hugging Face folder."""
     model, tokenizer = load_model(args.model)
     export(model, tokenizer, args.out)
     print(f"{args.out}: {args.model} as a dense {model.config.kind} for transformers: "
           f"AutoModelForCausalLM.from_pretrained({args.out!r})")
-
 
 def info(args):
     """A table of layers, ranks and bytes; the same layer of all blocks is one line."""
@@ -284,9 +263,7 @@ def info(args):
     total = count_parameters(build(source.config, source.layers))
     print(f"{total / 1e6:,.1f}M parameters, {size / 1e6:,.1f} MB, {8 * size / total:.1f} bits a parameter")
 
-
 COMMANDS = dict(info=info, export=export_command, merge=merge, quantize=quantize)
-
 
 def parse(argv):
     parser = Parser(__doc__)
@@ -312,14 +289,12 @@ def parse(argv):
                    "linear layer; 0 is full rank")
     return parser.parse_args(argv)
 
-
 def main(argv=None):
     args = parse(argv)
     if args.command != "info":
         check_folder(args.out, new=True)  # before anything slow
     COMMANDS[args.command](args)
     return 0
-
 
 if __name__ == "__main__":
     command(main)

@@ -34,11 +34,9 @@ from common.storage import replaced
 from lowrank import eigenvalues, from_factors, gram, millions, svd_factors
 from model import count_parameters, is_linear
 
-
 def linears(model):
     """The layers of the blocks: name -> layer."""
     return {name: m for name, m in model.named_modules() if name.startswith("blocks.") and is_linear(m)}
-
 
 class Plain:
     """Decompose the weights of a model as they are."""
@@ -64,25 +62,21 @@ class Plain:
         for name, (B, A) in merged(found).items():
             self.model.set_submodule(name, from_factors(self.layers[name], B, A))
 
-
 # ----------------------------------------------------------------------------- ranks under one budget
 
 def dense_from(shape):
     """The rank from which on a factorization is not smaller than the matrix."""
     return -(-shape[0] * shape[1] // sum(shape))
 
-
 def size(shape, r):
     """Parameters of a matrix kept at rank r; rank 0 means that it stays dense."""
     return r * sum(shape) if r else shape[0] * shape[1]
-
 
 def same_ranks(shapes, r):
     """One rank for all, where that makes a matrix smaller; 0 elsewhere."""
     largest = max(map(dense_from, shapes.values())) - 1
     refuse(r > largest, f"--rank {r} would make no matrix smaller: the largest rank that does is {largest}")
     return {name: r if r < dense_from(shape) else 0 for name, shape in shapes.items()}
-
 
 def choose_ranks(losses, shapes, ratio):
     """The ranks (0: dense) within ratio x all parameters that lose least. losses: as of Plain.losses.
@@ -106,7 +100,6 @@ def choose_ranks(losses, shapes, ratio):
             ranks[name], left = r, left - price
     return ranks
 
-
 # ----------------------------------------------------------------------------- the command
 
 def parse(argv):
@@ -121,7 +114,6 @@ def parse(argv):
     args = p.parse_args(argv)
     check_folder(args.out_dir, new=True)
     return args
-
 
 def decompose(args, source, device):
     began, model = time.perf_counter(), build(source.config, {})
@@ -154,7 +146,6 @@ def decompose(args, source, device):
             f"({full / now:.2f}x), {kept:.1%} of the blocks' matrices: {args.out_dir}")
     barrier()
 
-
 def write(model, source, dtypes, args, summary):
     """The model folder, each tensor in the dtype that it has in the model's files (A and B: their weight)."""
     path, tensors = Path(args.model), own_tensors(model)
@@ -165,7 +156,6 @@ def write(model, source, dtypes, args, summary):
         save_model(folder, model, source.tokenizer(), tensors, decomposed_from=dense)
         write_atomic(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
 
-
 @torch.no_grad()
 def main(argv=None):
     args = parse(argv)
@@ -175,7 +165,6 @@ def main(argv=None):
     with cli.alone_in(args.out_dir), process_group():
         decompose(args, in_turn(open_dense, args.model), device.torch_device)
     return 0
-
 
 if __name__ == "__main__":
     command(main)

@@ -45,7 +45,6 @@ TASKS = (*CHOICES, "fpb", "fiqa", "tfns", "ner", "perplexity")
 NEW_TOKENS = dict.fromkeys(CHOICES, 0) | {"ner": 128}  # that are written; FinGPT: 512 less the prompt's
 MEASURE = dict.fromkeys(CHOICES, "accuracy") | {"perplexity": "perplexity"}  # of the rest: f1
 
-
 def read_answer(task, example, scores, text):
     """What the model answered, by the likeliest choice or by the text that it wrote, and what is right."""
     if task in CHOICES:
@@ -59,14 +58,12 @@ def read_answer(task, example, scores, text):
     return dict(label=example.label, prediction=sets.SENTIMENTS.index(label), parsed=parsed, answer=text,
                 likeliest=int(np.argmax(scores)), scores=scores)
 
-
 def text_windows(path, tokenizer, limit, length):
     """The windows of a text's first `limit` tokens (None: of all), as examples whose words are tokens."""
     ids = first_tokens(path, tokenizer, limit)
     refuse(len(ids) < 2, f"{path} has {len(ids)} tokens: perplexity needs at least 2")
     starts = range(0, len(ids) - 1, length)  # a last token alone has nothing to be predicted from
     return [sets.Example("perplexity", i, "", "", words=ids[i:i + length]) for i in starts]
-
 
 def measured_rows(model, tokenizer, device, task, examples):
     """Yields batches of (example, what there is to know of its answer)."""
@@ -79,7 +76,6 @@ def measured_rows(model, tokenizer, device, task, examples):
         with torch.inference_mode(), device.autocast():
             loss = head_loss(model.head, model.hidden(tokens[:, :-1]), tokens[:, 1:]).item()
         yield [(window, dict(cut=0, loss=loss, predicted=tokens.shape[1] - 1))]
-
 
 def counted(task, rows):
     """{key: (name, counts of each row (n, ...), metric of their sum)} of each score, the main one first."""
@@ -96,7 +92,6 @@ def counted(task, rows):
     for key, name in names.items():
         found[key] = name, score.confusion(labels, [r[key] for r in rows], classes), metric
     return found
-
 
 def summed_up(task, rows):
     """A task's part of summary.json: the main score, and under "likeliest" what stands beside it."""
@@ -115,7 +110,6 @@ def summed_up(task, rows):
     if "parsed" in rows[0]:
         r["parsed"] = float(np.mean([r["parsed"] for r in rows]))
     return r
-
 
 def score_task(model, tokenizer, device, task, examples, file=None):
     """The scores of a task (of sentiment, if its name is none of TASKS) over these examples: a dict.
@@ -143,15 +137,12 @@ def score_task(model, tokenizer, device, task, examples, file=None):
         result |= dict(seen=len(examples) - len(unseen), unseen=summed_up(task, unseen))
     return result
 
-
 def name_of(example):
     """Of a row with this very text."""
     return hashlib.sha256(repr(example).encode()).hexdigest()[:12]
 
-
 def read_rows(file):
     return {row["row"]: row for row in read_metrics(file)}
-
 
 def claim(folder, settings):
     """Make the folder this model's; rows of another model are moved aside, not overwritten."""
@@ -161,7 +152,6 @@ def claim(folder, settings):
         say(f"{folder} held the rows of another model or of other settings: moved to {aside}")
     (folder / "predictions").mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
-
 
 def print_results(results):
     lines = []
@@ -177,7 +167,6 @@ def print_results(results):
                               f"{low:.3f} to {high:.3f}", majority, f"{part['rows']:,}",
                               f"{part['seconds']:.1f}", part["cut"]])
     print(cli.markdown(["task", "score", "value", "95% interval", "majority", "rows", "s", "cut"], lines))
-
 
 def compare(one, other):
     """A table of two runs over the rows that both have. p, the probability of such a difference by chance, is
@@ -203,7 +192,6 @@ def compare(one, other):
     print(f"A = {one}\nB = {other}")
     print(cli.markdown(["task", "score", "rows", "A", "B", "B - A", "95% interval", "p"], lines))
 
-
 def parse(argv):
     p = Parser(__doc__)
     p.add_argument("--model", default="out/train", help="folder, file or known name")
@@ -217,7 +205,6 @@ def parse(argv):
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="put two such folders side by side")
     return p.parse_args(argv)
 
-
 def main(argv=None):
     args = parse(argv)
     if args.compare:
@@ -225,7 +212,6 @@ def main(argv=None):
     refuse(world_size() > 1, f"eval.py is one process, got {world_size()}: leave torchrun out")
     with cli.alone_in(args.out_dir):
         return evaluate(args)
-
 
 def evaluate(args):
     names, items = list(dict.fromkeys(args.tasks.split(","))), {}
@@ -257,7 +243,6 @@ def evaluate(args):
                    peak_memory_bytes=memory, device=device.name, arguments=vars(args))
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return 0
-
 
 if __name__ == "__main__":
     command(main)

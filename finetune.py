@@ -59,7 +59,6 @@ SETTINGS = dict(
 # What a resumed run may not change: with another value it would be another run.
 FIXED = ("base", "bits", "rank", "method", "targets", "task", "seed", "alpha", "dropout", "seq_len")
 
-
 def make_parser():
     p = Parser(__doc__)
     add = p.add_argument_group("model").add_argument
@@ -89,10 +88,8 @@ def make_parser():
     add("--save-interval", type=at_least_1, default=50, help="steps between two checkpoints")
     return p
 
-
 def main(argv=None, **settings):
     return start(finetune, make_parser(), argv, SETTINGS, settings)
-
 
 def finetune(args, given):
     # The device, and the state to resume from.
@@ -151,7 +148,6 @@ def finetune(args, given):
                   scores_after=after, trainable_parameters=trainable)
     return 0
 
-
 def fill_in(args, given):
     """Give what was not given the value that depends on other arguments, and refuse what can't be."""
     lora = args.method == "lora"
@@ -161,7 +157,6 @@ def fill_in(args, given):
            f"--method {args.method} changes weights: --rank, --targets and --bits below 16 are for lora")
     refuse(args.shard and world_size() == 1,
            "--shard needs several processes: torchrun --nproc_per_node N finetune.py ... --shard")
-
 
 def open_base(args, device, saved):
     """The base, frozen but for what --method names, and its tokenizer. For lora it is at its bits, and has
@@ -196,7 +191,6 @@ def open_base(args, device, saved):
     say(f"{args.method}: {count:,} of {count_parameters(model):,} parameters learn")
     return model, tokenizer
 
-
 def batches_of(step_rows, args, strategy, device):
     """This process's batches of a step's rows, and the share that each has of the answers' tokens."""
     share_prefix = args.recompute != "block" and not args.shard  # these pass every block once a batch
@@ -208,7 +202,6 @@ def batches_of(step_rows, args, strategy, device):
         batches.append((batch,))
         weights.append(batch.answers / answers * strategy.replicas)
     return batches, weights
-
 
 def read_task(task, data_dir):
     """(examples to learn from, held-out examples) of one task."""
@@ -225,7 +218,6 @@ def read_task(task, data_dir):
     examples = read_alpaca(path)
     held, learned = sets.split_rows(len(examples), 0.05 if len(examples) >= 20 else 0)
     return [examples[i] for i in learned], [examples[i] for i in held]
-
 
 class Data:
     """Rows to learn from, test examples by task, and the same held-out rows for every look at their loss."""
@@ -253,14 +245,12 @@ class Data:
             f"{tokens / len(self.train):.0f} tokens a row; to fit {context} tokens {prompts:,} prompts lose "
             f"their middle, {answers:,} answers their end")
 
-
 def held_out_batches(data, args, device):
     """The held-out rows in batches, and how many tokens of answers are in each."""
     rows = sorted(data.held_out, key=lambda r: (r.group, len(r.ids)))
     for i in range(0, len(rows), args.batch_size):
         batch = Batch(rows[i:i + args.batch_size], device=device.torch_device)
         yield (batch,), batch.answers
-
 
 def save(folder, model, tokenizer, optimizers, strategy, own_id, before):
     """Replace OUT/state: the adapter or the model, the moments, and what the run needs to go on."""
@@ -275,7 +265,6 @@ def save(folder, model, tokenizer, optimizers, strategy, own_id, before):
             save_model(new, model, tokenizer, tensors)
     folder.save(strategy, tensors, moments_of(model, optimizers), write,
                 f"{args.method} on {args.base}, {args.bits} bit, {Path(args.task).name}", before=before)
-
 
 @torch.no_grad()
 def scores_of(when, strategy, tokenizer, test):
@@ -296,10 +285,8 @@ def scores_of(when, strategy, tokenizer, test):
     model.train()
     return found
 
-
 def mean_f1(scores):
     return float(np.mean([s["f1"] for s in scores.values()])) if scores else None
-
 
 if __name__ == "__main__":
     command(main)

@@ -33,12 +33,10 @@ from model import Layer, count_parameters, dense_weight, is_linear, multiplicati
 
 FLOAT32_IS_ENOUGH = 1e-3  # if the eigenvalues that are cut off add up to more than this times the largest
 
-
 def check_rank(rank, in_features, out_features):
     most = min(in_features, out_features)
     refuse(not 1 <= rank <= most,
            f"rank must be in 1..{most} for a {in_features}x{out_features} layer, got {rank}")
-
 
 # ----------------------------------------------------------------------------- the layers
 
@@ -71,7 +69,6 @@ class LowRankLinear(Layer):
     def dense_weight(self):
         return self.B @ self.A
 
-
 class LowRankEmbedding(Layer):
     """W^E of low rank: a token's row of A (vocabulary, r), then B (n, r). tokens (...) -> (..., n)."""
 
@@ -92,7 +89,6 @@ class LowRankEmbedding(Layer):
 
     def dense_weight(self):
         return self.A @ self.B.T  # (vocabulary, n)
-
 
 class BlendedLinear(Layer):
     """Method 3, equation 6: y = a W x + (1 - a) B A x + bias. W is frozen; A, B and the bias learn."""
@@ -120,7 +116,6 @@ class BlendedLinear(Layer):
 
     def dense_weight(self):
         return self.alpha * self.weight + (1 - self.alpha) * self.lowrank.dense_weight()
-
 
 class LoRALinear(Layer):
     """Equation 7: y = base(x) + (alpha/r) B A x. The base, any linear layer, is frozen; B starts at 0."""
@@ -167,7 +162,6 @@ class LoRALinear(Layer):
         W = dense_weight(self.base)
         return W + self.delta().to(W.dtype)
 
-
 # ----------------------------------------------------------------------------- the values of factors
 
 @torch.no_grad()
@@ -183,7 +177,6 @@ def init_factors(A, B, std, start="normal"):
         else:
             factor.normal_(std=math.sqrt(std) / r ** 0.25)
 
-
 def svd_factors(W, r):
     """B = U S^1/2 (out, r) and A = S^1/2 V^T (r, in), the truncated SVD of W = U S V^T (out, in). From the
     eigenproblem of the smaller side, W W^T = U S^2 U^T (then A ~ U^T W) or W^T W = V S^2 V^T (then B ~ W V):
@@ -192,11 +185,9 @@ def svd_factors(W, r):
     _, vectors = eigen(W, r, gram)
     return balanced(vectors, vectors.T @ W) if W.shape[0] <= W.shape[1] else balanced(W @ vectors, vectors.T)
 
-
 def gram(W):
     """W W^T or W^T W, whichever is smaller: W (out, in) -> (m, m)."""
     return W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
-
 
 def eigen(W, r, gram_of):
     """All eigenvalues (m,) of gram_of(W) in float64, largest first, and r eigenvectors, columns of (m, r).
@@ -207,18 +198,15 @@ def eigen(W, r, gram_of):
         values, vectors = torch.linalg.eigh(gram_of(W.double()))
     return values.flip(-1).clamp_min(0).double(), vectors.flip(-1)[:, :r].float()
 
-
 def eigenvalues(G):
     """Of a symmetric G (m, m) without negative ones: (m,) on the CPU, largest first."""
     return torch.linalg.eigvalsh(G).flip(-1).clamp_min(0).cpu()
-
 
 def balanced(B, A):
     """The same product; B's columns are as long as A's rows, so that one learning rate suits both."""
     b, a = B.norm(dim=0), A.norm(dim=1)
     scale = (a / b).sqrt().nan_to_num(1).clamp(1e-10, 1e10)  # either may be 0 where W has a lower rank
     return (B * scale).contiguous(), (A / scale[:, None]).contiguous()
-
 
 # ----------------------------------------------------------------------------- swapping layers
 
@@ -238,7 +226,6 @@ def swap_layers(model, make, wanted=is_linear):
                 swapped.append(prefix + name)
     visit(model, "")
     return swapped
-
 
 def replace_linears(model, rank, method=1, embedding_rank=0, start="normal", head=True):
     """Replace every linear layer, and with `head` also W^H, by one of `rank`; with embedding_rank W^E, by
@@ -261,10 +248,8 @@ def replace_linears(model, rank, method=1, embedding_rank=0, start="normal", hea
         line += "; " + blend_with(model, lambda name: linears[name].weight)
     return line
 
-
 def millions(count):
     return f"{count / 1e6:,.1f}M"
-
 
 def low_rank_layer(dense, rank, method, start):
     check_rank(rank, dense.in_features, dense.out_features)
@@ -272,7 +257,6 @@ def low_rank_layer(dense, rank, method, start):
         return from_factors(dense, *svd_factors(dense.weight, rank))
     with torch.device(dense.weight.device):
         return LowRankLinear(dense.in_features, dense.out_features, rank, dense.bias is not None, start)
-
 
 def from_factors(dense, B, A):
     """The LowRankLinear of B (out, r) and A (r, in) in the place of a dense layer, whose bias it takes."""
@@ -282,7 +266,6 @@ def from_factors(dense, B, A):
     layer.bias = dense.bias
     return layer
 
-
 # ----------------------------------------------------------------------------- method 3
 
 def blend_alpha(step, steps, start=0.9, until=0.5):
@@ -291,14 +274,12 @@ def blend_alpha(step, steps, start=0.9, until=0.5):
     progress = step / max(1, until * steps)
     return 0.0 if progress >= 1 else start * 0.5 * (1 + math.cos(math.pi * progress))
 
-
 def set_alpha(model, alpha):
     """Set a of equation 6 in every BlendedLinear of the model; returns how many there are."""
     layers = [m for m in model.modules() if isinstance(m, BlendedLinear)]
     for layer in layers:
         layer.alpha.fill_(alpha)
     return len(layers)
-
 
 def blend_with(model, dense_weight):
     """Blend each LowRankLinear with the W of dense_weight(name). Returns the line that says what was done."""
@@ -316,11 +297,9 @@ def blend_with(model, dense_weight):
     now = millions(count_parameters(model))
     return f"blended {len(names)} linears: {now} parameters while W is there, {millions(low)} when alpha is 0"
 
-
 def finish_blend(model):
     """Replace each BlendedLinear by its LowRankLinear, when a is 0. Returns how many."""
     return len(swap_layers(model, lambda name, layer: layer.lowrank, lambda m: isinstance(m, BlendedLinear)))
-
 
 def attach_lora(model, r=8, alpha=32, targets=("q", "k", "v", "qkv"), dropout=0.0):
     """Freeze the model and put a LoRALinear around each layer whose last name is in `targets`."""
@@ -336,7 +315,6 @@ def attach_lora(model, r=8, alpha=32, targets=("q", "k", "v", "qkv"), dropout=0.
     trainable = count_parameters(model) - base
     return (f"attached {len(wrapped)} adapters: {trainable:,} trainable parameters "
             f"({trainable / base:.2%} of the base's {millions(base)})")
-
 
 @torch.no_grad()
 def merge_lora(model):

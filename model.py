@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from common.cli import InputError, refuse
 from common.rope import apply_rope, check_rope, rope_tables
 
-
 @dataclass(frozen=True)
 class Architecture:
     """What tells two networks of this file apart, besides their sizes."""
@@ -35,7 +34,6 @@ class Architecture:
     biases: tuple   # the matrices that have a bias
     qk_norm: bool = False  # q and k of each head are normalized
 
-
 QKV = ("q", "k", "v")
 LLAMA = Architecture(nn.RMSNorm, True, inputs=QKV, gate=True, biases=())
 ARCHITECTURES = {
@@ -43,7 +41,6 @@ ARCHITECTURES = {
     "llama": LLAMA, "mistral": LLAMA, "smollm3": LLAMA,
     "qwen2": replace(LLAMA, biases=QKV), "qwen3": replace(LLAMA, qk_norm=True),
 }
-
 
 @dataclass(frozen=True)
 class Config:
@@ -104,7 +101,6 @@ class Config:
         items = enumerate(asdict(self).items())
         return {name: value for i, (name, value) in items if i < 12 or value != getattr(Config, name)}
 
-
 CONFIGS = {name: Config(*row) for name, *row in (
     #                kind     vocabulary context blocks heads kv_heads width    ffn   tied
     ("tiny",         "gpt2",    50257,    256,     4,    4,    4,       128,    512),
@@ -118,12 +114,10 @@ CONFIGS = {name: Config(*row) for name, *row in (
     ("llama2-70b",   "llama",   32000,   4096,    80,   64,    8,      8192,  28672, False),
     ("smollm2-135m", "llama",   49152,   8192,    30,    9,    3,       576,   1536, True, 1e-5, 1e5))}
 
-
 def config_for(name, **changes):
     """The configuration of a known name, with some fields changed."""
     refuse(name not in CONFIGS, f"no model is called {name!r}: known names are {', '.join(CONFIGS)}")
     return replace(CONFIGS[name], **changes)
-
 
 class Layer(nn.Module):
     """The protocol of what replaces an nn.Linear, or (tokens for x, no in_features) an nn.Embedding.
@@ -149,36 +143,29 @@ class Layer(nn.Module):
         """A layer of the same format whose weight is W (out, in), for merging an adapter."""
         raise InputError(f"an adapter can't be merged into a {type(self).__name__}: take the 16-bit base")
 
-
 class Packed(nn.Module):
     """Weights that are no parameters, as integers are: `packed_weights` of them."""
 
-
 def is_linear(module):
     return isinstance(module, nn.Linear) or isinstance(module, Layer) and module.in_features is not None
-
 
 def multiplications(layer):
     """Of one token, in any layer."""
     return layer.multiplications if isinstance(layer, Layer) else layer.in_features * layer.out_features
 
-
 def dense_weight(layer):
     """W (out, in) of any layer."""
     return layer.dense_weight() if isinstance(layer, Layer) else layer.weight
 
-
 def last_product(layer, x, dtype):
     """h and W of the product that ends any layer, or None: see Layer.last_product."""
     return layer.last_product(x, dtype) if isinstance(layer, Layer) else (x, layer.weight)
-
 
 def visible(queries, keys, window=0):
     """Whether a query sees a key: positions (T,) or (B, T) and (S,) or (B, S) -> (1 or B, 1, T, S)."""
     queries, keys = queries[..., :, None], keys[..., None, :]
     seen = (keys <= queries) & (keys > queries - (window or 1 << 40))
     return seen.reshape(-1, 1, *seen.shape[-2:])
-
 
 def attend(q, k, v, mask=None, dropout=0.0):
     """softmax(q k^T / sqrt(d)) v, equation 1. q (B, h, T, d); k, v (B, h_kv, S, d) -> (B, h, T, d).
@@ -188,7 +175,6 @@ def attend(q, k, v, mask=None, dropout=0.0):
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal,
                                           enable_gqa=q.shape[1] != k.shape[1])
-
 
 class Attention(nn.Module):
     attend = staticmethod(attend)  # recompute.py puts another function here
@@ -221,7 +207,6 @@ class Attention(nn.Module):
         y = attend(q, k, v, mask, self.config.dropout if self.training else 0.0)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
-
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -235,7 +220,6 @@ class FeedForward(nn.Module):
             return self.down(F.gelu(self.up(x), approximate="tanh"))
         return self.down(F.silu(self.gate(x)) * self.up(x))  # equation 3
 
-
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -248,7 +232,6 @@ class Block(nn.Module):
     def forward(self, x, rope=None, cache=None, mask=None):
         x = x + self.dropout(self.attention(self.norm1(x), rope, cache, mask))
         return x + self.dropout(self.mlp(self.norm2(x)))
-
 
 class Transformer(nn.Module):
     """tokens (B, T) int64 -> logits (B, T, vocabulary). A loss can take `hidden` and `head` apart."""
@@ -327,12 +310,10 @@ class Transformer(nn.Module):
     def forward(self, tokens, cache=None):
         return self.head(self.hidden(tokens, cache))
 
-
 def count_parameters(model):
     """Every number the model stores as a weight, a shared one once."""
     packed = sum(m.packed_weights for m in model.modules() if isinstance(m, Packed))
     return packed + sum(p.numel() for p in model.parameters())
-
 
 def matmul_weights(module):
     """The multiplications of a token, which has one addition with each: in all layers, the head too."""
@@ -340,13 +321,11 @@ def matmul_weights(module):
         return multiplications(module)
     return sum(matmul_weights(child) for child in module.children())
 
-
 def flops_per_token(model, length, training=False):
     """Floating-point operations a token of a sequence of `length`: 2 for each weight, and in each block
     2 x 2 x length/2 x heads x d for q k^T and s v over half of it. Training is three times that."""
     attention = 2 * length * model.config.heads * model.config.head_size * model.config.blocks
     return (2 * matmul_weights(model) + attention) * (3 if training else 1)
-
 
 class Cache:
     """The protocol of what remembers keys and values, so that only new tokens are read.
@@ -359,7 +338,6 @@ class Cache:
         attend                in place of the model's own attention (None: that one)
     """
     attend = None
-
 
 class KVCache(Cache):
     """Keys and values of the tokens seen so far (section V.C): each (B, kv_heads, length, d) in every layer.

@@ -42,7 +42,6 @@ from model import matmul_weights
 SCHEDULES = ("gpipe", "1f1b", "zb-h1", "zb-v")
 TIMEOUT = timedelta(minutes=10)  # the longest that a process may wait: compiling and evaluating take minutes
 
-
 # ----------------------------------------------------------------------------- the schedule, as data
 
 def schedule(kind, processes, microbatches):
@@ -67,14 +66,11 @@ def schedule(kind, processes, microbatches):
         lists.append(forward + backward[::-1] if kind == "gpipe" else steps)
     return lists
 
-
 def process_of(stage, processes):
     return min(stage, 2 * processes - 1 - stage)
 
-
 def count_stages(lists):
     return 1 + max(stage for steps in lists for *_, stage in steps)
-
 
 def input_of(kind, m, stage, stages):
     """The step that must end before the step (kind, m, stage) can begin; None: the batch is its input."""
@@ -84,7 +80,6 @@ def input_of(kind, m, stage, stages):
     if 0 <= source < stages:
         return kind, m, source
     return None if kind == "F" else ("F", m, stage)
-
 
 def simulate(lists, forward=1, backward=1, weights=1):
     """When steps of these lengths run, if messages take no time: [(process, kind, m, stage, start, end)]."""
@@ -104,19 +99,16 @@ def simulate(lists, forward=1, backward=1, weights=1):
             rows.append((p, *step, start, free[p]))
     return rows
 
-
 def utilization(rows):
     """The share of the processes' time, from the first start to the last end, in which they compute."""
     processes = 1 + max(p for p, *_ in rows)
     span = max(end for *_, end in rows) - min(start for *_, start, _ in rows)
     return sum(end - start for *_, start, end in rows) / processes / span
 
-
 def most_held(steps):
     """The most microbatches that a process holds activations of: through F, not yet through B, or W."""
     last = "W" if any(kind == "W" for kind, *_ in steps) else "B"
     return max(accumulate((kind == "F") - (kind == last) for kind, *_ in steps))
-
 
 def clock_table(lists):
     """The simulation with steps of one clock, as text; a process's second stage in small letters."""
@@ -129,7 +121,6 @@ def clock_table(lists):
     lines = [name.ljust(names + 1) + "".join(str(c).ljust(width) for c in row) for name, row in table.items()]
     return "\n".join(line.rstrip() for line in lines)
 
-
 # ----------------------------------------------------------------------------- where to cut
 
 def costs(model, length):
@@ -137,7 +128,6 @@ def costs(model, length):
     attention = 2 * length * model.config.heads * model.config.head_size  # a token sees half of the sequence
     blocks = [2 * matmul_weights(block) + attention for block in model.blocks]
     return [2 * matmul_weights(model.embed), *blocks, 2 * matmul_weights(model.head)]
-
 
 def balance(costs, count):
     """Cut the pieces into a range for each stage, so that the costliest stage costs least, then the next."""
@@ -158,7 +148,6 @@ def balance(costs, count):
     cuts = (*best(len(costs), count)[1], len(costs))
     return [range(a, b) for a, b in zip(cuts, cuts[1:])]
 
-
 def cut(model, pieces):
     """Move all parameters but those of `pieces` to the meta device: names and shapes without memory."""
     ends = [nn.ModuleList(pair) for pair in ((model.embed, model.positions), (model.norm, model.head))]
@@ -169,7 +158,6 @@ def cut(model, pieces):
         for name, p in list(module.named_parameters(recurse=False)):
             if p not in own:
                 setattr(module, name, empty[p])
-
 
 # ----------------------------------------------------------------------------- processes and messages
 
@@ -193,7 +181,6 @@ class Grid:
             # NCCL keeps the order of messages within a group: activations must not wait for gradients, nor
             # what goes to the first N stages for what goes to the others
             self.wires = {(kind, turned): group_of(pipes)[0] for kind in "FB" for turned in (False, True)}
-
 
 class Wires:
     """The messages of one process: activations from stage s - 1 and to stage s + 1 (F), gradients back (B).
@@ -257,7 +244,6 @@ class Wires:
             work.wait()
         self.sent.clear()
 
-
 def execute(steps, forward, wires):
     """Run one process's steps.
 
@@ -282,7 +268,6 @@ def execute(steps, forward, wires):
         else:
             held.pop((m, stage)).run()
     wires.finish()
-
 
 # ----------------------------------------------------------------------------- a model's stage
 
@@ -395,7 +380,6 @@ class Pipeline(Single):
         dist.gather_object(own, stages if self.grid.first else None, group=self.grid.pipe, group_dst=0)
         return dict(ChainMap(*stages))  # a tied matrix comes twice
 
-
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--stages", type=at_least_1, default=4, help="stages N")
@@ -408,7 +392,6 @@ def main(argv=None):
     print(f"microbatches held by each process: {[most_held(steps) for steps in lists]}")
     print(f"utilization {utilization(rows):.3f}; of gpipe and 1f1b M / (N + M - 1) = {M / (N + M - 1):.3f}")
     return 0
-
 
 if __name__ == "__main__":
     command(main)

@@ -35,7 +35,6 @@ SMALLEST_HALF = 2.0 ** -24  # a vector of equal numbers has no range; its scale 
 MATVEC_ROWS = 16            # kernels.cu reads a matrix once for up to 16 rows of x
 MANY_ROWS = 128             # with more, a GPU is faster with a dequantized W
 
-
 def check_format(bits, group, width):
     """The length of a vector. group: that length, 0 for a whole row, or None: at 8 bits a row, at 4 bits the
     largest power of two up to 64 that divides the row, or the row if that is less than 16."""
@@ -47,29 +46,24 @@ def check_format(bits, group, width):
            f"groups of {group} do not divide a row of {width}: choose a divisor, or 0 (a row)")
     return group
 
-
 def scale_and_offset(low, high, bits):
     """float16 s and o of vectors whose numbers lie in low..high."""
     scale = ((high - low) / (2 ** bits - 1)).clamp_min(SMALLEST_HALF).half()
     return scale, (low + 2 ** (bits - 1) * scale.float()).half()
 
-
 def nearest(w, scale, offset, bits):
     """The integers nearest to (w - o) / s, still as floats. s and o in float32, broadcast to w's shape."""
     return ((w - offset) / scale).round_().clamp_(-2 ** (bits - 1), 2 ** (bits - 1) - 1)
-
 
 def encode(w, scale, offset, bits):
     """`nearest` with a scale for each group, as int8: w (..., in), s and o (..., in / group) -> (..., in)."""
     w = w.unflatten(-1, (scale.shape[-1], -1))
     return nearest(w, scale.float()[..., None], offset.float()[..., None], bits).to(torch.int8).flatten(-2)
 
-
 def decode(q, scale, offset):
     """s q + o in float32: q (..., in), s and o (..., in / group) -> (..., in)."""
     w = q.unflatten(-1, (scale.shape[-1], -1)).to(torch.float32, copy=True)
     return w.mul_(scale.float()[..., None]).add_(offset.float()[..., None]).flatten(-2)
-
 
 def quantize_rows(weight, bits, group):
     """Plain min-max: weight (out, in) -> q int8 (out, in), s and o float16 (out, in / group)."""
@@ -77,7 +71,6 @@ def quantize_rows(weight, bits, group):
     vectors = w.unflatten(-1, (-1, group))
     scale, offset = scale_and_offset(vectors.amin(-1), vectors.amax(-1), bits)  # (out, groups)
     return encode(w, scale, offset, bits), scale, offset
-
 
 def check_range(weight, bits, group, name):
     """Refuse what float16 s and o can't hold. They are multiples of 2^-24, which moves a weight by some
@@ -90,7 +83,6 @@ def check_range(weight, bits, group, name):
     fits = (s + o).isfinite().all() and not 0 < finest < (2 ** (bits - 3) + 2) * SMALLEST_HALF
     refuse(not fits, f"{name} has weights from {low.min():.3g} to {high.max():.3g}: float16 scales can't "
            f"hold these at {bits} bits, keep the model at 16 (--bits 16)")
-
 
 def pack(q, bits):
     """q int8 (out, in) -> rows of bytes, padded to a multiple of 16 so that a GPU can load 16 at a time.
@@ -107,7 +99,6 @@ def pack(q, bits):
     first, second, third, fourth = pairs.unflatten(1, (-1, 4)).unbind(-1)  # (out, words)
     return (first | second << 4 | third << 8 | fourth << 12).view(torch.uint8)
 
-
 def unpack(packed, bits, width):
     """The inverse of pack: -> int8 (out, width)."""
     if bits == 8:
@@ -115,7 +106,6 @@ def unpack(packed, bits, width):
     words = packed.view(torch.int32)
     pairs = torch.stack([(words >> 4 * i) & 0x000f000f for i in range(4)], -1)  # (out, words, 4)
     return pairs.flatten(1).view(torch.int16)[:, :width].to(torch.int8).sub_(8)
-
 
 class QuantMatrix(Packed):
     """W (out, in) as integers; layers may share one. times(x) is x W^T, rows(i) some rows, dense() all."""
@@ -170,7 +160,6 @@ class QuantMatrix(Packed):
             self.scale, self.offset = (t.to(self.q.device) for t in saved)
         return self
 
-
 class _Product(torch.autograd.Function):
     """x W^T and its gradient g W: by kernels.cu for few rows on a GPU, else with W dequantized for the
     moment. Nothing but the integers is kept between the two."""
@@ -187,14 +176,12 @@ class _Product(torch.autograd.Function):
         y = on_gpu("matmul_back", g, ctx.W, rows=MANY_ROWS)
         return g @ ctx.W.dense(g.dtype) if y is None else y, None
 
-
 def on_cpu(x, A, B=None, bias=None):
     """x A^T, or x A^T B^T + bias, from integers. None outside torch.inference_mode or without a compiler."""
     if x.is_cuda or not torch.is_inference_mode_enabled():  # recompute.py computes the same bits twice
         return None
     from beyond.cpu_kernels import product
     return product(x, A, B, bias)
-
 
 def on_gpu(name, x, *args, rows=MATVEC_ROWS, bias=None):
     """The function of kernels.cu for x (..., n), in 16 bit, + bias. None on a CPU, for more rows, where a
@@ -205,18 +192,15 @@ def on_gpu(name, x, *args, rows=MATVEC_ROWS, bias=None):
     y = getattr(load_kernels(), name)(flat.bfloat16() if x.dtype == torch.float32 else flat, *args)
     return None if y is None else add_bias(y.view(*x.shape[:-1], -1).to(x.dtype), bias)
 
-
 def load_kernels():
     """beyond.gpu_kernels.Kernels, or None."""
     from beyond.gpu_kernels import load
     return load()
 
-
 # ------------------------------------------------------------------------- layers
 
 def add_bias(y, bias):
     return y if bias is None else y + bias.to(y.dtype)
-
 
 class QuantLinear(Layer):
     """y = W x + bias with W: (out, in) as integers."""
@@ -247,7 +231,6 @@ class QuantLinear(Layer):
     def dense_weight(self):
         return self.W.dense()
 
-
 class QuantLowRank(Layer):
     """y = B (A x) + bias, A (r, in) and B (out, r) as integers: few rows take one launch, or one call."""
 
@@ -266,7 +249,6 @@ class QuantLowRank(Layer):
 
     def dense_weight(self):
         return self.B.dense() @ self.A.dense()
-
 
 class QuantEmbedding(Layer):
     """tokens (...) -> rows of W: (vocabulary, n), in the dtype of the rest of the model."""
@@ -287,20 +269,16 @@ class QuantEmbedding(Layer):
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # as model.bfloat16() does to others
         return super()._apply(fn, *args)
 
-
 KINDS = {"quant": QuantLinear, "quant lowrank": QuantLowRank, "quant embedding": QuantEmbedding}
-
 
 def matrices(layer):
     return [m for m in layer.modules() if isinstance(m, QuantMatrix)]
-
 
 def describe(layer):
     """What config.json says of a quantized layer."""
     kind = next(kind for kind, cls in KINDS.items() if type(layer) is cls)
     form = dict(kind=kind, bits=matrices(layer)[0].bits, group=[m.group for m in matrices(layer)])
     return form | dict(rank=layer.rank) if kind == "quant lowrank" else form
-
 
 def from_description(form, dense):
     """An empty layer of the form that describe() gave, in the place of `dense`: nn.Linear or nn.Embedding."""
@@ -311,11 +289,9 @@ def from_description(form, dense):
         parts.append(nn.Parameter(torch.empty(out)))
     return KINDS[form["kind"]](*parts)
 
-
 def holding(layer, W):
     """The quantized layer with W in the place of a dense one."""
     return QuantEmbedding(W) if isinstance(layer, nn.Embedding) else QuantLinear(W, layer.bias)
-
 
 def quantize_layer(layer, bits, group=None, rounding=quantize_rows, name="a layer"):
     """The quantized layer that takes the place of a dense or low-rank one."""
@@ -329,14 +305,12 @@ def quantize_layer(layer, bits, group=None, rounding=quantize_rows, name="a laye
     why = "let alpha fall to 0 first" if isinstance(layer, BlendedLinear) else "take a model of 16 or 32 bit"
     raise InputError(f"a {type(layer).__name__} can't be quantized: {why}")
 
-
 def tie_quantized(model):
     """Give the embedding the model's dtype, and a tied head the embedding's matrix."""
     if isinstance(model.embed, QuantEmbedding):
         model.embed.dtype = model.norm.weight.dtype
         if model.config.tied and isinstance(model.head, (nn.Linear, QuantLinear)):
             model.head = QuantLinear(model.embed.W)
-
 
 def formats(model, bits, group=None):
     """name -> (bits, group) of what is quantized: linear layers and a dense W^E. The rest is left as it is.
@@ -349,14 +323,12 @@ def formats(model, bits, group=None):
         forms["embed"] = forms["head"] = 8, None
     return forms
 
-
 def quantize(model, bits, group=None, rounding=quantize_rows):
     """Quantize the layers of formats(), in place. rounding: quantize_rows, or one of beyond/rounding.py."""
     for name, form in formats(model, bits, group).items():
         layer = model.get_submodule(name)
         model.set_submodule(name, quantize_layer(layer, *form, rounding, name).train(layer.training))
     tie_quantized(model)
-
 
 # ------------------------------------------------------------------------- training with rounded weights
 
@@ -365,7 +337,6 @@ def fake_quantize(w, bits, group):
     rounded = decode(*quantize_rows(w, bits, check_format(bits, group, w.shape[-1]))).to(w.dtype)
     return rounded + (w - w.detach())  # 0, with the gradient of w
 
-
 def rounded_forward(layer, x):
     """layer(x) as if its matrices were quantized to layer.rounded_to."""
     plain = copy.copy(layer)
@@ -373,7 +344,6 @@ def rounded_forward(layer, x):
     matrices = {name: p for name, p in layer.named_parameters() if p.dim() == 2}
     rounded = {name: fake_quantize(p, *layer.rounded_to) for name, p in matrices.items()}
     return functional_call(plain, rounded, (x,))
-
 
 def attach_fake_quantization(model, bits, group=None):
     """Every layer that quantize() would take computes with rounded matrices; the parameters stay. Training

@@ -41,7 +41,6 @@ from model import Attention, Block, last_product
 MODES = ("none", "sdpa", "attention", "block")
 recomputed = Counter()  # what was computed a second time, and how often
 
-
 def use_recompute(model, mode):
     """Make every block of the model keep what `mode` says; in place, and any earlier mode is undone. RMSNorm
     keeps its input alone in every mode. Returns the model."""
@@ -57,13 +56,11 @@ def use_recompute(model, mode):
             _override(module, "forward", partial(norm_forward, module))
     return model
 
-
 def _override(module, name, function):
     """Let this one module use `function` for its attribute `name`; None: that of its class again."""
     module.__dict__.pop(name, None)
     if function is not None:
         module.__dict__[name] = function
-
 
 class State:
     """What a result depends on besides its inputs: the random states, and whether autocast is on."""
@@ -86,7 +83,6 @@ class State:
         in the backward pass would cut off the weight's gradient."""
         return torch.autocast(self.kind, **self.autocast, cache_enabled=False)
 
-
 # ----------------------------------------------------------------------------- a whole block
 #
 #     forward    x --[ norm1, attention, norm2, feed-forward; without a graph ]--> y     kept: x
@@ -98,7 +94,6 @@ class State:
 # The paper counts one more forward pass, a third of the time of forward and backward. The last product of a
 # block can be left out of it: in y = x + W^D u, the gradient of u needs dy and W^D, but never y. In GPT-2
 # that is a third of the block's products; of low rank, where only the one with B is left out, a sixteenth.
-
 
 class RecomputedBlock(torch.autograd.Function):
     """y = run(x), keeping x alone. parameters: those that run uses and that want a gradient. last: the layer
@@ -121,7 +116,6 @@ class RecomputedBlock(torch.autograd.Function):
         recomputed["block"] += 1
         return None, None, *torch.autograd.grad(y, (x, *parameters), dy, allow_unused=True)
 
-
 def recomputed_block(block, x, rope=None, cache=None, mask=None):
     """Block.forward, through RecomputedBlock where a gradient will be asked for."""
     def run(x):
@@ -130,7 +124,6 @@ def recomputed_block(block, x, rope=None, cache=None, mask=None):
     if cache is not None or not torch.is_grad_enabled() or not (x.requires_grad or trainable):
         return run(x)
     return RecomputedBlock.apply(run, block.mlp.down, x, *trainable)
-
 
 @contextmanager
 def without_product(layer):
@@ -148,7 +141,6 @@ def without_product(layer):
         yield
     finally:
         _override(layer, "forward", None)
-
 
 class GradientOfLinear(torch.autograd.Function):
     """Zeros in the shape of y = u W^T + b, and the gradients of y. u (..., in), W (out, in), b (out)."""
@@ -170,7 +162,6 @@ class GradientOfLinear(torch.autograd.Function):
         db = d.sum(0).to(W.dtype) if want_b else None
         return du, dW, db
 
-
 # ----------------------------------------------------------------------------- attention
 #
 #     none        q, k --> q k^T / sqrt(d) + mask --softmax--> p --dropout--> p' --> p' v = y
@@ -190,14 +181,12 @@ class GradientOfLinear(torch.autograd.Function):
 
 QUERIES = 256  # large enough for efficient products, small enough for scores that stay in a CPU's cache
 
-
 def query_blocks(q, k, mask):
     """The pairs (rows, keys)."""
     T, S = q.shape[1], k.shape[1]
     for i in range(0, T, QUERIES):
         j = min(i + QUERIES, T)
         yield slice(i, j), slice(0, S - T + j if mask is None else S)
-
 
 def probabilities(q, k, rows, keys, mask):
     """softmax(q k^T / sqrt(d) + mask) of a block: (h_kv, g m, S) where g = h / h_kv heads share a key."""
@@ -210,12 +199,10 @@ def probabilities(q, k, rows, keys, mask):
     with torch.autocast(q.device.type, enabled=False):  # it would keep the probabilities in 32 bit
         return torch.softmax(torch.baddbmm(bias, q, k[:, keys].mT, alpha=1 / math.sqrt(q.shape[-1])), -1)
 
-
 def draw_keep_mask(q, rows, keys, dropout):
     """(h, m, S), True with probability 1 - dropout: which probabilities stay."""
     mask = torch.empty(len(q), rows.stop - rows.start, keys.stop, dtype=torch.bool, device=q.device)
     return mask.bernoulli_(1 - dropout)
-
 
 def by_sequence(attend):
     """model.attend from a function of one sequence: without a mask, the heads of all sequences are taken for
@@ -226,7 +213,6 @@ def by_sequence(attend):
         masks = mask[:, 0].expand(len(q), -1, -1)
         return torch.stack([attend(*parts, dropout) for parts in zip(q, k, v, masks)])  # (B, h, T, d)
     return attend_all
-
 
 @by_sequence
 def materialized_attention(q, k, v, mask, dropout):
@@ -239,7 +225,6 @@ def materialized_attention(q, k, v, mask, dropout):
             keep[:, rows, keys] = draw_keep_mask(q, rows, keys, dropout)
         p = p * keep.view(p.shape) * (1 / (1 - dropout))
     return (p @ v).view(q.shape)
-
 
 class RecomputedAttention(torch.autograd.Function):
     """y = softmax(q k^T / sqrt(d) + mask) v, keeping q, k and v."""
@@ -281,9 +266,7 @@ class RecomputedAttention(torch.autograd.Function):
                 dk[:, keys] += (qb.mT @ ds).mT.mul_(scale)
         return dq, dk, dv, None, None
 
-
 recomputed_attention = by_sequence(RecomputedAttention.apply)
-
 
 # ----------------------------------------------------------------------------- RMSNorm
 #
@@ -293,7 +276,6 @@ recomputed_attention = by_sequence(RecomputedAttention.apply)
 #
 # A GPU's fused kernel does the same. On a CPU torch computes it in plain operations, of which autograd keeps
 # two 32-bit copies of x: a third of Llama's activations where these have 16 bits. So every mode uses it.
-
 
 class RecomputedNorm(torch.autograd.Function):
     """y = x / sqrt(mean(x^2) + eps) w, keeping x alone. x (..., C), w (C)."""
@@ -316,7 +298,6 @@ class RecomputedNorm(torch.autograd.Function):
         dw = (dy * n).flatten(0, -2).sum(0).to(w.dtype) if ctx.needs_input_grad[1] else None
         g = dy * w.to(wide)
         return (g - n * (g * n).mean(-1, keepdim=True)).mul_(scale).to(x.dtype), dw, None
-
 
 def norm_forward(norm, x):
     """RMSNorm.forward, through RecomputedNorm where autograd would see plain operations."""

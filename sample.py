@@ -31,7 +31,6 @@ TOP_P = 0.95         # draw from the likeliest tokens that have this probability
 SEED = 1             # of the draws; line n of --prompts has SEED + n - 1
 KV_MEMORY = 1 << 30  # bytes for the keys and values of many texts
 
-
 def parse(argv):
     p = Parser(__doc__)
     p.add_argument("--model", default="out/train", help="folder, file or known name (default: %(default)s)")
@@ -49,7 +48,6 @@ def parse(argv):
            "which one to use: give one, or --prompts with a name in each line")
     return args
 
-
 def named_folders(words):
     """name -> folder of each NAME=DIR; the name of a DIR alone is the folder."""
     folders = {}
@@ -58,7 +56,6 @@ def named_folders(words):
         refuse(name in folders, f"two adapters are called {name}: give each a name of its own")
         folders[name] = folder if equals else word
     return folders
-
 
 def write(model, tokenizer, ids, args, generator, cache=None):
     """Stream the continuation of ids to the terminal; returns its text and its tokens."""
@@ -74,7 +71,6 @@ def write(model, tokenizer, ids, args, generator, cache=None):
             print(piece, end="", flush=True)
     print()
     return text, tokens
-
 
 def chat(model, tokenizer, args, generator):
     """Answer each line with the whole conversation as the prompt, until an empty line or the end of input.
@@ -96,13 +92,11 @@ def chat(model, tokenizer, args, generator):
         known = ids + tokens
         messages.append(dict(role="assistant", content=text.strip()))
 
-
 def make_pool(model):
     """As many blocks as KV_MEMORY holds."""
     from beyond.paged_cache import SIZE, Pool, bytes_per_token
     device, dtype = model.norm.weight.device, model.norm.weight.dtype
     return Pool(model.config, KV_MEMORY // (SIZE * bytes_per_token(model.config, dtype)), SIZE, device, dtype)
-
 
 def many(model, tokenizer, args, device):
     """Answer every line of --prompts. All are read and checked before the first is answered."""
@@ -131,7 +125,6 @@ def many(model, tokenizer, args, device):
         print(json.dumps(row, ensure_ascii=False), flush=True)
     say_rate(sum(len(r.tokens) for r in lines), start, device)
 
-
 def open_model(name, bits):
     """(model, tokenizer, device), in float32."""
     device = find_device("float32")
@@ -139,12 +132,10 @@ def open_model(name, bits):
     refuse(tokenizer is None, f"{name} has no tokenizer beside its weights: put a tokenizer.json there")
     return model.eval(), tokenizer, device
 
-
 def say_rate(tokens, start, device):
     seconds = time.perf_counter() - start
     print(f"[{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s on {device.name}]",
           file=sys.stderr)
-
 
 def main(argv=None):
     args = parse(argv)
@@ -160,7 +151,6 @@ def main(argv=None):
     print(args.prompt, end="", flush=True)
     _, tokens = write(model, tokenizer, tokenizer.encode(args.prompt, around=True), args, generator)
     return say_rate(len(tokens), start, device)
-
 
 if __name__ == "__main__":
     command(main)

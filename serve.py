@@ -38,7 +38,6 @@ from sample import make_pool, named_folders, open_model
 
 WAITING = 256  # requests beside those in the batch; a client that comes then is told to come later
 
-
 class Refusal(InputError):
     """With a status of HTTP other than 400."""
 
@@ -46,10 +45,8 @@ class Refusal(InputError):
         super().__init__(message)
         self.status_code = status
 
-
 def error(e):
     return dict(error=dict(message=valid(str(e)), type="invalid_request_error", param=None, code=None))
-
 
 def forms():
     """Requests for completions, chats and measurements as models of pydantic. What is not here is refused."""
@@ -68,7 +65,6 @@ def forms():
     chat = create_model("Chat", messages=(list[message], Field(min_length=1)), logprobs=(bool, False),
                         top_logprobs=(int, Field(0, ge=0, le=20)), **both)
     return completion, chat, create_model("Measurement", model=(str, ""), text=(str, ""), __config__=strict)
-
 
 class Answer:
     """A request on its way. The engine's thread makes its tokens; its handler makes text of them."""
@@ -161,7 +157,6 @@ class Answer:
         except InputError as e:
             yield event(error(e))
 
-
 class Server:
     """The one thread that computes, and what handlers need to give it requests."""
 
@@ -240,7 +235,6 @@ class Server:
         pool, running = self.engine.pool, len(self.engine.running)
         return dict(running=running, waiting=len(self.answers) - running, blocks=pool.blocks,
                     blocks_used=pool.blocks - len(pool.free))
-
 
 def make_app(server, api_key=None):
     from fastapi import Depends, FastAPI, Request
@@ -324,7 +318,6 @@ def make_app(server, api_key=None):
         return await answered(http, chat, ["chat.completion", "chat.completion.chunk"])
     return app
 
-
 def main(argv=None):
     p = Parser(__doc__)
     p.add_argument("--model", default="out/train", help="folder, file or known name (default: %(default)s)")
@@ -354,7 +347,6 @@ def main(argv=None):
     say(f"serving {', '.join([args.model, *folders])} at http://{args.host}:{args.port}/v1, and a page at /")
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again when all answers are finished
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
-
 
 if __name__ == "__main__":
     command(main)

@@ -52,7 +52,6 @@ FIXED = ("model", "rank", "method", "init_from", "bits", "optimizer", "seq_len",
          "head", "warm_start", "vocabulary", "shape")
 SMALL = ("tiny", "small")  # their vocabulary is as large as the data's tokenizer; others keep their own
 
-
 def make_parser():
     p = Parser(__doc__)
     add = p.add_argument_group("model").add_argument
@@ -87,10 +86,8 @@ def make_parser():
     add("--save-interval", type=at_least_1, default=500, help="steps between two checkpoints")
     return p
 
-
 def main(argv=None, **settings):
     return start(train, make_parser(), argv, SETTINGS, settings)
-
 
 def train(args, given):
     # The device, and the state to resume from.
@@ -177,7 +174,6 @@ def train(args, given):
                   compression=full_rank / parameters)
     return 0
 
-
 def fill_in(args, device):
     """Give what was not given the value that depends on the device or on other arguments."""
     gpu = device.torch_device.type == "cuda"
@@ -198,12 +194,10 @@ def fill_in(args, device):
     gpipe = args.pipeline and args.schedule == "gpipe"
     args.recompute = args.recompute or ("block" if gpipe else attention)
 
-
 def faster_attention(device):
     """sdpa; in bfloat16 on a CPU, where torch's kernel takes twice as long, recompute.py's."""
     slow = device.torch_device.type == "cpu" and device.dtype == torch.bfloat16
     return "attention" if slow and importlib.util.find_spec("recompute") else "sdpa"
-
 
 def check(args, given):
     """Refuse what can't go together, before anything slow begins."""
@@ -232,7 +226,6 @@ def check(args, given):
     refuse(args.pipeline and args.batch_size % args.microbatches,
            f"--batch-size {args.batch_size} is not divisible into {args.microbatches} microbatches")
 
-
 def pretrained_model(args, given, home):
     """The model of --init-from, its layers replaced as --method says, and its tokenizer."""
     model, tokenizer = load_model(args.init_from)
@@ -249,7 +242,6 @@ def pretrained_model(args, given, home):
         say(blend_with(model, lambda name: dense.get(f"{name}.weight")))
     model.set_dropout(args.dropout)
     return model.to(home), tokenizer
-
 
 def random_model(args, vocab_size, home):
     """A model with random weights: shapes first, then memory, then values."""
@@ -270,7 +262,6 @@ def random_model(args, vocab_size, home):
            f"there are {memory / 1e9:,.0f}: give a --rank, or a smaller model")
     model.to_empty(device=home).init_weights()
     return model
-
 
 def set_up(model, args, device, moments):
     """The strategy that trains the model, and its optimizers with their moments."""
@@ -297,11 +288,9 @@ def set_up(model, args, device, moments):
     restore_moments(model, optimizers, moments)
     return strategy, optimizers
 
-
 def rank_of(model):
     """The rank of a model's layers, the largest if they differ; 0 at full rank."""
     return max((m.rank for m in model.modules() if isinstance(m, LowRankLinear)), default=0)
-
 
 if __name__ == "__main__":
     command(main)

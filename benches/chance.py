@@ -14,12 +14,10 @@ from benches.common import PAPER, table
 
 DEFAULTS = {}
 
-
 def by_chance(a, b, rows):
     """Two-sided probability of a difference as large as that of two shares a and b (percent) of so many rows
     where there is none: it has a deviation of sqrt((a (1 - a) + b (1 - b)) / rows)."""
     return 2 * NormalDist().cdf(-abs(a - b) / math.sqrt((a * (100 - a) + b * (100 - b)) / rows))
-
 
 def holm(probabilities, level=0.05):
     """How many of them hold at once, with a chance of `level` that any of these is wrong: the smallest of n
@@ -31,7 +29,6 @@ def holm(probabilities, level=0.05):
         held += 1
     return held
 
-
 def bench(args):
     rows = []
     for base, models in PAPER["scores"].items():
@@ -41,7 +38,6 @@ def bench(args):
                 half = 1.96 * math.sqrt(score * (100 - score) / n)  # of the 95% interval
                 rows.append(dict(base=base, model=model, task=task, score=score, interval=half, p=p))
     return SimpleNamespace(name="computed from the paper's figures"), rows
-
 
 def report(rows):
     """A table for GPT-2 and one for Llama 2."""

@@ -25,10 +25,9 @@ HELP = {  # of the flags whose names do not say it all
     "hours": "after so many no run begins", "lengths": "the shortest and the longest prompt",
     "nanogpt": "also time nanoGPT's 124M, from this checkout of its repository",
     "out_dir": "a stopped run goes on there, a finished one is not repeated", "ranks": "0: full rank",
-    "quality": "perplexity in place of times", "text": "to measure: a file, a folder or builtin",
+    "quality": "scores in place of times", "text": "to measure: a file, a folder or builtin",
     "recompute": "a mode of train.py --recompute, or all", "task": "made-up headlines if it is not at hand",
 }
-
 
 def parse(name, module, argv):
     """The arguments of one bench. Its DEFAULTS say which flags it has; a flag is of its default's type."""
@@ -44,11 +43,9 @@ def parse(name, module, argv):
     p.add_argument("--json", help="write the rows to this file too")
     return p.parse_args(argv)
 
-
 def list_of(kind):
     """The argparse type of a list with commas."""
     return lambda text: [kind(word) for word in text.split(",")]
-
 
 def interleaved(steps, rounds):
     """Median seconds of each named step, all of them run in turn `rounds` times after a warm-up."""
@@ -62,13 +59,11 @@ def interleaved(steps, rounds):
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t[1:]) for name, t in times.items()}
 
-
 def installed(package):
     there = importlib.util.find_spec(package) is not None
     if not there:
         print(f"{package} is not installed: its rows are left out (pip install {package})")
     return there
-
 
 def llama_cpp(file, clients=1, tokens=1024):
     """llama.cpp's server in this process, for so many requests at once, each with so many tokens."""
@@ -78,7 +73,6 @@ def llama_cpp(file, clients=1, tokens=1024):
     settings.n_parallel, settings.n_ctx = clients, clients * tokens
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
     return xllamacpp.Server(settings)
-
 
 class Worker(ProcessPoolExecutor):
     """A process of its own, for its peak memory: make(*job) there gives a function, and ask(x) its result."""
@@ -95,7 +89,6 @@ class Worker(ProcessPoolExecutor):
 
     def ask(self, x):
         return self.submit(Worker.answer, *self.job, x).result()
-
 
 def run_once(script, folder, *flags, **settings):
     """`python SCRIPT FLAGS --out-dir FOLDER`; a stopped run goes on, a finished one is not repeated. Beside
@@ -119,7 +112,6 @@ def run_once(script, folder, *flags, **settings):
         done = subprocess.run([sys.executable, "-c", main, *flags, "--out-dir", folder])
         refuse(done.returncode, f"{script} ended with {done.returncode}: its own lines above say why")
     return read_json(folder / "summary.json")
-
 
 def table(rows, columns=None):
     """Rows as a Markdown table; None leaves a cell empty, and rank 0 is "full".

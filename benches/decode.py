@@ -31,7 +31,6 @@ READ, TIMES = 1 << 29, 10  # bytes, more than any CPU's cache holds; read so oft
 DEFAULTS = dict(models=["gpt2", "gpt2-xl"], gguf=None, ranks=[], bits=[16, 8, 4], eager=False, batch=1,
                 new_tokens=100, rounds=3)
 
-
 def writer(name, batch, engine, rank, bits):
     """For a Worker: a function of (count, cache) that generates so many tokens, always the likeliest, and
     returns sizes in bytes."""
@@ -69,7 +68,6 @@ def writer(name, batch, engine, rank, bits):
         return dict(model_bytes=size, read_bytes=read, peak_memory_bytes=peak_memory(device))
     return answer
 
-
 def measure(name, jobs, batch, runs):
     """Rows for all jobs (engine, rank, bits) of one model. runs: (cache or not, new tokens, rounds)."""
     workers, sizes, rows = {job: Worker(writer, name, batch, *job) for job in jobs}, {}, []
@@ -96,7 +94,6 @@ def measure(name, jobs, batch, runs):
         worker.shutdown()
     return rows
 
-
 def bench(args):
     """A row for each model, with and without the cache."""
     most = config_for("gpt2").context - len(PROMPT)
@@ -117,7 +114,6 @@ def bench(args):
             rows += measure(name, jobs, args.batch, [*runs, (False, UNCACHED, 1)])
     print(f"{device.name}: batch {args.batch}, prompt of {len(PROMPT)} tokens")
     return device, rows
-
 
 def report(rows):
     peer = "llama.cpp" if rows[0]["engine"] == "llama.cpp" else "transformers"

@@ -26,7 +26,6 @@ REAL = "smollm2-135m"
 DEFAULTS = dict(models=[REAL, "gpt2"], quality=False, text=None, calibration=None,
                 out_dir="out/bench_decompose")
 
-
 @torch.no_grad()
 def smollm2(device):
     """Matrices that share inputs, and H of these, from 4,096 tokens of Python's own text: [(matrices, H)]."""
@@ -40,7 +39,6 @@ def smollm2(device):
     walk(model, windows, look, "moments of smollm2-135m")
     return groups
 
-
 def random_matrices(name, device):
     """The same of a GPT-2's shapes: random matrices (flat spectra), inputs of deviations 1/sqrt(i)."""
     config, groups = config_for(name), []
@@ -52,19 +50,15 @@ def random_matrices(name, device):
         groups.append(([0.02 * torch.randn(shape, device=device)], X.T @ X))
     return groups
 
-
 def rank_of(W):
     return min(W.shape) // 3
-
 
 def plain(matrices, H):
     return [svd_factors(W, rank_of(W)) for W in matrices]
 
-
 def activations(matrices, H):
     moments = Moments(H)
     return [moments.factors(W, rank_of(W))[0] for W in matrices]
-
 
 def compare(matrices, H, ours):
     """Seconds of ours and of the loop, in turn, and the largest error over the optimum."""
@@ -83,7 +77,6 @@ def compare(matrices, H, ours):
         worst = max(worst, error.item())
     return seconds["ours"], seconds["loop"], worst
 
-
 def speed(models, device):
     rows = []
     for model in models:
@@ -94,7 +87,6 @@ def speed(models, device):
                              matrices=sum(len(matrices) for matrices, _ in groups),
                              speedup=sum(loop) / sum(seconds), error_over_optimum=max(errors)))
     return rows
-
 
 def quality(args):
     """Perplexity of smollm2-135m decomposed, and after recovery. A stopped run goes on in --out-dir."""
@@ -121,12 +113,10 @@ def quality(args):
         add(f"activations, method {method}", RECOVERED, STEPS, out)
     return rows
 
-
 def bench(args):
     device = find_device("float32")
     torch.set_float32_matmul_precision("highest")
     return device, quality(args) if args.quality else speed(args.models, device.torch_device)
-
 
 def report(rows):
     if "perplexity" in rows[0]:

@@ -51,7 +51,6 @@ STAGES = [  # name, seconds at most, the command, the command of a dry run
 
 DEFAULTS = dict(minutes=25.0, out_dir=None, dry_run=False)
 
-
 def stage(name, seconds, command, folder):
     """Run a stage, which leaves NAME.json if it ends well: its own rows, or what it said. Returns a line. The
     processes that it began end with it."""
@@ -75,7 +74,6 @@ def stage(name, seconds, command, folder):
         write_atomic(file, json.dumps(dict(command=command, said=said), indent=1) + "\n")
     return "done"
 
-
 def bench(args):
     """A row for each stage. A dry run in which a stage failed is refused."""
     dry = args.dry_run or not torch.cuda.is_available()
@@ -97,7 +95,6 @@ def bench(args):
     refuse(dry and any(r["became"].startswith(("failed", "stopped")) for r in rows),
            f"{device.name}: a stage of the dry run failed, see above")
     return device, rows
-
 
 def report(rows):
     return table(rows, {"stage": "stage", "seconds": ("seconds", "{:.0f}"), "became": "became"})

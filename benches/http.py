@@ -24,7 +24,6 @@ TURNS = 2  # requests of each client in a round
 DEFAULTS = dict(gguf="smollm2-135m", bits=[8, 4], clients=[1, 8, 32], lengths=[16, 200], new_tokens=64,
                 rounds=3)
 
-
 # For a Worker: both start a server and give a function that says where it listens.
 
 def ours(file, bits):
@@ -38,11 +37,9 @@ def ours(file, bits):
     threading.Thread(target=http.run, args=([listener],), daemon=True).start()
     return lambda _: "http://127.0.0.1:{1}".format(*listener.getsockname())
 
-
 def theirs(file, clients, tokens):
     server = llama_cpp(file, clients, tokens)
     return lambda _: server.listening_address
-
 
 def ask(address, new, prompt):
     """(seconds until the first token, tokens) of one streamed answer."""
@@ -57,7 +54,6 @@ def ask(address, new, prompt):
             if b'"usage"' in line:
                 tokens = json.loads(line.removeprefix(b"data: "))["usage"]["completion_tokens"]
     return first, tokens
-
 
 def bench(args):
     file, most = str(locate(args.gguf)), max(args.clients)
@@ -84,7 +80,6 @@ def bench(args):
     for server in servers.values():
         server.shutdown()
     return device, rows
-
 
 def report(rows):
     return table(rows, {

@@ -30,7 +30,6 @@ WRONG = 0.02  # of the norm of what float64 gives
 WARM_UP = 0.03  # seconds of replays before the timed ones, until the clocks have risen
 DEFAULTS = dict(dry_run=False)
 
-
 def graph_seconds(calls, rounds=20):
     """Median seconds of one call, the calls being recorded one after the other in a CUDA graph."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -52,11 +51,9 @@ def graph_seconds(calls, rounds=20):
             times.append(begin.elapsed_time(end) / 1e3 / len(calls))
     return statistics.median(times)
 
-
 def cpu_seconds(calls):
     """The same without a graph, once."""
     return timeit.timeit(lambda: [call() for call in calls], number=1) / len(calls)
-
 
 def bytes_of(thing):
     """Bytes of a tensor, of a QuantMatrix with its scales and offsets, or of several of these."""
@@ -64,11 +61,9 @@ def bytes_of(thing):
         return thing.nbytes
     return sum(map(bytes_of, thing.parts() if isinstance(thing, QuantMatrix) else thing))
 
-
 def exact(W):
     """W in float64, not by kernels.cu."""
     return (W if isinstance(W, torch.Tensor) else W.rows(torch.arange(W.out_features))).double()
-
 
 class Measurement:
     """Collects rows; seconds(calls) times a list of calls."""
@@ -152,13 +147,11 @@ class Measurement:
             add("ours", call=lambda x, pair: k.lowrank(x, *pair))
             add("ours, two launches", call=lambda x, pair: k.product(k.product(x, pair[0]), pair[1]))
 
-
 def int4pack(W):
     """The same integers, scales and offsets as torch's product of int4 takes them."""
     q = (unpack(W.q, 4, W.in_features) + 8).to(torch.uint8)
     packed = torch._convert_weight_to_int4pack(q[:, ::2] << 4 | q[:, 1::2], 8)
     return packed, torch.stack([W.scale.T, W.offset.T], -1).bfloat16().contiguous()
-
 
 @torch.inference_mode()
 def bench(args):
@@ -177,7 +170,6 @@ def bench(args):
             m.products(dense, form)
             m.factors(out, width, rank, form)
     return device, m.rows
-
 
 def report(rows):
     return table(rows, {

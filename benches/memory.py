@@ -37,7 +37,6 @@ KINDS = ("parameter", "gradient", "optimizer", "activation", "transient")
 LENGTH = 4096  # of the paper's tables
 DEFAULTS = dict(model="llama2-7b", batch=1, seq=LENGTH, recompute="all")
 
-
 class Watch(TorchDispatchMode):
     """Adds up the bytes of the storages that were made inside and are alive; `peak` is the most there was."""
 
@@ -62,10 +61,8 @@ class Watch(TorchDispatchMode):
     def gone(self, size):
         self.alive -= size
 
-
 def storages(things):
     return [t.untyped_storage() for t in tree_iter(things) if isinstance(t, torch.Tensor)]
-
 
 class Kept(saved_tensors_hooks):
     """Inside, what autograd keeps is noted in `storages`, parameters aside. gradients: parameters whose
@@ -86,7 +83,6 @@ class Kept(saved_tensors_hooks):
     def bytes(self):
         return sum(storage.nbytes() for storage in self.storages.values())
 
-
 def measure(piece, x, kept):
     """Run piece(x) and its backward pass: (bytes kept, the most that exists beside them, result)."""
     with Watch() as watch:
@@ -98,7 +94,6 @@ def measure(piece, x, kept):
         if y.requires_grad:
             y.backward(y.detach())  # any gradient would do; this one takes no memory beside y
     return size, watch.peak - size, y.detach().requires_grad_(y.requires_grad)
-
 
 def activations(model, batch, length, recompute):
     """Of a step on `batch` sequences of `length` tokens: bytes kept; the working sets of a block and of the
@@ -123,7 +118,6 @@ def activations(model, batch, length, recompute):
         more, working, _ = measure(lambda x: head_loss(model.head, model.norm(x), tokens), x, outside)
     return kept + more, largest, max(ends, working)
 
-
 def account(model, batch, length, recompute, optimizer_bytes=4):
     """Rows {name, kind, bytes} of a training step with weights of 16 bit. recompute: a mode of recompute.py.
     optimizer_bytes: for each number that learns; two moments of 16 bit take 4."""
@@ -135,16 +129,13 @@ def account(model, batch, length, recompute, optimizer_bytes=4):
             ("working set of a block", "transient", block), ("working set of the loss", "transient", ends)]
     return [dict(name=name, kind=kind, bytes=n) for name, kind, n in rows]
 
-
 def by_kind(rows):
     """kind -> bytes. What is transient is not there at the same time: the largest counts."""
     sizes = {kind: [row["bytes"] for row in rows if row["kind"] == kind] for kind in KINDS}
     return {kind: max(n) if kind == "transient" else sum(n) for kind, n in sizes.items()}
 
-
 def meta_model(name):
     return build(config_for(name), {})
-
 
 # ----------------------------------------------------------------------------- the paper's tables
 
@@ -154,11 +145,9 @@ KEEPS = {  # mode: what is kept, and the paper's total
     "attention": ("q, k, v: q k^T and the softmax again, by hand", 12.2),
     "block": ("the inputs of blocks", 2.5)}
 
-
 def rows_of(model, batch, length, mode):
     """As the paper counts: for the optimizer two moments and a copy of the weights in 32 bit."""
     return account(model, batch, length, mode, optimizer_bytes=12)
-
 
 def table_iii():
     """Llama2-7B and 70B: GB of ours, and the paper's in brackets."""
@@ -170,7 +159,6 @@ def table_iii():
         rows.append(dict(model=name, batch=batch) | cells)
     return table(rows)
 
-
 def bench(args):
     device, model, rows = find_device("float32"), meta_model(args.model), []
     if args.recompute != "all":
@@ -181,7 +169,6 @@ def bench(args):
         kinds = by_kind(rows_of(model, args.batch, args.seq, mode))
         rows.append(dict(mode=mode, bytes=kinds["activation"], working_set=kinds["transient"]))
     return device, rows
-
 
 def report(rows):
     if "kind" in rows[0]:

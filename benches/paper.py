@@ -23,10 +23,8 @@ TARGETS = {"llama2-7b": ("q", "v"), "llama2-13b": ("q", "k", "v")}
 FINETUNED = 512  # tokens of a finetuning step
 DEFAULTS = {}
 
-
 def row(of, what, quantity, value, paper, how="exact"):
     return dict(table=of, what=what, quantity=quantity, value=value, paper=paper, how=how)
-
 
 def table_vi():
     """Tables VI and VII: sizes, and how many times fewer operations than at full rank a training step of 256
@@ -49,7 +47,6 @@ def table_vi():
     replace_linears(model, 512, embedding_rank=512)
     return [*rows, row("VI", "llama2-7b r512, W^E too", "parameters, M", count_parameters(model) / 1e6, 1320)]
 
-
 def finetuning_peak(name, r, bits, device):
     """Peak bytes of a LoRA step on a GPU, batch 1."""
     model = random_model(name, bits=bits, device=device.torch_device)
@@ -60,7 +57,6 @@ def finetuning_peak(name, r, bits, device):
     for _ in range(2):
         step(torch.bfloat16)
     return peak_memory(device.torch_device)
-
 
 def table_ix(device):
     rows = []
@@ -82,11 +78,9 @@ def table_ix(device):
                  add(f"finetuning GB, 1 x {FINETUNED}", peak / 1e9, memory, how)]
     return rows
 
-
 def bench(args):
     device = find_device("float32")
     return device, table_vi() + table_ix(device)
-
 
 def report(rows):
     """A table for each of the paper's, its numbers in brackets."""

@@ -18,12 +18,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+import pipeline
 from benches.common import table
 from common.device import find_device
-from pipeline import SCHEDULES, Grid, Wires, count_stages, execute, process_of, schedule, simulate, utilization
+from pipeline import Grid, Wires, execute, process_of, schedule, utilization
 
 DEFAULTS = dict(stages=4)
-
 
 class Wait(torch.autograd.Function):
     """x; the backward pass waits, and notes it as a step of this kind."""
@@ -37,7 +37,6 @@ class Wait(torch.autograd.Function):
     def backward(ctx, g):
         ctx.stage.wait(ctx.kind)
         return g, None, None
-
 
 class TimedStage(nn.Module):
     """y = x W^T that waits in F, B and W, and notes in `rows` when: (process, kind, start, end)."""
@@ -56,12 +55,11 @@ class TimedStage(nn.Module):
         self.wait("F")
         return F.linear(Wait.apply(x, "B", self), Wait.apply(self.weight, "W", self))
 
-
 def engines(grid, kind, microbatches, seconds, rows):
     """name -> function that runs one step over timed stages: ours, and torch's where it has one."""
     from torch.distributed import pipelining
     device, lists = torch.device("cpu"), schedule(kind, grid.stages, microbatches)
-    count, steps = count_stages(lists), lists[grid.stage]
+    count, steps = pipeline.count_stages(lists), lists[grid.stage]
     mine = [s for s in range(count) if process_of(s, grid.stages) == grid.stage]
     own = {s: TimedStage(grid.stage, seconds, rows) for s in mine}
     wires, batch = Wires(grid, device, count), torch.ones(microbatches, 64, 64, requires_grad=True)
@@ -85,14 +83,13 @@ def engines(grid, kind, microbatches, seconds, rows):
     target = dict(target=torch.zeros_like(batch)) if count - 1 in own else {}
     return {"ours": ours, "torch": lambda: torchs.step(*arguments, **target)}
 
-
 def member(rank, folder, stages, counts, rounds, seconds):
     """One process. Its rows: of each schedule and number of microbatches the median utilization over the
     rounds, all engines in turn, after a warm-up."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=stages)
     grid, rows = Grid(stages), []
-    for kind, M in itertools.product(SCHEDULES, counts):
+    for kind, M in itertools.product(pipeline.SCHEDULES, counts):
         noted, found = [], defaultdict(list)
         steps = engines(grid, kind, M, seconds, noted)
         for _ in range(rounds + 1):
@@ -105,12 +102,11 @@ def member(rank, folder, stages, counts, rounds, seconds):
                 found[name].append(utilization(sum(parts, [])))
         median = {name: statistics.median(values[1:]) for name, values in found.items()}
         backward = 1 if kind.startswith("zb") else 2  # else it has W's part in it
-        theory = utilization(simulate(schedule(kind, stages, M), backward=backward))
+        theory = utilization(pipeline.simulate(schedule(kind, stages, M), backward=backward))
         rows.append(dict(schedule=kind, stages=stages, microbatches=M, utilization=median["ours"],
                          theory=theory, torch_utilization=median.get("torch")))
     dist.destroy_process_group()
     return rows
-
 
 def measure(stages=4, counts=(1, 4, 8, 16), seconds=0.05, rounds=3):
     pool = ProcessPoolExecutor(stages, multiprocessing.get_context("spawn"))
@@ -118,10 +114,8 @@ def measure(stages=4, counts=(1, 4, 8, 16), seconds=0.05, rounds=3):
         one = partial(member, folder=folder, stages=stages, counts=counts, rounds=rounds, seconds=seconds)
         return list(pool.map(one, range(stages)))[0]
 
-
 def bench(args):
     return find_device("float32"), measure(args.stages)
-
 
 def report(rows):
     def torchs(r):

@@ -22,7 +22,6 @@ WAYS = [(16, None, ""), (8, 0, MINMAX), (8, 64, MINMAX), (4, 64, MINMAX), (4, 64
         (4, 64, FEEDBACK), (4, 64, SWEPT), (4, 0, SWEPT)]  # bits, numbers with a scale (0: a row), rounding
 DEFAULTS = dict(text="builtin", calibration="builtin")
 
-
 def bench(args):
     device, rows = find_device("float32"), []
     for bits, group, how in WAYS:
@@ -43,7 +42,6 @@ def bench(args):
                          calibration=Path(args.calibration).name if learns else None,
                          over_16_bit=value / first - 1, seconds=seconds, model_bytes=stored_bytes(model)))
     return device, rows
-
 
 def report(rows):
     scales = {None: "", 0: "a row", 64: "64 weights"}

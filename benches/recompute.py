@@ -22,7 +22,6 @@ AGAINST = {"none": "none", "sdpa": "none", "attention": "none", "block": "sdpa",
 BLOCKS = 2
 DEFAULTS = dict(batch_size=1, seq_len=1024, dtype="float32", rounds=9)
 
-
 def bench(args):
     device = find_device(args.dtype)
     torch.manual_seed(0)
@@ -52,7 +51,6 @@ def bench(args):
                          overhead=seconds[mode] / seconds[AGAINST[mode]] - 1, peak_bytes=watch.peak))
     print(f"{BLOCKS} blocks of GPT-2, batch {args.batch_size} x {args.seq_len} tokens, {device.name}")
     return device, rows
-
 
 def report(rows):
     return table(rows, {

@@ -49,13 +49,11 @@ CHOOSE, REPORT = "Dickens_Hard.txt", ("Austen_Pride.txt", "EBronte_Wuthering.txt
 STUDENT = {2: 12.71, 3: 4.30}  # 97.5% quantiles for so many seeds
 DEFAULTS = dict(sizes=list(SIZES), seeds=[1, 2, 3], hours=24.0, jobs=2, out_dir="out/scaling")
 
-
 def shapes(shape, rank):
     """A model without numbers. shape: blocks, heads, width."""
     blocks, heads, width = shape
     return shapes_of_rank("tiny", rank, vocab_size=VOCABULARY, blocks=blocks, heads=heads, kv_heads=heads,
                           width=width, ffn=4 * width)
-
 
 def variant(size, name):
     """(shape, rank) of a variant. A dense model has the width whose count comes nearest."""
@@ -67,14 +65,12 @@ def variant(size, name):
     narrower = [(blocks, heads, n) for n in range(heads, width + 1, heads)]
     return min(narrower, key=lambda shape: abs(count(shapes(shape, 0)) - wanted)), 0
 
-
 @torch.no_grad()
 def window_losses(model, tokenizer, novel):
     """The loss of each window of a novel."""
     tokens = np.array(first_tokens(FICTION / novel, tokenizer))
     batches = eval_batches(tokens, LENGTH, 1, len(tokens))
     return [head_loss(model.head, model.hidden(x), y).item() for x, y in batches]
-
 
 def train(args, size, name, ratio, lr, seed):
     """The row of one run, made now or found where it was made before; a TimeoutError where it is late."""
@@ -102,14 +98,12 @@ def train(args, size, name, ratio, lr, seed):
     print(f"{size}, {name}, {ratio} tokens a parameter, rate {lr:g}, seed {seed}: {row['loss']:.4f}")
     return row
 
-
 def best_rate(loss, rate, up=True):
     """The rate of least loss, by factors of 2 from `rate` until the next is no better. up: also to larger."""
     factor = 2.0 if up and loss(rate * 2) < loss(rate) else 0.5
     while loss(rate * factor) < loss(rate):
         rate *= factor
     return rate
-
 
 def finish(args, size, name, seed):
     """The rows of a variant, one for each length that is in time, at the rates that suit the first seed."""
@@ -123,7 +117,6 @@ def finish(args, size, name, seed):
                 rate = best_rate(partial(chosen, ratio), rate, up=False)
             rows.append(train(args, size, name, ratio, rate, seed))
     return rows
-
 
 def bench(args):
     for size in args.sizes:
@@ -153,7 +146,6 @@ def bench(args):
         rows.append(dict(size=None, variant=name, tokens=len(files.train), loss=loss))
     return find_device("float32"), rows
 
-
 def counting_model(train, texts, order):
     """Nats a token of texts by an interpolated model of `order` tokens with a discount of 0.75, from train:
     p_n(w | c) = max(count(c w) - 0.75, 0) / count(c) + 0.75 kinds(c) / count(c) p_(n-1)(w | shorter c)."""
@@ -176,7 +168,6 @@ def counting_model(train, texts, order):
         losses.append(statistics.fmean(-math.log(p(gram)) for gram in zip(*(text[i:] for i in range(order)))))
     return statistics.fmean(losses)
 
-
 def compared(rows):
     """A line for each size, variant and length: its mean loss, and the difference to full rank with half its
     interval, over the seeds that both have."""
@@ -197,7 +188,6 @@ def compared(rows):
         lines.append(own[seeds[0]] | dict(loss=loss, gap=gaps.mean(), half=half, seeds=len(seeds)))
     return lines
 
-
 def dense_like(line, lines):
     """Parameters of the dense model that has a line's loss after the same tokens, as a share of full rank's:
     on straight lines of log N between the dense models of its size. None outside them."""
@@ -206,7 +196,6 @@ def dense_like(line, lines):
     if not losses[0] <= line["loss"] <= losses[-1]:
         return None
     return math.exp(np.interp(line["loss"], losses, sizes) - max(sizes))
-
 
 def report(rows):
     """A table for each size, the fit of N_eff, and what counting gives."""
@@ -232,7 +221,6 @@ def report(rows):
             texts.append(f"N_eff = N (r/n)^{x @ y / (x @ x):.2f} at {RATIOS[-1]} tokens a parameter")
     counted = "; ".join(f"{r['variant']}: {r['loss']:.3f}" for r in rows if not r["size"])
     return "\n\n".join([*texts, f"{counted} (all {rows[-1]['tokens']:,} tokens of the training text)"])
-
 
 def plot(rows, path):
     """Above, the difference to full rank over tokens a parameter; below, the loss over operations."""

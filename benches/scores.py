@@ -14,7 +14,6 @@ from common.device import find_device
 DEFAULTS = dict(model="smollm2-135m", bits=[16, 8, 4], limit=300, out_dir="out/bench_scores",
                 tasks=["boolq", "piqa", "winogrande", "fpb", "fiqa", "tfns", "ner"])
 
-
 def bench(args):
     rows = []
     for bits in args.bits:
@@ -29,7 +28,6 @@ def bench(args):
                              interval=best["interval"], majority=r["majority"], rows=r["rows"],
                              written=r["f1"] if "likeliest" in r else None, seconds=r["seconds"]))
     return find_device("float32"), rows
-
 
 def report(rows):
     """A line for each task, a column for each number of bits."""

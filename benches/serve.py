@@ -26,7 +26,6 @@ from sample import make_pool, open_model
 TARGETS, RANK = ("q", "k", "v", "qkv"), 8  # of the random adapters
 DEFAULTS = dict(model="smollm2-135m", sequences=32, lengths=[16, 200], new_tokens=24, rounds=2)
 
-
 def generation_cost(model, prompt, new, use_cache):
     """(tokens read, operations by weights, operations of attention) to write `new` tokens after `prompt`.
 
@@ -37,7 +36,6 @@ def generation_cost(model, prompt, new, use_cache):
     tokens, keys = sum(texts), sum(n * (n + 1) // 2 for n in texts)
     c = model.config
     return tokens, 2 * count_parameters(model) * tokens, 4 * keys * c.heads * c.head_size * c.blocks
-
 
 def paper_counts():
     """Section III.C.2's example: model, cache, tokens, TFLOP by weights and of attention, the paper's."""
@@ -52,7 +50,6 @@ def paper_counts():
                              attention=attention / 1e12, paper="" if cache else paper))
     return rows
 
-
 def mixed_prompts(model, tokenizer, count, args):
     """Stretches of the built-in text, of lengths drawn evenly from the range of --lengths."""
     most = model.config.context - args.new_tokens
@@ -63,7 +60,6 @@ def mixed_prompts(model, tokenizer, count, args):
     starts = [draw.randrange(len(ids) - n) for n in lengths]
     return [list(ids[start:start + n]) for start, n in zip(starts, lengths)]
 
-
 def random_adapter(model, seed):
     """Factors as training leaves them in size: an adapter changes a layer's output by a few percent."""
     generator, factors = torch.Generator().manual_seed(seed), {}
@@ -73,25 +69,21 @@ def random_adapter(model, seed):
             factors[name] = [torch.randn(*shape, generator=generator) * 0.02 for shape in shapes]
     return SimpleNamespace(factors=factors, scale=2.0)
 
-
 # Each engine returns the slots of keys and values reserved at most, and those used then.
 
 def sequential(model, adapters, prompts, names, new):
     found = [contiguous(model, adapters, [p], [name], new) for p, name in zip(prompts, names)]
     return map(max, zip(*found))
 
-
 def contiguous(model, adapters, prompts, names, new):
     adapters.select(names)
     list(generate(model, prompts, new, temperature=0))
     return len(prompts) * (max(map(len, prompts)) + new), sum(len(p) + new - 1 for p in prompts)
 
-
 def paged(model, adapters, prompts, names, new):
     engine = Engine(model, make_pool(model), adapters=adapters, batch_size=len(prompts))
     list(engine.run([Request(p, new, adapter=name) for p, name in zip(prompts, names)]))
     return engine.peak
-
 
 def bench(args):
     model, tokenizer, device = open_model(args.model, 16)
@@ -113,7 +105,6 @@ def bench(args):
                          kv_bytes_reserved=reserved * size, kv_bytes_used=used * size))
     print(f"{args.model}, {args.new_tokens} new tokens for each prompt, float32, {device.name}")
     return device, rows
-
 
 def report(rows):
     base = next(r["tokens_per_second"] for r in rows if r["engine"] == "sequential")

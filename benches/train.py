@@ -27,7 +27,6 @@ PAPER = {("gpt2", 192): "1.14x", ("gpt2", 96): "1.18x", ("gpt2", 48): "1.19x", (
 DEFAULTS = dict(model="gpt2", ranks=[0, 192, 96, 48], dtypes=["bfloat16", "float32"], batch_size=4,
                 seq_len=256, rounds=5, nanogpt=None, compile=False)
 
-
 def timed_step(device, loss_of, model, optimizer, batch, length):
     """step(dtype): forward, backward, clip and update on random tokens."""
     tokens = torch.randint(model.config.vocab_size, (batch, length + 1), device=device.torch_device)
@@ -43,7 +42,6 @@ def timed_step(device, loss_of, model, optimizer, batch, length):
         optimizer.zero_grad()
     return step
 
-
 def training_step(model, device, batch, length, as_it_is=False):
     """A step as `train.py --optimizer adamw` makes it; as_it_is: the model is compiled or recomputes."""
     def loss_of(x, y, here):
@@ -52,7 +50,6 @@ def training_step(model, device, batch, length, as_it_is=False):
         return head_loss(model.head, model.hidden(x), y)
     optimizer, = make_optimizers(model, 1e-4, 0.1)
     return timed_step(device, loss_of, model, optimizer, batch, length)
-
 
 def nanogpt_step(folder, device, batch, length):
     """A step of nanoGPT's GPT-2 124M, by its own model.py and optimizer."""
@@ -64,7 +61,6 @@ def nanogpt_step(folder, device, batch, length):
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.torch_device.type)
     return timed_step(device, lambda x, y, _: model(x, y)[1], model, optimizer, batch, length)
 
-
 def shapes_of_rank(name, rank, **changes):
     """A known model of a rank (0: full), some fields of its configuration changed, without numbers."""
     with torch.device("meta"):
@@ -73,13 +69,11 @@ def shapes_of_rank(name, rank, **changes):
             replace_linears(model, rank)
     return model
 
-
 def gpt2_of_rank(name, rank, device):
     torch.manual_seed(0)
     model = shapes_of_rank(name, rank).to_empty(device=device.torch_device)
     model.init_weights()
     return model
-
 
 def peak_of_two_steps(name, rank, batch, length, dtype):
     """Peak of the process's memory in bytes: resident on a CPU, allocated on a GPU."""
@@ -88,7 +82,6 @@ def peak_of_two_steps(name, rank, batch, length, dtype):
     for _ in range(2):
         step(device.dtype)
     return peak_memory(device.torch_device)
-
 
 def bench(args):
     """A row for each rank and dtype."""
@@ -118,7 +111,6 @@ def bench(args):
                          parameters=count_parameters(model), mfu=mfu, matmul_tflops=rates[d] / 1e12,
                          peak_memory_bytes=peak))
     return device, rows
-
 
 def report(rows):
     speed = {(r["model"] == "nanoGPT", r["rank"], r["dtype"]): r["tokens_per_second"] for r in rows}

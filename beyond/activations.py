@@ -41,7 +41,6 @@ from model import is_linear
 RIDGE = 1e-4             # of the mean of H's diagonal: directions that the text never showed count a little
 SENSITIVITY_WINDOWS = 8  # of the text
 
-
 class Moments:
     """H = X X^T (in, in) = C C^T, with a ridge, without which fewer tokens than inputs give no inverse."""
 
@@ -70,7 +69,6 @@ class Moments:
         A = torch.linalg.solve_triangular(self.C.T, V.double(), upper=True).T.float()  # V^T C^-1
         return balanced(B, A), values
 
-
 def second_moments(inputs, width, device):
     """X X^T (in, in) in float64 over the inputs [(B, T, in)] of all processes."""
     H = torch.zeros(width, width, dtype=torch.float64, device=device)
@@ -83,7 +81,6 @@ def second_moments(inputs, width, device):
     refuse(not 0 < total < math.inf, f"the inputs of a layer add up to {total} on the calibration text: is "
            "the model whole, and the text of its language?")
     return H
-
 
 def walk(model, windows, change, doing):
     """Run a text through the blocks while their linear layers change.
@@ -115,7 +112,6 @@ def walk(model, windows, change, doing):
             for n, (x, rope, mask) in enumerate(streams):
                 streams[n] = x + getattr(part, last)(inputs[n]), rope, mask
     return [x for x, _, _ in streams]
-
 
 # ----------------------------------------------------------------------------- decompose.py --calibration
 
@@ -150,7 +146,6 @@ class Calibrated:
             return {name: from_factors(layers[name], *factors) for name, factors in merged(found).items()}
 
         walk(self.model, self.windows, change, "decomposing")
-
 
 def sensitivities(model, windows):
     """What an error in a layer's output costs: name -> the mean square of d loss / d y over the tokens and

@@ -31,7 +31,6 @@ from common.cli import refuse
 from common.generate import check_prompt, sample
 from model import Layer
 
-
 @dataclass(eq=False)
 class Request:
     prompt: list                # token ids
@@ -47,7 +46,6 @@ class Request:
     sequence: Sequence = None   # its keys and values, while it is in the batch
     generator: torch.Generator = None
     ended: bool = False
-
 
 class ManyLoRALinear(Layer):
     """Equation 7 with an adapter for each row of a batch: y_i = base(x_i) + (alpha/r) B_i A_i x_i. One
@@ -75,7 +73,6 @@ class ManyLoRALinear(Layer):
         A, Bt = self.chosen  # (B or 1, r, in), (B or 1, r, out)
         return self.base(x) + x @ A.transpose(1, 2) @ Bt  # (B, T, in) -> (B, T, r) -> (B, T, out)
 
-
 class Adapters:
     """Many adapters beside one base. folders: name -> folder in PEFT's format."""
 
@@ -102,7 +99,6 @@ class Adapters:
             for layer in self.layers.values():
                 layer.select(names)
             self.selected = names
-
 
 class Engine:
     """Requests in, tokens out: `step` reads prompts of requests that may join, then a token of each."""

@@ -27,16 +27,13 @@ SLAB = 1 << 25  # bytes that HugePages takes at a time
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-w", "-shared", "-fPIC",
          "-fno-trapping-math", "-fno-math-errno"]
 
-
 def struct(name, **fields):
     """A struct of C, with these fields in their order."""
     return type(name, (ctypes.Structure,), dict(_fields_=list(fields.items())))
 
-
 # As in kernels_cpu.cpp and kernels.cu.
 Matrix = struct("Matrix", q=POINTER, scale=POINTER, offset=POINTER, rows=INT, width=INT, group=INT,
                 row_bytes=INT)
-
 
 @functools.cache
 def load():
@@ -60,7 +57,6 @@ def load():
     kernels.step.argtypes = [POINTER, POINTER]
     return kernels
 
-
 class HugePages:
     """Memory in pages of 2 MiB: with small ones the CPU spends a tenth of the time looking addresses up. A
     matrix is smaller than such a page, so many share a slab, which is freed with the last of them."""
@@ -80,10 +76,8 @@ class HugePages:
         self.used += size
         return moved.view(tensor.shape).copy_(tensor)
 
-
 huge_pages = HugePages()
 structs = weakref.WeakKeyDictionary()  # QuantMatrix -> the addresses of its tensors, and its Matrix
-
 
 def struct_of(W):
     """The Matrix of a QuantMatrix, whose tensors move to huge pages; made anew when one was replaced."""
@@ -97,11 +91,9 @@ def struct_of(W):
         structs[W] = addresses(), struct
     return struct
 
-
 def takes(W):
     """Groups must be whole lanes of a vector, 8 int4 or 4 int8, or rows."""
     return W.group == W.in_features or W.group * W.bits % 32 == 0
-
 
 def product(x, A, B=None, bias=None):
     """x (..., in) -> x W^T + bias (..., out) for W = A, or B A, without a backward pass. None for small

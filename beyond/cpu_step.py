@@ -35,7 +35,6 @@ NetworkStruct = struct("Network", blocks=POINTER, lengths=POINTER, table=POINTER
                        count=INT, rows=INT, width=INT, heads=INT, kv_heads=INT, d=INT, ffn=INT, size=INT,
                        in_table=INT, float_cache=INT, eps=ctypes.c_float)
 
-
 def cpu_step(model, cache):
     """A CPUStep for a cache that has read the prompts. None where something is in the way: layers that are
     none of LAYERS, another kind of block, no compiler."""
@@ -50,11 +49,9 @@ def cpu_step(model, cache):
             say("step_cpu.cpp computes another kind of block than this model's: steps go layer by layer")
     return step if walked[model] else None
 
-
 def keys_and_values(cache):
     """Of all layers, each (blocks of slots, kv_heads, slots, d): in a KVCache, a row is such a block."""
     return cache.pool.kv.unbind(1) if isinstance(cache, PagedCache) else (cache.k, cache.v)
-
 
 def is_plain(block):
     """Whether the block has model.py's parts, with layers that can be read."""
@@ -63,18 +60,15 @@ def is_plain(block):
     layers = [m for m in block.modules() if is_linear(m)]
     return all(type(m) in LAYERS and all(map(is_readable, factors(m))) for m in layers)
 
-
 def factors(layer):
     """W of a layer, or A and B: each a QuantMatrix or a tensor."""
     return [getattr(layer, name) for name in LAYERS[type(layer)]]
-
 
 def is_readable(W):
     """Rows of floats must be whole vectors."""
     if isinstance(W, torch.Tensor):
         return W.dtype in BITS and W.is_contiguous() and W.shape[1] % 32 == 0
     return takes(W)
-
 
 class CPUStep:
     """Logits (B, vocabulary) of what follows tokens (B,), which go to the cache."""

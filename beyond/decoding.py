@@ -14,7 +14,6 @@ from beyond.cpu_step import cpu_step
 from common.generate import plain_step
 from model import Cache, KVCache, visible
 
-
 def decoding_step(model, cache):
     """A step as of common.generate.plain_step, which it is where nothing faster takes the model."""
     step, device = None, torch.device(cache.device).type
@@ -23,7 +22,6 @@ def decoding_step(model, cache):
     elif device == "cuda" and type(cache) is KVCache:
         step = GraphStep(model, cache)
     return step or plain_step(model, cache)
-
 
 class GraphCache(Cache):
     """A KVCache with the next slot of each row in a tensor, for one token of each row."""
@@ -49,7 +47,6 @@ class GraphCache(Cache):
 
     def advance(self, T):
         pass
-
 
 class GraphStep:
     """A CUDA graph, recorded at the first token. On a CPU the same step without a graph, for tests."""

@@ -20,7 +20,6 @@ TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # these numbers
 NAIVE, WARP, FAST = range(3)
 PIECE, COUNTERS = 1024, 256
 
-
 @functools.cache
 def load():
     """The Kernels for this GPU; None, said once, where they can't be compiled."""
@@ -37,13 +36,11 @@ def load():
         say(f"kernels.cu is not used, which is slower: it needs nvcc and ninja ({' | '.join(why)[:400]})")
         return None
 
-
 def fits(x, *matrices):
     """Whether the fused kernels take x (M, in): 1 to 16 rows; rows and groups of 16 bytes each."""
     groups = all(W.group == W.in_features or W.group % (128 // W.bits) == 0 for W in matrices)
     rows = all(W.in_features % 8 == 0 for W in matrices) and x.data_ptr() % 16 == 0
     return groups and rows and 0 < len(x) <= MATVEC_ROWS
-
 
 class Kernels:
     """The functions of the library, for tensors of one kind of device. W, A, B: QuantMatrix (out, in)."""

@@ -28,7 +28,6 @@ from common.processes import own_part, whole
 ROUNDS = (3.4445, -4.7750, 2.0315)
 MOST = 1 << 24  # numbers in a batch of equal matrices
 
-
 def orthogonalize(G, rounds=5):
     """U V^T, nearly, of each matrix U S V^T in G (..., m, n); float32."""
     if G.shape[-2] > G.shape[-1]:
@@ -45,7 +44,6 @@ def orthogonalize(G, rounds=5):
         if i < rounds - 1:
             S = P @ S @ P  # polynomials of one matrix commute
     return Q @ X
-
 
 class Muon(torch.optim.Optimizer):
     """P <- (1 - lr wd) P - lr 0.2 sqrt(max(m, n)) U V^T of the momentum, for every m x n matrix P.
@@ -71,7 +69,6 @@ class Muon(torch.optim.Optimizer):
         """Nesterov's: the gradient and the sum of earlier ones with it, whole."""
         M = self.state[P].setdefault("momentum", torch.zeros_like(P))
         return whole(P.grad.add(M.mul_(momentum).add_(P.grad), alpha=momentum))
-
 
 def batches_of_equals(matrices):
     """Lists of matrices of one shape, at most MOST numbers in each."""

@@ -31,11 +31,9 @@ from model import KVCache, attend, visible
 
 SIZE = 16  # tokens of a block: 64 waste four times as much at a sequence's end, 4 make long tables
 
-
 def bytes_per_token(config, dtype=torch.float32):
     """Of a token's keys and values in all layers."""
     return 2 * config.blocks * config.kv_heads * config.head_size * dtype.itemsize
-
 
 class Pool:
     """The memory: kv (layers, 2, blocks, kv_heads, size, d). The lowest free block is taken first, so that
@@ -58,7 +56,6 @@ class Pool:
         self.kv[:, :, block] = 0  # a slot not yet written gets weight 0, but 0 times a leftover NaN is NaN
         return block
 
-
 class Sequence:
     """One text's part of the pool: its tokens i * size and following are in the pool's block table[i]."""
 
@@ -75,7 +72,6 @@ class Sequence:
         for block in self.table[keep:]:
             heapq.heappush(self.pool.free, block)
         self.table, self.length = self.table[:keep], length
-
 
 class PagedCache(KVCache):
     """Some sequences of a pool as the cache of one batch: row i is sequences[i]."""

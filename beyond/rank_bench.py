@@ -35,11 +35,9 @@ TEXT_TOKENS = 2048     # of Python's own text, from which H is
 MEASURED_TOKENS = 512  # of a text whose perplexity is asked for, at most
 KEPT = 6               # models that stay in memory
 
-
 def sharing(model):
     """A copy with the same layers, in which others can take their places."""
     return copy.deepcopy(model, {id(m): m for m in model.modules() if not [*m.children()]})
-
 
 def decompose(layer, moments, ordered):
     """B (out, r), A (r, in), r the largest rank that makes the layer smaller, and as many eigenvalues as its
@@ -49,7 +47,6 @@ def decompose(layer, moments, ordered):
     if isinstance(layer, LowRankLinear):
         full, (B, A) = layer.rank, (layer.B, layer.A) if ordered else (B, A)
     return B[:, :most], A[:most], values[:full]
-
 
 class Bench(Engine):
     """The engine of a server with --teach. Requests for the same model advance together."""

@@ -28,7 +28,6 @@ from common.cli import refuse
 from lowrank import LowRankLinear
 from quant import QuantMatrix, decode, encode, nearest, scale_and_offset
 
-
 def choose_range(w, bits, group):
     """s and o (..., in / group) of w (..., in), with ranges shrunk as far as that lowers the squared error of
     a vector."""
@@ -43,13 +42,11 @@ def choose_range(w, bits, group):
         best = [torch.where(better, new, old) for new, old in zip(tried, best)]
     return best
 
-
 def clip_rows(weight, bits, group):
     """quantize_rows with clipped ranges."""
     w = weight.detach().float()
     scale, offset = choose_range(w, bits, group)
     return encode(w, scale, offset, bits), scale, offset
-
 
 def feedback_rows(weight, bits, group, moments, damping=0.03, sweeps=3):
     """quantize_rows with error feedback and sweeps, for inputs of the second moments H (in, in)."""
@@ -63,7 +60,6 @@ def feedback_rows(weight, bits, group, moments, damping=0.03, sweeps=3):
     for _ in range(sweeps):
         sweep(W, q, scale, offset, bits, group, H)
     return q.to(torch.int8), scale, offset
-
 
 def round_with_feedback(W, scale, offset, bits, group, H, block=128):
     """Integers (out, in), as float, of W with given s and o. The columns whose inputs are largest come first,
@@ -84,7 +80,6 @@ def round_with_feedback(W, scale, offset, bits, group, H, block=128):
         W[:, end:] -= lost @ U[start:end, end:]
     return q
 
-
 def sweep(W, q, scale, offset, bits, group, H):
     """Lower sum(E H E^T), in place: for each group s and o by least squares, then its integers."""
     rounded = decode(q, scale, offset)
@@ -104,7 +99,6 @@ def sweep(W, q, scale, offset, bits, group, H):
             g -= change[:, None] * h[j]
         G -= (now - before) @ H[columns]
 
-
 def fit_scale(q, target, h, scale, offset):
     """s and o that minimize e h e^T, e = t - s q - o, for target = t h; the old ones where q is constant."""
     qh = q @ h
@@ -115,7 +109,6 @@ def fit_scale(q, target, h, scale, offset):
     good = (determinant > 1e-6 * a * c) & (s >= quant.SMALLEST_HALF) & (s.maximum(o.abs()) < 6e4)
     return torch.where(good, s, scale.float()).half(), torch.where(good, o, offset.float()).half()
 
-
 @torch.no_grad()
 def quantize_calibrated(model, bits, batches, group=None, sweeps=3):
     """quant.quantize with error feedback in the blocks. Embedding and head are rounded to the nearest."""
@@ -124,7 +117,6 @@ def quantize_calibrated(model, bits, batches, group=None, sweeps=3):
 
     walk(model, batches, change, "rounding")
     quant.quantize(model, bits, group)
-
 
 def round_layer(name, layer, bits, group, moments, sweeps):
     """quantize_layer with error feedback. The inputs of B are A x, A already rounded: of moments A H A^T."""

@@ -28,12 +28,10 @@ from torch.overrides import TorchFunctionMode
 
 from pipeline import balance, input_of, process_of, simulate, utilization
 
-
 def v_shaped(processes, microbatches):
     """Each process's steps in zb-v: of two lists the one that ends first."""
     lists = [ready_first(processes, microbatches, free) for free in (0, 1)]
     return max(lists, key=lambda steps: utilization(simulate(steps)))
-
 
 def ready_first(processes, microbatches, free):
     """At each clock a process takes what is ready: B before F before W, and of these the later stage. It
@@ -59,7 +57,6 @@ def ready_first(processes, microbatches, free):
         ended.update(taken)
     return lists
 
-
 def pieces_of_v(costs, processes):
     """The pieces of each stage, so that the costliest process costs least: a piece goes where the one as far
     from the other end goes, and pairs are cut as pipeline.balance cuts pieces."""
@@ -67,7 +64,6 @@ def pieces_of_v(costs, processes):
     pairs = [costs[i] + (costs[n - 1 - i] if i < n // 2 else 0) for i in range(half)]
     first = balance(pairs, processes)
     return first + [range(max(half, n - own.stop), n - own.start) for own in reversed(first)]
-
 
 class WeightsLater(TorchFunctionMode):
     """Inside, the backward pass of F.linear gives the gradient of x; run() adds those of the weights."""
@@ -84,7 +80,6 @@ class WeightsLater(TorchFunctionMode):
     def run(self):
         for add in self.later:
             add()
-
 
 class GradientOfX(torch.autograd.Function):
     """x W^T + bias, with x as the only input that autograd sees, so that it makes no gradient of W. weights:
@@ -103,7 +98,6 @@ class GradientOfX(torch.autograd.Function):
         if any(w is not None and w.requires_grad for w in ctx.weights):
             ctx.later.append(partial(add_gradients, g, x, *ctx.weights))
         return (g @ ctx.weights[0].to(g.dtype)).to(ctx.dtype), None, None
-
 
 def add_gradients(g, x, W, bias=None):
     """Into W.grad and bias.grad, from g (..., out) and x (..., in). A W that was rounded for this forward

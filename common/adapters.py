@@ -38,7 +38,6 @@ KNOWN = {"r", "lora_alpha", "lora_dropout", "use_rslora", "base_model_name_or_pa
 OURS = {theirs: name for table in ("llama", "gpt2") for name, theirs in column(NAMES, table).items()}
 SAMPLED_ROWS = 4  # of each matrix of a base, for its checksum
 
-
 @dataclass
 class Adapter:
     """What a folder holds: y = W x + scale B A x. Where a layer has a scale of its own, B is multiplied."""
@@ -57,7 +56,6 @@ class Adapter:
         return (f"adapter {self.folder}: r = {self.rank} on {targets}, {len(self.factors)} layers, "
                 f"{parameters:,} parameters{'' if self.base_id else unchecked}")
 
-
 def our_name(key):
     """(our name of a layer, "A" or "B") of a tensor in PEFT's file; None if it is no such factor."""
     found = re.fullmatch(r"base_model\.model\.(?:model\.|transformer\.)?(?:(?:layers|h)\.(\d+)\.)?(.+)"
@@ -66,7 +64,6 @@ def our_name(key):
         return None
     block = f"blocks.{found[1]}." if found[1] else ""
     return block + OURS[found[2]], found[3]
-
 
 def read_adapter(folder, model=None, base_id=None):
     """The Adapter in a folder. model: which it must fit. base_id: of the base at hand, which must be its."""
@@ -91,7 +88,6 @@ def read_adapter(folder, model=None, base_id=None):
             factors[name] = A, B if own_scale == scale else B * (own_scale / scale)
         return Adapter(folder, rank, scale, nn.Dropout(dropout).p, factors, base_name, own_id)
 
-
 def read_settings(file):
     """adapter_config.json: every setting in it is understood, or off."""
     config = read_json(file)
@@ -103,7 +99,6 @@ def read_settings(file):
                "into its base, or convert it to plain LoRA")
     return config
 
-
 def rank_and_scale(config, module=""):
     """r, and alpha / r or alpha / sqrt(r), of a layer by PEFT's name; of all whose end no pattern matches."""
     def own(key, patterns):
@@ -111,7 +106,6 @@ def rank_and_scale(config, module=""):
         return next((table[p] for p in table if re.match(rf"(.*\.)?({p})$", module)), config[key])
     rank, alpha = own("r", "rank_pattern"), own("lora_alpha", "alpha_pattern")
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
 
 def without_start(start, layer, A, B, scale):
     """PiSSA (2404.02948) and OLoRA (2406.01775) take what B A is at first off W and train the rest of W with
@@ -128,7 +122,6 @@ def without_start(start, layer, A, B, scale):
     Q, R = torch.linalg.qr(W)
     return torch.cat((A, R[:rank])), torch.cat((B, -Q[:, :rank]), dim=1)
 
-
 def read_factors(file, config):
     """Our name of a layer -> its (A, B, scale)."""
     pairs = {}
@@ -143,19 +136,16 @@ def read_factors(file, config):
     refuse(not pairs, f"{file} holds no factors")
     return {name: (pair["A"], pair["B"], pair["scale"]) for name, pair in pairs.items()}
 
-
 def adaptable(model):
     """name -> linear layer, an adapted one as a whole."""
     layers = {}
     swap_layers(model, layers.__setitem__)  # which returns None: every layer stays
     return layers
 
-
 def bits_of(layer):
     """Of the weights of a base's layer."""
     from quant import matrices
     return min((m.bits for m in matrices(layer)), default=16)
-
 
 def load_adapter(model, folder, base_id=None):
     """Put a folder's adapter around the model's layers, in place of any other. Returns the Adapter."""
@@ -174,11 +164,9 @@ def load_adapter(model, folder, base_id=None):
     swap_layers(model, make)
     return adapter
 
-
 def take_off(model):
     """Leave the bare base."""
     swap_layers(model, lambda name, layer: layer.base, wanted=lambda m: isinstance(m, LoRALinear))
-
 
 def save_adapter(folder, model, base_name, base_id, learned=None):
     """Write the model's LoRALinear layers.
@@ -204,7 +192,6 @@ def save_adapter(folder, model, base_name, base_id, learned=None):
             value = learned[f"{name}.{letter}"].detach().float().cpu()
             factors[f"base_model.model.{module}.lora_{letter}.weight"] = value
     write_tensors(folder / FILES[1], factors)
-
 
 def base_id(name):
     """A checksum of a base: of its architecture, its vectors, and the first rows of each matrix, in float32.

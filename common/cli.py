@@ -15,31 +15,25 @@ from pathlib import Path
 
 from common.processes import rank, world_size
 
-
 class InputError(ValueError):
     """The user's input is wrong. The message says what, with the values, and what to do."""
-
 
 def refuse(wrong, message):
     """An InputError if the condition holds."""
     if wrong:
         raise InputError(message)
 
-
 def cache_dir():
     """Where what was downloaded or tokenized once is kept: $FINGPT_CACHE, or ~/.cache/fingpt-hpc."""
     return Path(os.environ.get("FINGPT_CACHE") or Path.home() / ".cache" / "fingpt-hpc")
-
 
 def say(*words):
     """Print a line, from the first process only."""
     if rank() == 0:
         print(*words, flush=True)
 
-
 def interrupt(number, frame):
     raise KeyboardInterrupt(signal.Signals(number).name)
-
 
 def command(main):
     """Run main() as a command: bad input and a full disk are one line on stderr and exit code 2."""
@@ -71,7 +65,6 @@ def command(main):
     print(f"error: {line}" if world_size() == 1 else f"error (process {rank()}): {line}", file=sys.stderr)
     sys.exit(2)
 
-
 def check_folder(path, new=False):
     """Refuse what can't become a folder to write to; new: also what is one with something in it."""
     refuse(not str(path), "the name of the folder to write to is empty")
@@ -80,7 +73,6 @@ def check_folder(path, new=False):
     refuse(not there.is_dir(), f"{path}: {there} is a file: choose another folder")
     refuse(new and whole == Path.cwd(), f"{path} is the current folder: choose a new one")
     refuse(new and there == whole and any(whole.glob("[!.]*")), f"{path} is not empty: choose a new folder")
-
 
 def move_aside(folder):
     """Move what is in a folder to the first FOLDER-N that is free, and return that."""
@@ -93,7 +85,6 @@ def move_aside(folder):
     for file in folder.iterdir():  # the folder itself stays, and its lock
         shutil.move(file, aside)
     return aside
-
 
 @contextmanager
 def alone_in(folder):
@@ -121,7 +112,6 @@ def alone_in(folder):
         with suppress(OSError):
             os.rmdir(folder)
 
-
 def write_atomic(path, text):
     """A reader finds the old text or the new one, never a part: written beside, synced, renamed."""
     path = Path(path)
@@ -131,7 +121,6 @@ def write_atomic(path, text):
         f.flush()
         os.fsync(f.fileno())
     os.replace(partial, path)
-
 
 def markdown(header, rows, left=2):
     """A Markdown table; the first `left` columns are aligned at the left, the others at the right."""
@@ -144,14 +133,12 @@ def markdown(header, rows, left=2):
     rule = ["-" * (w + 1) + ("-" if i < left else ":") for i, w in enumerate(widths)]
     return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
 
-
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The script's opening as it is, and the default behind each flag that has one."""
 
     def _get_help_string(self, action):
         has_none = action.default is None or action.default is False
         return action.help if has_none else super()._get_help_string(action)
-
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are InputErrors, so that `command` prints one line and exits with 2."""
@@ -162,7 +149,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message} (see --help)")
 
-
 def number(kind, holds, wanted):
     """An argparse type: kind(text), refused with `wanted` unless holds(value)."""
     def convert(text):
@@ -171,7 +157,6 @@ def number(kind, holds, wanted):
                 return kind(text)
         raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
     return convert
-
 
 at_least_0 = number(int, lambda n: n >= 0, "a whole number, at least 0")
 at_least_1 = number(int, lambda n: n >= 1, "a whole number, at least 1")

@@ -39,11 +39,9 @@ NOT_TEXT = {"test", "tests", "idlelib", "site-packages", "dist-packages", "pydoc
             "turtledemo"}
 SUFFIXES = (".txt", ".md", ".jsonl")  # of the files of a folder that are read, also with .gz behind
 
-
 # key changes when the text does; documents() yields strings, `total` of them if that is known; each
 # val_every-th is for validation; home is where the tokens are kept, if not in the cache
 Corpus = namedtuple("Corpus", "name key documents total val_every home", defaults=(None, 20, None))
-
 
 def open_corpus(data, data_dir):
     """The corpus that --data names: builtin, openwebtext, or a path."""
@@ -54,7 +52,6 @@ def open_corpus(data, data_dir):
         return Corpus("openwebtext", "v1", openwebtext, 8_013_769, 2000, Path(data_dir))
     return text_corpus(Path(data))
 
-
 def builtin_documents():
     """Text that every Python has: its documentation topics and the standard library's docstrings, 2 MB."""
     from pydoc_data.topics import topics
@@ -63,7 +60,6 @@ def builtin_documents():
     for text in itertools.chain((topics[name] for name in sorted(topics)), map(docstrings, modules)):
         if text:  # a line end before a letter at the margin is where an editor broke a paragraph
             yield re.sub(r"(?<=\S)\n(?=[^\W_])", " ", text)
-
 
 def docstrings(path):
     """One document a module: its docstrings in order, each under the name it explains."""
@@ -77,7 +73,6 @@ def docstrings(path):
             name = path.stem if isinstance(node, ast.Module) else node.name
             found.append(f"{name}\n\n{ast.get_docstring(node)}\n")
     return "\n".join(found)
-
 
 def text_corpus(path):
     """A file, or all below a folder that have one of SUFFIXES and are not hidden, in their names' order."""
@@ -96,11 +91,9 @@ def text_corpus(path):
     key = digest.hexdigest()[:12]
     return Corpus(path.stem, key, lambda: (text for file in files for text in read_documents(file)))
 
-
 def suffix(path):
     """In small letters, and that before a .gz."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
-
 
 def read_documents(path):
     """The documents of a file, read as it goes: each row's text of .jsonl, else pieces cut at line ends."""
@@ -116,7 +109,6 @@ def read_documents(path):
                 refuse("\0" in text, f"{path} is not text, it has zero bytes: unpack it if it is packed")
                 yield text
 
-
 @contextlib.contextmanager
 def open_text(path, newline=None):
     """A text file, opened for reading: UTF-8, or UTF-16 by its first bytes; either may be in gzip."""
@@ -130,7 +122,6 @@ def open_text(path, newline=None):
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise InputError(f"{path} is not UTF-8 text ({e}): get the whole file, unpack it, or convert it, as "
                          "with iconv -f latin1 -t utf-8") from None
-
 
 # ----------------------------------------------------------------------------- token files
 
@@ -156,7 +147,6 @@ class TokenFiles:
         refuse(tokens <= length, f"the training text has {tokens} tokens, a window of {length} needs "
                f"{length + 1}: give more text or a smaller --seq-len")
 
-
 def prepare(corpus, tokenizer=None, vocabulary=4096, own=False):
     """Token files of a corpus, made now or found where they were made before; a folder for each tokenizer.
 
@@ -174,7 +164,6 @@ def prepare(corpus, tokenizer=None, vocabulary=4096, own=False):
         write_tokens(corpus, tokenizer, folder)
     return TokenFiles(folder)
 
-
 def write_tokens(corpus, tokenizer, folder):
     """Write the token files of a corpus. The folder appears when it is complete, never before."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +173,6 @@ def write_tokens(corpus, tokenizer, folder):
         Path(partial, "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         with contextlib.suppress(OSError):  # another process was faster
             os.replace(partial, folder)
-
 
 def encode_corpus(corpus, tokenizer, folder):
     """Stream the corpus into train.bin and val.bin; what meta.json says of them."""
@@ -213,14 +201,12 @@ def encode_corpus(corpus, tokenizer, folder):
         meta["largest"] = max(meta["largest"], int(tokens.max()))
     return meta
 
-
 # ----------------------------------------------------------------------------- batches
 
 def windows(tokens, starts, length):
     """`length` tokens from each start, and the same one token later: two (rows, length) int64 tensors."""
     rows = torch.from_numpy(np.stack([tokens[s:s + length + 1] for s in starts]).astype(np.int64))
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
 
 def train_batch(tokens, length, rows, seed, step, first=0, count=None):
     """Rows first..first+count (or to the end) of the `rows` windows of this step.
@@ -230,14 +216,12 @@ def train_batch(tokens, length, rows, seed, step, first=0, count=None):
     starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - length, rows)
     return windows(tokens, starts[first:][:count], length)
 
-
 def eval_batches(tokens, length, rows, limit):
     """The same windows at every call: side by side from the start, at most `limit` tokens, in batches."""
     length = min(length, len(tokens) - 1)
     starts = range(0, min(len(tokens) - length, max(limit, length)), length)
     for i in range(0, len(starts), rows):
         yield windows(tokens, starts[i:i + rows], length)
-
 
 def first_tokens(name, tokenizer, count=None):
     """Ids of the first `count` tokens of a text, or of all; no more of it is read than that needs."""
@@ -248,7 +232,6 @@ def first_tokens(name, tokenizer, count=None):
         if limit and len(text) >= limit:
             break
     return tokenizer.encode(text[:limit])[:count]
-
 
 def calibration_batches(text, tokenizer, context, count=CALIBRATION_TOKENS):
     """The first tokens of a text, in windows: a list of (1, T) tensors."""

@@ -11,7 +11,6 @@ import torch
 
 from common.processes import from_torchrun
 
-
 @dataclass
 class Device:
     torch_device: torch.device
@@ -23,7 +22,6 @@ class Device:
     def autocast(self):
         return torch.autocast(self.torch_device.type, torch.bfloat16, self.dtype == torch.bfloat16)
 
-
 def matmul_rate(device, dtype):
     """Operations a second of an n x n x n matrix product (2 n^3 operations), the best of six."""
     n = 1024 if device.type == "cpu" else 8192
@@ -34,7 +32,6 @@ def matmul_rate(device, dtype):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return 2 * n ** 3 / min(timeit.repeat(multiply, number=1, repeat=6))
-
 
 def find_device(dtype="auto"):
     """The device of this process. dtype: float32, bfloat16, or auto: the one whose products are faster."""
@@ -57,12 +54,10 @@ def find_device(dtype="auto"):
         why = f"{rates[best] / rates[worst]:.1f}x as fast as {worst} here"
     return Device(device, getattr(torch, best), rates[best], name, why)
 
-
 def cpu_name():
     info = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*: (.*)$", info.read_text(), re.M) if info.exists() else None
     return model[1].strip() if model else f"{platform.machine()} CPU"
-
 
 def keep_freed_memory():
     """Tell glibc to keep the memory that tensors free. By default each large block is a fresh mapping, whose
@@ -71,12 +66,10 @@ def keep_freed_memory():
         ctypes.CDLL(None).mallopt(-3, 1 << 30)
         ctypes.CDLL(None).mallopt(-1, (1 << 31) - 1)
 
-
 def give_back_memory():
     """Return to the system the memory that is free, and that keep_freed_memory keeps."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
-
 
 def peak_memory(device):
     """Peak bytes: what torch allocated on a GPU, the whole process's resident memory on a CPU."""
@@ -86,7 +79,6 @@ def peak_memory(device):
     if status.exists():  # a child process inherits its parent's ru_maxrss, but not its VmHWM
         return int(re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.M)[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on a Mac, in bytes
-
 
 def stored_bytes(model):
     """Bytes of all parameters and buffers, a shared one once."""

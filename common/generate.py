@@ -11,7 +11,6 @@ import torch
 from common.cli import refuse
 from model import KVCache
 
-
 def sample(logits, temperature=1.0, top_p=1.0, generator=None):
     """logits (B, V) -> tokens (B,). Temperature 0 is greedy. top_p: of the likeliest tokens, which have this
     probability together; 1 leaves all in."""
@@ -26,7 +25,6 @@ def sample(logits, temperature=1.0, top_p=1.0, generator=None):
     p = likeliest.masked_fill(likeliest.cumsum(-1) - likeliest >= top_p, 0)  # the likeliest always stays
     return order.gather(-1, torch.multinomial(p, 1, generator=generator))[:, 0]
 
-
 def check_prompt(prompt, config):
     """Refuse token ids that the model can't read."""
     refuse(not 1 <= len(prompt) <= config.context,
@@ -35,12 +33,10 @@ def check_prompt(prompt, config):
         refuse(not 0 <= token < config.vocab_size, f"token {token} is outside the vocabulary "
                f"0..{config.vocab_size - 1}: is this the model's tokenizer?")
 
-
 def padded(lists, fill, device):
     """Lists of any lengths as the rows of one tensor, filled up at the right."""
     width = max(map(len, lists))
     return torch.tensor([row + [fill] * (width - len(row)) for row in lists], device=device)
-
 
 def read_prompts(model, rows, cache, device):
     """Logits (B, V) after the last token of each row. What the cache holds are prefixes, not read again."""
@@ -51,12 +47,10 @@ def read_prompts(model, rows, cache, device):
     last = [min(len(row), h.shape[1]) - 1 for row in unread]
     return model.head(h[torch.arange(len(rows)), last])
 
-
 def plain_step(model, cache):
     """A step of decoding, layer by layer: step(tokens (B,), cache) -> logits (B, V) of what follows. It puts
     the tokens in the cache. beyond/decoding.py has faster ones."""
     return lambda tokens, cache: model.head(model.hidden(tokens[:, None], cache))[:, -1]
-
 
 @torch.inference_mode()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, stop=(), generator=None,

@@ -24,7 +24,6 @@ BLOCKS = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4}  # bits of packings that are quant.py
 BLOCK = 32
 ROWS_AT_ONCE = 1024
 
-
 @dataclass(frozen=True)
 class PackedTensor:
     """A tensor inside the file."""
@@ -35,14 +34,11 @@ class PackedTensor:
     row: int         # its bytes
     offset: int      # of the first row
 
-
 def number(file, letter):
     return struct.unpack("<" + letter, file.read(struct.calcsize(letter)))[0]
 
-
 def text(file):
     return file.read(min(number(file, "Q"), 1 << 30)).decode("utf-8", "replace")
-
 
 def value(file, kind):
     if kind == STRING:
@@ -51,7 +47,6 @@ def value(file, kind):
         inner = number(file, "I")
         return [value(file, inner) for _ in range(number(file, "Q"))]
     return number(file, SCALARS[kind])
-
 
 def read_gguf(path):
     """(fields, {name: PackedTensor}), every tensor inside the file, one behind the other."""
@@ -78,7 +73,6 @@ def read_gguf(path):
            f"{path} is cut off: its tensors would end at byte {start + end:,}, it has {length:,}")
     return fields, {name: replace(tensor, offset=start + tensor.offset) for name, tensor in tensors.items()}
 
-
 def read_rows(path, tensor, order):
     """The tensor's rows in this order, in float32."""
     import gguf
@@ -89,7 +83,6 @@ def read_rows(path, tensor, order):
             data = mapped[part.numpy()].reshape(1, -1)  # one long row: blocks don't know of rows
             out.copy_(torch.from_numpy(gguf.dequantize(data, tensor.packing)).view(out.shape))
     return rows.view(-1, *tensor.shape[1:])
-
 
 def read_blocks(path, tensor, order):
     """A matrix in one of BLOCKS as a quant.QuantMatrix, its integers and s as they are. A block of 32 numbers
@@ -114,7 +107,6 @@ def read_blocks(path, tensor, order):
     W.q = pack(q.flatten(1), W.bits)
     return W
 
-
 # Settings that change the network, and the values with which they don't.
 GGUF_ONLY = {"rope.scaling.type": ("linear", "none", "yarn"), "rope.scaling.attn_factor": (1.0,),
              "attention.sliding_window": (0,), "attention.clamp_kqv": (0.0,),
@@ -123,7 +115,6 @@ GGUF_ONLY = {"rope.scaling.type": ("linear", "none", "yarn"), "rope.scaling.attn
 # RoPE's numbers at Hugging Face -> after "rope.scaling."
 ROPE = dict(factor="factor", original_max_position_embeddings="original_context_length",
             beta_slow="yarn_beta_slow", beta_fast="yarn_beta_fast")
-
 
 def gguf_config(file, fields, packed):
     known = [kind for kind, family in FAMILIES.items() if family.column == "llama"]
@@ -146,7 +137,6 @@ def gguf_config(file, fields, packed):
     return replace(config, norm_eps=float(f"{config.norm_eps:.7g}"),  # the digits that a float32 has
                    no_rope=tuple(range(3, config.blocks, 4)) if kind == "smollm3" else ())
 
-
 def scaled(file, config, factors):
     """The Config with Llama 3's scaling, of which a GGUF has only what RoPE's frequencies are divided by."""
     llama3 = replace(config, rope_scaling="llama3", rope_original=8192)
@@ -155,7 +145,6 @@ def scaled(file, config, factors):
         if factors.shape == wanted.shape and torch.allclose(wanted, factors, 1e-3):
             return other
     raise InputError(f"{file}: rope_freqs.weight scales RoPE's frequencies as no Llama 3 does")
-
 
 class GGUFSource(Source):
     def __init__(self, file):

@@ -24,13 +24,11 @@ from model import last_product
 IGNORED = -100  # the target of a token that does not count, as in torch
 ROWS = 16       # of logits whose softmax a CPU takes at once, so that they stay in its cache
 
-
 def compute_dtype(x):
     """What autocast would compute a matrix product with x in."""
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if autocast else x.dtype
-
 
 class MatrixLoss(torch.autograd.Function):
     """Mean cross entropy of logits = h W^T. h (N, C), W (V, C), targets (N)."""
@@ -76,13 +74,11 @@ class MatrixLoss(torch.autograd.Function):
             dh, dW = (None if g is None else g * grad for g in (dh, dW))
         return dh, dW, None, None, None
 
-
 def loss_sum(head, h, targets):
     """Of any layer, by autograd."""
     logits = head(h)  # (n, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, targets, reduction="sum")
-
 
 def head_loss(head, x, targets, chunk=512):
     """Mean cross entropy of head(x) against targets, never holding more than `chunk` tokens' logits.

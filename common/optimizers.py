@@ -10,7 +10,6 @@ import torch
 
 from common.processes import own_part
 
-
 def make_optimizers(model, lr, weight_decay, kind="adamw"):
     """A list of optimizers: AdamW alone; or for kind "muon" beyond/muon.py's for the matrices of the blocks
     and AdamW for the rest (embedding, head, biases, norms), as is usual. Matrices decay, vectors do not."""
@@ -28,7 +27,6 @@ def make_optimizers(model, lr, weight_decay, kind="adamw"):
         optimizers.append(Muon(orthogonal, lr, weight_decay))
     return optimizers
 
-
 def learning_rate(step, args):
     """Linear warm-up to args.lr over args.warmup steps (at most a tenth of all), then half a cosine down to a
     tenth of it."""
@@ -38,7 +36,6 @@ def learning_rate(step, args):
     progress = (step - warmup) / max(1, args.max_iters - warmup)
     return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1, progress))))
 
-
 def step_all(optimizers, rate):
     """One step of each at this learning rate, and away with the gradients."""
     for optimizer in optimizers:
@@ -46,7 +43,6 @@ def step_all(optimizers, rate):
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-
 
 def moments_of(model, optimizers):
     """The optimizers' state: "name of the parameter#name of the value" -> tensor."""
@@ -57,7 +53,6 @@ def moments_of(model, optimizers):
             for key, value in values.items():
                 moments[f"{names[p]}#{key}"] = value
     return moments
-
 
 def restore_moments(model, optimizers, moments):
     """Put back what moments_of gave, as whole tensors."""

@@ -23,24 +23,19 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-
 def from_torchrun(name, alone):
     """What torchrun's variable says; `alone` without torchrun: other programs set some of them too."""
     return int(os.environ[name]) if dist.is_torchelastic_launched() else alone
 
-
 def rank():
     return from_torchrun("RANK", 0)
-
 
 def is_first():
     """Whether this is the process that speaks and writes."""
     return rank() == 0
 
-
 def world_size():
     return from_torchrun("WORLD_SIZE", 1)
-
 
 @contextmanager
 def process_group():
@@ -53,18 +48,15 @@ def process_group():
         if dist.is_initialized():
             dist.destroy_process_group()
 
-
 def barrier():
     if world_size() > 1:
         dist.barrier()
-
 
 def in_turn(function, *args):
     """function(*args) in every process, the first one before all others: it prepares, they find."""
     result = function(*args) if is_first() else None
     barrier()
     return result if is_first() else function(*args)
-
 
 def all_reduce(value, op=dist.ReduceOp.SUM):
     """The sum (or maximum) of a number over all processes."""
@@ -73,11 +65,9 @@ def all_reduce(value, op=dist.ReduceOp.SUM):
         dist.all_reduce(value, op)
     return value.item()
 
-
 def my_share(items):
     """This process's part of some items, which are dealt out in turn."""
     return list(items)[rank()::world_size()]
-
 
 def merged(own):
     """All entries of all processes' dictionaries, whose tensors are on the CPU."""
@@ -87,16 +77,13 @@ def merged(own):
         dist.all_gather_object(parts, own)
     return {name: value for part in parts for name, value in part.items()}
 
-
 def any_process(flag):
     """Whether the flag is set in any process, so that all take the same branch."""
     return all_reduce(flag, dist.ReduceOp.MAX) > 0
 
-
 def seed_random(*numbers):
     """Seed torch's generators with a mixture of the numbers."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
-
 
 class AnyForward(nn.Module):
     """A forward pass that is any function of the model's parts, a loss or a generation: forward passes are
@@ -108,7 +95,6 @@ class AnyForward(nn.Module):
 
     def forward(self, function, *args):
         return function(*args)
-
 
 class Single:
     """One process, or replicas, whose parameters may be sharded; `distribute` makes it.
@@ -168,7 +154,6 @@ class Single:
                 gathered[name] = tensor.cpu()
         return gathered
 
-
 def distribute(model, loss_of, device, shard=False):
     """The strategy of one process, or of torchrun's.
 
@@ -195,11 +180,9 @@ def distribute(model, loss_of, device, shard=False):
         strategy.module = DistributedDataParallel(strategy.module, gpus, broadcast_buffers=False)
     return strategy
 
-
 def whole(tensor):
     """The tensor, or all of one of which fully_shard leaves a part in each process (a DTensor)."""
     return tensor if type(tensor) in (torch.Tensor, nn.Parameter) else tensor.full_tensor()
-
 
 def own_part(tensor, parameter):
     """This process's part of a whole tensor that belongs to a parameter, as optimizers' moments do: every

@@ -16,7 +16,6 @@ from common.cli import refuse
 
 HAS_ORIGINAL = {"linear": False, "dynamic": False, "llama3": True, "yarn": True}
 
-
 def check_rope(c):
     """Refuse a model.Config that has no such frequencies."""
     refuse(c.head_size % 2, f"RoPE turns pairs: the head size must be even, got {c.head_size}")
@@ -25,11 +24,9 @@ def check_rope(c):
            "dynamic, or llama3 or yarn with rope_original above 0, its factor above 0, low below high: got "
            f"{c.rope_scaling}, {c.rope_original}, {c.rope_factor}, {c.rope_low}, {c.rope_high}")
 
-
 def yarn_attention(factor):
     """How long yarn makes cos and sin, where nothing else is said."""
     return 0.1 * math.log(factor) + 1 if isinstance(factor, (int, float)) and factor > 1 else 1.0
-
 
 def rope_frequencies(config, device=None, length=0):
     """By how much a token turns each pair: (d/2,), float32. length: of the text, for dynamic scaling."""
@@ -50,12 +47,10 @@ def rope_frequencies(config, device=None, length=0):
         kept = ((turns - c.rope_low) / (c.rope_high - c.rope_low)).clamp(0, 1)
     return f * (kept + (1 - kept) / c.rope_factor)
 
-
 def rope_tables(positions, config, length=0):
     """RoPE's cos and sin: positions (..., T) -> two of (..., T, d/2), float32."""
     angle = positions[..., None].float() * rope_frequencies(config, positions.device, length)
     return config.rope_attention * angle.cos(), config.rope_attention * angle.sin()
-
 
 def apply_rope(x, cos, sin):
     """Turn the pairs of x (B, heads, T, d) by the angles of their positions."""

@@ -24,7 +24,6 @@ from common.device import find_device, peak_memory
 from common.processes import all_reduce, any_process, barrier, is_first, process_group, world_size
 from common.storage import read_state, replace_state
 
-
 def start(run, parser, argv, settings, changes):
     """run(arguments, names of those given), alone in its folder, in each of torchrun's processes.
     settings: values without a flag; changes: other ones."""
@@ -38,10 +37,8 @@ def start(run, parser, argv, settings, changes):
     with alone_in(args.out_dir), process_group():
         return run(args, given | changes.keys())
 
-
 def holds_run(folder):
     return any((Path(folder) / name).exists() for name in ("state", "state.previous", "summary.json"))
-
 
 def begin(args, given, fixed):
     """(device, state folder, state.json, moments): the last three of the run that it goes on from; None, {}
@@ -65,7 +62,6 @@ def begin(args, given, fixed):
     say(f"device {device.name}" + (f", {world_size()} processes" if world_size() > 1 else ""))
     say(f"dtype {args.dtype} ({device.why}), {device.rate / 1e12:.2f} TFLOPS in products")
     return device, folder, state, moments
-
 
 class RunFolder:
     """OUT, the lines on the terminal, and the signals that end the run. Only the first process writes.
@@ -192,7 +188,6 @@ class RunFolder:
             write_atomic(self.path / "summary.json", json.dumps(last | summary, indent=2) + "\n")
         say(f"{self.path}/ has the result, metrics.jsonl, summary.json and loss.png; try")
         say(f"    python sample.py --model {result} --prompt \"The file\"")
-
 
 def read_metrics(path):
     """Rows of a metrics.jsonl; a last line cut short by a kill is dropped."""

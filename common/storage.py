@@ -25,11 +25,9 @@ from common.cli import InputError, refuse, write_atomic
 
 SHARD_BYTES = 4 << 30  # of a file of a model, about
 
-
 def add(digest, name, tensor):
     digest.update(name.encode())
     digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
-
 
 def write_tensors(path, tensors):
     """Write a safetensors file, in a new folder; its header holds the sha256 of names and contents."""
@@ -46,7 +44,6 @@ def write_tensors(path, tensors):
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
 
-
 @contextlib.contextmanager
 def opened(path):
     """A safetensors file, for reading."""
@@ -55,7 +52,6 @@ def opened(path):
             yield file
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path} is missing, truncated or not a safetensors file ({e})") from None
-
 
 @dataclass(frozen=True)
 class Stored:
@@ -69,7 +65,6 @@ class Stored:
         with opened(self.file) as file:
             return file.get_tensor(self.key)
 
-
 def read_headers(files):
     """name in the file -> Stored, of all tensors of safetensors files."""
     found = {}
@@ -80,7 +75,6 @@ def read_headers(files):
                 bits = dict(F64=64, F32=32, F16=16, BF16=16).get(part.get_dtype(), 8)
                 found[key] = Stored(path, key, tuple(part.get_shape()), bits)
     return found
-
 
 def read_tensors(path):
     """Yield (name, tensor) of a file in the order of names; at the end its checksum, if any, must agree.
@@ -96,7 +90,6 @@ def read_tensors(path):
         del tensor  # before the next one comes
     refuse(wanted not in (None, digest.hexdigest()), f"{path} was altered after it was written: get it again")
 
-
 def write_shards(folder, sizes, tensor_of):
     """Write a model's tensors, tensor_of(name), a file of about SHARD_BYTES at a time.
 
@@ -111,13 +104,11 @@ def write_shards(folder, sizes, tensor_of):
         files |= dict.fromkeys(names, f"model{number}.safetensors")
     return files
 
-
 def sync_folder(path):
     """Make renames inside a folder last through a power cut."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
-
 
 @contextlib.contextmanager
 def replaced(folder, keep=False):
@@ -139,7 +130,6 @@ def replaced(folder, keep=False):
     os.replace(new, folder)
     sync_folder(folder.parent)
 
-
 # ----------------------------------------------------------------------------------- the state of a run
 
 def replace_state(out_dir, write, optimizer_tensors, state):
@@ -160,7 +150,6 @@ def replace_state(out_dir, write, optimizer_tensors, state):
             except OSError:  # a file system without hard links
                 shutil.copy(file, partial)
             os.replace(partial, out / file.name)
-
 
 def read_state(out_dir):
     """(folder, state.json, optimizer tensors) of the last whole state; of a damaged one stderr has a line."""

@@ -45,7 +45,6 @@ OTHERS = [b for b in range(256) if b not in PRINTABLE]
 BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + n): b for n, b in enumerate(OTHERS)}
 Utf8Decoder = codecs.getincrementaldecoder("utf-8")  # of the bytes of tokens: a character may take several
 
-
 class Tokenizer:
     """A named vocabulary. backend: a tokenizers.Tokenizer; roles: the text of bos_token, eos_token and so on.
 
@@ -102,18 +101,15 @@ class Tokenizer:
         write_atomic(folder / "tokenizer.json", self.backend.to_str())
         write_atomic(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
-
 def valid(text):
     """Lone surrogates have no bytes: they become question marks."""
     return text.encode("utf-8", "replace").decode()
-
 
 # ----------------------------------------------------------------------------- byte-level BPE
 
 def cut_by(regex):
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), "isolated"), bytes_only])
-
 
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -125,7 +121,6 @@ GGUF_CUTS = {"default": GPT2, "gpt-2": GPT2, "smollm": DIGITS, "llama-bpe": LLAM
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_FILES = {GPT2_URL + "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
               GPT2_URL + "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
-
 
 def gpt2_tokenizer():
     """GPT-2's own, from tiktoken's cache or download; None where neither can be had, within seconds."""
@@ -140,7 +135,6 @@ def gpt2_tokenizer():
     tokens, kinds = sorted(ids, key=ids.get), [NORMAL] * (len(ids) - 1) + [CONTROL]
     backend, _ = vocabulary("gpt2", dict(model="gpt2", tokens=tokens, token_type=kinds, merges=merges))
     return Tokenizer("gpt2", backend, dict.fromkeys(["bos_token", "eos_token", "unk_token"], STOPS[0]))
-
 
 # ----------------------------------------------------------------------------- SentencePiece
 
@@ -163,7 +157,6 @@ def sentencepiece_bpe(tokens, scores, kinds, unknown, adds_space):
     backend.decoder = decoders.Sequence(to_text + strip)
     return backend
 
-
 def read_sentencepiece(name, model):
     """The vocabulary in the bytes of a tokenizer.model, in GGUF's fields."""
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -181,9 +174,7 @@ def read_sentencepiece(name, model):
                 eos_token_id=sp.eos_id(), unknown_token_id=sp.unk_id(), padding_token_id=sp.pad_id(),
                 add_space_prefix=sp.normalize("a") == "▁a")
 
-
 TRAINING_CHARACTERS = 4_000_000
-
 
 def train_tokenizer(texts, vocab_size=4096, coverage=0.9995):
     """A SentencePiece BPE learned from texts, with fewer pieces where they have too few different words.
@@ -205,7 +196,6 @@ def train_tokenizer(texts, vocab_size=4096, coverage=0.9995):
     fields = read_sentencepiece("the trained model", model.getvalue())
     return Tokenizer("trained on this corpus", *vocabulary("it", fields))
 
-
 def sample_lines(texts):
     """The lines of all texts, or, where they are many, every 2nd, 4th, 8th... of them."""
     lines, size, step = [], 0, 1
@@ -217,7 +207,6 @@ def sample_lines(texts):
             lines, step = lines[::2], 2 * step
             size = sum(map(len, lines))
     return lines
-
 
 # ----------------------------------------------------------------------------- files of others
 
@@ -232,13 +221,11 @@ def blamed_on(what):
         why = " ".join(f"{type(e).__name__}: {e}".split())
         raise InputError(f"{what} can't be read ({why[:200]}): get it again") from None
 
-
 def parse_json(text, where):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:  # also a number of thousands of digits, a list too deep
         raise InputError(f"{where}: it is not JSON that can be read ({e})") from None
-
 
 def read_json(path):
     """The object in a JSON file, {} where there is no file."""
@@ -246,10 +233,8 @@ def read_json(path):
     refuse(not isinstance(content, dict), f"{path} holds no JSON object: get the file again")
     return content
 
-
 LLAMA_FIELDS = dict(bos_token_id=1, eos_token_id=2, unknown_token_id=0, add_bos_token=True,
                     add_space_prefix=True)  # of a GGUF's "llama" that does not say
-
 
 def vocabulary(name, fields):
     """(backend, roles) of a GGUF's fields "tokens", "scores", "merges" and so on."""
@@ -282,13 +267,11 @@ def vocabulary(name, fields):
         backend.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
     return backend, roles
 
-
 def from_gguf(name, fields):
     """From a GGUF's metadata: a dict of its fields, "tokenizer.ggml.tokens" and so on."""
     with blamed_on(f"the tokenizer of {name}"):
         own = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
         return Tokenizer(name, *vocabulary(name, own), fields.get("tokenizer.chat_template"))
-
 
 def load_tokenizer(folder):
     """The tokenizer in a model's folder, as transformers has it: tokenizer.json, or else tokenizer.model."""
@@ -326,7 +309,6 @@ def load_tokenizer(folder):
         if (folder / "chat_template.jinja").is_file():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         return Tokenizer(name, backend, roles, template)
-
 
 # ----------------------------------------------------------------------------- chat
 

@@ -12,12 +12,10 @@ from common.cli import command  # noqa: E402
 
 known = pipeline.schedule
 
-
 def schedule(kind, stages, microbatches):
     if kind != "fifo":
         return known(kind, stages, microbatches)
     return [[(step, m, s) for step in "FB" for m in range(microbatches)] for s in range(stages)]
-
 
 pipeline.schedule, pipeline.SCHEDULES = schedule, (*pipeline.SCHEDULES, "fifo")
 

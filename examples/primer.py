@@ -12,11 +12,9 @@ sys.path.insert(0, ".")  # the repository's root, where this is started
 import model  # noqa: E402
 from common.cli import command  # noqa: E402
 
-
 class SquaredReLU(model.FeedForward):
     def forward(self, x):
         return self.down(F.relu(self.up(x)).square())
-
 
 model.FeedForward = SquaredReLU
 model.CONFIGS["mine"] = model.Config(blocks=4, heads=4, kv_heads=4, width=128, ffn=512, context=256)

@@ -10,7 +10,6 @@ sys.path.insert(0, ".")  # the repository's root, where this is started
 from checkpoint import load_model, replace_model  # noqa: E402
 from quant import quantize, quantize_rows  # noqa: E402
 
-
 def ternary(weight, bits, group):
     """weight (out, in) -> q int8 (out, in), s and o float16 (out, in / group)."""
     if bits == 8:  # embedding and head
@@ -19,7 +18,6 @@ def ternary(weight, bits, group):
     scale = w.abs().mean(-1).clamp_min(1e-7)
     q = (w / scale[..., None]).round().clamp(-1, 1)
     return q.flatten(1).char(), scale.half(), scale.half() * 0
-
 
 if __name__ == "__main__":
     model, tokenizer = load_model(sys.argv[1])

@@ -27,14 +27,12 @@ from tasks.score import common_prefix, copies, encode_pair, read_prefix, shorten
 
 POOL = 16  # batches among which rows are sorted by length
 
-
 @dataclass
 class Row:
     ids: list           # prompt, answer and end token
     start: int          # where the answer begins
     group: str = ""     # rows with the same instruction
     lost: tuple = (0, 0)  # tokens of the prompt and of the answer that did not fit
-
 
 def encode(tokenizer, prompt, answer, context, group=""):
     """A Row of at most `context` tokens. What does not fit is left out of the prompt, down to an eighth of
@@ -46,7 +44,6 @@ def encode(tokenizer, prompt, answer, context, group=""):
     learned = answer[:context - len(kept)]
     lost = len(given) - len(kept), len(answer) - len(learned)
     return Row(kept + learned, len(kept), group, lost)
-
 
 def pick(rows, count, seed, step):
     """The rows of one step, which depend on the seed and the step alone: every row once in an epoch, rows of
@@ -61,7 +58,6 @@ def pick(rows, count, seed, step):
         pools += sorted(pool, key=lambda n: (rows[n].group, len(rows[n].ids)))
     batch = random.permutation(steps)[number]
     return [rows[i] for i in pools[batch * count:(batch + 1) * count]]
-
 
 class Batch:
     """The tensors of some rows: their common prefix, once, and the rest of each, padded at the right."""
@@ -83,9 +79,7 @@ class Batch:
         cache, (B, T) = read_prefix(model, self.prefix), self.tokens.shape
         return model.hidden(self.tokens, copies(model, cache, [0] * B, T) if cache.end else None)
 
-
 ALPACA = '{"instruction": ..., "input": ..., "output": ...}'  # a row; its input may be missing
-
 
 def read_alpaca(path):
     """Examples of a JSON file in Alpaca's form: a list of rows, {"data": a list of rows}, or a row a line.
@@ -105,7 +99,6 @@ def read_alpaca(path):
         say(f"{path}: {len(rows) - len(kept):,} of {len(rows):,} rows are left out: blank, or there twice")
     return list(kept.values())
 
-
 def alpaca_example(row, index, where):
     """A row as an Example; its prompt is blank if its instruction is. {"prompt": ..., "completion": ...} is
     taken as it is."""
@@ -119,14 +112,12 @@ def alpaca_example(row, index, where):
         asked = sets.instruction_prompt(asked, given) if given.strip() else f"Instruction: {asked}\nAnswer: "
     return sets.Example("rows", index, asked, answer)
 
-
 COMPANIES = "Nordvik, Halden Oyj, Castra Foods, Lumera, Teval Steel, Ostrava Bank, Brightwell, Karo Shipping"
 TEMPLATES = {
     "positive": ("{c} 's profit rose to EUR {b} mn from EUR {a} mn .", "{c} won an order of EUR {b} mn ."),
     "neutral": ("{c} will publish its report at {a} a.m.", "{c} has {b} employees in {a} countries ."),
     "negative": ("{c} 's profit fell to EUR {a} mn from EUR {b} mn .", "{c} lost an order of EUR {b} mn ."),
 }
-
 
 def made_up_headlines(count, seed):
     """Examples made of templates and numbers, to try everything without a download."""

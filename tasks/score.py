@@ -31,7 +31,6 @@ from model import KVCache
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # of a batch; more is no faster on a CPU and takes memory
 HEAD_ROWS = {"cpu": 128, "cuda": 4096}       # of tails that are read together, and have logits
 
-
 def encode_pair(tokenizer, context, continuation):
     """Ids of a text and of what follows it, by the harness's rule: both are encoded as one text, and what
     exceeds the context's own ids is the continuation. Spaces at the context's end move to the continuation,
@@ -41,7 +40,6 @@ def encode_pair(tokenizer, context, continuation):
     given = begin + tokenizer.encode(stripped)
     return given, (begin + tokenizer.encode(context + continuation))[len(given):]
 
-
 def shorten(prompt, room):
     """A prompt's ids, at most `room` of them: without its middle, as the instruction stands first and
     "Answer:" last. Finetuning and the tasks that are answered in writing cut here."""
@@ -49,11 +47,9 @@ def shorten(prompt, room):
         return prompt
     return prompt[:room - room // 2] + prompt[len(prompt) - room // 2:]
 
-
 def common_prefix(lists):
     """The first elements that all lists share."""
     return lists[0][:len(os.path.commonprefix(lists))]  # works on any sequences
-
 
 def read_prefix(model, tokens):
     """tokens (1, P) -> a KVCache that has them; P may be 0."""
@@ -61,7 +57,6 @@ def read_prefix(model, tokens):
     if cache.capacity:
         model.hidden(tokens, cache)
     return cache
-
 
 def copies(model, cache, rows, more):
     """A KVCache with copies of these rows of `cache`, through which gradients flow back, and with room for
@@ -75,7 +70,6 @@ def copies(model, cache, rows, more):
             store[layer] = F.pad(part, (0, 0, 0, more))
     return new
 
-
 @dataclass
 class Item:
     """An example as tokens."""
@@ -86,7 +80,6 @@ class Item:
 
     def __post_init__(self):
         self.trunk = common_prefix([text[:start - 1] for text, start in zip(self.texts, self.starts)])
-
 
 def make_item(example, tokenizer, context, room=None):
     """An Item. What exceeds the context loses its first tokens, as in the harness; with `room` the prompt is
@@ -106,7 +99,6 @@ def make_item(example, tokenizer, context, room=None):
         cut = max(cut, len(given) + len(ending) - len(text))
     return Item(example, texts, starts, cut)
 
-
 def in_batches(items, length, budget, most):
     """Items of similar length together, the longest first; at most `budget` tokens, padding counted."""
     items = sorted(items, key=length, reverse=True)
@@ -114,7 +106,6 @@ def in_batches(items, length, budget, most):
         count = min(most, max(1, budget // max(1, length(items[0]))))
         yield items[:count]
         items = items[count:]
-
 
 @torch.inference_mode()
 def read_trunks(model, batch, prefix, more):
@@ -126,7 +117,6 @@ def read_trunks(model, batch, prefix, more):
         model.hidden(padded(trunks, 0, prefix.device), cache)
         cache.lengths = [len(item.trunk) for item in batch]
     return cache
-
 
 @torch.inference_mode()
 def score_batch(model, batch, cache):
@@ -153,7 +143,6 @@ def score_batch(model, batch, cache):
             scores[row][choice] = found.double().sum().item()
     return scores
 
-
 def continued(model, prompts, cache, new_tokens, tokenizer):
     """The likeliest continuation of every prompt, as text; it ends with a stop token, after new_tokens, or
     (as in FinGPT) where the model starts another "Answer: "."""
@@ -164,7 +153,6 @@ def continued(model, prompts, cache, new_tokens, tokenizer):
             if token is not None and token not in tokenizer.stop_ids:
                 ids.append(token)
     return [tokenizer.decode(ids).split("Answer: ")[0] for ids in written]
-
 
 def score_in_batches(model, tokenizer, examples, device, new_tokens=0):
     """Yields, batch by batch, [(example, log p of every choice, written text, tokens cut), ...].
@@ -193,7 +181,6 @@ def score_in_batches(model, tokenizer, examples, device, new_tokens=0):
                 texts = continued(model, prompts, cache, new_tokens, tokenizer)
         yield [(item.example, s, text, item.cut) for item, s, text in zip(batch, scores, texts)]
 
-
 # ----------------------------------------------------------------------------- metrics
 
 def confusion(labels, predictions, classes):
@@ -202,11 +189,9 @@ def confusion(labels, predictions, classes):
     rows[np.arange(len(labels)), labels, predictions] = 1
     return rows
 
-
 def accuracy(table):
     """table (..., right, given) -> (...)."""
     return np.trace(table, axis1=-2, axis2=-1) / table.sum((-2, -1))
-
 
 def weighted_f1(table):
     """scikit-learn's f1_score(average="weighted"): each label's F1, weighted by how often it is right."""
@@ -214,18 +199,15 @@ def weighted_f1(table):
     f1 = 2 * hits / np.maximum(right + given, 1)
     return (f1 * right).sum(-1) / right.sum(-1)
 
-
 def entity_f1(counts):
     """seqeval's f1_score (micro average): counts (..., 3) of entities that are right, in the text, named."""
     return 2 * counts[..., 0] / np.maximum(counts[..., 1] + counts[..., 2], 1)
-
 
 def majority(rows, metric):
     """The score of always giving the commonest label."""
     right, always = rows.sum((0, 2)), np.zeros(rows.shape[1:])  # (classes,): how often each label is right
     always[:, right.argmax()] = right
     return float(metric(always))
-
 
 def bootstrap(rows, metric, draws=2000, seed=0):
     """95% interval of metric(sum of the rows), rows (n, ...): n rows are drawn anew, with repetition."""
@@ -236,7 +218,6 @@ def bootstrap(rows, metric, draws=2000, seed=0):
         sums = random.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=draws) @ flat
     return np.quantile(metric(sums.reshape(draws, *rows.shape[1:])), (0.025, 0.975)).tolist()
 
-
 def paired_bootstrap(first, second, metric, draws=2000, seed=0):
     """(low, high, p) of the difference of two runs over the same rows: its 95% interval, and twice the share
     of draws in which it has the other sign."""
@@ -245,7 +226,6 @@ def paired_bootstrap(first, second, metric, draws=2000, seed=0):
     difference = other - one
     p = 2 * min((difference <= 0).mean(), (difference >= 0).mean())
     return *np.quantile(difference, (0.025, 0.975)).tolist(), float(min(1.0, p))
-
 
 def mcnemar(first, second):
     """Exact two-sided p of as uneven a split of the rows on which only one of two models is right."""

@@ -58,7 +58,6 @@ ASK_ENTITIES = ("Please extract entities and their types from the input sentence
                 "chosen from {person/organization/location}.")
 ENTITIES = {"PER": "a person", "ORG": "an organization", "LOC": "a location"}  # MISC is not asked for
 
-
 @dataclass
 class Example:
     """A row of a task. A space at the prompt's end belongs to the answer: ` positive` is mostly one token."""
@@ -79,22 +78,18 @@ class Example:
             return [(self.prompt + choice, self.ending) for choice in self.choices]
         return [(self.prompt, choice) for choice in self.choices]
 
-
 def instruction_prompt(instruction, text):
     return f"Instruction: {instruction}\nInput: {text}\nAnswer: "
-
 
 def sentiment_row(task, text, label, kind):
     prompt = instruction_prompt(ASK_SENTIMENT.format(kind), text)
     return Example(task, 0, prompt, label, list(SENTIMENTS), SENTIMENTS.index(label))
-
 
 def boolq(folder):
     choices = [" no", " yes"]
     for row, _ in read_jsonl(folder / "dev.jsonl", passage=str, question=str, answer=bool):
         prompt = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
         yield Example("boolq", 0, prompt, choices[row["answer"]], list(choices), int(row["answer"]))
-
 
 def piqa(folder):
     labels = folder / "valid-labels.lst"
@@ -105,7 +100,6 @@ def piqa(folder):
         choices, label = [f" {row['sol1']}", f" {row['sol2']}"], int(line)
         yield Example("piqa", 0, f"Question: {row['goal']}\nAnswer:", choices[label], choices, label)
 
-
 def winogrande(folder):
     path = folder / "dev.jsonl"
     for row, line in read_jsonl(path, sentence=str, option1=str, option2=str, answer=str):
@@ -115,14 +109,12 @@ def winogrande(folder):
         choices, label = [row["option1"], row["option2"]], int(row["answer"]) - 1
         yield Example("winogrande", 0, before, choices[label], choices, label, ending=f" {after.strip()}")
 
-
 def fpb(folder):
     """The file is latin-1, or Windows' cp1252 that extends it; some copies are UTF-8, never by chance."""
     for n, line in enumerate(read_lines(folder / PHRASES, "cp1252"), 1):
         text, at, label = line.rpartition("@")
         check(at and label in SENTIMENTS, f"{folder / PHRASES}, line {n}", "it must end with @ and a label")
         yield sentiment_row("fpb", text, label, "news")
-
 
 def fiqa(folder):
     """A row for each company that a text is about."""
@@ -140,7 +132,6 @@ def fiqa(folder):
             for score in scores:
                 yield sentiment_row("fiqa", text, SENTIMENTS[(score >= -0.1) + (score >= 0.1)], kind)
 
-
 def tfns(folder, name="sent_train.csv"):
     path = folder / name
     try:
@@ -153,7 +144,6 @@ def tfns(folder, name="sent_train.csv"):
               "it must be a text and a label, 0, 1 or 2")
         label = ["negative", "positive", "neutral"][int(row[1])]  # bearish, bullish, neutral
         yield sentiment_row("tfns", row[0], label, "tweet")
-
 
 def ner(folder, name="FIN5.txt"):
     """Sentences with a person, organization or location, as in FinGPT's set; the answer names them."""
@@ -172,11 +162,9 @@ def ner(folder, name="FIN5.txt"):
                 yield Example("ner", 0, prompt, ", ".join(named) + ".", words=words, tags=tags)
             words, tags = [], []
 
-
 def words_of(text):
     """Words end at spaces and tabs alone: a no-break space is part of one."""
     return re.findall(r"[^ \t]+", text)
-
 
 def entities(tags):
     """(type, start, end) of every entity: one begins at a B- or where the type changes, as in seqeval."""
@@ -189,7 +177,6 @@ def entities(tags):
         before = tag
     return found
 
-
 def read_sentiment(text):
     """(label, whether one was there) of a generated answer, by FinGPT's rule: positive goes before negative,
     and only spellings such as `positive` and `Positive` count."""
@@ -197,7 +184,6 @@ def read_sentiment(text):
         if label in text or label.capitalize() in text:
             return label, True
     return "neutral", False
-
 
 def read_entities(words, text):
     """(tags, whether an entity was named) of a generated `X is a person, Y is an organization.`
@@ -217,9 +203,7 @@ def read_entities(words, text):
                     break
     return tags, named
 
-
 TASKS = {f.__name__: f for f in (boolq, piqa, winogrande, fpb, fiqa, tfns, ner)}
-
 
 def load(task, data_dir, split="test"):
     """The rows of a task: list[Example]. split: "train" or "test"; a test row is marked as `seen` if a
@@ -246,7 +230,6 @@ def load(task, data_dir, split="test"):
     refuse(not wanted, f"{task}: there is no row in {folder} to {split} with")
     return wanted
 
-
 def find_files(task, data_dir):
     """The folder of a task, with all its files. A missing TEST_FILE alone is no reason to download."""
     folder = Path(data_dir) / task
@@ -259,13 +242,11 @@ def find_files(task, data_dir):
         fetch_file(address, sha256, folder / name, remedy)
     return folder
 
-
 def split_rows(count, share, seed=42):
     """(test, train) row numbers, as `datasets.Dataset.train_test_split(share, seed=seed)` draws them."""
     order = np.random.default_rng(seed).permutation(count).tolist()
     test = math.ceil(share * count)
     return order[:test], order[test:]
-
 
 def draw(examples, limit, seed=0):
     """A seeded sample of `limit` rows, in their order; all of them if there are no more."""
@@ -273,7 +254,6 @@ def draw(examples, limit, seed=0):
         return examples
     chosen = np.random.default_rng(seed).choice(len(examples), limit, replace=False)
     return [examples[i] for i in sorted(chosen)]
-
 
 def read_text(path, otherwise=None):
     """The text of a UTF-8 or marked UTF-16 file. otherwise: the encoding of one that is neither."""
@@ -285,12 +265,10 @@ def read_text(path, otherwise=None):
             raise
         return path.read_bytes().decode(otherwise, errors="replace")
 
-
 def read_lines(path, otherwise=None):
     """Lines end with \\n or \\r\\n; other line ends that str.splitlines knows may stand inside a sentence."""
     lines = read_text(path, otherwise).replace("\r\n", "\n").split("\n")
     return lines if lines[-1] else lines[:-1]
-
 
 def read_jsonl(path, **fields):
     """(row, line number) of every line; each row must have these fields, of these types."""
@@ -301,7 +279,6 @@ def read_jsonl(path, **fields):
                 fits = isinstance(row, dict) and isinstance(row.get(name), kind)
                 check(fits, f"{path}, line {n}", f"it needs {name!r}, a {kind.__name__}")
             yield row, n
-
 
 def check(holds, where, what):
     refuse(not holds, f"{where}: {what}: mend it, or download the file again")

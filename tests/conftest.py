@@ -13,13 +13,11 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-
 @pytest.fixture(scope="session", autouse=True)
 def private_caches(tmp_path_factory):
     """Tests neither find nor leave anything in the user's caches, and never wait for a network."""
     os.environ["FINGPT_CACHE"] = os.environ.get("FINGPT_TEST_CACHE") or str(tmp_path_factory.mktemp("cache"))
     os.environ["TIKTOKEN_CACHE_DIR"] = str(tmp_path_factory.mktemp("no-tiktoken"))
-
 
 @pytest.fixture
 def run():
@@ -38,7 +36,6 @@ def run():
         return subprocess.run([*python, *head, *map(str, args)], cwd=ROOT, env=dict(os.environ, **(env or {})), timeout=timeout,
                               capture_output=True, text=True, stdin=subprocess.DEVNULL)
     return call
-
 
 @pytest.fixture(scope="session")
 def mutate():
@@ -63,7 +60,6 @@ def mutate():
             return value
     return change
 
-
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     """Some 300 kB of real text that every Python has."""
@@ -71,7 +67,6 @@ def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "topics.txt"
     path.write_text("\n".join(topics[k] for k in sorted(topics))[:300_000], encoding="utf-8")
     return path
-
 
 @pytest.fixture(scope="session")
 def task_data(tmp_path_factory):

@@ -10,7 +10,6 @@ from beyond.gpu_kernels import Kernels
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-DCUDA_ON_CPU", "-x", "c++"]
 
-
 class Emulated(Kernels):
     def __init__(self):
         with tempfile.TemporaryDirectory() as folder:

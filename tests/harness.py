@@ -9,7 +9,6 @@ from common.formats import export
 
 FILES = dict(boolq="super_glue/boolq/default.yaml", piqa="piqa/piqa.yaml", winogrande="winogrande/default.yaml")
 
-
 def harness_rows(task, data_dir, indices):
     """The rows as the harness's data sets have them, read from the source's files."""
     folder = Path(data_dir) / task
@@ -22,7 +21,6 @@ def harness_rows(task, data_dir, indices):
         rows = [dict(r, label=int(r["answer"])) for r in rows]
     return rows
 
-
 def harness_model(model, tokenizer):
     """A model of ours inside the harness, in float32."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,7 +29,6 @@ def harness_model(model, tokenizer):
     with tempfile.TemporaryDirectory() as folder:
         export(model, tokenizer, Path(folder) / "hf")
         return HFLM(pretrained=f"{folder}/hf", dtype="float32", batch_size=16, device=str(device))
-
 
 def harness(lm, task, rows):
     """(metrics, log-likelihoods of both endings of each row) by the harness's simple_evaluate."""

@@ -11,7 +11,6 @@ from model import Config, Transformer
 SHAPES = [(40, 40), (24, 64), (96, 40)]
 LLAMA = dict(vocab_size=400, context=64, blocks=3, heads=4, kv_heads=2, width=32, ffn=48, tied=False)
 
-
 def small(kind):
     torch.manual_seed(0)
     config = Config("llama", **LLAMA) if kind == "llama" else Config("gpt2", **LLAMA | dict(kv_heads=4, tied=True))
@@ -20,7 +19,6 @@ def small(kind):
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return model.requires_grad_(False)
-
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("spread", [0, 2, 4], ids="inputs over {} decades".format)
@@ -40,7 +38,6 @@ def test_factors_for_inputs_reach_the_optimum(shape, spread):
         assert (error @ Moments(H).C).norm() <= with_ridge * 1.001
         assert spread or (error @ X).norm() <= best * 1.001
 
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fewer_tokens_than_inputs(shape):
     """X X^T has rank 5; the factors must fit these inputs exactly and still spend the other ranks on the rest of W."""
@@ -53,7 +50,6 @@ def test_fewer_tokens_than_inputs(shape):
     assert error.norm() < 1.05 * torch.linalg.svdvals(left)[10:].square().sum().sqrt()
     assert 0 < RIDGE < 0.01
 
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_matrix_of_low_rank_is_kept_exactly(shape):
     torch.manual_seed(0)
@@ -63,7 +59,6 @@ def test_a_matrix_of_low_rank_is_kept_exactly(shape):
         assert B.isfinite().all() and A.isfinite().all()
         assert torch.dist(B @ A, w) <= 1e-4 * w.norm()
 
-
 def test_moments_are_those_of_all_inputs():
     torch.manual_seed(0)
     inputs = [torch.randn(1, 50, 12) * 10 ** (i % 5) for i in range(20)]
@@ -71,19 +66,16 @@ def test_moments_are_those_of_all_inputs():
     X = torch.cat([x[0] for x in inputs]).double()
     torch.testing.assert_close(H, X.T @ X, rtol=1e-5, atol=1e-6 * H.max().item())
 
-
 def test_eigenvalues_are_those_of_the_outputs():
     for shape in ((9, 14), (14, 9)):
         W, X = torch.randn(shape), torch.randn(shape[1], 100).double()
         values = eigenvalues(Moments(X @ X.T).gram(W.double()))
         torch.testing.assert_close(values.sum(), (W.double() @ X).square().sum(), rtol=1e-3, atol=0)
 
-
 def test_inputs_that_say_nothing_are_refused():
     for x in (torch.zeros(1, 5, 3), torch.full((1, 5, 3), torch.nan)):
         with pytest.raises(InputError, match="the inputs of a layer add up to (0.0|nan) on the calibration text"):
             second_moments([torch.zeros(1, 5, 3), x], 3, "cpu")
-
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_walk_gives_every_layer_its_inputs_and_goes_on_through_the_changed_ones(kind):
@@ -112,7 +104,6 @@ def test_the_walk_gives_every_layer_its_inputs_and_goes_on_through_the_changed_o
     for name, x in seen.items():
         X = x.flatten(0, 1).double()  # (tokens, in)
         torch.testing.assert_close(found[name], X.T @ X, rtol=1e-4, atol=1e-4 * X.square().sum().item())
-
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_sensitivities_are_those_of_a_whole_backward_pass(kind):

@@ -29,7 +29,6 @@ THEIRS = {"llama": ["q_proj", "v_proj", "down_proj"], "qwen2": ["q_proj", "k_pro
           "gpt2": ["c_attn", "attn.c_proj"]}
 TOKENS = torch.arange(60).reshape(3, 20)
 
-
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
 def base(request, tmp_path_factory):
     """A random model as our folder and as a Hugging Face folder: (kind, path with ours/ and hf/)."""
@@ -42,21 +41,17 @@ def base(request, tmp_path_factory):
     export(model, None, path / "hf")
     return request.param, path
 
-
 def ours(path):
     return load_model(path / "ours")[0]
 
-
 def theirs(path):
     return AutoModelForCausalLM.from_pretrained(path / "hf", dtype=torch.float32).eval()
-
 
 def randomize(model):
     for m in model.modules():
         if isinstance(m, LoRALinear):
             nn.init.normal_(m.B, std=0.2)
     return model
-
 
 @pytest.fixture
 def saved(base, tmp_path):
@@ -68,14 +63,12 @@ def saved(base, tmp_path):
     save_adapter(tmp_path / "adapter", model, "some-base", base_id(path / "ours"))
     return kind, path, tmp_path / "adapter", model(TOKENS)
 
-
 def test_peft_loads_ours_and_gives_our_logits(saved):
     kind, path, folder, logits = saved
     model = peft.PeftModel.from_pretrained(theirs(path), folder)
     assert (ours(path)(TOKENS) - logits).abs().max() > 1e-2
     with torch.no_grad():
         assert torch.allclose(model(TOKENS).logits, logits, atol=2e-5)
-
 
 @pytest.mark.parametrize("how", [
     dict(), dict(use_rslora=True), dict(rank_pattern={"q_proj": 5, "attn.c_proj": 2}),
@@ -119,7 +112,6 @@ def test_we_load_what_peft_trained(base, tmp_path, how):
     take_off(mine)
     assert torch.equal(mine(TOKENS), before)
 
-
 def test_a_start_that_changes_the_base_needs_its_weights(base, tmp_path):
     kind, path = base
     config = peft.LoraConfig(r=2, target_modules=THEIRS[kind], task_type="CAUSAL_LM",
@@ -129,7 +121,6 @@ def test_a_start_that_changes_the_base_needs_its_weights(base, tmp_path):
     quantize(mine, 8)
     with pytest.raises(InputError, match="began as pissa changes its base's weights"):
         load_adapter(mine, tmp_path / "peft")
-
 
 def test_gradients_of_a_and_b_are_pefts(saved):
     kind, path, folder, _ = saved
@@ -145,7 +136,6 @@ def test_gradients_of_a_and_b_are_pefts(saved):
     for (name, letter), gradient in wanted.items():
         mine_too = getattr(layers[name], letter).grad
         assert (mine_too - gradient).norm() <= 1e-4 * gradient.norm(), name
-
 
 def test_loading_twice_switches_and_saving_again_changes_nothing(saved, tmp_path):
     kind, path, folder, logits = saved
@@ -163,12 +153,10 @@ def test_loading_twice_switches_and_saving_again_changes_nothing(saved, tmp_path
     first, again = read_adapter(folder).factors, read_adapter(tmp_path / "again").factors
     assert all(torch.equal(x, y) for n in first for x, y in zip(first[n], again[n]))
 
-
 def randomize_other(model, kind):
     torch.manual_seed(5)
     attach_lora(model, 2, 4, TARGETS[kind][:1])
     return randomize(model)
-
 
 # ----------------------------------------------------------------------------- which base
 
@@ -179,7 +167,6 @@ def test_a_base_keeps_its_id_in_every_format_and_another_has_another(base, tmp_p
     model.blocks[-1].mlp.down.weight.data[0, 0] += 1e-3
     save_model(tmp_path / "changed", model)
     assert base_id(tmp_path / "changed") != base_id(path / "ours")
-
 
 def test_an_adapter_of_another_base_is_refused(saved):
     kind, path, folder, _ = saved
@@ -193,13 +180,11 @@ def test_an_adapter_of_another_base_is_refused(saved):
     with pytest.raises(InputError, match="it was trained on some-base"):
         load_adapter(small, folder)
 
-
 def spoil_settings(**changes):
     def spoil(folder):
         file = folder / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     return spoil
-
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda f: (f / "adapter_model.safetensors").unlink(), "is not an adapter: it has no "
@@ -227,7 +212,6 @@ def test_damaged_and_unknown_adapters_are_refused(saved, spoil, message):
     with pytest.raises(InputError, match=message):
         load_adapter(ours(path), folder)
 
-
 def test_altered_factors_are_refused(saved):
     file = saved[2] / "adapter_model.safetensors"
     raw = bytearray(file.read_bytes())
@@ -235,7 +219,6 @@ def test_altered_factors_are_refused(saved):
     file.write_bytes(raw)
     with pytest.raises(InputError, match="altered after it was written"):
         read_adapter(saved[2])
-
 
 def test_damaged_adapters_are_read_as_peft_does_or_refused(base, tmp_path, mutate):
     """Thousands of small mutations: nothing but InputError; and what loads has PEFT's logits."""
@@ -287,7 +270,6 @@ def test_damaged_adapters_are_read_as_peft_does_or_refused(base, tmp_path, mutat
                 assert torch.allclose(logits, wanted, atol=1e-4, equal_nan=True), now["adapter_config.json"]
     assert loaded > 50 and compared > 5
 
-
 # ----------------------------------------------------------------------------- quantized bases
 
 @pytest.mark.parametrize("bits, most", [(8, 0.05), (4, 0.6)])
@@ -305,7 +287,6 @@ def test_merging_into_a_quantized_base_states_its_error(saved, bits, most):
     assert 0 < error < most and error == pytest.approx(lost.item(), rel=1e-4)
     assert not torch.equal(model(TOKENS), apart) and not any(isinstance(m, LoRALinear)
                                                              for m in model.modules())
-
 
 # ----------------------------------------------------------------------------- checkpoint.py merge
 

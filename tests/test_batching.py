@@ -22,17 +22,14 @@ from lowrank import attach_lora
 from model import Config, KVCache, Transformer
 from quant import quantize
 
-
 def alone(model, request, stop=()):
     """What generate, with a contiguous cache of its own, writes for a request."""
     generator = torch.Generator().manual_seed(request.seed)
     return [s[0] for s in generate(model, [request.prompt], request.max_new_tokens, request.temperature, request.top_p, stop, generator)]
 
-
 def mixed_requests(count, **more):
     draw = random.Random(1)
     return [Request([draw.randrange(101) for _ in range(draw.randint(1, 30))], draw.randint(1, 18), **more) for _ in range(count)]
-
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("blocks, batch", [(200, 32), (200, 3), (15, 32)], ids=["all at once", "three at a time", "a pool for two"])
@@ -46,7 +43,6 @@ def test_each_request_gets_what_it_would_get_alone(config, blocks, batch):
         assert request.tokens == alone(model, request)
         assert request.ended
     assert sorted(engine.pool.free) == list(range(blocks)), "all blocks were given back"
-
 
 @pytest.mark.parametrize("bits, group", [(16, None), (8, 0), (4, 32)])
 def test_on_a_cpu_a_token_of_each_row_takes_one_call(bits, group, monkeypatch):
@@ -75,7 +71,6 @@ def test_on_a_cpu_a_token_of_each_row_takes_one_call(bits, group, monkeypatch):
         assert logits[1, i][0] == logits[32, i][0]
         assert logits[1, i][1] <= logits[32, i][1] or bits == 16  # the head is torch's
 
-
 def test_a_full_pool_sends_the_last_request_back():
     """Two requests that fit together at first, and not at their ends."""
     model, _ = pair(LLAMA)
@@ -86,7 +81,6 @@ def test_a_full_pool_sends_the_last_request_back():
     prompts = [T for B, T in reads if T > 1]
     assert prompts[:2] == [5, 3] and len(prompts) == 3 and prompts[2] > 3, "read again, with its tokens"
     assert [r.tokens for r in requests] == [alone(model, r) for r in requests]
-
 
 def test_draws_are_a_requests_own():
     """Whatever else is in the batch, a seed gives the tokens that generate draws with it."""
@@ -100,14 +94,12 @@ def test_draws_are_a_requests_own():
     list(Engine(model, Pool(LLAMA, 30, 4)).run(twins))
     assert twins[0].tokens == twins[1].tokens != twins[2].tokens
 
-
 def test_requests_end_at_a_stop_token():
     model, _ = pair(GPT2)
     free = alone(model, Request([5, 6], 20))
     requests = [Request([5, 6], 20), Request([9], 20)]
     list(Engine(model, Pool(GPT2, 30, 4), stop={free[7]}).run(requests))
     assert requests[0].tokens == free[:free.index(free[7]) + 1]
-
 
 # ----------------------------------------------------------------------------- adapters
 
@@ -118,7 +110,6 @@ def random_adapter(model, rank, targets, seed=0, size=0.3):
     layers = {n: getattr(m, "base", m) for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in targets and not n.endswith(".base")}
     return SimpleNamespace(scale=0.5 + seed / 10, factors={n: (draw(rank, m.in_features), draw(m.out_features, rank)) for n, m in layers.items()})
 
-
 def merged(config, adapter):
     """The model with W + scale B A in place of W."""
     model, _ = pair(config)
@@ -127,7 +118,6 @@ def merged(config, adapter):
             layer = model.get_submodule(name)
             layer.weight = torch.nn.Parameter(layer.weight + adapter.scale * B @ A)  # GPT-2's head leaves its embedding alone
     return model
-
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_rows_with_their_own_adapters_give_the_logits_of_merged_models(config):
@@ -150,7 +140,6 @@ def test_rows_with_their_own_adapters_give_the_logits_of_merged_models(config):
             adapters.select([name])
             assert (model(tokens[i:i + 1].expand(3, -1)) - wanted[i]).abs().max() < 1e-5 * wanted.abs().max()
 
-
 def test_an_adapter_of_the_head_in_the_engine():
     model, _ = pair(LLAMA)
     adapters, made = Adapters(model), [random_adapter(model, rank, ["head", "up"], rank) for rank in (2, 3)]
@@ -160,7 +149,6 @@ def test_an_adapter_of_the_head_in_the_engine():
     list(Engine(model, Pool(LLAMA, 40, 4), adapters=adapters).run(requests))
     singles = [merged(LLAMA, made[0]), merged(LLAMA, made[1]), pair(LLAMA)[0]]
     assert [r.tokens for r in requests] == [alone(single, r) for single, r in zip(singles, requests)]
-
 
 def test_adapters_on_quantized_layers():
     config = Config(**{**LLAMA.as_dict(), "width": 64, "ffn": 128})
@@ -184,7 +172,6 @@ def test_adapters_on_quantized_layers():
         adapters.select(["one", "two", None])
         assert (model(tokens) - torch.cat(wanted)).abs().max() < 1e-4  # kernels_cpu.cpp rounds x to 16 bit, some number another way
 
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A base on disk, sixteen adapters of it, and one of another base."""
@@ -203,7 +190,6 @@ def folders(tmp_path_factory):
         save_adapter(path / f"a{i}", model, "base", base_id(path / ("base" if i < 16 else "other base")))
     return path
 
-
 @pytest.mark.parametrize("blocks, batch", [(300, 32), (20, 5)])
 def test_sixteen_adapters_on_one_base(folders, blocks, batch):
     model, _ = pair(LLAMA)
@@ -219,14 +205,12 @@ def test_sixteen_adapters_on_one_base(folders, blocks, batch):
             load_adapter(single, folders / request.adapter)
         assert request.tokens == alone(single, request), request.adapter
 
-
 def test_wrong_adapters_are_refused(folders):
     model, _ = pair(LLAMA)
     with pytest.raises(InputError, match="was trained on another base"):
         Adapters(model, {"other": folders / "a16"}, base_id(folders / "base"))
     with pytest.raises(InputError, match="is not an adapter: it has no adapter_config.json"):
         Adapters(model, {"none": folders / "nowhere"})
-
 
 @pytest.mark.parametrize("request_, message", [
     (Request([1] * 49, 5), "a prompt has 49 tokens: the model reads 1 to 48"),
@@ -240,7 +224,6 @@ def test_what_can_never_run_is_refused(request_, message, folders):
     with pytest.raises(InputError, match=message):
         engine.submit(request_)
     assert not engine.waiting
-
 
 @pytest.mark.parametrize("when", [0, 1, 5])
 def test_a_cancelled_request_gives_its_blocks_back_and_the_others_do_not_notice(when):
@@ -257,7 +240,6 @@ def test_a_cancelled_request_gives_its_blocks_back_and_the_others_do_not_notice(
     assert done[0] is requests[1] and len(requests[1].tokens) == (when + 1 if when else 0)
     assert [requests[i].tokens for i in (0, 2)] == [alone(model, requests[i]) for i in (0, 2)]
     assert len(engine.pool.free) == 60
-
 
 @pytest.mark.slow
 def test_the_real_model_writes_the_same_in_every_way():
@@ -301,7 +283,6 @@ def test_the_real_model_writes_the_same_in_every_way():
         answers.add(str(uncached))
     assert len(answers) == 3, "the adapters change what is written"
 
-
 # ----------------------------------------------------------------------------- the paper's count
 
 def test_the_papers_count_of_what_a_cache_saves():
@@ -314,7 +295,6 @@ def test_the_papers_count_of_what_a_cache_saves():
     assert rows["Llama2-7B", True]["weights"] == pytest.approx(2 * 6.738415616e9 * 199 / 1e12)
     assert full["attention"] == pytest.approx(sum(4 * 4096 * 32 * T * (T + 1) / 2 for T in range(100, 200)) / 1e12)
 
-
 @pytest.mark.parametrize("use_cache, tokens", [(False, 14950), (True, 199)])
 def test_the_count_is_what_generate_reads(use_cache, tokens):
     model = Transformer(Config("llama", vocab_size=50, context=200, blocks=1, heads=2, kv_heads=1, width=8, ffn=8)).eval()
@@ -322,7 +302,6 @@ def test_the_count_is_what_generate_reads(use_cache, tokens):
     model.embed.register_forward_pre_hook(lambda m, inputs: read.append(inputs[0].numel()))
     list(generate(model, [[1] * 100], 100, temperature=0, use_cache=use_cache))
     assert sum(read) == generation_cost(model, 100, 100, use_cache)[0] == tokens
-
 
 def test_the_benchmark(tmp_path, text_file, capsys):
     """All engines on a small model; how fast is not asked."""

@@ -22,10 +22,8 @@ from model import Config, Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
 def run(*args):
     return subprocess.run([sys.executable, "bench.py", *args], cwd=ROOT, capture_output=True, text=True)
-
 
 def test_every_benchmark_says_in_its_first_line_what_it_is_and_every_flag_is_used():
     assert {"train", "memory", "recompute", "decompose", "decode", "kernels", "finetune"} < set(bench.BENCHES)
@@ -35,7 +33,6 @@ def test_every_benchmark_says_in_its_first_line_what_it_is_and_every_flag_is_use
         assert len(line) > 40 and line.endswith("."), name
     assert set(common.HELP) <= used
 
-
 @pytest.mark.parametrize("name", bench.BENCHES)
 def test_help_of(name, capsys):
     with pytest.raises(SystemExit) as end:
@@ -43,11 +40,9 @@ def test_help_of(name, capsys):
     assert end.value.code == 0
     assert f"bench.py {name}" in capsys.readouterr().out
 
-
 def test_an_unknown_benchmark_is_refused():
     done = run("nonsense")
     assert done.returncode == 2 and "nonsense" in done.stderr and "'train'" in done.stderr and "Traceback" not in done.stderr
-
 
 def test_rows_are_written_with_where_they_come_from(tmp_path):
     file = tmp_path / "rows.json"
@@ -57,12 +52,10 @@ def test_rows_are_written_with_where_they_come_from(tmp_path):
     assert record["command"] == "python bench.py chance --json rows.json"
     assert record["rows"] and {"device", "torch", "commit", "date"} <= record.keys()
 
-
 def test_the_tables_of_the_readme_are_those_of_results():
     readme = (ROOT / "results" / "README.md").read_text()
     assert "<!-- train_cpu.json -->" in readme
     assert bench.tables(readme) == readme, "python bench.py tables"
-
 
 def test_a_changed_figure_changes_the_table(tmp_path):
     record = json.loads((ROOT / "results/pipeline.json").read_text())
@@ -72,7 +65,6 @@ def test_a_changed_figure_changes_the_table(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing.json"):
         bench.tables("<!-- missing.json -->\n<!-- end -->", tmp_path)
     assert "0.123" in text and "old" not in text and text.startswith("before\n") and text.endswith("after\n")
-
 
 @pytest.mark.parametrize("best", [1e-3, 8e-3, 16e-3, 32e-3, 0.25])
 def test_the_search_for_a_rate_ends_beyond_the_best_one(best):
@@ -85,7 +77,6 @@ def test_the_search_for_a_rate_ends_beyond_the_best_one(best):
     assert abs(math.log2(found / best)) <= 0.5 and min(tried) < found < max(tried)
     assert scaling.best_rate(loss, 16e-3, up=False) == min(found, 16e-3)
 
-
 @pytest.mark.parametrize("late, ratios", [(None, [1, 4, 20]), (20, [1, 4]), (scaling.SEARCH, [])])
 def test_a_variant_has_the_lengths_that_are_in_time(late, ratios, monkeypatch):
     def train(args, size, name, ratio, rate, seed):
@@ -96,13 +87,11 @@ def test_a_variant_has_the_lengths_that_are_in_time(late, ratios, monkeypatch):
     rows = scaling.finish(SimpleNamespace(seeds=[1]), "64x4", "full rank", 1)
     assert [(r["ratio"], r["lr"]) for r in rows] == [(ratio, 8e-3) for ratio in ratios]
 
-
 def test_narrow_models_have_as_many_parameters_or_operations():
     for name, count in (("narrow, parameters of n/4", scaling.count_parameters), ("narrow, operations of n/4", scaling.operations)):
         narrow, low = count(scaling.shapes(*scaling.variant("64x4", name))), count(scaling.shapes((4, 4, 64), 16))
         assert abs(narrow / low - 1) < 0.08
     assert scaling.variant("128x6", "r = 3n/8") == ((6, 8, 128), 48)
-
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_the_model_that_counts_is_the_textbooks(order, monkeypatch):
@@ -123,12 +112,10 @@ def test_the_model_that_counts_is_the_textbooks(order, monkeypatch):
     exact = [math.log(p(tuple(text[i - order + 1:i]), text[i])) for i in range(order - 1, len(text))]
     assert scaling.counting_model(train.tolist(), [text.tolist()], order) == pytest.approx(-np.mean(exact), rel=1e-12)
 
-
 def scaling_row(variant, loss, seed=1, ratio=20, parameters=100, rank=0):
     parts = [loss + 0.01 * (i % 2) for i in range(scaling.PARTS)]
     return dict(size="64x4", variant=variant, ratio=ratio, lr=0.01, seed=seed, rank=rank, shape=[4, 4, 64], parameters=parameters,
                 operations=7 * parameters, tokens=1000, seconds=1.0, choose=loss, loss=sum(parts) / len(parts), parts=parts)
-
 
 def test_the_table_of_scaling_compares_with_full_rank_and_with_dense_models(tmp_path):
     rows = [scaling_row("full rank", 3.0), scaling_row("full rank", 3.2, seed=2), scaling_row("r = n/4", 3.5, rank=16, parameters=40),
@@ -148,7 +135,6 @@ def test_the_table_of_scaling_compares_with_full_rank_and_with_dense_models(tmp_
     scaling.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
-
 def test_probabilities_by_chance_are_those_of_drawn_samples():
     draws = torch.distributions.Binomial(1000, torch.tensor(0.62)).sample((200_000, 2)) / 10  # percent
     for difference in (0.5, 2.0, 4.0):
@@ -157,11 +143,9 @@ def test_probabilities_by_chance_are_those_of_drawn_samples():
         assert abs(chance.by_chance(62, 62 + difference, 1000) - share) < 0.01
     assert chance.by_chance(50, 50, 100) == 1
 
-
 def test_holms_correction_is_that_of_statistics_books():
     assert chance.holm([0.01, 0.04, 0.03, 0.005]) == 2  # 0.005 <= 0.05/4, 0.01 <= 0.05/3, 0.03 > 0.05/2
     assert chance.holm([0.2]) == 0 and chance.holm([0.05, 0.001]) == 2
-
 
 def test_the_papers_tables_have_its_figures_in_brackets_and_a_star_where_nothing_ran():
     rows = [dict(table="V", what="int8", quantity="TFLOPS", value=1.5, paper=624, how="measured"),
@@ -170,7 +154,6 @@ def test_the_papers_tables_have_its_figures_in_brackets_and_a_star_where_nothing
             dict(table="VI", what="gpt2 r96", quantity="MB", value=62, paper=58.5, how="exact")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in paper.report(rows).splitlines()]
     assert ["int8", "1.5 (624)"] in cells and ["gpt2 r48", "3.9* (1.192 / 1.197)", "52.5"] in cells and ["gpt2 r96", "", "62 (58.5)"] in cells
-
 
 @pytest.mark.parametrize("default, given, value", [
     (["a", "b"], "c,d", ["c", "d"]), ([8, 4], "16", [16]), ([], "0,192", [0, 192]), (3, "5", 5), (2.5, "0.5", 0.5),
@@ -183,7 +166,6 @@ def test_a_flag_is_of_its_defaults_type(default, given, value):
         with pytest.raises(InputError, match="--some-flag: must be .*, got 0"):
             common.parse("x", module, ["--some-flag", "0"])
 
-
 def test_a_table_shows_keys_functions_and_units():
     rows = [dict(rank=0, cached=True, bytes=2e9), dict(rank=8, cached=None, bytes=5e8)]
     columns = {"rank": "rank", "cached": "cached", "GB": ("bytes", "{:.1f}", 1e9), "twice": lambda r: 2 * r["rank"]}
@@ -191,7 +173,6 @@ def test_a_table_shows_keys_functions_and_units():
     assert [lines[0], *lines[2:]] == ["| rank | cached |  GB | twice |", "| full |    yes | 2.0 |     0 |",
                                       "|    8 |        | 0.5 |    16 |"]
     assert common.table([dict(a=1), dict(b="x")]).splitlines()[2:] == ["| 1 |   |", "|   | x |"]
-
 
 SCRIPT = """
 import json, pathlib, sys
@@ -203,7 +184,6 @@ def main(argv, dropout=0.1):
     return 13 if "--fail" in argv else 0
 """
 
-
 @pytest.fixture
 def once(tmp_path, monkeypatch):
     """run_once of a small script that takes the part of finetune.py."""
@@ -211,7 +191,6 @@ def once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return partial(common.run_once, "finetune.py")
-
 
 def test_a_run_that_was_stopped_is_gone_on_with_and_a_finished_one_is_not_repeated(once, tmp_path):
     assert once("out/a", "--rank", 4, dropout=0.3) == {}
@@ -221,7 +200,6 @@ def test_a_run_that_was_stopped_is_gone_on_with_and_a_finished_one_is_not_repeat
     assert (tmp_path / "out/a/summary.json").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="finetune.py ended with 13"):
         once("other", "--fail")
-
 
 @pytest.mark.parametrize("runs", [1, 2], ids=["stopped", "finished"])
 def test_a_run_with_another_argument_is_not_reused(runs, once, tmp_path):
@@ -237,7 +215,6 @@ def test_a_run_with_another_argument_is_not_reused(runs, once, tmp_path):
         once("out", "--rank", 4)
     shutil.rmtree(tmp_path / "out")
     assert once("out", "--rank", 8) == {}
-
 
 @pytest.mark.slow
 def test_the_scripts_themselves_are_run_once(tmp_path, text_file):
@@ -255,7 +232,6 @@ def test_the_scripts_themselves_are_run_once(tmp_path, text_file):
         assert common.run_once(script, folder, *flags) == summary
         assert (folder / "summary.json").stat().st_mtime_ns == before, f"{script} ran again"
 
-
 @pytest.fixture
 def small(tmp_path, text_file):
     """A folder with a model of two blocks and its tokenizer."""
@@ -264,7 +240,6 @@ def small(tmp_path, text_file):
     tokenizer = train_tokenizer([text_file.read_text(encoding="utf-8")], 500)
     save_model(tmp_path / "m", Transformer(config), tokenizer)
     return str(tmp_path / "m")
-
 
 @pytest.mark.slow
 def test_clients_over_http(small, monkeypatch, capsys):
@@ -279,13 +254,11 @@ def test_clients_over_http(small, monkeypatch, capsys):
     with pytest.raises(InputError, match="--lengths must be the shortest and the longest prompt"):
         bench.main(["http", "--gguf", small, "--lengths", "8"])
 
-
 def test_a_models_own_file_is_timed_and_its_head_is_read_once(small):
     answer = decode.writer(small, 1, "ours", 0, 16)
     sizes = answer((2, True))
     table_of_input = 500 * 64 * 2  # of which a token reads one row
     assert sizes["model_bytes"] - sizes["read_bytes"] == table_of_input and sizes["peak_memory_bytes"] > 0
-
 
 def test_each_rows_share_of_the_bandwidth_of_reading():
     row = dict(model="m", rank=0, cache=True, new_tokens=9, prompt_seconds=0.5, with_prompt=5.0, model_bytes=1e9,

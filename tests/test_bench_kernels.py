@@ -10,7 +10,6 @@ import torch
 from benches import gpu, kernels
 from common.cli import InputError
 
-
 def test_rows_of_every_kernel(monkeypatch, capsys):
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile kernels.cu with")
@@ -23,7 +22,6 @@ def test_rows_of_every_kernel(monkeypatch, capsys):
     assert len(kernels.report(rows).splitlines()) == 2 + len(rows)
     assert capsys.readouterr().out.count('{"kernel"') == len(rows), "each was printed as it came"
 
-
 def test_a_kernel_that_is_wrong_is_not_timed():
     m = kernels.Measurement(None, kernels.cpu_seconds, torch.device("cpu"), 1000)
     x, W = torch.ones(1, 4), torch.eye(4)
@@ -31,14 +29,12 @@ def test_a_kernel_that_is_wrong_is_not_timed():
         m.add("back", "ours", (4, 4), (16, 0), x, lambda x, W: 2 * x @ W, [W], x)
     assert {r["kernel"] for r in m.rows} == {"copy", "read", "empty launch"}
 
-
 def test_without_a_gpu_it_says_so_in_one_line(run):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     done = run("bench.py", "kernels")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "needs a GPU" in done.stderr
     assert not done.stdout
-
 
 def test_the_quickest_stages_of_a_gpus_minutes_run_here(tmp_path, monkeypatch):
     names = "sanitizer", "recompute"
@@ -48,7 +44,6 @@ def test_the_quickest_stages_of_a_gpus_minutes_run_here(tmp_path, monkeypatch):
     assert "2 tests collected" in json.loads((tmp_path / "sanitizer.json").read_text())["said"][-1]
     assert {r["mode"] for r in json.loads((tmp_path / "recompute.json").read_text())["rows"]} >= {"none", "block"}
     assert len(gpu.report(rows).splitlines()) == 2 + len(rows)
-
 
 def test_stages_end_at_their_limits_and_go_on_where_they_were_stopped(tmp_path, monkeypatch):
     stages = [("good", 60, "python -c 'print(12)'", ""), ("bad", 60, "python -c 'raise SystemExit(\"no such flag\")'", ""),

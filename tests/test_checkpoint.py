@@ -23,7 +23,6 @@ LLAMA = Config("llama", vocab_size=400, context=32, blocks=2, heads=4, kv_heads=
 QWEN2 = Config(**LLAMA.as_dict() | dict(kind="qwen2"))
 TOKENS = torch.arange(60).reshape(3, 20)
 
-
 def variants():
     for config in (GPT2, LLAMA, QWEN2):
         for method, embedding_rank in ((0, 0), (1, 0), (1, 16), (2, 0), (3, 0)):
@@ -34,7 +33,6 @@ def variants():
             if method == 3:
                 set_alpha(model, 0.375)
             yield pytest.param(model, id=f"{config.kind} method {method} {'embedding' if embedding_rank else ''}")
-
 
 @pytest.mark.parametrize("model", list(variants()))
 def test_a_folder_rebuilds_its_model(model, tmp_path):
@@ -47,13 +45,11 @@ def test_a_folder_rebuilds_its_model(model, tmp_path):
     assert all(torch.equal(ours[n], theirs[n]) and ours[n].requires_grad == theirs[n].requires_grad for n in ours)
     assert (again.head.weight is again.embed.weight) == (model.head.weight is model.embed.weight) if hasattr(model.head, "weight") else True
 
-
 def test_the_tokenizer_comes_along(tmp_path, text_file):
     tokenizer = train_tokenizer([text_file.read_text(encoding="utf-8")], 400)
     save_model(tmp_path / "m", Transformer(GPT2), tokenizer)
     _, again = load_model(tmp_path / "m")
     assert again.encode("The quick brown fox") == tokenizer.encode("The quick brown fox")
-
 
 def test_large_models_are_sharded(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "SHARD_BYTES", 50_000)
@@ -65,7 +61,6 @@ def test_large_models_are_sharded(tmp_path, monkeypatch):
     os.remove(tmp_path / "m" / files[1])
     with pytest.raises(InputError, match=f"{files[1]} is missing"):
         load_model(tmp_path / "m")
-
 
 def damage_cases():
     def truncate(path):
@@ -93,7 +88,6 @@ def damage_cases():
     yield edit(lambda c: c["architecture"].update(surprise=1)), "surprise is 1, and no model can have that"
     yield lambda path: (path / "config.json").write_text("{"), "config.json: it is not JSON"
 
-
 @pytest.mark.parametrize("damage, message", list(damage_cases()))
 def test_damage_is_one_clear_line(damage, message, tmp_path):
     model = Transformer(GPT2)
@@ -103,11 +97,9 @@ def test_damage_is_one_clear_line(damage, message, tmp_path):
     with pytest.raises(InputError, match=message):
         load_model(tmp_path / "m")
 
-
 def test_unknown_names_are_refused():
     with pytest.raises(InputError, match="no such folder or file, nor a known model"):
         load_model("no-such-model")
-
 
 # ----------------------------------------------------------------------------- training state
 
@@ -115,11 +107,9 @@ def state_of(step):
     torch.manual_seed(step)
     return Transformer(GPT2), {"embed.weight#exp_avg": torch.full((3,), float(step))}, dict(step=step, args={})
 
-
 def save(out, step):
     model, moments, state = state_of(step)
     replace_state(out, lambda new: save_model(new, model), moments, state)
-
 
 def test_state_is_read_back_and_the_run_folder_is_a_model(tmp_path):
     save(tmp_path, 1)
@@ -130,10 +120,8 @@ def test_state_is_read_back_and_the_run_folder_is_a_model(tmp_path):
     assert torch.equal(load_model(tmp_path)[0](TOKENS), state_of(2)[0].eval()(TOKENS))
     assert os.stat(tmp_path / "model.safetensors").st_ino == os.stat(folder / "model.safetensors").st_ino, "no second copy of the weights"
 
-
 class Killed(BaseException):
     pass
-
 
 def test_a_kill_between_any_two_file_operations_leaves_a_whole_state(tmp_path, monkeypatch):
     """Every call that changes the disk is a place to die at; afterwards the state is that of step 1 or 2, and the next save works."""
@@ -175,7 +163,6 @@ def test_a_kill_between_any_two_file_operations_leaves_a_whole_state(tmp_path, m
         n += 1
     assert seen == {2, 3} and n > 8
 
-
 def test_a_damaged_state_falls_back_on_the_one_before(tmp_path, capsys):
     save(tmp_path, 1)
     save(tmp_path, 2)
@@ -190,7 +177,6 @@ def test_a_damaged_state_falls_back_on_the_one_before(tmp_path, capsys):
     with pytest.raises(InputError, match="holds no training state: start the run without --resume"):
         read_state(tmp_path / "nowhere")
 
-
 def test_a_full_disk_keeps_the_last_state_and_is_one_line(tmp_path, monkeypatch, capsys):
     save(tmp_path, 1)
 
@@ -204,7 +190,6 @@ def test_a_full_disk_keeps_the_last_state_and_is_one_line(tmp_path, monkeypatch,
     assert stderr.startswith("error: No space left on device") and "free some space" in stderr and stderr.count("\n") == 1
     assert read_state(tmp_path)[1]["step"] == 1 and not (tmp_path / "state.partial").exists()
 
-
 # ----------------------------------------------------------------------------- export and info
 
 def exported_logits(folder):
@@ -212,7 +197,6 @@ def exported_logits(folder):
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         return theirs(TOKENS).logits
-
 
 @pytest.mark.parametrize("model", [*variants(), pytest.param("lora", id="lora"), pytest.param("sharded", id="sharded")])
 def test_transformers_loads_an_export_with_equal_logits(model, tmp_path, monkeypatch):
@@ -234,7 +218,6 @@ def test_transformers_loads_an_export_with_equal_logits(model, tmp_path, monkeyp
     again, _ = load_model(tmp_path / "hf")
     assert (again(TOKENS) - ours).abs().max() < 1e-5 * ours.abs().max()
 
-
 @pytest.mark.slow
 def test_the_real_model_exported_gives_transformers_the_same_logits(tmp_path):
     try:
@@ -251,7 +234,6 @@ def test_the_real_model_exported_gives_transformers_the_same_logits(tmp_path):
         ours = model(TOKENS)
     assert (exported_logits(tmp_path / "low") - ours).abs().max() < 1e-4 * ours.abs().max()
 
-
 def test_export_takes_the_tokenizer_along_and_refuses_a_full_folder(tmp_path, text_file):
     from transformers import AutoTokenizer
     text = text_file.read_text(encoding="utf-8")
@@ -261,7 +243,6 @@ def test_export_takes_the_tokenizer_along_and_refuses_a_full_folder(tmp_path, te
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").encode(text[:2000], add_special_tokens=False) == tokenizer.encode(text[:2000])
     with pytest.raises(InputError, match="is not empty"):
         checkpoint.main(["export", str(tmp_path / "m"), str(tmp_path / "hf")])
-
 
 def test_info_counts_layers_ranks_and_bytes(tmp_path, capsys):
     model = Transformer(GPT2)
@@ -281,7 +262,6 @@ def test_info_counts_layers_ranks_and_bytes(tmp_path, capsys):
     row = next(line for line in lines if line.startswith("blocks.*.mlp.up.A.q")).split()
     assert row[1:7] == ["2", "8x16", "quant", "lowrank", "8", "4"]
     assert all(len(line) <= 100 for line in lines[1:])
-
 
 def test_loading_needs_little_more_than_the_model(tmp_path, run, monkeypatch):
     """Peak resident memory of loading a sharded model of 0.5 GB: the model, its largest tensor, and what Python with torch takes anyway."""
@@ -304,7 +284,6 @@ def test_loading_needs_little_more_than_the_model(tmp_path, run, monkeypatch):
         assert done.returncode == 0, done.stderr
         needed = size // (2 if dtype == "bfloat16" else 1)
         assert int(done.stdout) < needed + 1.1 * largest + 30e6, (folder, dtype, int(done.stdout), needed, largest)
-
 
 # ----------------------------------------------------------------------------- quantized folders
 
@@ -330,13 +309,11 @@ def test_a_quantized_folder_is_the_model_quantized_at_load_time(config, rank, bi
     size = {name: sum(f.stat().st_size for f in (tmp_path / name).glob("*.safetensors")) for name in "mq"}
     assert size["q"] < size["m"] / (2 if bits == 8 else 2.5)
 
-
 def test_random_init_makes_a_named_size(tmp_path, capsys):
     assert checkpoint.main(["quantize", "tiny", str(tmp_path / "q"), "--random-init", "--rank", "16", "--bits", "4"]) == 0
     model, tokenizer = load_model(tmp_path / "q")
     assert tokenizer is None and model.blocks[0].mlp.up.rank == 16 and torch.isfinite(model(TOKENS)).all()
     assert "parameters at 4 bit" in capsys.readouterr().out
-
 
 def test_calibration_rounds_better_than_min_max(tmp_path, text_file):
     torch.manual_seed(0)
@@ -350,7 +327,6 @@ def test_calibration_rounds_better_than_min_max(tmp_path, text_file):
         with torch.no_grad():
             error[name] = (load_model(tmp_path / name)[0].hidden(tokens) - model.hidden(tokens)).square().mean().item()
     assert error["calibrated"] < error["plain"]  # of a random model, whose inputs hardly correlate; tests/test_quant.py has more
-
 
 def test_bad_bits_and_groups_are_refused(tmp_path):
     save_model(tmp_path / "m", Transformer(GPT2))

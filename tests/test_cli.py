@@ -19,7 +19,6 @@ with alone_in({folder!r}):
     time.sleep(60)
 """
 
-
 @pytest.fixture
 def holder(tmp_path):
     """A process that uses tmp_path/run."""
@@ -29,7 +28,6 @@ def holder(tmp_path):
     yield process
     process.kill()
     process.wait()
-
 
 def test_a_folder_has_one_user_and_a_dead_process_is_none(holder, tmp_path):
     message = f"process {holder.pid} uses .*run: wait for its end, or choose another --out-dir"
@@ -45,12 +43,10 @@ def test_a_folder_has_one_user_and_a_dead_process_is_none(holder, tmp_path):
             pass
     assert not (tmp_path / "run").exists()
 
-
 def test_a_refused_command_leaves_no_folder(tmp_path):
     with pytest.raises(InputError), alone_in(tmp_path / "run"):
         raise InputError("no")
     assert not (tmp_path / "run").exists()
-
 
 @pytest.mark.parametrize("command", ["train.py", "finetune.py", "eval.py", "decompose.py --model none --rank 4"])
 def test_every_command_that_writes_a_folder_asks_for_it(command, holder, tmp_path, run):
@@ -59,23 +55,19 @@ def test_every_command_that_writes_a_folder_asks_for_it(command, holder, tmp_pat
     assert done.stderr == (f"error: process {holder.pid} uses {tmp_path}/run: wait for its end, or choose "
                            "another --out-dir\n")
 
-
 def test_of_several_processes_the_first_one_asks_and_none_waits(holder, tmp_path, run):
     begin = time.monotonic()
     done = run("train.py", "--max-iters", 1, "--out-dir", tmp_path / "run", processes=2)
     assert done.returncode == 1 and f"error (process 0): process {holder.pid} uses" in done.stderr
     assert time.monotonic() - begin < 25
 
-
 LITTLE = ("--model", "tiny", "--rank", 8, "--batch-size", 2, "--seq-len", 32, "--max-iters", 2)
-
 
 @pytest.mark.parametrize("variables", [dict(WORLD_SIZE="2"), dict(RANK="3"), dict(RANK="", WORLD_SIZE=""),
                                        dict(RANK="1", WORLD_SIZE="2")])
 def test_variables_that_another_program_left_are_no_torchrun(variables, tmp_path, text_file, run):
     done = run("train.py", *LITTLE, "--data", text_file, "--out-dir", tmp_path / "run", env=variables)
     assert done.returncode == 0 and (tmp_path / "run" / "summary.json").exists(), done.stderr
-
 
 def test_text_is_utf8_whatever_the_locale(tmp_path, text_file, run):
     place = tmp_path / "Ünïcödé 数据"
@@ -88,7 +80,6 @@ def test_text_is_utf8_whatever_the_locale(tmp_path, text_file, run):
     assert done.returncode == 0, done.stderr
     done = run("sample.py", "--model", place / "öut", "--prompt", "„Größe“", "--max-new-tokens", 8, env=plain)
     assert done.returncode == 0 and done.stdout.startswith("„Größe“"), done.stderr
-
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_before_its_loop_a_run_says_one_line(number, tmp_path, text_file):

@@ -15,15 +15,12 @@ from beyond.gpu_kernels import load as load_kernels
 from lowrank import LowRankLinear
 from quant import QuantMatrix, quantize_layer
 
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
 
-
 def relative(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
 
 def some_matrix(bits, rows, width, group):
     """In groups, or whole rows of any length (0); weights are not centred, as in large models."""
@@ -31,13 +28,11 @@ def some_matrix(bits, rows, width, group):
     w = 0.02 * torch.randn(rows, width) + 0.005 * torch.randn(rows, 1)
     return QuantMatrix.of(w, bits, group)
 
-
 def off_by(x, w, error):
     """How far x W^T may be off if x is, by `error`, and then rounded to 16 bits with a scale for each 128."""
     chunks = torch.nn.functional.pad(x.abs() + error, (0, -x.shape[1] % 128)).unflatten(1, (-1, 128))
     step = (chunks.amax(-1, keepdim=True) / 32767).expand_as(chunks).flatten(1)[:, :x.shape[1]]
     return (error + 0.501 * step + 1e-6 * x.abs()) @ w.abs().T
-
 
 @pytest.fixture(params=["as it is", "-mno-avx512vnni", "-mno-avx512f", "-mno-avx512f -mno-avxvnni", "-mno-avx2"])
 def cpu(request, monkeypatch):
@@ -51,7 +46,6 @@ def cpu(request, monkeypatch):
         pytest.skip("no g++ to compile kernels_cpu.cpp with")
     yield
     cpu_kernels.load.cache_clear()
-
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("group", [0, 8, 24, 32, 64, 128])
@@ -75,7 +69,6 @@ def test_the_cpu_kernels_equal_float64(bits, group, dtype, rounding, cpu):
         whole, error = exact @ b.T + bias.to(dtype).double(), off_by(exact, b, error)
         assert ((y.double() - whole).abs() <= error + rounding * (whole.abs() + error) + 1e-6).all()
 
-
 @pytest.mark.parametrize("bits, group", [(8, 0), (8, 32), (4, 0), (4, 64)])
 def test_a_row_is_the_same_to_the_last_bit_whatever_the_others_are(bits, group, cpu):
     A, B = some_matrix(bits, 64, 576, group), some_matrix(bits, 50, 64, group)
@@ -85,7 +78,6 @@ def test_a_row_is_the_same_to_the_last_bit_whatever_the_others_are(bits, group, 
         for count in (2, 3, 4, 5, 8, 15, 71):
             assert torch.equal(product(x[:count], A, B, bias), alone[:count])
 
-
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("bad", ["nan", "inf"])
 def test_numbers_that_are_not_finite_stay_so(bits, bad, cpu):
@@ -94,7 +86,6 @@ def test_numbers_that_are_not_finite_stay_so(bits, bad, cpu):
     with torch.inference_mode():
         y = QuantMatrix.of(torch.randn(40, 128), bits).times(x)
     assert not torch.isfinite(y[2]).any() and torch.isfinite(y[[0, 1, 3, 4]]).all()
-
 
 def test_the_cpu_kernels_see_what_became_of_the_integers():
     """Addresses are kept between calls: a copy and other weights must not leave stale ones behind."""
@@ -109,7 +100,6 @@ def test_the_cpu_kernels_see_what_became_of_the_integers():
         layer.A.offset = layer.A.offset.flip(0).contiguous()
         assert relative(layer(x), x @ layer.dense_weight().T + layer.bias) < 1e-4
 
-
 @pytest.mark.parametrize("bits", [8, 4])
 def test_without_a_compiler_torch_takes_over_and_it_is_said_once(bits, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -122,7 +112,6 @@ def test_without_a_compiler_torch_takes_over_and_it_is_said_once(bits, monkeypat
     cpu_kernels.load.cache_clear()
     assert capsys.readouterr().out.count("kernels_cpu.cpp is not used") == 1
 
-
 def test_without_nvcc_the_cuda_kernels_are_not_used_and_it_is_said_once(monkeypatch, capsys, tmp_path):
     import torch.utils.cpp_extension
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
@@ -131,7 +120,6 @@ def test_without_nvcc_the_cuda_kernels_are_not_used_and_it_is_said_once(monkeypa
     assert load_kernels() is None and load_kernels() is None
     assert capsys.readouterr().out.count("kernels.cu is not used") == 1
     load_kernels.cache_clear()
-
 
 def test_where_kernels_cu_does_not_compile_the_compilers_error_is_shown(monkeypatch, capsys, tmp_path):
     import torch.utils.cpp_extension

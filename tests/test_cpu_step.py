@@ -14,12 +14,10 @@ from lowrank import attach_lora, replace_linears, swap_layers
 from model import Config, KVCache, Layer, Transformer, dense_weight
 from quant import quantize_layer
 
-
 @pytest.fixture(autouse=True)
 def needs_a_compiler():
     if cpu_kernels.load() is None:
         pytest.skip("no g++ to compile kernels_cpu.cpp with")
-
 
 def some_model(kind, rank=False, bits=8):
     """Quantized, with weights, norms and biases that all matter."""
@@ -36,7 +34,6 @@ def some_model(kind, rank=False, bits=8):
         swap_layers(model.blocks, lambda name, layer: quantize_layer(layer, bits, 64 if gpt2 else 0))
     return model.eval()
 
-
 def dense(model):
     """The same network with plain layers, in float64."""
     twin = Transformer(replace(model.config, tied=False))
@@ -49,7 +46,6 @@ def dense(model):
         elif isinstance(layer, (torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.Embedding)) or name == "head":
             twin.get_submodule(name).load_state_dict(layer.state_dict())
     return twin.double().eval()
-
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-4), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -73,7 +69,6 @@ def test_a_step_is_the_dense_model_in_float64(kind, rank, bits, dtype, tolerance
             exact = oracle(torch.tensor([row]))[0, -1]
             assert (y.double() - exact).norm() < tolerance * exact.norm()
 
-
 def test_generate_takes_it_and_writes_what_it_would_write_without(monkeypatch):
     model, taken = some_model("llama", True), []
     prompts = [[5, 6, 7], list(range(85))]  # the second one ends at the context
@@ -82,12 +77,10 @@ def test_generate_takes_it_and_writes_what_it_would_write_without(monkeypatch):
     assert list(generate(model, prompts, 12, temperature=0, make_step=decoding_step)) == without
     assert len(taken) == 11
 
-
 def step_of(model):
     cache = KVCache(model.config, 1, 20)
     model.hidden(torch.tensor([[1, 2, 3]]), cache)
     return cpu_step(model, cache)
-
 
 @torch.inference_mode()
 def test_where_something_is_in_the_way_it_is_not_taken(monkeypatch):
@@ -105,11 +98,9 @@ def test_where_something_is_in_the_way_it_is_not_taken(monkeypatch):
     monkeypatch.setattr("beyond.cpu_step.load", lambda: None)
     assert step_of(some_model("gpt2")) is None
 
-
 class SquaredReLU(model_file.FeedForward):
     def forward(self, x):
         return self.down(torch.relu(self.up(x)).square())
-
 
 class Parallel(torch.nn.Module):
     def __init__(self, config, layer):
@@ -121,13 +112,11 @@ class Parallel(torch.nn.Module):
         y = self.norm(x)
         return x + self.attention(y, rope, cache, mask) + self.mlp(y)
 
-
 @pytest.mark.parametrize("name, changed", [("FeedForward", SquaredReLU), ("Block", Parallel)])
 def test_a_class_in_the_place_of_another_is_not_taken_for_it(name, changed, monkeypatch):
     monkeypatch.setattr(model_file, name, changed)
     with torch.inference_mode():
         assert step_of(some_model("gpt2")) is None
-
 
 def test_a_changed_class_is_not_taken_for_the_old_one(monkeypatch, capsys):
     """Somebody edits model.py."""

@@ -25,11 +25,9 @@ from common.data import (
 )
 from common.tokenizer import train_tokenizer
 
-
 @pytest.fixture(scope="module")
 def tokenizer(text_file):
     return train_tokenizer([text_file.read_text(encoding="utf-8")], 600)
-
 
 def test_token_files_hold_every_character_of_the_text(text_file, tokenizer):
     files = prepare(open_corpus(str(text_file), "data"), tokenizer)
@@ -45,13 +43,11 @@ def test_token_files_hold_every_character_of_the_text(text_file, tokenizer):
     end = files.tokenizer.end
     assert files.tokenizer.decode([i for i in files.train.tolist() if i != end]) == "".join(kept)
 
-
 def test_the_second_time_nothing_is_tokenized(text_file, tokenizer, monkeypatch):
     first = prepare(open_corpus(str(text_file), "data"), tokenizer)
     monkeypatch.setattr(data, "write_tokens", None)
     again = prepare(open_corpus(str(text_file), "data"), tokenizer)
     assert again.folder == first.folder and np.array_equal(again.train, first.train)
-
 
 def test_a_text_of_the_same_name_size_and_time_is_another_corpus(tokenizer, tmp_path):
     for name, text in (("a", "The cat sat on the mat. "), ("b", "Net income rose by 12%. ")):
@@ -61,7 +57,6 @@ def test_a_text_of_the_same_name_size_and_time_is_another_corpus(tokenizer, tmp_
         os.utime(file, (1, 1))
         files = prepare(open_corpus(str(file), "data"), tokenizer)
         assert text.startswith(tokenizer.decode(files.train[:5].tolist()))
-
 
 def test_several_processes_prepare_the_same_corpus(text_file, tokenizer, tmp_path):
     """A sweep that is started with & from a shell: all find the tokens."""
@@ -75,7 +70,6 @@ def test_several_processes_prepare_the_same_corpus(text_file, tokenizer, tmp_pat
     with ThreadPoolExecutor(4) as pool:
         counts = [future.result() for future in [pool.submit(one) for _ in range(4)]]
     assert len(set(counts)) == 1 and [p.name for p in tmp_path.iterdir()] == ["t"]
-
 
 def test_a_corpus_streams_through_without_being_held(tokenizer, tmp_path, monkeypatch):
     """No more than one batch of documents is asked for before the last one was written."""
@@ -102,7 +96,6 @@ def test_a_corpus_streams_through_without_being_held(tokenizer, tmp_path, monkey
     assert len(asked) == 1000 and places == sorted(places)
     assert [path.name for path in tmp_path.iterdir()] == ["many"], "no partial folder is left"
 
-
 def test_an_interrupted_preparation_leaves_nothing_behind(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BATCH", 1)
 
@@ -113,11 +106,9 @@ def test_an_interrupted_preparation_leaves_nothing_behind(tokenizer, tmp_path, m
         write_tokens(data.Corpus("cut", "1", documents), tokenizer, tmp_path / "cut")
     assert not list(tmp_path.iterdir())
 
-
 def test_builtin_text_is_about_two_megabytes_of_english():
     text = "".join(data.builtin_documents())
     assert 1e6 < len(text) < 6e6 and text.count(" the ") > 10_000
-
 
 def test_batches_depend_on_seed_and_step_alone_and_are_shared_out():
     tokens = np.arange(5000, dtype=np.uint16)
@@ -131,14 +122,12 @@ def test_batches_depend_on_seed_and_step_alone_and_are_shared_out():
     starts = torch.cat([train_batch(tokens, 16, 64, 0, s)[0][:, 0] for s in range(200)])
     assert starts.min() < 50 and 4900 < starts.max() <= 5000 - 17
 
-
 def test_eval_windows_are_fixed_and_side_by_side():
     tokens = np.arange(1000, dtype=np.uint16)
     rows = torch.cat([x for x, _ in eval_batches(tokens, 64, 3, limit=512)])
     assert torch.equal(rows.flatten(), torch.arange(512))
     assert sum(len(x) for x, _ in eval_batches(tokens, 64, 3, limit=10 ** 9)) == 15
     assert next(eval_batches(tokens[:20], 64, 3, limit=100))[0].shape == (1, 19)
-
 
 def test_bad_text_is_refused(tmp_path, tokenizer):
     (tmp_path / "empty.txt").write_text("")
@@ -154,19 +143,16 @@ def test_bad_text_is_refused(tmp_path, tokenizer):
         with pytest.raises(InputError, match=message):
             prepare(open_corpus(str(tmp_path / path), "data"), tokenizer)
 
-
 def packed(text, suffix):
     encoding = "utf-16" if "16" in suffix else "utf-8"
     content = text.encode(encoding)
     return gzip.compress(content) if suffix.lower().endswith(".gz") else content
-
 
 @pytest.mark.parametrize("suffix", [".txt", ".TXT", ".gz", ".txt.gz", ".16.txt", ".16.txt.gz", "", ".unknown"])
 def test_a_text_is_known_by_its_first_bytes(suffix, tmp_path):
     text = "Net income rose.\u2028Really.\n" * 2000
     (tmp_path / f"a{suffix}").write_bytes(packed(text, suffix))
     assert "".join(open_corpus(str(tmp_path / f"a{suffix}"), "data").documents()) == text
-
 
 def test_rows_of_jsonl_are_documents(tmp_path):
     texts = ["one\u2028line", "two\nlines\n", "x" * 600_000]
@@ -179,7 +165,6 @@ def test_rows_of_jsonl_are_documents(tmp_path):
     keys = {open_corpus(str(tmp_path / name), "data").key for name in ("a.txt", "a.jsonl")}
     assert len(keys) == 2, "the same bytes, but other documents"
 
-
 def test_a_folder_says_what_it_leaves_out(tmp_path, capsys):
     for name in ("b.TXT", "sub/a.md", "c.txt.gz", ".git/x.txt", ".d.txt", "sub/.e/f.txt", "g.pdf", "no-suffix"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +173,6 @@ def test_a_folder_says_what_it_leaves_out(tmp_path, capsys):
     assert documents == ["text of b.TXT\n", "text of c.txt.gz\n", "text of sub/a.md\n"]
     line = "3 of 8 files, the others are hidden or no .txt or .md or .jsonl"
     assert line in capsys.readouterr().out
-
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.txt", b"\x28\xb5\x2f\xfd more", "a.txt is not UTF-8 text .*unpack it"),  # zstd
@@ -209,7 +193,6 @@ def test_what_is_no_text_is_named(name, content, message, tmp_path):
         list(open_corpus(str(tmp_path / name), "data").documents())
     assert "\n" not in str(refused.value)
 
-
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".txt.gz", ".16.txt", ".jsonl.gz"])
 def test_nothing_but_an_input_error_is_raised_for_a_damaged_text(suffix, tmp_path):
     random, path = np.random.default_rng(0), tmp_path / f"a{suffix}"
@@ -224,7 +207,6 @@ def test_nothing_but_an_input_error_is_raised_for_a_damaged_text(suffix, tmp_pat
         except InputError as e:
             assert "\n" not in str(e), e
 
-
 def test_bad_token_files_are_refused(text_file, tokenizer, tmp_path):
     write_tokens(open_corpus(str(text_file), "data"), tokenizer, tmp_path / "t")
     files = TokenFiles(tmp_path / "t")
@@ -237,12 +219,10 @@ def test_bad_token_files_are_refused(text_file, tokenizer, tmp_path):
     with pytest.raises(InputError, match="has no readable token files .*greater than file size.: remove it"):
         TokenFiles(tmp_path / "t")
 
-
 def test_openwebtext_without_its_library_says_what_to_install(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match="openwebtext can't be downloaded .ModuleNotFoundError: .*datasets"):
         prepare(open_corpus("openwebtext", tmp_path), tokenizer)
-
 
 def test_openwebtext_from_its_parquet_files(tmp_path, tokenizer, monkeypatch):
     texts = [f"page {i} of the web\n" for i in range(4001)]
@@ -258,7 +238,6 @@ def test_openwebtext_from_its_parquet_files(tmp_path, tokenizer, monkeypatch):
     assert again.tokenizer.backend.to_str() == other.backend.to_str()
     assert "page 1999 of" in tokenizer.decode(files.val.tolist())
     assert "page 4000 of" in tokenizer.decode(files.train.tolist())
-
 
 @pytest.mark.parametrize("size", [20, 100_000])
 def test_calibration_takes_as_many_tokens_as_it_is_asked_for(tmp_path, tokenizer, size, text_file):

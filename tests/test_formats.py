@@ -32,7 +32,6 @@ NETWORKS = {"llama": ("Llama", {}), "qwen2": ("Qwen2", {}), "mistral": ("Mistral
 KINDS = ["gpt2", *NETWORKS]
 TOKENS = torch.arange(2 * 50).reshape(2, 50) * 37 % 300
 
-
 def theirs(kind, tied=True, **more):
     """A small random model of transformers."""
     torch.manual_seed(0)
@@ -49,7 +48,6 @@ def theirs(kind, tied=True, **more):
             torch.nn.init.normal_(p)
     return model.eval()
 
-
 def ours(path):
     """The network with a source's tensors."""
     source = open_model(path)
@@ -62,7 +60,6 @@ def ours(path):
     assert source.shapes == {name: p.shape for name, p in model.named_parameters()}
     return model.eval()
 
-
 @torch.no_grad()
 def assert_same_logits(model, reference, tolerance=1e-5):
     """With and without a cache."""
@@ -73,7 +70,6 @@ def assert_same_logits(model, reference, tolerance=1e-5):
     assert b.abs().max() > 1
     for mine in (a, torch.cat(parts, 1)):
         assert (mine - b).abs().max() < tolerance * b.abs().max()
-
 
 # ------------------------------------------------------------------------------------------ Hugging Face
 
@@ -87,7 +83,6 @@ def test_huggingface_folder(kind, tied, shard, tmp_path):
     assert_same_logits(tmp_path, reference)
     source = open_model(tmp_path)
     assert source.tokenizer() is None and ("head.weight" in source.shapes) == (not tied)
-
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [True, False])
@@ -105,7 +100,6 @@ def test_an_export_is_the_same_model_and_the_same_configuration(kind, tied, tmp_
         x, y = (c["rope_parameters"]["rope_theta"] if key == "rope_theta" else c.get(key) for c in (a, b))
         assert x == y or x is None, key
     assert a["architectures"] == b["architectures"]
-
 
 def test_qwen2_can_be_factored_adapted_and_quantized(tmp_path):
     """What changes a model from outside takes the biases along."""
@@ -137,7 +131,6 @@ def test_qwen2_can_be_factored_adapted_and_quantized(tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "adapted", dtype=torch.float32).eval()
     assert_same_logits(adapted, merged, 1e-4)
 
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dtype_is_the_stored_one(kind, dtype, tmp_path):
@@ -147,7 +140,6 @@ def test_dtype_is_the_stored_one(kind, dtype, tmp_path):
     assert {source.get(name).dtype for name in source.shapes} == {dtype}
     assert {stored.bits for stored in source.stored.values()} == {8 * dtype.itemsize}
     assert_same_logits(tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval())
-
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_names_without_prefix_and_old_buffers(kind, tmp_path):
@@ -162,7 +154,6 @@ def test_names_without_prefix_and_old_buffers(kind, tmp_path):
     save_file(plain | extra | shared, tmp_path / "model.safetensors")
     assert_same_logits(tmp_path, reference)
 
-
 @pytest.mark.parametrize("settings", [
     {"rope_theta": 500.0}, {"rope_theta": 500.0, "rope_scaling": None}, {"rope_theta": 500},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}])
@@ -176,18 +167,15 @@ def test_rope_base_old_and_new(settings, tmp_path):
     assert_same_logits(tmp_path, reference)
     assert isinstance(open_model(tmp_path).config.rope_base, float)
 
-
 def test_names():
     assert formats.their_name("blocks.11.attention.qkv.bias", "gpt2") == "h.11.attn.c_attn.bias"
     assert formats.their_name("blocks.3.mlp.gate.weight", "gguf") == "blk.3.ffn_gate.weight"
-
 
 def edited(kind, folder, **changes):
     theirs(kind).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     return folder
-
 
 @pytest.mark.parametrize("kind, changes, words", [
     ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is None"),
@@ -226,7 +214,6 @@ def test_configurations_that_are_not_this_network(kind, changes, words, tmp_path
         open_model(edited(kind, tmp_path, **changes))
     assert "\n" not in str(caught.value)
 
-
 def rewritten(change, file="model.safetensors", **how):
     """A change to a folder: its tensors, changed, in a file of it."""
     def apply(folder):
@@ -236,7 +223,6 @@ def rewritten(change, file="model.safetensors", **how):
         save_file(whole, folder / file, metadata={"format": "pt"})
     return apply
 
-
 def configured(drop=(), **changes):
     """A change to a folder: of its config.json."""
     def apply(folder):
@@ -245,21 +231,17 @@ def configured(drop=(), **changes):
         (folder / "config.json").write_text(json.dumps(config | changes))
     return apply
 
-
 def renamed(old, new):
     return rewritten(lambda tensors: tensors.update({new: tensors.pop(old)}))
-
 
 def added(**shapes):
     def add(tensors):
         tensors.update({name.replace("__", "."): torch.randn(shape) for name, shape in shapes.items()})
     return add
 
-
 def stale(tensors):
     for tensor in tensors.values():
         tensor += 1
-
 
 def stale_shards(folder):
     other = theirs("llama")
@@ -268,7 +250,6 @@ def stale_shards(folder):
     whole = (folder / "model.safetensors").read_bytes()
     other.save_pretrained(folder, max_shard_size="50KB")
     (folder / "model.safetensors").write_bytes(whole)
-
 
 LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)
@@ -311,10 +292,8 @@ AS_PEOPLE_HAVE_THEM = {
         {name: t.double() for name, t in tensors.items()}))),
 }
 
-
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
 DYNAMIC = dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0)
-
 
 @pytest.mark.parametrize("kind, settings", [
     ("llama", dict(rope_parameters=LINEAR)), ("llama", dict(rope_parameters=LLAMA3)),
@@ -336,7 +315,6 @@ def test_an_export_keeps_what_few_models_have(kind, settings, tmp_path):
     assert_same_logits(model, reference)
     assert load_model(tmp_path / "own")[0].config == model.config
 
-
 def test_dynamic_scaling(tmp_path):
     """It changes nothing up to the context. Of a longer text all tokens turn as its length says; a cache has
     tokens that turned as in a shorter one, and transformers' answer depends on what it read before."""
@@ -354,14 +332,12 @@ def test_dynamic_scaling(tmp_path):
     with pytest.raises(InputError, match="100 tokens do not fit .*more would turn the keys"):
         model(longer, KVCache(model.config, 2, 100))
 
-
 @pytest.mark.parametrize("name", AS_PEOPLE_HAVE_THEM)
 def test_folders_as_people_have_them(name, tmp_path):
     kind, settings, change = AS_PEOPLE_HAVE_THEM[name]
     theirs(kind, **settings).save_pretrained(tmp_path)
     change(tmp_path)
     assert_same_logits(tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval())
-
 
 def test_a_compiled_models_names(tmp_path):
     """transformers takes such a file for one without weights, and begins with random ones."""
@@ -371,7 +347,6 @@ def test_a_compiled_models_names(tmp_path):
     compiled = {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
     save_file(compiled, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert_same_logits(tmp_path, reference)
-
 
 @pytest.mark.parametrize("kind, change, words", [
     ("llama", configured(rope_scaling="linear"), "rope_scaling or rope_parameters is no object"),
@@ -385,7 +360,6 @@ def test_folders_that_would_give_other_logits(kind, change, words, tmp_path):
     change(tmp_path)
     with pytest.raises(InputError, match=words):
         open_model(tmp_path)
-
 
 def test_damaged_folders(tmp_path):
     whole = tmp_path / "whole"
@@ -423,14 +397,12 @@ def test_damaged_folders(tmp_path):
     save_file(tensors | {name: tensors[name].to(torch.int32)}, folder / shard)
     assert_same_logits(folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
 
-
 # -------------------------------------------------------------------------------------------------- GGUF
 
 def neighbours(weight, heads):
     """Rows of a Hugging Face W^Q or W^K, or of their biases, in the order of llama.cpp's Llama."""
     halves = weight.view(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.transpose(1, 2).reshape(weight.shape)
-
 
 def write_gguf(path, reference, pack, kind="llama", change=None):
     c, state = reference.config, reference.state_dict()
@@ -463,7 +435,6 @@ def write_gguf(path, reference, pack, kind="llama", change=None):
     writer.write_tensors_to_file()
     writer.close()
 
-
 @pytest.mark.parametrize("kind, pack", [
     ("llama", "F32"), ("llama", "F16"), ("llama", "BF16"), ("llama", "Q4_0"), ("llama", "Q4_1"),
     ("llama", "Q8_0"), ("qwen2", "F32"), ("qwen2", "Q8_0")])
@@ -480,7 +451,6 @@ def test_gguf(kind, pack, tied, tmp_path):
     assert torch.equal(source.get("blocks.0.attention.q.weight", 3), whole[:3])
     if pack == "F32":
         assert_same_logits(tmp_path / "m.gguf", theirs(kind, tied))
-
 
 @pytest.mark.parametrize("kind, pack, tied", [
     ("llama", "Q4_0", False), ("qwen2", "Q4_1", False), ("qwen2", "Q8_0", False), ("llama", "Q8_0", True)])
@@ -500,7 +470,6 @@ def test_the_blocks_of_a_gguf_are_used_as_they_are_stored(kind, pack, tied, tmp_
     asked, _ = load_model(tmp_path / "m.gguf", bits=bits, group=16)
     assert asked.blocks[1].attention.k.W.group == 16
 
-
 @pytest.mark.parametrize("kind, settings", [
     ("qwen3", {}), ("smollm3", dict(num_hidden_layers=5, no_rope_layer_interval=4)),
     ("mistral", dict(sliding_window=None)),
@@ -509,7 +478,6 @@ def test_gguf_of_other_architectures(kind, settings, tmp_path):
     reference = theirs(kind, **settings)
     write_gguf(tmp_path / "m.gguf", reference, gguf.GGMLQuantizationType.F32, *described(reference))
     assert_same_logits(tmp_path / "m.gguf", reference)
-
 
 @pytest.mark.parametrize("pack", [kind.name for kind in gguf.quants._type_traits if kind.name != "BF16"])
 def test_other_packings_are_unpacked_row_by_row(pack, tmp_path):
@@ -526,7 +494,6 @@ def test_other_packings_are_unpacked_row_by_row(pack, tmp_path):
     whole = torch.from_numpy(gguf.dequantize(packed, kind)).view(35, 30, 2, 512).transpose(1, 2)
     torch.testing.assert_close(source.get(name), whole.reshape(2100, 512), rtol=0, atol=0)
 
-
 def described(reference):
     """GGUF's name of an architecture, and a change to a writer that adds the settings of this one."""
     rope = reference.config.rope_parameters
@@ -539,10 +506,8 @@ def described(reference):
             writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast", 32.0))
     return reference.config.model_type.replace("mistral", "llama"), add
 
-
 def per_block(values):
     return {"llama.attention.head_count_kv": gguf.GGUFValue(values, gguf.GGUFValueType.ARRAY)}
-
 
 @pytest.mark.parametrize("change", [
     lambda w: w.kv_data[0].update(per_block([2, 2, 2])),
@@ -553,7 +518,6 @@ def test_gguf_settings_that_change_nothing(change, tmp_path):
     write_gguf(tmp_path / "m.gguf", theirs("llama"), gguf.GGMLQuantizationType.F32, change=change)
     assert_same_logits(tmp_path / "m.gguf", theirs("llama"))
 
-
 @pytest.mark.parametrize("change", [
     lambda w: w.add_rope_scaling_factor(4.0), lambda w: w.add_float32("llama.rope.scale_linear", 4.0),
     lambda w: (w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), w.add_rope_scaling_factor(4.0))])
@@ -561,7 +525,6 @@ def test_gguf_with_linear_scaling(change, tmp_path):
     """As llama.cpp has it: without a type, a factor is linear."""
     write_gguf(tmp_path / "m.gguf", theirs("llama"), gguf.GGMLQuantizationType.F32, change=change)
     assert_same_logits(tmp_path / "m.gguf", theirs("llama", rope_parameters=LINEAR))
-
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_gguf_with_llama_3s_scaling(factor, tmp_path):
@@ -578,7 +541,6 @@ def test_gguf_with_llama_3s_scaling(factor, tmp_path):
     write_gguf(tmp_path / "m.gguf", theirs("llama"), gguf.GGMLQuantizationType.F32, change=change)
     assert_same_logits(tmp_path / "m.gguf", reference)
 
-
 def llama_cpp(file):
     """llama.cpp's server of a file. It keeps keys and values in 16 bit."""
     import xllamacpp
@@ -587,18 +549,15 @@ def llama_cpp(file):
     settings.cpuparams.n_threads = 1
     return xllamacpp.Server(settings)
 
-
 def written_by(server, tokens, count, n_probs):
     """Rows of its likeliest tokens after these, one after the other, each with its id and others' logprobs."""
     wanted = dict(prompt=tokens, n_predict=count, n_probs=n_probs, temperature=0, cache_prompt=False)
     return server.handle_completions(wanted)["choices"][0]["logprobs"]["content"]
 
-
 def log_probabilities(file, tokens):
     first = written_by(llama_cpp(file), tokens, 1, 300)[0]
     found = {row["id"]: row["logprob"] for row in first["top_logprobs"]}
     return torch.tensor([found[i] for i in range(300)])
-
 
 @pytest.mark.parametrize("kind, pack, change", [
     ("llama", "F32", lambda w: None), ("qwen2", "F32", lambda w: None), ("llama", "Q8_0", lambda w: None),
@@ -631,7 +590,6 @@ def test_gguf_against_llama_cpp(kind, pack, change, tmp_path):
     error = (log_probabilities(tmp_path / "m.gguf", TOKENS[0, :40].tolist()) - mine).abs().max()
     assert error < (0.1 if pack == "F32" else 0.3)  # it rounds activations for integer weights
 
-
 def test_a_gguf_vocabulary_that_does_not_fit(tmp_path):
     def add(writer):
         writer.add_tokenizer_model("gpt2")
@@ -640,7 +598,6 @@ def test_a_gguf_vocabulary_that_does_not_fit(tmp_path):
     with pytest.raises(InputError, match="no list of at most 300 tokens") as refused:
         open_model(tmp_path / "m.gguf").tokenizer()
     assert len(str(refused.value)) < 300
-
 
 def test_gguf_that_is_not_this_network(tmp_path):
     def refused(words, **how):
@@ -667,7 +624,6 @@ def test_gguf_that_is_not_this_network(tmp_path):
         with pytest.raises(InputError, match=words):
             open_model(tmp_path / "m.gguf")
 
-
 # ----------------------------------------------------------------------------- smollm2-135m
 
 @pytest.fixture(scope="module")
@@ -676,7 +632,6 @@ def smollm2():
         return fetch_smollm2()
     except InputError as e:
         pytest.skip(f"no network: {e}")
-
 
 @pytest.mark.slow
 def test_smollm2_is_transformers_smollm2(smollm2):
@@ -694,7 +649,6 @@ def test_smollm2_is_transformers_smollm2(smollm2):
     text = reference.generate(torch.tensor([prompt]), max_new_tokens=50, do_sample=False, eos_token_id=None)
     assert mine == text[0, len(prompt):].tolist()
     assert " Paris" in tokenizer.decode(mine)
-
 
 @pytest.mark.slow
 def test_smollm2_tokenizer_and_chat_are_transformers(smollm2, tmp_path):
@@ -722,11 +676,9 @@ def test_smollm2_tokenizer_and_chat_are_transformers(smollm2, tmp_path):
         assert ids == reference(sample).input_ids == saved(sample).input_ids
         assert tokenizer.decode(ids) == sample
 
-
 PROMPTS = ("The capital of France is", "Once upon a time", "Water boils at", "def fibonacci(n):", "2 + 2 =",
            "The three primary colors are", "In 1969, humans first", "A recipe for bread needs",
            "The largest planet of the solar system", "Interest rates rose because")
-
 
 def with_floats(file, out):
     """The GGUF file again, with its matrices in float32."""
@@ -742,7 +694,6 @@ def with_floats(file, out):
     writer.write_tensors_to_file()
     writer.close()
     return out
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("floats, largest, same", [(False, 0.4, 0.9), (True, 0.01, 0.99)])

@@ -23,7 +23,6 @@ VALUES = [None, True, False, -1, 0, 1, 2, 3, 8, 64, 0.5, -0.5, 1e-5, 1e300, 10 *
           {"rope_type": "linear", "factor": 2.0}]
 COMPARED = 40  # of the files that load, in each test
 
-
 def places(content):
     """(object, key) of every value inside a JSON object."""
     items = content.items() if isinstance(content, dict) else enumerate(content)
@@ -31,7 +30,6 @@ def places(content):
         yield content, key
         if isinstance(value, (dict, list)):
             yield from places(value)
-
 
 def damaged_json(draw, text):
     """One value, one key or one character of a JSON text is another."""
@@ -53,7 +51,6 @@ def damaged_json(draw, text):
         parent[key] = draw.choice(VALUES)
     return json.dumps(content)
 
-
 def damaged_bytes(draw, raw, end):
     """One to three bytes before `end` are others."""
     raw = bytearray(raw)
@@ -61,7 +58,6 @@ def damaged_bytes(draw, raw, end):
         at = draw.randrange(end)
         raw[at] = draw.choice([raw[at] ^ 1 << draw.randrange(8), draw.randrange(256), 0, 255])
     return bytes(raw)
-
 
 def loads(open_it):
     """What a reader returns, or None where it refuses in one line."""
@@ -71,12 +67,10 @@ def loads(open_it):
         assert "\n" not in str(e) and len(str(e)) < 1000, str(e)
         return None
 
-
 def same_logits(model, reference):
     with torch.no_grad():
         a, b = model(TOKENS[:, :20]), reference(TOKENS[:, :20]).logits
     return torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item(), equal_nan=True)
-
 
 def reference_of(folder, **more):
     """transformers' model, or None where it refuses."""
@@ -86,7 +80,6 @@ def reference_of(folder, **more):
     except Exception:
         return None
     return None if info["missing_keys"] or info["mismatched_keys"] else model.eval()
-
 
 def survivors(damage, write, read, count):
     """(what was written, what was read) of the damaged files that are not refused."""
@@ -99,7 +92,6 @@ def survivors(damage, write, read, count):
     kept = [(content, got) for content, got in kept.items() if got is not None]
     draw.shuffle(kept)
     return kept
-
 
 @pytest.mark.parametrize("kind, tied", [("llama", True), ("gpt2", True), ("qwen2", False)])
 def test_config_json(kind, tied, tmp_path):
@@ -115,7 +107,6 @@ def test_config_json(kind, tied, tmp_path):
             assert same_logits(ours(tmp_path), reference), content
             compared += 1
     assert len(kept) > 50 and compared > 20
-
 
 @pytest.mark.parametrize("damage", ["bytes", "json"])
 def test_header_of_safetensors(damage, tmp_path):
@@ -134,7 +125,6 @@ def test_header_of_safetensors(damage, tmp_path):
         file.write_bytes(content)
         assert same_logits(ours(tmp_path), reference_of(tmp_path))
 
-
 def test_index_of_shards(tmp_path):
     theirs("llama").save_pretrained(tmp_path, max_shard_size="50KB")
     whole, file = dict(checkpoint.open_model(tmp_path).tensors()), tmp_path / "model.safetensors.index.json"
@@ -144,7 +134,6 @@ def test_index_of_shards(tmp_path):
     assert len(kept) > 20
     for _, tensors in kept:
         assert all(torch.equal(whole[name], tensor) for name, tensor in tensors.items())
-
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_config_of_our_own_folders(bits, tmp_path):
@@ -161,7 +150,6 @@ def test_config_of_our_own_folders(bits, tmp_path):
         architecture = json.loads(content)["architecture"]
         if all(architecture.get(name) == value for name, value in known.items()) and "heads" in architecture:
             assert architecture["heads"] != 4 or torch.equal(again(TOKENS), wanted), content
-
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_header_of_gguf(kind, tmp_path):

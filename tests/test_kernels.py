@@ -22,13 +22,11 @@ from quant import QuantMatrix
 ROUNDING = {torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11}  # of one number, to its size
 SIZES = [*range(1, 18), 31, 33, 63, 64, 65, 100, 127, 128, 130, 192, 257, 1000]
 
-
 @pytest.fixture(scope="session")
 def kernels():
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile kernels.cu with")
     return Emulated()
-
 
 @pytest.fixture
 def draw():
@@ -37,17 +35,14 @@ def draw():
     torch.manual_seed(seed)
     return random.Random(seed)
 
-
 def random_matrix(rows, width, bits, group):
     """Weights as large models have them: small, not centred, some far out."""
     w = 0.02 * torch.randn(rows, width) + 0.005 * torch.randn(rows, 1)
     return QuantMatrix.of(torch.where(torch.rand(rows, width) < 0.01, 5 * w, w), bits, group)
 
-
 def some_group(draw, width, multiple_of=1):
     """0 (whole rows), or a divisor of the width that is such a multiple."""
     return draw.choice([0] + [g for g in range(multiple_of, width, multiple_of) if width % g == 0][-4:])
-
 
 def assert_product(y, x, w, inner=0.0):
     """y = x w^T up to the rounding of y itself, of float sums, and `inner` for what is rounded on the way."""
@@ -58,12 +53,10 @@ def assert_product(y, x, w, inner=0.0):
     worst = ((y.double() - exact).abs() / allowed).max()
     assert worst <= 1, f"{worst:.1f} times the rounding that is allowed"
 
-
 def cases(count):
     """(bits, dtype, i) of a test, with names that do not move: bench.py gpu calls some."""
     every = itertools.product((8, 4), (torch.bfloat16, torch.float16), range(count))
     return [pytest.param(*case, id=f"int{case[0]}-{str(case[1])[6:]}-{case[2]}") for case in every]
-
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", list(TYPES))
@@ -73,14 +66,12 @@ def test_dequantize(kernels, draw, bits, dtype):
         m = random_matrix(rows, width, bits, some_group(draw, width))
         assert torch.equal(kernels.dequantize(m, dtype), m.dense(dtype))
 
-
 @pytest.mark.parametrize("step", [NAIVE, WARP])
 @pytest.mark.parametrize("bits, dtype, i", cases(2))
 def test_plain_product(kernels, draw, step, bits, dtype, i):
     M, rows, width = draw.randint(1, 35), draw.choice(SIZES[:26]), draw.choice(SIZES)
     m, x = random_matrix(rows, width, bits, some_group(draw, width)), torch.randn(M, width, dtype=dtype)
     assert_product(kernels.product(x, m, step), x, m.dense())
-
 
 @pytest.mark.parametrize("bits, dtype, i", cases(10))
 def test_matvec(kernels, draw, bits, dtype, i):
@@ -92,7 +83,6 @@ def test_matvec(kernels, draw, bits, dtype, i):
     m, x = random_matrix(rows, width, bits, 0 if i < 4 else group), torch.randn(M, width, dtype=dtype)
     assert_product(kernels.product(x, m), x, m.dense())
 
-
 @pytest.mark.parametrize("bits, dtype, i", cases(6))
 def test_matmul(kernels, draw, bits, dtype, i):
     """17 rows and more, on tiles of 64 x 64 that the sizes do not fill."""
@@ -102,20 +92,17 @@ def test_matmul(kernels, draw, bits, dtype, i):
     m, x = random_matrix(rows, width, bits, group), torch.randn(M, width, dtype=dtype)
     assert_product(kernels.product(x, m), x, m.dense())
 
-
 def test_x_that_begins_anywhere(kernels, draw):
     """A slice of a larger tensor need not begin at 16 bytes."""
     m, x = random_matrix(33, 128, 4, 64), torch.randn(20 * 128 + 1, dtype=torch.bfloat16)[1:].view(20, 128)
     for M in (3, 20):
         assert_product(kernels.product(x[:M], m), x[:M], m.dense())
 
-
 @pytest.mark.parametrize("bits, dtype, i", cases(4))
 def test_matmul_back(kernels, draw, bits, dtype, i):
     M, rows, width = draw.choice([1, 17, 64, 65]), draw.choice(SIZES[:26]), draw.choice(SIZES[:26])
     m, g = random_matrix(rows, width, bits, some_group(draw, width)), torch.randn(M, rows, dtype=dtype)
     assert_product(kernels.matmul_back(g, m), g, m.dense().T, inner=ROUNDING[dtype])  # it rounds W to T
-
 
 @pytest.mark.parametrize("bits, dtype, i", cases(6))
 def test_lowrank_in_one_launch(kernels, draw, bits, dtype, i):
@@ -131,7 +118,6 @@ def test_lowrank_in_one_launch(kernels, draw, bits, dtype, i):
         assert_product(h, x, A.dense())
         assert_product(y, h, B.dense())
 
-
 @pytest.mark.parametrize("bits, dtype, i", cases(4))
 def test_lowrank_of_wide_inputs(kernels, draw, bits, dtype, i):
     """So wide that several blocks share the columns of each 16 rows of A; the same bits each time."""
@@ -144,7 +130,6 @@ def test_lowrank_of_wide_inputs(kernels, draw, bits, dtype, i):
     assert_product(y, h, B.dense())
     assert torch.equal(kernels.lowrank(x, A, B), y)
 
-
 @pytest.mark.parametrize("bits, dtype, i", cases(4))
 def test_lora_in_one_launch(kernels, draw, bits, dtype, i):
     M, rows = draw.randint(1, 16), draw.choice(SIZES)
@@ -156,7 +141,6 @@ def test_lora_in_one_launch(kernels, draw, bits, dtype, i):
     for _ in range(2):
         y = kernels.lora(x, m, A, B, scale)
         assert_product(y, x, m.dense().double() + scale * (B.double() @ A.double()))
-
 
 def test_the_boundary_checks_its_arguments(kernels):
     m, B, x = random_matrix(64, 128, 8, 64), random_matrix(8, 64, 8, 64), torch.randn(4, 128).bfloat16()
@@ -177,7 +161,6 @@ def test_the_boundary_checks_its_arguments(kernels):
                   kernels.lora(x, m, a, b[:9], 1), kernels.lora(x, random_matrix(64, 128, 8, 8), a, b, 1)):
         assert unfit is None
 
-
 # ----------------------------------------------------------------------------- on the real thing
 
 CUT = 3e-5  # of the size: tensor cores cut float sums off instead of rounding them
@@ -193,7 +176,6 @@ def test_it_compiles_for_gpus(architecture, tmp_path):
     subprocess.run([nvcc, *flags, ROOT / "kernels.cu", "-o", tmp_path / "kernels.so"], check=True)
     assert ctypes.CDLL(str(tmp_path / "kernels.so")).run_product, "the library can be loaded"
 
-
 def test_the_loader_finds_the_library_where_torch_builds_it(monkeypatch, tmp_path):
     """With the emulation in place of nvcc's work."""
     def build(name, sources, build_directory, is_python_module):
@@ -204,7 +186,6 @@ def test_the_loader_finds_the_library_where_torch_builds_it(monkeypatch, tmp_pat
     monkeypatch.setattr(gpu_kernels, "cache_dir", lambda: tmp_path)
     assert gpu_kernels.load.__wrapped__().library.run_product
 
-
 @pytest.fixture(scope="session")
 def on_gpu():
     if not torch.cuda.is_available():
@@ -212,7 +193,6 @@ def on_gpu():
     kernels = gpu_kernels.load()
     assert kernels is not None, "there is a GPU, but kernels.cu could not be built: see the message above"
     return kernels
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits, dtype, i", cases(12))
@@ -226,7 +206,6 @@ def test_products_on_a_gpu(on_gpu, draw, bits, dtype, i):
     g = torch.randn(M, rows, dtype=dtype, device="cuda")
     assert_product(on_gpu.matmul_back(g, m), g, m.dense().T, inner=ROUNDING[dtype])
     assert torch.equal(on_gpu.dequantize(m, dtype).cpu(), dense)
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits, dtype, i", cases(6))

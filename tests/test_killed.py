@@ -21,18 +21,15 @@ KILLS, SEED = int(os.environ.get("KILLS", 4)), int(os.environ.get("KILL_SEED", 0
 STEPS = 20 + 4 * KILLS
 TINY = ["--model", "tiny", "--rank", "8", "--batch-size", "2", "--seq-len", "32", "--dtype", "float32"]
 
-
 def start(script, settings, *args):
     code = (f"import sys, {script} as m; from common.cli import command; "
             f"command(lambda: m.main(sys.argv[1:], **{settings!r}))")
     return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, text=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
-
 def finish(process):
     error = process.communicate()[1]
     assert process.returncode == 0, error
-
 
 def saved_step(out):
     """The step of the last whole state, 0 if there is none yet."""
@@ -42,7 +39,6 @@ def saved_step(out):
         except (OSError, ValueError):  # it is being replaced
             continue
     return 0
-
 
 def killed(process, out, draw, startup):
     """Kill the process: in its first seconds, a moment after one or two more steps, or in the save that follows
@@ -62,12 +58,10 @@ def killed(process, out, draw, startup):
     assert process.returncode in (0, -signal.SIGKILL), error
     return process.returncode != 0
 
-
 def losses(out):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len({r["step"] for r in rows}) == len(rows), "a step stands twice"
     return [(r["step"], r["loss"], r.get("val_loss")) for r in rows]
-
 
 def assert_same_run(a, b):
     assert losses(a) == losses(b)
@@ -76,7 +70,6 @@ def assert_same_run(a, b):
     for file in files:
         ours, theirs = load_file(a / file), load_file(b / file)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours), file
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train", "finetune"])

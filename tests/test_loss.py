@@ -11,7 +11,6 @@ from common.loss import head_loss
 from lowrank import BlendedLinear, LoRALinear, LowRankLinear
 from quant import QuantLinear, QuantMatrix
 
-
 def heads(C=12, V=50):
     torch.manual_seed(0)
     yield "dense", nn.Linear(C, V, bias=False)
@@ -26,10 +25,8 @@ def heads(C=12, V=50):
     yield "lora", lora
     yield "int8", QuantLinear(QuantMatrix.of(torch.randn(V, C), 8))
 
-
 def plain_loss(head, x, targets):
     return F.cross_entropy(head(x).flatten(0, 1), targets.flatten())
-
 
 @pytest.mark.parametrize("ignored", (False, True))
 @pytest.mark.parametrize("chunk", (1, 7, 1000))
@@ -48,13 +45,11 @@ def test_loss_equals_cross_entropy(name, head, chunk, ignored):
     with torch.no_grad():
         torch.testing.assert_close(head_loss(head, x, targets, chunk), expected)
 
-
 @pytest.mark.parametrize("name, head", list(heads()))
 def test_gradcheck_of_the_loss(name, head):
     head, targets = copy.deepcopy(head).double(), torch.randint(50, (1, 3))
     x = torch.randn(1, 3, 12, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda x, *_: head_loss(head, x, targets, 2), (x, *head.parameters()))
-
 
 def test_loss_in_16_bit_is_as_near_to_the_truth_as_cross_entropys():
     torch.manual_seed(0)
@@ -72,13 +67,11 @@ def test_loss_in_16_bit_is_as_near_to_the_truth_as_cross_entropys():
     for ours, theirs in zip(*errors):
         assert ours < 1.2 * theirs < 0.02
 
-
 def test_loss_of_tokens_that_the_model_thinks_impossible():
     head = nn.Linear(2, 3, bias=False)
     head.weight.data = torch.tensor([[200.0, 0], [0, 0], [0, 90.0]])
     x, targets = torch.eye(2)[None].requires_grad_(), torch.tensor([[1, 0]])
     torch.testing.assert_close(head_loss(head, x, targets), plain_loss(head, x, targets))
-
 
 def test_loss_keeps_no_logits_and_only_wanted_gradients():
     head, x = nn.Linear(8, 1000, bias=False).requires_grad_(False), torch.randn(1, 64, 8, requires_grad=True)
@@ -87,13 +80,11 @@ def test_loss_keeps_no_logits_and_only_wanted_gradients():
         head_loss(head, x, targets, 16).backward()
     assert sum(kept) == x.numel() and head.weight.grad is None
 
-
 def test_loss_where_no_token_counts_is_zero_with_zero_gradients():
     head, x = nn.Linear(8, 10, bias=False), torch.randn(1, 4, 8, requires_grad=True)
     loss = head_loss(head, x, torch.full((1, 4), -100))
     loss.backward()
     assert loss == 0 and x.grad.abs().max() == 0
-
 
 def test_backward_twice_gives_twice_the_gradient():
     head, x = nn.Linear(8, 10, bias=False), torch.randn(1, 4, 8, requires_grad=True)

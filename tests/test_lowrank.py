@@ -32,11 +32,9 @@ GPT2 = Config("gpt2", vocab_size=67, context=32, blocks=2, heads=4, kv_heads=4, 
 SHAPES = [(40, 40), (24, 64), (96, 40)]
 TOKENS = torch.arange(60).reshape(3, 20) % 67
 
-
 def model_of(config):
     torch.manual_seed(0)
     return Transformer(config).eval()
-
 
 def test_low_rank_layer_is_the_product_of_its_factors_forward_and_backward():
     torch.manual_seed(0)
@@ -51,12 +49,10 @@ def test_low_rank_layer_is_the_product_of_its_factors_forward_and_backward():
     for ours, wanted in zip(got, (dx, layer.B.T @ dW, dW @ layer.A.T, db)):
         assert torch.allclose(ours, wanted, atol=1e-12)
 
-
 def test_a_new_layer_has_the_deviation_of_a_dense_one():
     layer = LowRankLinear(512, 512, 64)
     layer.init_weights(std=0.02)
     assert abs(layer.dense_weight().std().item() - 0.02) < 0.001
-
 
 @pytest.mark.parametrize("start", ["normal", "orthogonal"])
 def test_every_start_is_as_large_as_it_says(start):
@@ -72,7 +68,6 @@ def test_every_start_is_as_large_as_it_says(start):
         assert S.max() / S.min() < 1.0001 and A.norm(dim=1).max().item() == pytest.approx(B.norm(dim=0).min().item(), rel=1e-4)
     assert not layer.bias.any()
 
-
 def test_a_head_may_stay_dense_and_shared():
     with torch.device("meta"):
         model = Transformer(GPT2)
@@ -82,7 +77,6 @@ def test_a_head_may_stay_dense_and_shared():
     assert model.blocks[0].mlp.up.start == "orthogonal"
     S = torch.linalg.svdvals(model.blocks[0].mlp.up.dense_weight())[:4]
     assert S.max() / S.min() < 1.0001
-
 
 def test_paper_counts_on_the_meta_device():
     wanted = {("gpt2", 192): 77.61, ("gpt2", 96): 58.56, ("gpt2", 48): 49.03, ("gpt2-xl", 384): 574.8, ("gpt2-xl", 192): 328.9, ("gpt2-xl", 96): 206.0}
@@ -96,7 +90,6 @@ def test_paper_counts_on_the_meta_device():
     replace_linears(model, 512, embedding_rank=512)
     assert count_parameters(model) == 1_316_491_264
 
-
 def test_the_walker_says_what_it_did():
     with torch.device("meta"):
         model = Transformer(CONFIGS["gpt2"])
@@ -106,7 +99,6 @@ def test_the_walker_says_what_it_did():
     r = 192
     assert matmul_weights(model) == 12 * r * (768 * 4 + 768 * 2 + 2 * 768 * 5) + r * (768 + 50257)
     assert flops_per_token(model, 256) < flops_per_token(Transformer(config_for("tiny", vocab_size=10)), 256) * 100
-
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rank", [1, 7, 20])
@@ -121,7 +113,6 @@ def test_plain_factors_are_as_good_as_the_svd(shape, rank):
     torch.testing.assert_close(values, S.square(), rtol=1e-4, atol=1e-4 * S[0].item() ** 2)
     torch.testing.assert_close(B.norm(dim=0), A.norm(dim=1), rtol=1e-4, atol=0)
 
-
 def test_squared_condition_numbers_are_met_in_float64():
     """What is cut off is 1e-9 of the largest eigenvalue: nothing that float32 could see after squaring."""
     torch.manual_seed(0)
@@ -130,7 +121,6 @@ def test_squared_condition_numbers_are_met_in_float64():
     for W in ((U * S) @ V.T, (V * S) @ U.T):
         B, A = svd_factors(W.float(), 40)
         assert torch.dist(W, B.double() @ A.double()) <= 1.01 * S[40:].square().sum().sqrt() + 2e-7
-
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_matrix_of_low_rank_is_kept_exactly(shape):
@@ -141,13 +131,11 @@ def test_a_matrix_of_low_rank_is_kept_exactly(shape):
         assert B.isfinite().all() and A.isfinite().all()
         assert torch.dist(B @ A, w) <= 1e-4 * w.norm()
 
-
 def test_balanced_factors_have_the_same_product():
     B, A = torch.randn(6, 3) * 100, torch.randn(3, 5)
     b, a = balanced(B, A)
     torch.testing.assert_close(b @ a, B @ A)
     torch.testing.assert_close(b.norm(dim=0), a.norm(dim=1))
-
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_method_2_at_full_rank_is_the_dense_model(config):
@@ -162,7 +150,6 @@ def test_method_2_at_full_rank_is_the_dense_model(config):
     swap_layers(low, lambda name, m: _full(m), wanted=lambda m: isinstance(m, nn.Linear))
     assert torch.allclose(low(TOKENS), dense(TOKENS), atol=1e-4)
 
-
 def _full(dense):
     layer = LowRankLinear(dense.in_features, dense.out_features, min(dense.weight.shape), dense.bias is not None)
     layer.B.data, layer.A.data = svd_factors(dense.weight, layer.rank)
@@ -170,11 +157,9 @@ def _full(dense):
         layer.bias.data = dense.bias.data
     return layer
 
-
 def test_low_rank_embedding_looks_up_rows_of_the_product():
     table = LowRankEmbedding(50, 16, 4)
     assert torch.allclose(table(TOKENS % 50), F.embedding(TOKENS % 50, table.dense_weight()), atol=1e-7)
-
 
 def test_method_3_goes_from_the_dense_model_to_a_low_rank_one():
     dense = model_of(GPT2)
@@ -194,12 +179,10 @@ def test_method_3_goes_from_the_dense_model_to_a_low_rank_one():
     assert not any(isinstance(m, BlendedLinear) for m in blended.modules())
     assert torch.equal(blended(TOKENS), at_zero)
 
-
 def test_alpha_falls_from_near_one_to_zero():
     alphas = [blend_alpha(s, 100) for s in range(101)]
     assert 0.85 < alphas[0] < 1 and alphas[50:] == [0.0] * 51
     assert all(a > b for a, b in zip(alphas[:50], alphas[1:51]))
-
 
 @pytest.mark.parametrize("rank", [0, -1, 33, 100000])
 def test_ranks_out_of_range_are_refused(rank):
@@ -208,11 +191,9 @@ def test_ranks_out_of_range_are_refused(rank):
     with pytest.raises(InputError, match=f"got {rank}"):
         replace_linears(model_of(GPT2), rank)
 
-
 def test_targets_that_no_layer_has_are_refused():
     with pytest.raises(InputError, match="no layer is called nope: this model has down, gate, head, k, o, q, up, v"):
         attach_lora(model_of(LLAMA), targets=["nope"])
-
 
 # ----------------------------------------------------------------------------- LoRA
 
@@ -231,7 +212,6 @@ def test_lora_starts_as_its_base_merges_and_comes_off():
     assert merge_lora(adapted) == 0  # what float32 rounds is no error
     assert torch.allclose(adapted(TOKENS), apart, atol=1e-5) and count_parameters(adapted) == count_parameters(base)
     assert not any(isinstance(m, LoRALinear) for m in adapted.modules())
-
 
 def test_lora_has_the_outputs_and_gradients_of_peft():
     torch.manual_seed(0)
@@ -252,14 +232,12 @@ def test_lora_has_the_outputs_and_gradients_of_peft():
     assert torch.allclose(ours.B.grad, theirs.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-3)
     assert ours.base.weight.grad is None
 
-
 def test_lora_counts_of_the_paper():
     for name, targets, wanted in (("llama2-7b", ["q", "v"], 4_194_304), ("llama2-13b", ["q", "k", "v"], 9_830_400)):
         with torch.device("meta"):
             model = Transformer(CONFIGS[name])
             attach_lora(model, r=8, targets=targets)
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == wanted
-
 
 def test_merging_into_a_layer_without_a_dense_weight_is_refused():
     model = model_of(GPT2)

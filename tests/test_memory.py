@@ -15,7 +15,6 @@ from recompute import MODES, use_recompute
 CASES = (("tiny", "dense", 0.0), ("tiny", "dense", 0.1), ("tiny", "lowrank", 0.0), ("tiny", "blended", 0.0),
          ("llama", "dense", 0.0), ("llama", "lora on int8", 0.0))
 
-
 def make_model(kind, layers="dense", dropout=0.0):
     torch.manual_seed(0)
     if kind == "tiny":
@@ -33,7 +32,6 @@ def make_model(kind, layers="dense", dropout=0.0):
         attach_lora(model, 4)
     return model
 
-
 def real_step(model, batch, length):
     """Bytes that autograd keeps of a real forward pass, and the bytes alive at the peak."""
     tokens = torch.randint(500, (batch, length))
@@ -45,7 +43,6 @@ def real_step(model, batch, length):
         kept.storages.clear()
         loss.backward()
     return total, watch.peak
-
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind, layers, dropout", CASES)
@@ -60,7 +57,6 @@ def test_the_account_agrees_with_a_real_run(kind, layers, dropout, mode):
     at_once = kept + max(working)  # gradients come while what is kept goes
     assert at_once / 1.15 <= real_peak <= 1.02 * (at_once + gradients)
 
-
 def test_the_model_is_left_as_it_was():
     model = use_recompute(make_model("tiny"), "block")
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -70,7 +66,6 @@ def test_the_model_is_left_as_it_was():
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
     assert "forward" in model.blocks[0].__dict__ and "attend" not in model.blocks[0].attention.__dict__
 
-
 def test_llama2_7b_by_hand():
     """Table IV in bytes: 32 blocks, 4,096 tokens, 16 bit. In a block eight tensors of 4096 x 4096 (x^e, x~^e,
     q, k, v, the heads, x^o, x~^o), four of 4096 x 11008 (x^g, silu(x^g), x^u, their product), and s of 32
@@ -78,7 +73,6 @@ def test_llama2_7b_by_hand():
     x, wide, s = 4096 * 4096 * 2, 4096 * 11008 * 2, 32 * 4096 * 4096 * 2
     kept = by_kind(rows_of(meta_model("llama2-7b"), 1, 4096, "none"))["activation"]
     assert 0 <= kept - 32 * (8 * x + 4 * wide + s) < 5 * x
-
 
 def test_llama2_7b_reaches_the_figures_of_each_mode():
     stored, working = {}, {}
@@ -88,13 +82,11 @@ def test_llama2_7b_reaches_the_figures_of_each_mode():
     assert 50 < stored["none"] < 62 and 20 < stored["sdpa"] < 28 and 19 < stored["attention"] <= 21
     assert 1 < stored["block"] <= 1.3 and 0.9 < working["block"] <= 3.6
 
-
 @pytest.mark.parametrize("name, parameters", (("llama2-7b", 6_738_415_616), ("llama2-70b", 68_976_648_192)))
 def test_what_follows_from_the_parameters(name, parameters):
     kinds = by_kind(rows_of(meta_model(name), 1, 4096, "none"))
     assert kinds["parameter"] == kinds["gradient"] == 2 * parameters
     assert kinds["optimizer"] == 12 * parameters
-
 
 def test_adapters_alone_have_gradients_and_keep_less():
     model = make_model("llama", "lora on int8").bfloat16()
@@ -102,7 +94,6 @@ def test_adapters_alone_have_gradients_and_keep_less():
     learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert kinds["gradient"] == 2 * learn and kinds["optimizer"] == 4 * learn
     assert kinds["parameter"] < dense["parameter"] and kinds["activation"] < dense["activation"]
-
 
 def test_one_block_of_each_kind_stands_for_all():
     def kept(model):
@@ -113,11 +104,9 @@ def test_one_block_of_each_kind_stands_for_all():
     mixed.blocks[2].mlp.requires_grad_(False)
     assert kept(mixed) < kept(make_model("tiny"))
 
-
 def test_the_papers_tables():
     table = table_iii()
     assert "388" in table and "218.3" in table
-
 
 def test_all_modes_side_by_side_are_the_modes_one_by_one(tmp_path):
     def rows(mode):

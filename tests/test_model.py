@@ -33,10 +33,8 @@ from tasks.score import copies, read_prefix
 GPT2 = Config("gpt2", vocab_size=101, context=48, blocks=3, heads=4, kv_heads=4, width=32, ffn=128)
 LLAMA = Config("llama", 101, 48, 3, 4, 2, 32, 56, tied=False, norm_eps=1e-6, rope_base=500.0)
 
-
 def like_llama(kind, **changes):
     return Config(**LLAMA.as_dict() | dict(kind=kind) | changes)
-
 
 QWEN2 = like_llama("qwen2")
 YARN = dict(rope_scaling="yarn", rope_factor=4.0, rope_original=16, rope_low=0.2, rope_high=2.0,
@@ -66,17 +64,14 @@ GPT2S = {"embed": "transformer.wte", "positions": "transformer.wpe", "blocks": "
          "attention.qkv": "attn.c_attn", "attention.o": "attn.c_proj",
          "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
 
-
 def theirs_of(name, kind):
     names, parts = GPT2S if kind == "gpt2" else LLAMAS, name.split(".")
     if parts[0] != "blocks":
         return f"{names[parts[0]]}.{parts[1]}"
     return f"{names['blocks']}.{parts[1]}.{names['.'.join(parts[2:-1])]}.{parts[-1]}"
 
-
 def is_conv1d(name, kind):
     return kind == "gpt2" and name.endswith(("qkv.weight", "o.weight", "up.weight", "down.weight"))
-
 
 def transformers_model(c):
     if c.kind == "gpt2":
@@ -99,7 +94,6 @@ def transformers_model(c):
     name = dict(llama="Llama", mistral="Mistral", qwen2="Qwen2", qwen3="Qwen3", smollm3="SmolLM3")[c.kind]
     return getattr(hf, f"{name}ForCausalLM")(getattr(hf, f"{name}Config")(**sizes))
 
-
 def pair(config):
     """(our model, transformers' model) with the same random weights."""
     torch.manual_seed(0)
@@ -116,7 +110,6 @@ def pair(config):
             p.copy_(source.T if is_conv1d(name, config.kind) else source)
     return ours.eval(), theirs.eval()
 
-
 @EACH
 def test_logits_and_gradients_equal_transformers(config):
     ours, theirs = pair(config)
@@ -131,7 +124,6 @@ def test_logits_and_gradients_equal_transformers(config):
         grad = grad.T if is_conv1d(name, config.kind) else grad
         assert (p.grad - grad).abs().max() <= 1e-5 * max(1, grad.abs().max()), name
 
-
 @EACH
 def test_cache_gives_the_logits_of_transformers(config):
     """A prompt of 20, then a piece of 5 at once, then one token at a time."""
@@ -144,7 +136,6 @@ def test_cache_gives_the_logits_of_transformers(config):
             start += length
         b = theirs(tokens).logits
     assert (torch.cat(pieces, 1) - b).abs().max() < 1e-5 * b.abs().max()
-
 
 @EACH
 def test_a_batch_of_prompts_gives_what_each_gives_alone_and_what_transformers_gives(config):
@@ -159,7 +150,6 @@ def test_a_batch_of_prompts_gives_what_each_gives_alone_and_what_transformers_gi
         reference = text[0, len(prompt):].tolist()
         assert [step[i] for step in together] == alone == uncached == reference
 
-
 def test_generation_ends_at_a_stop_token_and_at_the_context():
     ours, _ = pair(GPT2)
     free = [step[0] for step in generate(ours, [[5, 6]], 20, temperature=0)]
@@ -171,7 +161,6 @@ def test_generation_ends_at_a_stop_token_and_at_the_context():
     assert [sum(s[i] is not None for s in steps) for i in (0, 1)] == [3, 9]
     alone = [s[0] for s in generate(ours, [[2] * 40], 100, temperature=0)]
     assert [s[1] for s in steps] == alone, "a row that ended must not disturb the others"
-
 
 def test_sampling():
     torch.manual_seed(0)
@@ -185,7 +174,6 @@ def test_sampling():
     assert torch.allclose(draw(temperature=0.5), torch.tensor([0.25, 0.09, 0.0225, 0.0025]) / 0.365,
                           atol=0.05)
 
-
 def test_known_names_have_their_true_sizes():
     millions = {}
     for name in CONFIGS:
@@ -197,7 +185,6 @@ def test_known_names_have_their_true_sizes():
     for name, count in wanted.items():
         assert abs(millions[name] - count) < 0.01, name
 
-
 def test_operations_a_token():
     """Two for each weight (GPT-2's head counts, its embedding does not), and attention over half of the
     sequence."""
@@ -208,7 +195,6 @@ def test_operations_a_token():
     assert flops_per_token(model, 1024) == 2 * (blocks + head) + 12 * 2 * 1024 * 768
     assert flops_per_token(model, 1024, training=True) == 3 * flops_per_token(model, 1024)
 
-
 @pytest.mark.parametrize("change, message", [
     (dict(width=100, heads=3), "width 100 is not divisible by 3 heads"),
     (dict(kv_heads=5, width=768), "12 heads can't share 5"),
@@ -218,7 +204,6 @@ def test_operations_a_token():
 def test_bad_architectures_are_refused(change, message):
     with pytest.raises(InputError, match=message):
         config_for("gpt2", **change)
-
 
 def test_bad_prompts_are_refused():
     ours, _ = pair(GPT2)
@@ -233,11 +218,9 @@ def test_bad_prompts_are_refused():
     with pytest.raises(InputError, match="no model is called 'gpt5'"):
         config_for("gpt5")
 
-
 # ----------------------------------------------------------------------------- with all the rest
 
 UNEVEN = pytest.mark.parametrize("name", ["mistral", "qwen3 biases", "smollm3 biases", "llama yarn"])
-
 
 @UNEVEN
 @pytest.mark.parametrize("mode", ["none", "attention", "block"])
@@ -252,7 +235,6 @@ def test_what_recomputation_gives(name, mode):
         gradients.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*gradients):
         assert (a - b).abs().max() <= 2e-5 * max(1, a.abs().max())
-
 
 @UNEVEN
 def test_what_caches_prefixes_batches_and_steps_give(name):
@@ -272,7 +254,6 @@ def test_what_caches_prefixes_batches_and_steps_give(name):
     with torch.no_grad():
         whole, prefix = model.hidden(tokens), read_prefix(model, tokens[:1, :15])
         assert (model.hidden(tokens[:, 15:], copies(model, prefix, [0, 0], 25)) - whole[:, 15:]).abs().max() < 1e-4
-
 
 @UNEVEN
 def test_factored_quantized_adapted_and_piped(name, tmp_path):

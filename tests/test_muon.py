@@ -9,7 +9,6 @@ from model import Transformer, config_for
 
 SHAPES = [(64, 256), (256, 64), (48, 48), (1, 300), (17, 5)]
 
-
 def newton_schulz(G):
     """The rounds as they are written in the literature, on the whole matrix, in float64."""
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -20,13 +19,11 @@ def newton_schulz(G):
         X = a * X + (P @ X if X.shape[-2] <= X.shape[-1] else X @ P)
     return X
 
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rounds_on_the_small_matrix_are_the_rounds_on_the_whole(shape):
     G = torch.randn(3, *shape)
     for one, result in zip(G, orthogonalize(G)):
         torch.testing.assert_close(result.double(), newton_schulz(one), rtol=0, atol=1e-4)
-
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_all_directions_of_the_gradient_become_about_equally_long(shape):
@@ -36,13 +33,11 @@ def test_all_directions_of_the_gradient_become_about_equally_long(shape):
     assert (moved - moved.diagonal().diag()).abs().max() < 1e-3
     assert moved.diagonal().min() > 0.6 and moved.diagonal().max() < 1.25
 
-
 def test_a_gradient_of_zero_moves_nothing_and_a_missing_one_is_left_out():
     A, B = (torch.nn.Parameter(torch.ones(4, 8)) for _ in range(2))
     A.grad = torch.zeros_like(A)
     Muon([A, B], lr=0.1).step()
     assert torch.equal(A, torch.ones(4, 8)) and torch.equal(B, torch.ones(4, 8))
-
 
 def test_steps_are_those_of_torch():
     """torch's Muon rounds to bfloat16 on the way: its steps agree to that."""
@@ -59,13 +54,11 @@ def test_steps_are_those_of_torch():
     for a, b, p in zip(ours, theirs, start):
         assert (a - b).norm() < 0.03 * (a - p).norm()
 
-
 def test_a_batch_is_of_one_shape_and_not_too_large(monkeypatch):
     monkeypatch.setattr("beyond.muon.MOST", 64)
     matrices = [torch.empty(4, 8) for _ in range(5)] + [torch.empty(8, 4), torch.empty(100, 100)]
     batches = [[tuple(P.shape) for P in batch] for batch in batches_of_equals(matrices)]
     assert batches == [[(4, 8)] * 2, [(4, 8)] * 2, [(4, 8)], [(8, 4)], [(100, 100)]]
-
 
 def small_model(seed=0):
     torch.manual_seed(seed)
@@ -73,7 +66,6 @@ def small_model(seed=0):
     model = Transformer(config_for("tiny", vocab_size=64, blocks=1))
     replace_linears(model, 8)
     return model
-
 
 def test_every_parameter_has_one_optimizer_and_the_right_one():
     model = small_model()
@@ -88,7 +80,6 @@ def test_every_parameter_has_one_optimizer_and_the_right_one():
         assert group["weight_decay"] == (0.1 if p.dim() == 2 else 0.0), name
     alone, = make_optimizers(model, 1e-3, 0.1)
     assert isinstance(alone, torch.optim.AdamW)
-
 
 def test_the_state_comes_back():
     model, tokens = small_model(), torch.randint(64, (2, 16))
@@ -107,7 +98,6 @@ def test_the_state_comes_back():
     restore_moments(model, again, moments)
     steps(again, 2)
     assert all(torch.equal(after[k], v) for k, v in model.state_dict().items())
-
 
 def test_a_layer_that_starts_small_learns_more_with_orthogonal_steps():
     """What muon.py says of factors: where B begins small in most directions, AdamW's steps leave the product near a low rank, Muon's do not."""

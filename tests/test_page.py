@@ -34,7 +34,6 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}<|assistant|>"
 TEXT = "The statement returns a new object, which is bound to the name of the function."
 
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, text_file):
     """A model whose spectra fall, an adapter of it, and its decomposition at rank 20."""
@@ -59,16 +58,13 @@ def folder(tmp_path_factory, text_file):
     decompose(["--model", str(path / "model"), "--rank", "20", "--out-dir", str(path / "low")])
     return path
 
-
 def make_server(folder, name="model", adapters=(), teach=True):
     model, tokenizer, _ = open_model(str(folder / name), 16)
     return serve.Server(str(folder / name), model, tokenizer, {a: folder / a for a in adapters}, teach)
 
-
 @pytest.fixture(scope="module")
 def server(folder):
     return make_server(folder, adapters=["news"])
-
 
 @pytest.fixture(scope="module")
 def listening():
@@ -86,11 +82,9 @@ def listening():
         http.should_exit = True
         thread.join()
 
-
 @pytest.fixture(scope="module")
 def address(server, listening):
     return listening(server)
-
 
 @pytest.fixture(scope="module")
 def browser():
@@ -99,7 +93,6 @@ def browser():
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-
 
 @pytest.fixture
 def page(browser):
@@ -114,11 +107,9 @@ def page(browser):
     assert asked and not errors
     assert all(url.startswith(("http://127.0.0.1:", "data:")) for url in asked), asked
 
-
 def expect(locator):
     from playwright.sync_api import expect
     return expect(locator)
-
 
 @pytest.fixture
 def slow(server, monkeypatch):
@@ -126,14 +117,12 @@ def slow(server, monkeypatch):
     step = server.engine.step
     monkeypatch.setattr(server.engine, "step", lambda: time.sleep(0.05) or step())
 
-
 def ask(address, model, temperature=0, **body):
     """What the API answers."""
     path = "chat/completions" if "messages" in body else "completions"
     body |= dict(model=model, temperature=temperature)
     choice = httpx.post(f"{address}/v1/{path}", json=body, timeout=60).raise_for_status().json()["choices"][0]
     return choice["message"]["content"] if "messages" in body else choice["text"]
-
 
 def say(page, text, model=None):
     expect(page.locator("#send")).to_be_enabled()
@@ -143,14 +132,12 @@ def say(page, text, model=None):
     page.fill("#prompt", text)
     page.press("#prompt", "Enter")
 
-
 def text_of(page, selector):
     """Once it has stopped growing."""
     text = None
     while text != (text := page.locator(selector).last.text_content()) or not text:
         page.wait_for_timeout(300)
     return text
-
 
 def test_an_answer_is_shown_as_it_comes_and_can_be_stopped(folder, server, address, page, slow):
     page.goto(address)
@@ -169,7 +156,6 @@ def test_an_answer_is_shown_as_it_comes_and_can_be_stopped(folder, server, addre
         time.sleep(0.02)
     assert not server.answers, "who stops leaves nothing behind"
 
-
 def test_an_adapter_is_another_model(folder, address, page):
     page.goto(address)
     answers = []
@@ -182,7 +168,6 @@ def test_an_adapter_is_another_model(folder, address, page):
         assert page.locator(".message.assistant small").text_content() == name
         page.click("#new")
     assert answers[0] != answers[1] and page.locator(".message").count() == 0
-
 
 def test_a_conversation_goes_on(folder, address, page):
     """Each answer is given the whole of it."""
@@ -197,7 +182,6 @@ def test_a_conversation_goes_on(folder, address, page):
         expect(page.locator(".message.assistant .content").last).to_have_text(wanted)
         talk.append(dict(role="assistant", content=wanted))
 
-
 def test_output_is_text_and_never_html(address, page):
     bad = "<script>document.title='bad'</script><img src=x onerror=\"document.title='bad'\">"
     content = json.dumps(dict(choices=[dict(delta=dict(content=bad))]))
@@ -208,7 +192,6 @@ def test_output_is_text_and_never_html(address, page):
     assert page.locator(".message.user .content").text_content() == bad
     assert page.title() == "FinGPT-HPC" and page.locator("main script, main img").count() == 0
 
-
 def test_errors_are_told(folder, server, address, page):
     page.goto(address)
     say(page, "word " * 600)
@@ -217,7 +200,6 @@ def test_errors_are_told(folder, server, address, page):
     page.route("**/v1/**", lambda route: route.abort())
     say(page, "a")
     expect(page.locator("#error")).to_contain_text("The server can't be reached")
-
 
 def test_a_key_is_asked_for_and_without_teach_the_bench_says_how(folder, listening, page):
     address = listening(make_server(folder, teach=False), "a secret")
@@ -237,14 +219,12 @@ def test_a_key_is_asked_for_and_without_teach_the_bench_says_how(folder, listeni
     answer = httpx.post(f"{address}/measure", json={}, headers=dict(authorization="Bearer a secret"))
     assert answer.status_code == 400 and "start serve.py with --teach" in answer.text
 
-
 # ------------------------------------------------------------------------------------- the rank bench
 
 def perplexity(model, tokenizer, text):
     ids = torch.tensor([tokenizer.encode(text, around=True)])
     with torch.inference_mode():
         return math.exp(F.cross_entropy(model(ids)[0, :-1].double(), ids[0, 1:]))
-
 
 def second_moments(model, tokenizer):
     """name -> X X^T in float64, of the inputs of each linear layer of the blocks, with the ridge; by hooks."""
@@ -262,7 +242,6 @@ def second_moments(model, tokenizer):
         hook.remove()
     return {name: h + 1e-4 * h.diagonal().mean() * torch.eye(len(h)) for name, h in H.items()}
 
-
 @pytest.fixture(scope="module")
 def exact(folder):
     """name -> W, C and U, S of the SVD of W C, in float64; H = C C^T."""
@@ -273,12 +252,10 @@ def exact(folder):
         found[name] = W, C, *torch.linalg.svd(W @ C)[:2]
     return found
 
-
 def low_rank(layer, B, A):
     new = LowRankLinear(layer.in_features, layer.out_features, len(A), bias=False)
     new.load_state_dict(dict(A=A, B=B))
     return new
-
 
 def reduced(folder, exact, share, bits):
     """The model of such a position, made anew from the exact decomposition."""
@@ -291,7 +268,6 @@ def reduced(folder, exact, share, bits):
         quantize(model, bits)
     return model, tokenizer
 
-
 def test_every_prefix_of_the_factors_is_the_best_of_its_rank(server, exact):
     for name, (W, C, _, S) in exact.items():
         B, A, values = server.bench.factors[name]
@@ -301,7 +277,6 @@ def test_every_prefix_of_the_factors_is_the_best_of_its_rank(server, exact):
             error = ((W - B[:, :r].double() @ A[:r].double()) @ C).square().sum()
             assert error - S[r:].square().sum() < 1e-6 * S.square().sum(), (name, r)
 
-
 @pytest.mark.parametrize("share, bits", [(100, 16), (60, 16), (25, 16), (1, 16), (100, 8), (60, 8), (25, 4)])
 def test_measurements_are_those_of_a_model_made_by_itself(folder, server, exact, share, bits):
     found = server.bench.measure(f"rank-{share}%-{bits}bit", TEXT)
@@ -310,7 +285,6 @@ def test_measurements_are_those_of_a_model_made_by_itself(folder, server, exact,
     # 8 and 4 bits: factors that differ by the rounding of float32 are rounded to other integers here and there
     assert found["perplexity"] == pytest.approx(perplexity(model, tokenizer, TEXT), rel=2e-3 if bits == 16 else 0.05)
     assert found["bytes"] == stored_bytes(model.bfloat16())
-
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_positions_are_quantized_by_quant(server, folder, bits):
@@ -322,7 +296,6 @@ def test_quantized_positions_are_quantized_by_quant(server, folder, bits):
     quantize(model, bits)
     found = server.bench.measure(f"rank-40%-{bits}bit", TEXT)
     assert found["perplexity"] == pytest.approx(perplexity(model, tokenizer, TEXT), rel=1e-4)
-
 
 def test_a_decomposed_folder_keeps_its_own_factors(folder):
     bench = make_server(folder, "low").bench
@@ -341,7 +314,6 @@ def test_a_decomposed_folder_keeps_its_own_factors(folder):
     assert half["perplexity"] == pytest.approx(perplexity(model, tokenizer, TEXT), rel=1e-4)
     assert half["parameters"] == count_parameters(model) < whole["parameters"]
 
-
 def test_without_adapters_each_position_writes_with_its_own_weights(folder):
     """On a CPU a step is one call, of one model's weights."""
     bench, prompt = make_server(folder).bench, [5, 6, 7]
@@ -354,7 +326,6 @@ def test_without_adapters_each_position_writes_with_its_own_weights(folder):
     together = [Request(prompt, 12, adapter=r.adapter) for r in requests]
     list(bench.run(together))
     assert [r.tokens for r in together[:3]] == [*apart, apart[0]] and together[3].tokens != apart[0]
-
 
 def test_answers_of_all_positions_in_one_batch_are_those_alone(server, address, folder, exact):
     from concurrent.futures import ThreadPoolExecutor
@@ -373,19 +344,16 @@ def test_answers_of_all_positions_in_one_batch_are_those_alone(server, address, 
             ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
     assert tokenizer.decode(ids) == "The statement" + alone[2]
 
-
 def numbers(page, side):
     """Once they are there."""
     expect(page.locator(f"#{side} dl")).not_to_have_class("waiting")
     return page.locator(f"#{side} dd").evaluate_all("cells => cells.map(c => c.firstChild.textContent)")
-
 
 def shown(measured):
     """As the page writes it."""
     x = measured["perplexity"]
     rounded = f"{float(f'{x:.4g}'):,.10g}" if x < 1e6 else None
     return [rounded, f"{measured['parameters'] / 1e6:.1f} M", f"{measured['bytes'] / 1e6:.1f} MB"]
-
 
 def test_the_sliders_change_answer_numbers_and_cuts(folder, server, address, page):
     page.goto(address)
@@ -420,7 +388,6 @@ def test_the_sliders_change_answer_numbers_and_cuts(folder, server, address, pag
     page.locator("#text").blur()
     expect(page.locator("#error")).to_contain_text("the measured text has")
 
-
 def test_a_newer_position_cancels_the_answer_under_way(server, address, page, slow):
     page.goto(address)
     page.click("#bench-tab")
@@ -431,7 +398,6 @@ def test_a_newer_position_cancels_the_answer_under_way(server, address, page, sl
     wanted = ask(address, "rank-38%-16bit", prompt="The bank said on Monday that its profit", max_tokens=60)
     expect(page.locator("#reduced .answer")).to_have_text(wanted)
     assert server.totals["tokens"] - before < 60 * 7, "ten answers of 60 tokens, the whole one and ours"
-
 
 def test_what_can_not_be_shown_is_refused(folder, tmp_path):
     model, tokenizer = load_model(folder / "model", bits=8)

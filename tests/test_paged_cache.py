@@ -12,7 +12,6 @@ from model import Config
 
 SMALL = Config("llama", blocks=1, heads=4, kv_heads=2, width=32, ffn=8, vocab_size=10)
 
-
 @pytest.mark.parametrize("size", [1, 3, 16])
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_paged_cache_gives_the_logits_of_transformers(config, size):
@@ -28,7 +27,6 @@ def test_paged_cache_gives_the_logits_of_transformers(config, size):
         b = theirs(tokens).logits
     assert (torch.cat(pieces, 1) - b).abs().max() < 1e-5 * b.abs().max()
 
-
 @pytest.mark.parametrize("size", [1, 4, 16])
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_generate_writes_the_same_with_a_paged_cache(config, size):
@@ -41,7 +39,6 @@ def test_generate_writes_the_same_with_a_paged_cache(config, size):
     for i, prompt in enumerate(prompts):
         alone = [s[0] for s in generate(ours, [prompt], 12, temperature=0, cache=PagedCache([Sequence(pool)]))]
         assert alone == [step[i] for step in contiguous if step[i] is not None]
-
 
 def test_what_the_cache_holds_already_is_not_read_again():
     """As a chat does: the second prompt begins with the first and its answer."""
@@ -56,7 +53,6 @@ def test_what_the_cache_holds_already_is_not_read_again():
     hook.remove()
     assert second == [s[0] for s in generate(ours, [text], 6, temperature=0)]
 
-
 def filled_batch(lengths, size, blocks, dtype=torch.float32):
     """A batch whose rows hold `lengths` random tokens, written one by one in turn so that their blocks
     interleave; also what was written, as (k, v) of each row, (kv_heads, length, d)."""
@@ -69,7 +65,6 @@ def filled_batch(lengths, size, blocks, dtype=torch.float32):
         write([rows[i] for i in todo], [written[i][:, :, at:at + 1] for i in todo])
     return rows, written
 
-
 def write(sequences, pieces):
     """What a model does in a step, in its one layer."""
     cache, T = PagedCache(sequences), pieces[0].shape[2]
@@ -78,12 +73,10 @@ def write(sequences, pieces):
     cache.update(0, *torch.stack(pieces, 1))
     cache.advance(T)
 
-
 def softmax_attention(q, k, v):
     """Equation 1 for one row in float64: q (h, d), k and v (kv_heads, S, d)."""
     q, k, v = q.double(), k.double().repeat_interleave(2, 0), v.double().repeat_interleave(2, 0)
     return ((q[:, None] @ k.transpose(1, 2)) / q.shape[-1] ** 0.5).softmax(-1).matmul(v)[:, 0]
-
 
 @pytest.mark.parametrize("lengths, size, leave", [
     ([1, 7, 30, 16], 4, ()),       # read as the pool lies
@@ -104,7 +97,6 @@ def test_attention_by_blocks_is_equation_1(lengths, size, leave, dtype, toleranc
     for j, i in enumerate(stay):
         wanted = softmax_attention(q[j, :, 0], *(torch.cat((old, new[j]), 1) for old, new in zip(written[i], (k, v))))
         assert (y[j, :, 0] - wanted).abs().max() < tolerance * 4, (i, dtype)
-
 
 def test_a_pool_through_a_long_random_life():
     """Sequences come, grow, shrink and go; after every step tables and contents are what a plain list says."""
@@ -139,10 +131,8 @@ def test_a_pool_through_a_long_random_life():
             used += sequence.table
         assert sorted(used + pool.free) == list(range(24))
 
-
 def test_the_bytes_of_a_token():
     assert bytes_per_token(SMALL) == 1 * 2 * 2 * 8 * 4
-
 
 def test_a_full_pool_says_so():
     ours, _ = pair(GPT2)

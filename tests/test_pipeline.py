@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 LENGTH, ROWS, VOCABULARY = 7, 32, 40
 CASES = list(itertools.product(("gpt2", "llama"), (0, 3), (1, 2, 4), (1, 2, 8), SCHEDULES))
 
-
 # ----------------------------------------------------------------------------- schedules
 
 @pytest.mark.parametrize("kind", SCHEDULES)
@@ -59,18 +58,15 @@ def test_every_schedule_runs_and_is_as_good_as_the_formula(kind, stages, microba
     else:
         assert max(map(most_held, lists)) <= 2 * N and bubble <= (N + 1 if M >= 2 * N else 6 * (N - 1))
 
-
 def test_v_shaped_schedules_never_get_stuck():
     for N, M in itertools.product(range(1, 13), (1, 2, 3, 5, 8, 13, 25, 40)):
         assert len(simulate(schedule("zb-v", N, M))) == 6 * N * M
-
 
 def test_a_schedule_whose_stages_wait_for_each_other_is_found_out():
     lists = [[(kind, m, s) for kind, m in order] for s, order in enumerate((
         (("F", 0), ("B", 0), ("F", 1), ("B", 1)), (("F", 0), ("F", 1), ("B", 1), ("B", 0))))]
     with pytest.raises(InputError, match="can't run: stages wait for each other"):
         simulate(lists)
-
 
 def test_the_clock_table_is_the_schedule():
     lines = clock_table(schedule("1f1b", 2, 3)).splitlines()
@@ -79,7 +75,6 @@ def test_the_clock_table_is_the_schedule():
                      "stage 1 .  F0 B0 F1 B1 F2 B2 ."]
     assert max(map(len, clock_table(schedule("gpipe", 4, 8)).splitlines())) <= 80
     assert clock_table(schedule("zb-v", 2, 2)).splitlines()[1].startswith("process 0 F0 F1 .  f0 b0")
-
 
 def test_balance_finds_the_best_of_all_cuts():
     random = np.random.default_rng(0)
@@ -91,7 +86,6 @@ def test_balance_finds_the_best_of_all_cuts():
         assert list(itertools.chain(*ranges)) == list(range(8))
         assert sorted((sum(pieces[i] for i in r) for r in ranges), reverse=True) == min(loads)
 
-
 def test_the_processes_of_a_v_are_cut_as_well_as_any_pairs():
     for count, N in ((14, 4), (14, 2), (15, 3), (10, 4), (7, 2)):
         costs = [0, *[2] * (count - 2), 10]
@@ -100,13 +94,11 @@ def test_the_processes_of_a_v_are_cut_as_well_as_any_pairs():
         loads = [sum(costs[i] for i in (*pieces[p], *pieces[2 * N - 1 - p])) for p in range(N)]
         assert max(loads) <= max(10, 2 + 2 * -(-sum(costs) // (2 * N)))
 
-
 @pytest.mark.parametrize("kind, processes, stages", [("1f1b", 9, 9), ("zb-v", 5, 10)])
 def test_more_stages_than_blocks_are_refused(kind, processes, stages):
     with pytest.raises(InputError, match=f"{kind} of {processes} processes has {stages} stages, more than the "
                                          "model's 8 blocks"):
         Pipeline(make_model("gpt2", 0), processes, kind, 8, LENGTH, cpu())
-
 
 # ----------------------------------------------------------------------------- stages against one process
 
@@ -118,11 +110,9 @@ def make_model(kind, rank, dropout=0.0, embedding_rank=0):
         replace_linears(model, rank, embedding_rank=embedding_rank)
     return model
 
-
 def batch():
     tokens = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(2))
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
 
 def whole_step(model, microbatches, seed):
     """Loss and gradients of the whole batch by autograd alone; dropout is drawn anew for each microbatch and
@@ -144,7 +134,6 @@ def whole_step(model, microbatches, seed):
     loss.backward()
     return loss
 
-
 @cache
 def reference(kind, rank, microbatches):
     """Loss, gradients, their norm, and the gradients clipped to a norm of 0.01, of one process in float64."""
@@ -154,16 +143,13 @@ def reference(kind, rank, microbatches):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
     return loss.item(), gradients, norm.item(), {name: p.grad for name, p in model.named_parameters()}
 
-
 def difference(pipeline, whole):
     """The largest relative difference of this process's gradients."""
     own = {name: p.grad for name, p in pipeline.model.named_parameters() if not p.is_meta}
     return max(((g - whole[name]).abs().max() / whole[name].abs().max()).item() for name, g in own.items())
 
-
 def cpu(dtype=torch.float32):
     return Device(torch.device("cpu"), dtype, 0, "", "")
-
 
 def one_case(kind, rank, stages, microbatches, name):
     model = use_recompute(make_model(kind, rank, 0.3).double(), "block" if name == "gpipe" else "sdpa")
@@ -180,7 +166,6 @@ def one_case(kind, rank, stages, microbatches, name):
     result["norm"] = abs(pipeline.clip(0.01).item() / norm - 1)
     return result | dict(clipped=difference(pipeline, clipped))
 
-
 def mixed_precision(grids):
     """Names of the gradients that four stages, and activations in bf16, make different from one process."""
     results = []
@@ -194,7 +179,6 @@ def mixed_precision(grids):
     whole, *parts = results
     return [name for part in parts for name, bits in part.items() if bits != whole[name]]
 
-
 def gathered():
     """Names of tensors that process 0 does not get as they were; and those of all stages."""
     model, cut = make_model("gpt2", 0), make_model("gpt2", 0)
@@ -202,7 +186,6 @@ def gathered():
     nothing = torch.empty(0)
     wrong = [name for name, p in model.named_parameters() if not torch.equal(tensors.get(name, nothing), p)]
     return [wrong if dist.get_rank() == 0 else [], sorted(tensors)]
-
 
 def member(rank, folder):
     """One of four processes: leaves its results of everything that is compared."""
@@ -217,13 +200,11 @@ def member(rank, folder):
     dist.barrier()
     dist.destroy_process_group()
 
-
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("group")
     torch.multiprocessing.spawn(member, (folder,), nprocs=4)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
-
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
 def test_loss_and_every_gradient_equal_one_process(compared, case):
@@ -233,38 +214,31 @@ def test_loss_and_every_gradient_equal_one_process(compared, case):
         for what in ("loss", "gradients", "norm", "clipped"):
             assert result[what] < 1e-12, (what, result)
 
-
 def test_activations_travel_in_the_dtype_they_have(compared):
     assert [process["mixed"] for process in compared] == [[]] * 4
-
 
 def test_process_0_gathers_the_whole_model(compared):
     (wrong, names), *others = (process["gathered"] for process in compared)
     assert wrong == [] and len(names) == len(dict(make_model("gpt2", 0).named_parameters()))
     assert all(other == [[], []] for other in others)
 
-
 # ----------------------------------------------------------------------------- train.py --pipeline
 
 COMMON = ("--model", "tiny", "--rank", 8, "--max-iters", 8, "--log-interval", 1, "--save-interval", 2,
           "--dtype", "float32", "--seq-len", 32)
-
 
 def losses(folder):
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == sorted({r["step"] for r in rows}), "a step stands twice"
     return [r["loss"] for r in rows] + [rows[-1]["val_loss"]]
 
-
 def assert_same_losses(a, b):
     a, b = losses(a), losses(b)
     assert len(a) == len(b) == 9 and np.allclose(a, b, rtol=0, atol=2e-5), (a, b)
 
-
 def pipeline_flags(text_file, out, stages, batch=8, microbatches=4):
     return [str(word) for word in (*COMMON, "--data", text_file, "--out-dir", out, "--pipeline", stages,
                                    "--batch-size", batch, "--microbatches", microbatches)]
-
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, text_file):
@@ -273,13 +247,11 @@ def undisturbed(tmp_path_factory, text_file):
     assert train.main(pipeline_flags(text_file, out, 1)) == 0
     return out
 
-
 def test_stages_on_both_arms_of_a_v_equal_one_process(tmp_path, text_file, undisturbed, run):
     done = run("train.py", *pipeline_flags(text_file, tmp_path / "v", 2), "--schedule", "zb-v", processes=2)
     assert done.returncode == 0, done.stderr
     assert "pipeline zb-v: 4 stages x 1 replicas, 4 microbatches, utilization at most" in done.stdout
     assert_same_losses(undisturbed, tmp_path / "v")
-
 
 def test_two_stages_of_two_replicas_equal_one_process(tmp_path, text_file, undisturbed, run):
     flags = pipeline_flags(text_file, tmp_path / "four", 2, batch=4, microbatches=2)
@@ -287,7 +259,6 @@ def test_two_stages_of_two_replicas_equal_one_process(tmp_path, text_file, undis
     assert done.returncode == 0, done.stderr
     assert "pipeline gpipe: 2 stages x 2 replicas, 2 microbatches, utilization at most 0.667" in done.stdout
     assert_same_losses(undisturbed, tmp_path / "four")
-
 
 def test_a_run_goes_on_with_another_number_of_stages(tmp_path, text_file, undisturbed, run):
     out = tmp_path / "run"
@@ -299,10 +270,8 @@ def test_a_run_goes_on_with_another_number_of_stages(tmp_path, text_file, undist
     assert model.keys() == expected.keys()
     assert all(torch.allclose(model[name], expected[name], atol=1e-4) for name in model)
 
-
 def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
 
 @pytest.mark.slow
 def test_a_process_lost_on_one_of_two_machines_costs_the_steps_since_the_last_save(
@@ -335,7 +304,6 @@ def test_a_process_lost_on_one_of_two_machines_costs_the_steps_since_the_last_sa
                     os.kill(process, signal.SIGKILL)
     assert_same_losses(undisturbed, out)
 
-
 @pytest.mark.parametrize("args, message", [
     (("--pipeline", 1, "--batch-size", 8, "--microbatches", 3), "8 is not divisible into 3 microbatches"),
     (("--pipeline", 2), "can't form 2 stages"),
@@ -347,14 +315,12 @@ def test_bad_input_is_refused(args, message, tmp_path, text_file):
         train.main([str(a) for a in (*COMMON, "--data", text_file, "--out-dir", tmp_path / "run", *args)])
     assert not (tmp_path / "run").exists()
 
-
 def test_the_command_prints_the_clock_table(capsys):
     assert pipeline_file.main(["--stages", "4", "--microbatches", "8", "--schedule", "gpipe"]) == 0
     lines = capsys.readouterr().out.splitlines()
     steps = [f"F{m}" for m in range(8)] + [f"B{m}" for m in range(7, -1, -1)]
     assert lines[4].split() == ["stage", "3"] + ["."] * 3 + steps + ["."] * 3
     assert "0.727" in lines[-1]
-
 
 @pytest.mark.slow
 def test_measured_utilization_is_near_the_formula():

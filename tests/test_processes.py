@@ -11,16 +11,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--model", "tiny", "--rank", "8", "--seq-len", "32", "--max-iters", "6", "--log-interval", "1", "--seed", "3", "--dtype", "float32")
 
-
 def train(*args, processes=1):
     head = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run([*head, "train.py", *TINY, *map(str, args)], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
     return done.returncode, done.stdout + done.stderr
 
-
 def losses(folder):
     return {r["step"]: r["loss"] for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
-
 
 def test_two_shards_give_the_losses_of_one_process_stopped_and_resumed(tmp_path, text_file):
     alone, sharded = tmp_path / "alone", tmp_path / "sharded"
@@ -39,7 +36,6 @@ def test_two_shards_give_the_losses_of_one_process_stopped_and_resumed(tmp_path,
     assert summary["parameters"] == json.loads((alone / "summary.json").read_text())["parameters"]
     done = subprocess.run([sys.executable, "sample.py", "--model", sharded, "--prompt", "The", "--max-new-tokens", "3"], cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr
-
 
 HALVES = """
 import sys; sys.path.insert(0, {root!r})
@@ -64,7 +60,6 @@ print(f"PARTS {{parts}} WHOLE {{came_back}}", flush=True)
 dist.destroy_process_group()
 """
 
-
 def test_each_process_holds_its_half_and_the_whole_comes_back(tmp_path):
     script = tmp_path / "halves.py"
     script.write_text(HALVES.format(root=str(ROOT)))
@@ -74,7 +69,6 @@ def test_each_process_holds_its_half_and_the_whole_comes_back(tmp_path):
     shares = [float(share) for share in re.findall(r"SHARE ([\d.]+)", done.stdout)]  # torchrun's processes share a line
     assert len(shares) == 2 and all(0.49 < share < 0.51 for share in shares)
     assert done.stdout.count("PARTS True WHOLE True") == 2
-
 
 @pytest.mark.parametrize("args, words", [((), "torchrun"), (("--method", "3"), "--method 3")])
 def test_what_cannot_be_sharded_is_refused(args, words, tmp_path):

@@ -26,11 +26,9 @@ from quant import (
     unpack,
 )
 
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
 
 def small(kind="gpt2", rank=0, tied=True):
     kv_heads = 2 if kind == "llama" else 4
@@ -43,16 +41,13 @@ def small(kind="gpt2", rank=0, tied=True):
         replace_linears(model, rank, method=2)
     return model.eval()
 
-
 def relative(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
 
 # ----------------------------------------------------------------------------- the format
 
 FORMS = [(33, 65, 0), (48, 256, 64), (50, 96, 32), (17, 128, 128), (5, 40, 8), (64, 1600, 0), (100, 192, 48),
          (1, 1, 0), (7, 512, 256)]
-
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rows, width, group", FORMS)
@@ -67,13 +62,11 @@ def test_rounding_is_the_nearest_step(bits, rows, width, group):
     assert torch.equal(unpack(m.q, bits, width), quantize_rows(w, bits, m.group)[0])
     assert torch.equal(m.rows(torch.tensor([[0, rows - 1]])), m.dense()[torch.tensor([[0, rows - 1]])])
 
-
 def test_the_order_of_int4_in_a_word():
     """The drawing in pack(): weight 0 in the lowest bits, then 2, 4, 6, 1, 3, 5, 7."""
     q = torch.arange(8, dtype=torch.int8)[None] - 8
     word = int(pack(q, 4).view(torch.int32)[0, 0]) & 0xffffffff
     assert word == 0x75316420
-
 
 def test_vectors_without_a_range_and_extremes():
     w = torch.stack([torch.zeros(64), torch.full((64,), 0.1), torch.linspace(-3e4, 3e4, 64),
@@ -81,7 +74,6 @@ def test_vectors_without_a_range_and_extremes():
     for bits in (8, 4):
         d = QuantMatrix.of(w, bits, 0).dense()
         assert torch.isfinite(d).all() and (d[0].abs() <= 1e-6).all() and (d[1] - 0.1).abs().max() < 1e-4
-
 
 @pytest.mark.parametrize("rounding", [quantize_rows, clip_rows, lambda w, b, g: feedback_rows(w, b, g, torch.eye(128))])
 @pytest.mark.parametrize("bits", [8, 4])
@@ -108,7 +100,6 @@ def test_weights_of_any_size_are_rounded_right_or_refused(bits, rounding):
     always = ["tinier", "dust", "huge", "offset", "nan", "inf"]
     assert refused == always if bits == 4 else ["tiny", *always]
 
-
 def test_the_matrix_that_is_refused_is_named(tmp_path):
     model = small("gpt2", rank=32)
     model.blocks[1].mlp.up.B.data[3] *= 1e7
@@ -123,12 +114,10 @@ def test_the_matrix_that_is_refused_is_named(tmp_path):
     with pytest.raises(InputError, match=r"(embed|head)\.weight has weights from"):
         quantize(model, 8)
 
-
 @pytest.mark.parametrize("H", [torch.full((64, 64), torch.nan), torch.eye(64) * torch.inf, torch.eye(64) * 1e38])
 def test_moments_that_are_not_finite_are_refused(H):
     with pytest.raises(InputError, match="the second moments of a layer's inputs are not finite"):
         feedback_rows(torch.randn(8, 64), 4, 64, H)
-
 
 @pytest.mark.parametrize("bits, group, message", [
     (3, None, "bits must be 4 or 8, got 3"), (16, None, "got 16"), (8, -1, "groups of -1"),
@@ -137,11 +126,9 @@ def test_bad_forms(bits, group, message):
     with pytest.raises(InputError, match=message):
         quantize(small(), bits, group)
 
-
 def test_the_default_group_adapts():
     assert [QuantMatrix(2, width, 4).group for width in (64, 128, 96, 48, 65, 24)] == [64, 64, 32, 16, 65, 24]
     assert QuantMatrix(2, 96, 8).group == 96
-
 
 # ----------------------------------------------------------------------------- products
 
@@ -165,12 +152,10 @@ def test_products_and_gradients(bits, rows, width, group, dtype):
     assert torch.allclose(y, x @ m.dense().T, rtol=1e-4, atol=1e-4)
     assert torch.allclose(x.grad, g @ m.dense(), rtol=1e-4, atol=1e-4)
 
-
 def test_many_rows_in_float32_are_exact():
     m = QuantMatrix.of(torch.randn(40, 128), 8, 0)
     x = torch.randn(200, 128)
     assert torch.allclose(m.times(x), x @ m.dense().T, rtol=1e-5, atol=1e-4)
-
 
 def test_autocast_computes_in_its_dtype():
     m, x = QuantMatrix.of(torch.randn(40, 128), 4), torch.randn(3, 128, requires_grad=True)
@@ -180,10 +165,8 @@ def test_autocast_computes_in_its_dtype():
     y.float().sum().backward()
     assert x.grad.dtype == torch.float32 and relative(x.grad, m.dense().sum(0).expand(3, -1)) < 0.02
 
-
 LAYERS = {"linear": lambda: nn.Linear(64, 48), "no bias": lambda: nn.Linear(64, 48, bias=False),
           "low rank": lambda: LowRankLinear(64, 48, 16), "embedding": lambda: nn.Embedding(50, 64)}
-
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", LAYERS)
@@ -203,7 +186,6 @@ def test_layers_behave_like_the_ones_they_replace(bits, name):
     for m, n in zip(quant.matrices(bf), quant.matrices(layer)):
         assert m.scale.dtype == torch.float16 and torch.equal(m.scale, n.scale)
     assert bf(x if name == "embedding" else x.bfloat16()).dtype == torch.bfloat16
-
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_lora_trains_on_a_quantized_base(bits):
@@ -226,7 +208,6 @@ def test_lora_trains_on_a_quantized_base(bits):
     z.square().sum().backward()
     for p, q in ((y, z), (a.grad, b.grad), (ours.A.grad, theirs.A.grad), (ours.B.grad, theirs.B.grad)):
         assert relative(p, q) < 1e-4
-
 
 # ----------------------------------------------------------------------------- models
 
@@ -264,7 +245,6 @@ def test_a_quantized_model(kind, rank, tied, bits, tmp_path):
     with torch.no_grad():
         assert torch.equal(again.eval()(tokens), after)
 
-
 @pytest.mark.parametrize("rank", [0, 32])
 def test_a_saved_model_computes_in_the_dtype_it_is_read_in(rank, tmp_path):
     """The integers of an embedding say nothing of the dtype of the norms after it."""
@@ -276,7 +256,6 @@ def test_a_saved_model_computes_in_the_dtype_it_is_read_in(rank, tmp_path):
         with torch.no_grad():
             assert again(torch.tensor([[1, 2, 3]])).dtype == dtype
 
-
 def test_a_tied_matrix_is_stored_once_at_8_bits():
     model = small("gpt2")
     quantize(model, 4)
@@ -284,7 +263,6 @@ def test_a_tied_matrix_is_stored_once_at_8_bits():
     x = torch.randint(0, 211, (1, 4))
     with torch.no_grad():
         assert torch.equal(model(x), model(x))  # lookups and products share one matrix, in whatever form
-
 
 def test_what_cant_be_quantized():
     model = small("gpt2")
@@ -294,13 +272,11 @@ def test_what_cant_be_quantized():
     with pytest.raises(InputError, match="a QuantLinear can't be quantized"):
         quantize_layer(quantize_layer(nn.Linear(64, 64), 8), 4)
 
-
 def test_on_meta_only_shapes_are_made():
     with torch.device("meta"):
         model = Transformer(config_for("llama2-7b", blocks=1))
     quantize(model, 4)
     assert model.blocks[0].mlp.up.W.q.shape == (11008, 2048) and model.blocks[0].mlp.up.W.q.is_meta
-
 
 def test_adapters_on_a_quantized_model():
     model, tokens = small("llama"), torch.randint(0, 211, (2, 40))
@@ -317,7 +293,6 @@ def test_adapters_on_a_quantized_model():
         now.backward()
         optimizer.step()
     assert now < loss
-
 
 # ----------------------------------------------------------------------------- rounding
 
@@ -337,7 +312,6 @@ def test_each_step_of_rounding_lowers_the_error(group):
     feedback, swept = error(feedback_rows(w, 4, length, H, sweeps=0)), error(feedback_rows(w, 4, length, H, sweeps=3))
     assert clipped < plain and feedback < 0.7 * clipped and swept < feedback
 
-
 def test_feedback_at_independent_inputs_is_plain_rounding():
     """Where no input says anything of another one (H is the identity), nothing can be made good."""
     w = torch.randn(20, 64)
@@ -345,14 +319,12 @@ def test_feedback_at_independent_inputs_is_plain_rounding():
     expected, s, o = clip_rows(w, 4, 64)
     assert torch.equal(q, expected) and torch.equal(scale, s) and torch.equal(offset, o)
 
-
 def test_feedback_survives_inputs_that_are_always_zero():
     x = torch.randn(300, 64)
     x[:, ::3] = 0
     q, scale, offset = feedback_rows(torch.randn(16, 64), 4, 32, x.T @ x)
     assert torch.isfinite(scale).all() and torch.isfinite(offset).all()
     feedback_rows(torch.randn(16, 64), 4, 32, torch.zeros(64, 64))
-
 
 @pytest.mark.parametrize("kind, rank", [("gpt2", 0), ("llama", 0), ("llama", 32)])
 def test_calibration_beats_minmax(kind, rank):
@@ -367,7 +339,6 @@ def test_calibration_beats_minmax(kind, rank):
                 quantize(rounded, 4) if batches is None else quantize_calibrated(rounded, 4, batches)
             error[name] = relative(rounded(tokens), exact)
     assert error["feedback"] < 0.95 * error["minmax"], error
-
 
 # ----------------------------------------------------------------------------- training with rounded weights
 
@@ -404,7 +375,6 @@ def test_quantization_aware_training(bits, rank):
     quantize(rounded, bits)
     with torch.no_grad():
         assert abs(loss(rounded) - trained) < 1e-5
-
 
 def test_straight_through_gradient():
     w = torch.randn(8, 64, requires_grad=True)

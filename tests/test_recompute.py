@@ -17,7 +17,6 @@ from recompute import MODES, materialized_attention, recomputed_attention, recom
 KINDS = ("gpt2", "llama", "shared")  # shared: two query heads read one key head
 LAYERS = ("dense", "lowrank", "lora", "lora on int8")
 
-
 def make_model(kind, layers="dense", dropout=0.1, **changes):
     torch.manual_seed(0)
     shape = dict(vocab_size=128, context=1024, blocks=2, heads=4, kv_heads=2 if kind == "shared" else 4,
@@ -34,7 +33,6 @@ def make_model(kind, layers="dense", dropout=0.1, **changes):
                 nn.init.normal_(m.B, std=0.1)
     return model
 
-
 def step(model, mode, tokens, autocast=False):
     """Loss, the gradient of every parameter that has one, and what was recomputed."""
     use_recompute(model, mode).train()
@@ -47,14 +45,12 @@ def step(model, mode, tokens, autocast=False):
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), gradients, dict(recompute.recomputed)
 
-
 def assert_same_bits(a, b):
     assert torch.equal(a[0], b[0])
     assert a[1].keys() == b[1].keys() and a[1]
     for name in a[1]:
         assert torch.equal(a[1][name], b[1][name]), name
     assert any(g.abs().max() > 0 for g in a[1].values())
-
 
 @pytest.mark.parametrize("autocast", (False, True), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("layers", LAYERS)
@@ -69,13 +65,11 @@ def test_every_mode_gives_the_same_bits_with_dropout_on(kind, layers, autocast):
     assert runs["attention"][2]["attention"] == 2  # and each block's attention
     torch.testing.assert_close(runs["none"][0], step(model.eval(), "none", tokens)[0], rtol=0.05, atol=0)
 
-
 def test_dropout_is_on_in_these_tests():
     model, tokens = make_model("gpt2"), torch.randint(128, (2, 33))
     losses = {mode: step(model, mode, tokens)[0] for mode in ("none", "block")}
     model.apply(lambda m: setattr(m, "p", 0.0) if isinstance(m, nn.Dropout) else None)
     assert step(model, "block", tokens)[0] != losses["block"]
-
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_dropout_all_modes_agree_to_rounding(kind):
@@ -87,7 +81,6 @@ def test_without_dropout_all_modes_agree_to_rounding(kind):
         for name, g in gradients.items():
             torch.testing.assert_close(other[1][name], g, rtol=1e-8, atol=1e-12)
 
-
 # ----------------------------------------------------------------------------- attention
 
 def make_qkv(T, heads=4, kv_heads=2, d=8, dtype=torch.float64, S=None, B=2):
@@ -95,13 +88,11 @@ def make_qkv(T, heads=4, kv_heads=2, d=8, dtype=torch.float64, S=None, B=2):
     shapes = (heads, T), (kv_heads, S or T), (kv_heads, S or T)
     return [torch.randn(B, n, t, d, dtype=dtype, requires_grad=True) for n, t in shapes]
 
-
 def assert_same_gradients(y, expected, inputs, **tolerance):
     g = torch.randn_like(y)
     ours, theirs = torch.autograd.grad(y, inputs, g), torch.autograd.grad(expected, inputs, g)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, **tolerance)
-
 
 @pytest.mark.parametrize("function", (materialized_attention, recomputed_attention))
 @pytest.mark.parametrize("T, S", ((1, 1), (1, 40), (33, 33), (256, 256), (700, 700)))
@@ -111,7 +102,6 @@ def test_attention_equals_torchs(function, T, S):
     torch.testing.assert_close(y, expected)
     assert_same_gradients(y, expected, (q, k, v))
 
-
 @pytest.mark.parametrize("function", (materialized_attention, recomputed_attention))
 def test_attention_under_a_mask(function):
     q, k, v = make_qkv(300, S=320)
@@ -120,7 +110,6 @@ def test_attention_under_a_mask(function):
     y, expected = function(q, k, v, mask), attend(q, k, v, mask)
     torch.testing.assert_close(y, expected)
     assert_same_gradients(y, expected, (q, k, v))
-
 
 @pytest.mark.parametrize("T", (100, 600))
 def test_attention_and_its_materialized_form_drop_the_same(T):
@@ -134,12 +123,10 @@ def test_attention_and_its_materialized_form_drop_the_same(T):
         torch.testing.assert_close(a, b)
     assert not torch.allclose(results[0][0], attend(q, k, v))
 
-
 def test_dropout_leaves_the_expectation():
     q, k, v = make_qkv(16, B=1)
     mean = torch.stack([recomputed_attention(q, k, v, None, 0.2) for _ in range(3000)]).mean(0)
     torch.testing.assert_close(mean, attend(q, k, v), atol=0.1, rtol=0)
-
 
 @pytest.mark.parametrize("dropout", (0.0, 0.4))
 def test_gradcheck_of_attention(dropout, monkeypatch):
@@ -150,7 +137,6 @@ def test_gradcheck_of_attention(dropout, monkeypatch):
         return recomputed_attention(q, k, v, None, dropout)
     torch.autograd.gradcheck(function, make_qkv(7, d=3, B=1))
 
-
 def test_random_numbers_after_the_backward_pass_are_those_without_recomputation():
     q, k, v = make_qkv(20)
     after = []
@@ -159,7 +145,6 @@ def test_random_numbers_after_the_backward_pass_are_those_without_recomputation(
         function(q, k, v, None, 0.3).sum().backward()
         after.append(torch.rand(1))
     assert after[0] == after[1]
-
 
 # ----------------------------------------------------------------------------- the block
 
@@ -174,7 +159,6 @@ def test_gradcheck_of_a_block():
     x = torch.randn(1, 5, 64, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(function, (x, block.mlp.up.weight.detach()), fast_mode=True)
 
-
 def test_a_block_keeps_its_input_alone():
     model, kept = use_recompute(make_model("gpt2"), "block"), []
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -182,7 +166,6 @@ def test_a_block_keeps_its_input_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model.blocks[0](x)
     assert [t.data_ptr() for t in kept if t.untyped_storage().data_ptr() not in own] == [x.data_ptr()]
-
 
 @pytest.mark.parametrize("mode", ("attention", "block"))
 def test_an_input_that_wants_no_gradient(mode):
@@ -192,7 +175,6 @@ def test_an_input_that_wants_no_gradient(mode):
         setattr(model.blocks[0].attention, name, getattr(model.blocks[0].attention, name).base)
     without = "none" if mode == "attention" else "sdpa"
     assert_same_bits(step(model, mode, tokens), step(model, without, tokens))
-
 
 @pytest.mark.parametrize("mode", MODES)
 def test_evaluation_and_the_cache_are_left_alone(mode):
@@ -208,7 +190,6 @@ def test_evaluation_and_the_cache_are_left_alone(mode):
         torch.testing.assert_close(torch.cat(parts, 1), expected)
     assert not recompute.recomputed
 
-
 def test_autocast_around_the_backward_pass_too():
     model, tokens, gradients = make_model("gpt2"), torch.randint(128, (2, 33)), {}
     for mode in ("sdpa", "block"):
@@ -220,14 +201,12 @@ def test_autocast_around_the_backward_pass_too():
     for name, g in gradients["sdpa"].items():
         assert torch.equal(g, gradients["block"][name]), name
 
-
 def test_a_copy_of_the_model_recomputes_its_own_blocks():
     model, tokens = use_recompute(make_model("gpt2"), "block"), torch.randint(128, (2, 33))
     twin = copy.deepcopy(model)
     twin.blocks[0].mlp.up.weight.data.zero_()
     twin.hidden(tokens).sum().backward()
     assert twin.blocks[0].mlp.up.weight.grad is not None and model.blocks[0].mlp.up.weight.grad is None
-
 
 def test_layers_that_another_file_changed_stay_changed():
     model, tokens = make_model("gpt2", dropout=0.0), torch.randint(128, (2, 33))
@@ -237,7 +216,6 @@ def test_layers_that_another_file_changed_stay_changed():
     assert runs["sdpa"][0] != plain[0]
     assert_same_bits(runs["block"], runs["sdpa"])
     assert_same_bits(runs["attention"], runs["none"])
-
 
 @pytest.mark.parametrize("mode", MODES)
 def test_distributed_data_parallel_sees_every_gradient(mode, tmp_path):
@@ -254,7 +232,6 @@ def test_distributed_data_parallel_sees_every_gradient(mode, tmp_path):
     finally:
         torch.distributed.destroy_process_group()
 
-
 class HiddenAndLoss(nn.Module):
     def __init__(self, model):
         super().__init__()
@@ -262,7 +239,6 @@ class HiddenAndLoss(nn.Module):
 
     def forward(self, tokens):
         return head_loss(self.model.head, self.model.hidden(tokens[:, :-1]), tokens[:, 1:], chunk=100)
-
 
 def test_modes_can_be_changed_and_unknown_ones_are_refused():
     model = use_recompute(make_model("llama"), "sdpa")
@@ -272,7 +248,6 @@ def test_modes_can_be_changed_and_unknown_ones_are_refused():
     assert {n: set(m.__dict__) for n, m in model.named_modules()} == before
     with pytest.raises(InputError, match="none, sdpa, attention, block, got all"):
         use_recompute(model, "all")
-
 
 # ----------------------------------------------------------------------------- the norm
 
@@ -286,11 +261,9 @@ def test_norm_equals_torchs(dtype):
     tolerance = dict(rtol=0.02, atol=0.03) if dtype == torch.bfloat16 else {}
     assert_same_gradients(y, expected, (x, norm.weight), **tolerance)
 
-
 def test_gradcheck_of_the_norm():
     x, w = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 6), (6,)))
     torch.autograd.gradcheck(lambda x, w: recompute.RecomputedNorm.apply(x, w, 1e-5), (x, w))
-
 
 def test_recomputation_with_the_loss_of_tied_weights():
     model, tokens = make_model("gpt2", dropout=0.0), torch.randint(128, (2, 40))
@@ -301,7 +274,6 @@ def test_recomputation_with_the_loss_of_tied_weights():
     plain.backward()
     torch.testing.assert_close(loss, plain.detach())
     torch.testing.assert_close(gradients["embed.weight"], model.embed.weight.grad)
-
 
 def test_known_configurations_take_every_mode():
     with torch.device("meta"):

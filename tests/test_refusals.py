@@ -20,7 +20,6 @@ from model import Config, Transformer
 MAINS = dict(train=train.main, finetune=finetune.main, eval=evaluation.main, sample=sample.main, checkpoint=checkpoint.main,
              decompose=decompose.main, pipeline=pipeline.main, bench=bench.main)
 
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, text_file):
     """A folder with a model, its int8 twin, a text, and a file where a folder is wanted."""
@@ -35,9 +34,7 @@ def place(tmp_path_factory, text_file):
     (path / "adapter").mkdir()
     return path
 
-
 TRAIN = "train --model tiny --rank 8 --max-iters 1 --seq-len 32 --data book.txt --out-dir run "
-
 
 @pytest.mark.parametrize("line, message", [
     (TRAIN + "--out-dir file", "file is a file: choose another folder"),
@@ -77,7 +74,6 @@ def test_a_wrong_line_is_one_line_of_answer(line, message, place, monkeypatch, c
     assert end.value.code == 2 and message in error and len([row for row in error.splitlines() if row.startswith("error: ")]) == 1
     assert not (place / "run").exists() and not (place / "x").exists(), "nothing half written"
 
-
 def test_a_run_goes_on_with_the_same_text_wherever_it_lies_and_with_no_other(place, monkeypatch, tmp_path):
     monkeypatch.chdir(place)
     args = ["--model", "tiny", "--rank", "8", "--max-iters", "2", "--seq-len", "32", "--data", "book.txt", "--out-dir", str(tmp_path / "run")]
@@ -88,7 +84,6 @@ def test_a_run_goes_on_with_the_same_text_wherever_it_lies_and_with_no_other(pla
     with pytest.raises(InputError, match="the data is not what the run that --resume continues began with"):
         train.main(["--resume", "--data", str(tmp_path / "other.txt"), "--out-dir", str(tmp_path / "run")])
     assert train.main(["--resume", "--data", str(tmp_path / "elsewhere" / "book.txt"), "--out-dir", str(tmp_path / "run")]) == 0
-
 
 def test_a_chat_goes_on_after_a_message_that_is_too_long(place, monkeypatch, capsys, tmp_path):
     model, tokenizer = checkpoint.load_model(place / "base")

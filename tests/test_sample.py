@@ -17,7 +17,6 @@ from model import Config, Transformer
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}{% if "
             "add_generation_prompt %}<|assistant|>{% endif %}")
 
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, text_file):
     path = tmp_path_factory.mktemp("sample") / "model"
@@ -27,7 +26,6 @@ def folder(tmp_path_factory, text_file):
     tokenizer = train_tokenizer([text_file.read_text(encoding="utf-8")], 500)
     save_model(path, model, tokenizer)
     return path, model, tokenizer
-
 
 def test_greedy_text_is_the_models_own(folder, run):
     path, model, tokenizer = folder
@@ -40,7 +38,6 @@ def test_greedy_text_is_the_models_own(folder, run):
     assert done.stdout == f"The statement{written}\n"
     assert f"[{len(ids)} tokens in" in done.stderr
 
-
 def test_only_tokens_that_the_tokenizer_knows_are_drawn(folder, tmp_path, capsys):
     """A named model keeps its vocabulary also where the tokenizer at hand has fewer tokens."""
     _, _, tokenizer = folder
@@ -52,7 +49,6 @@ def test_only_tokens_that_the_tokenizer_knows_are_drawn(folder, tmp_path, capsys
                  "2"])
     assert len(capsys.readouterr().out) > 40
 
-
 def test_the_seed_decides_the_draws(folder, capsys, monkeypatch):
     path, *_ = folder
     texts = []
@@ -62,14 +58,12 @@ def test_the_seed_decides_the_draws(folder, capsys, monkeypatch):
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
 
-
 def test_top_p_where_it_takes_more_tokens_than_are_sorted_at_first():
     """2,000 of 3,000 tokens have 0.8 of the probability, evenly: 0.7 is 1,750 of them, more than 1,024."""
     torch.manual_seed(0)
     logits = torch.cat((torch.full((2000,), 0.8 / 2000), torch.full((1000,), 0.2 / 1000))).log()
     drawn = draw_token(logits.expand(4000, -1), top_p=0.7)
     assert drawn.max() < 2000 and 1024 < len(drawn.unique()) <= 1750
-
 
 def test_chat_writes_the_models_own_format(folder, tmp_path, monkeypatch, capsys):
     path, model, tokenizer = folder
@@ -87,7 +81,6 @@ def test_chat_writes_the_models_own_format(folder, tmp_path, monkeypatch, capsys
     assert first == "<|user|>One?\n<|assistant|>"
     assert second.startswith(first) and second.endswith(
         "<|user|>Two?\n<|assistant|>"), "the second prompt has the whole conversation"
-
 
 def test_chat_reads_only_what_is_new(folder, tmp_path, monkeypatch, capsys):
     """The cache stays between turns, and gives what reading all again gives."""
@@ -114,7 +107,6 @@ def test_chat_reads_only_what_is_new(folder, tmp_path, monkeypatch, capsys):
     # the second turn reads its own question, and what the template made of the answer before
     assert len(turns) == 2 and own <= turns[1] <= own + 6
 
-
 @pytest.fixture(scope="module")
 def adapters(folder, tmp_path_factory):
     """Two adapters of the model, and one that says it is of another."""
@@ -130,7 +122,6 @@ def adapters(folder, tmp_path_factory):
         save_adapter(out / name, model, "model", base_id(path) if name != "foreign" else "f" * 32)
     return out
 
-
 def ask(path, text, adapter=None, count=10):
     """Tokens that the model alone writes, greedily."""
     model, tokenizer = load_model(path)
@@ -138,7 +129,6 @@ def ask(path, text, adapter=None, count=10):
         load_adapter(model, adapter)
     return [s[0] for s in generate(model, [tokenizer.encode(text)], count, temperature=0,
                                    stop=tokenizer.stop_ids)]
-
 
 def test_prompts_of_a_file_with_their_adapters(folder, adapters, run, tmp_path):
     """As a user runs it: each is answered as it would be alone."""
@@ -162,7 +152,6 @@ def test_prompts_of_a_file_with_their_adapters(folder, adapters, run, tmp_path):
     assert rows[1]["tokens"] != rows[4]["tokens"]
     assert f"[{sum(len(row['tokens']) for row in rows.values())} tokens in" in done.stderr
 
-
 @pytest.mark.parametrize("line, message", [
     (b"not json", "line 2: it is not JSON"),
     (b'{"prompt": "\xff"}', "in.jsonl is not UTF-8 text"),
@@ -181,7 +170,6 @@ def test_a_wrong_line_is_named_before_anything_is_written(line, message, folder,
         sample.main(["--model", str(folder[0]), "--prompts", str(tmp_path / "in.jsonl")])
     assert capsys.readouterr().out == ""
 
-
 def test_one_adapter_without_a_name_serves_every_line(folder, adapters, tmp_path, capsys):
     path, *_ = folder
     (tmp_path / "in.jsonl").write_text('{"prompt": "The statement"}\n{"prompt": "The statement", "adapter": '
@@ -195,7 +183,6 @@ def test_one_adapter_without_a_name_serves_every_line(folder, adapters, tmp_path
     sample.main([*common, "--prompt", "The statement"])
     assert capsys.readouterr().out == "The statement" + rows[0]["text"] + "\n"
 
-
 def test_the_seed_of_a_line(folder, tmp_path, capsys, monkeypatch):
     """Line n of a file draws what --prompt draws with the seed SEED + n - 1, whatever else the file holds."""
     path, *_ = folder
@@ -205,7 +192,6 @@ def test_the_seed_of_a_line(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sample, "SEED", 3)
     sample.main(["--model", str(path), "--max-new-tokens", "12", "--prompt", "a"])
     assert capsys.readouterr().out == "a" + rows[3]["text"].rstrip("\ufffd") + "\n"  # half a character
-
 
 def test_bad_adapters_and_files(folder, adapters, tmp_path):
     path, *_ = folder
@@ -225,7 +211,6 @@ def test_bad_adapters_and_files(folder, adapters, tmp_path):
                           ([*one, "--chat"], "argument --chat: not allowed with argument --prompts")):
         with pytest.raises(InputError, match=message):
             sample.main(["--model", str(path), *args])
-
 
 @pytest.mark.parametrize("args, message", [
     (["--prompt", ""], "a prompt has 0 tokens"),

@@ -20,11 +20,9 @@ from model import Config, Transformer
 from tasks import score, sets
 from tasks.sets import Example
 
-
 @pytest.fixture(scope="module")
 def tokenizer(text_file):
     return train_tokenizer([text_file.read_text(encoding="utf-8")], 600)
-
 
 def answers(model, tokenizer, examples, device, new_tokens):
     """(text, log-likelihoods of the choices, tokens cut) of each example, in their order."""
@@ -33,16 +31,13 @@ def answers(model, tokenizer, examples, device, new_tokens):
         found |= {id(e): (text, scores, cut) for e, scores, text, cut in batch}
     return [found[id(e)] for e in examples]
 
-
 def label_scores(model, tokenizer, examples, device):
     """log p of every choice of each example, in their order."""
     return [scores for _, scores, _ in answers(model, tokenizer, examples, device, 0)]
 
-
 @pytest.fixture(scope="module")
 def device():
     return find_device("float32")
-
 
 def random_model(kind="llama", context=256, seed=0):
     torch.manual_seed(seed)
@@ -51,7 +46,6 @@ def random_model(kind="llama", context=256, seed=0):
         for p in model.parameters():
             p.add_(0.15 * torch.randn_like(p))
     return model
-
 
 @torch.no_grad()
 def plainly(model, tokenizer, example):
@@ -67,11 +61,9 @@ def plainly(model, tokenizer, example):
     model.float()
     return found
 
-
 def agree(model, tokenizer, device, examples):
     for found, example in zip(label_scores(model, tokenizer, examples, device), examples):
         assert found == pytest.approx(plainly(model, tokenizer, example), abs=2e-4), example
-
 
 # ----------------------------------------------------------------------------- log-likelihoods
 
@@ -79,7 +71,6 @@ def agree(model, tokenizer, device, examples):
 @pytest.mark.parametrize("task", ["boolq", "piqa", "winogrande", "fpb", "tfns"])
 def test_likelihoods_of_every_task(task, kind, task_data, tokenizer, device):
     agree(random_model(kind), tokenizer, device, sets.load(task, task_data))
-
 
 @pytest.mark.parametrize("choices", [
     [" yes", " yes it is", " yes it was", " no"],       # one ending is the beginning of another
@@ -91,7 +82,6 @@ def test_endings_of_odd_shapes(choices, tokenizer, device):
     agree(random_model(), tokenizer, device, examples)
     agree(random_model(), tokenizer, device, examples[:1])
 
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_rows_longer_than_the_context_lose_their_beginning(kind, tokenizer, device):
     model = random_model(kind, context=40)
@@ -101,14 +91,12 @@ def test_rows_longer_than_the_context_lose_their_beginning(kind, tokenizer, devi
     whole = max(len(tokenizer.encode(c + x)) for c, x in examples[3].pairs())
     assert cut[0] == cut[1] == 0 and cut[3] == whole - 41
 
-
 def test_branches_that_do_not_fit_beside_each_other(tokenizer, device):
     """Two endings of 30 tokens each fit a context of 40, one behind the other they do not: positions count, not places."""
     model = random_model("gpt2", context=40)
     examples = [Example("x", 0, "One:", "", [" very large old doors" * n, " quite small new windows" * n]) for n in (1, 2)]
     assert any(all(20 < len(tokenizer.encode(c + x)) <= 40 for c, x in e.pairs()) for e in examples)
     agree(model, tokenizer, device, examples)
-
 
 def test_batches_do_not_change_the_result(task_data, tokenizer, device, monkeypatch):
     model, examples = random_model(), sets.load("piqa", task_data)
@@ -118,13 +106,11 @@ def test_batches_do_not_change_the_result(task_data, tokenizer, device, monkeypa
     alone = label_scores(model, tokenizer, examples, device)
     assert np.array(together) == pytest.approx(np.array(alone), abs=1e-4)
 
-
 def test_bfloat16_is_near(task_data, tokenizer, device):
     model, examples = random_model(), sets.load("fpb", task_data)
     near = label_scores(model, tokenizer, examples, find_device("bfloat16"))
     exact = label_scores(model, tokenizer, examples, device)
     assert 0 < np.abs(np.array(near) - np.array(exact)).max() < 0.3
-
 
 def test_what_rows_share_is_read_once(task_data, tokenizer, device, monkeypatch):
     """The tokens that the model is given: the instruction once, then each row's own, and no ending but its predicting part."""
@@ -140,7 +126,6 @@ def test_what_rows_share_is_read_once(task_data, tokenizer, device, monkeypatch)
     separately = sum(len(tokenizer.encode(c + x)) - 1 for e in examples for c, x in e.pairs())
     assert sum(B * T for B, T in given) < separately / 5
 
-
 def test_the_beginning_token_and_moved_spaces():
     class Letters:
         begin = 99
@@ -151,15 +136,12 @@ def test_the_beginning_token_and_moved_spaces():
     row = score.make_item(Example("x", 0, "ab: ", ""), Letters(), 8, room=3)
     assert (row.trunk, row.texts, row.cut) == ([99, 97], [[99, 97, 58, None]], 1)
 
-
 def test_an_ending_longer_than_the_context_loses_its_beginning_too(tokenizer, device):
     agree(random_model(context=16), tokenizer, device, [Example("x", 7, "a", "", [" and also" * 40, " b"])])
-
 
 def test_an_ending_without_tokens_is_refused(tokenizer, device):
     with pytest.raises(InputError, match="x, row 7: the ending '' adds no token"):
         label_scores(random_model(), tokenizer, [Example("x", 7, "a", "", ["", " b"])], device)
-
 
 @pytest.mark.parametrize("task", ["boolq", "piqa", "winogrande"])
 def test_the_harness_finds_the_same(task, task_data, tokenizer, device, tmp_path):
@@ -175,7 +157,6 @@ def test_the_harness_finds_the_same(task, task_data, tokenizer, device, tmp_path
         lengths = np.array([[len(c) - 1 for c in e.choices] for e in examples])
         assert metrics["acc_norm"] == np.mean((found / lengths).argmax(1) == labels)
 
-
 @pytest.mark.slow
 def test_the_harness_finds_the_same_for_smollm2(task_data, device):
     try:
@@ -187,7 +168,6 @@ def test_the_harness_finds_the_same_for_smollm2(task_data, device):
         examples = sets.load(task, task_data)[:6]
         _, theirs = harness(lm, task, harness_rows(task, task_data, range(6)))
         assert np.array(label_scores(model, tokenizer, examples, device)) == pytest.approx(np.array(theirs), abs=1e-3)
-
 
 # ----------------------------------------------------------------------------- answers
 
@@ -202,7 +182,6 @@ def test_answers_are_the_greedy_continuations(context, task_data, tokenizer, dev
     cut = [lost for _, _, lost in found]
     assert all(cut) if context == 64 else not any(cut)
 
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("task", ["fpb", "fiqa"])
 def test_both_ways_from_one_reading(task, kind, task_data, tokenizer, device, monkeypatch):
@@ -216,7 +195,6 @@ def test_both_ways_from_one_reading(task, kind, task_data, tokenizer, device, mo
     own = sum(len(r.trunk) for r in (score.make_item(e, tokenizer, 256) for e in examples))
     assert sum(given) < own + 30 * len(examples)
 
-
 def test_cut_prompts_are_scored_after_what_is_left_of_them(task_data, tokenizer, device):
     model, examples = random_model(context=64), sets.load("fpb", task_data)
     found = [scores for _, scores, _ in answers(model, tokenizer, examples, device, 8)]
@@ -228,11 +206,9 @@ def test_cut_prompts_are_scored_after_what_is_left_of_them(task_data, tokenizer,
                 logp = model(ids[None, :-1])[0].log_softmax(-1)[-len(ending):]
             assert value == pytest.approx(logp.gather(1, ids[-len(ending):, None]).sum().item(), abs=2e-4)
 
-
 def test_an_answer_takes_at_most_half_of_the_context(tokenizer, device):
     ((text, _, _),) = answers(random_model(context=32), tokenizer, [Example("x", 0, "a", "")], device, 64)
     assert 0 < len(tokenizer.encode(text)) <= 17
-
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("budget, context", [(2048, 256), (300, 256), (2048, 64)])
@@ -253,7 +229,6 @@ def test_scores_and_texts_from_one_cache(budget, context, kind, task_data, token
         assert label == pytest.approx(exact, abs=2e-4)
         assert context == 64 or scores == pytest.approx(exact, abs=2e-4)
 
-
 @pytest.mark.parametrize("bits", [16, 8])
 def test_keys_are_of_the_dtype_that_the_model_computes_in(bits, task_data, tokenizer, device, tmp_path):
     save_model(tmp_path / "model", random_model(), tokenizer)
@@ -264,7 +239,6 @@ def test_keys_are_of_the_dtype_that_the_model_computes_in(bits, task_data, token
     for where in (find_device("bfloat16"), device):  # with autocast, and without
         near = [scores for _, scores, _ in answers(model.to(where.dtype), tokenizer, examples, where, 4)]
         assert np.abs(np.array(near) - np.array(exact)).max() < 0.5
-
 
 # ----------------------------------------------------------------------------- metrics
 
@@ -280,7 +254,6 @@ def test_f1_and_accuracy_are_those_of_scikit_learn(seed, classes):
     assert score.majority(rows, score.weighted_f1) == pytest.approx(f1_score(labels, commonest, **mean))
     assert score.majority(rows, score.accuracy) == pytest.approx(accuracy_score(labels, commonest))
 
-
 def test_entity_f1_is_that_of_seqeval():
     right = [["B-PER", "I-PER", "O", "B-ORG"], ["O", "B-LOC", "I-LOC"], ["O", "O"]]
     given = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-LOC", "O"], ["B-O", "O"]]
@@ -291,14 +264,12 @@ def test_entity_f1_is_that_of_seqeval():
     assert score.entity_f1(counts) == pytest.approx(seqeval_f1(right, given)) == pytest.approx(2 / 7)
     assert score.entity_f1(np.array([0, 0, 0])) == 0
 
-
 def test_intervals_are_those_of_the_binomial():
     rows = score.confusion([1] * 400, [1] * 300 + [0] * 100, 2)
     exact = scipy.stats.binom(400, 0.75).ppf([0.025, 0.975]) / 400
     assert score.bootstrap(rows, score.accuracy) == pytest.approx(exact, abs=0.006)
     rows = np.stack((np.arange(400) < 300, np.ones(400)), 1)
     assert score.bootstrap(rows, lambda s: s[..., 0] / s[..., 1]) == pytest.approx(exact, abs=0.006)
-
 
 @pytest.mark.parametrize("only_first, only_second", [(0, 0), (3, 1), (10, 25), (0, 6), (200, 150)])
 def test_mcnemar_is_the_exact_binomial_test(only_first, only_second):
@@ -307,7 +278,6 @@ def test_mcnemar_is_the_exact_binomial_test(only_first, only_second):
     n = only_first + only_second
     exact = scipy.stats.binomtest(only_first, n, 0.5).pvalue if n else 1.0
     assert score.mcnemar(first, second) == pytest.approx(exact)
-
 
 def test_paired_bootstrap_sees_what_is_paired():
     """A gain of 5% of the rows is no chance where only those rows differ, and could be chance where they are unrelated."""

@@ -36,7 +36,6 @@ from sample import open_model
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}<|assistant|>"
 NAMES = ("news", "tweets", "mail", "law")
 
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, text_file):
     """A model and four adapters of it."""
@@ -60,7 +59,6 @@ def folder(tmp_path_factory, text_file):
         save_adapter(path / name, model, "model", base_id(path / "model"))
     return path
 
-
 @pytest.fixture(scope="module")
 def alone(folder):
     """What the model alone writes, greedily: its text, its prompt and its tokens."""
@@ -80,16 +78,13 @@ def alone(folder):
         return SimpleNamespace(text=text, ids=ids, tokens=tokens, model=model)
     return write
 
-
 def make_server(folder, names=NAMES):
     model, tokenizer, _ = open_model(str(folder / "model"), 16)
     return serve.Server(str(folder / "model"), model, tokenizer, {name: folder / name for name in names})
 
-
 @pytest.fixture(scope="module")
 def server(folder):
     return make_server(folder)
-
 
 @pytest.fixture(scope="module")
 def port(server):
@@ -102,16 +97,13 @@ def port(server):
     http.should_exit = True
     thread.join()
 
-
 @pytest.fixture(scope="module")
 def client(port):
     return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
 
-
 def complete(client, prompt, model="", **more):
     model = model or client.models.list().data[0].id
     return client.completions.create(model=model, prompt=prompt, **dict(max_tokens=12, temperature=0) | more)
-
 
 def test_a_completion_is_the_greedy_text(folder, client, alone):
     wanted, answer = alone("The statement"), complete(client, "The statement")
@@ -120,7 +112,6 @@ def test_a_completion_is_the_greedy_text(folder, client, alone):
     assert (usage.prompt_tokens, usage.completion_tokens) == (len(wanted.ids), 12) and answer.created > 1e9
     assert usage.total_tokens == len(wanted.ids) + 12 and answer.model == str(folder / "model")
     assert complete(client, wanted.ids).choices[0].text == wanted.text, "a prompt may be token ids"
-
 
 def test_models_and_health_and_metrics(folder, client, port):
     assert [row.id for row in client.models.list()] == [str(folder / "model"), *NAMES]
@@ -132,13 +123,11 @@ def test_models_and_health_and_metrics(folder, client, port):
     assert values["fingpt_tokens_total"] >= 3 and values["fingpt_requests_total"] >= 1
     assert values["fingpt_blocks_used"] == values["fingpt_running"] == 0 < values["fingpt_blocks"]
 
-
 def get(port, path, **headers):
     connection = http.client.HTTPConnection("127.0.0.1", port)
     connection.request("GET", path, headers=headers)
     answer = connection.getresponse()
     return answer.status, answer.read().decode()
-
 
 def test_a_chat_is_the_models_own_format(folder, client, alone):
     messages = [dict(role="user", content="One?")]
@@ -149,7 +138,6 @@ def test_a_chat_is_the_models_own_format(folder, client, alone):
     assert answer.usage.prompt_tokens == len(wanted.ids)
     answer = client.chat.completions.create(**asked, max_completion_tokens=5)
     assert answer.usage.completion_tokens == 5
-
 
 def test_streams_carry_the_same_text_and_the_usage(folder, client, alone):
     wanted = alone("The statement")
@@ -165,7 +153,6 @@ def test_streams_carry_the_same_text_and_the_usage(folder, client, alone):
     whole = client.chat.completions.create(**chat).choices[0].message.content
     assert "".join(p.choices[0].delta.content for p in parts) == whole
 
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_ends_before_a_stop_text(client, stream, alone):
     """Of several tokens, of which a stream must not show the first."""
@@ -177,11 +164,9 @@ def test_an_answer_ends_before_a_stop_text(client, stream, alone):
     assert parts[-1].finish_reason == "stop"
     assert stream or answer.usage.completion_tokens < 12
 
-
 def test_a_seed_gives_the_same_draws(client):
     texts = [complete(client, "a", temperature=1.5, top_p=0.95, seed=s).choices[0].text for s in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
-
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs_are_those_of_the_models_logits(folder, client, stream, alone):
@@ -204,7 +189,6 @@ def test_logprobs_are_those_of_the_models_logits(folder, client, stream, alone):
     assert len(rows) == 12 and all(len(row.top_logprobs) == 3 and row.logprob <= 0 for row in rows)
     assert all(row.top_logprobs[0].token == row.token for row in rows), "greedy"
 
-
 def test_thirty_two_clients_with_four_adapters_are_answered_as_alone(client, alone):
     """Each as it would be alone in float32, whole and streamed, with lengths and adapters of their own."""
     jobs = [("The statement " * (1 + i % 3) + str(i % 11), (None, *NAMES)[i % 5]) for i in range(64)]
@@ -217,17 +201,14 @@ def test_thirty_two_clients_with_four_adapters_are_answered_as_alone(client, alo
         assert list(threads.map(ask, range(64))) == wanted
     assert len(set(wanted)) > 30
 
-
 def post(port, body, path="/v1/completions"):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("POST", path, body)
     return connection
 
-
 WRONG = dict(long=(dict(prompt="word " * 500), 400), type=(dict(max_tokens="12"), 400),
              nobody=(dict(model="nobody"), 404), field=(dict(tools=[]), 400))
 KINDS = [*WRONG, "broken", "half", *["leaves", "leaves a stream"] * 3, *["whole", "stream"] * 4]
-
 
 def one_of_many(port, alone, i):
     """A client of the load test, and how it went: answered, sent away, left, refused or lost."""
@@ -264,12 +245,10 @@ def one_of_many(port, alone, i):
     connection.close()
     return "left"
 
-
 def resident():
     gc.collect()
     give_back_memory()
     return int(re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
 
 def test_two_thousand_clients_leave_nothing_behind(server, port, alone, monkeypatch):
     """Good requests, wrong ones, and clients that leave at any moment, so many at a time that some are sent
@@ -291,7 +270,6 @@ def test_two_thousand_clients_leave_nothing_behind(server, port, alone, monkeypa
     assert memory[-1] - memory[0] < 2 << 20, memory  # the answers alone would take 3 MB
     assert get(port, "/health") == (200, '{"status":"ok"}')
 
-
 def test_a_client_that_leaves_is_noticed_before_its_answer_ends(server, port):
     """Whole or streamed, running or waiting: most of what it asked for is never computed."""
     before, step = server.totals["tokens"], server.engine.step
@@ -310,7 +288,6 @@ def test_a_client_that_leaves_is_noticed_before_its_answer_ends(server, port):
     assert not server.engine.running and len(server.engine.pool.free) == server.engine.pool.blocks
     assert server.totals["tokens"] - before < 40 * 25
 
-
 def test_a_full_queue_sends_clients_away(server, client, monkeypatch):
     monkeypatch.setattr(serve, "WAITING", 3)
     monkeypatch.setattr(server.engine, "batch_size", 2)
@@ -326,7 +303,6 @@ def test_a_full_queue_sends_clients_away(server, client, monkeypatch):
     with ThreadPoolExecutor(20) as threads:
         assert 0 < sum(threads.map(ask, range(20))) < 20
     assert ask(0) == 1
-
 
 @pytest.mark.parametrize("body, status, message", [
     ("nonsense", 400, "the body is not a JSON object"),
@@ -358,13 +334,11 @@ def test_wrong_requests(body, status, message, port):
     assert answer.status == status and message in error["message"] and "\n" not in error["message"], error
     assert set(error) == {"message", "type", "param", "code"}
 
-
 @pytest.mark.parametrize("messages", [None, [], ["a"], [dict(role="user")], [dict(role="user", content=5)],
                                       [dict(role="user", content="a", tool_calls=[])]])
 def test_wrong_messages(messages, port):
     answer = post(port, json.dumps(dict(messages=messages)), "/v1/chat/completions").getresponse()
     assert answer.status == 400 and json.load(answer)["error"]["message"].startswith("messages: ")
-
 
 def test_the_openai_clients_own_errors(client, port):
     with pytest.raises(openai.NotFoundError, match="no model is called 'gpt-4o'"):
@@ -374,7 +348,6 @@ def test_the_openai_clients_own_errors(client, port):
         client.chat.completions.create(model="law", messages=messages, tools=[dict(type="function", function={})])
     assert get(port, "/v1/nowhere") == (404, json.dumps(serve.error("404: Not Found"), separators=(",", ":")))
 
-
 def test_a_key(folder):
     with TestClient(serve.make_app(make_server(folder, ()), "a secret")) as client:
         for headers, status in (({}, 401), (dict(Authorization="Bearer a secre"), 401),
@@ -383,7 +356,6 @@ def test_a_key(folder):
             body = dict(prompt="a", max_tokens=1)
             assert client.post("/v1/completions", json=body, headers=headers).status_code == status
             assert client.get("/health", headers=headers).status_code == 200
-
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_broken_engine_leaves_nobody_waiting(folder):
@@ -399,7 +371,6 @@ def test_a_broken_engine_leaves_nobody_waiting(folder):
         assert "out of memory" in client.post("/v1/completions", json=dict(prompt="a", stream=True)).text
         assert client.get("/health").status_code == 500
         assert "out of memory" in client.get("/health").json()["error"]["message"]
-
 
 def test_the_command_and_sigterm(folder, run, alone):
     """As a user runs it; the help needs no FastAPI. SIGTERM in the middle of answers: they are finished."""
@@ -426,7 +397,6 @@ def test_the_command_and_sigterm(folder, run, alone):
     finally:
         process.kill()
         process.wait()
-
 
 def test_bad_input(folder, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -13,13 +13,11 @@ AT_ROOT = {"model", "lowrank", "quant", "kernels", "recompute", "pipeline", "tra
            "serve", "checkpoint", "bench"}
 FOLDERS = ("", "common", "tasks", "beyond", "benches", "examples")
 SOURCE = [f for folder in FOLDERS for f in sorted((ROOT / folder).glob("*")) if f.suffix in (".py", ".cu", ".cpp")]
-LINES = 13_482
+LINES = 11472
 SCRIPTS = {"train", "finetune", "decompose", "eval", "sample", "serve", "bench"}
-
 
 def name_of(file):
     return str(file.relative_to(ROOT))
-
 
 def imports(tree, inside_functions):
     """Names of the modules that a file imports: at its top, or anywhere."""
@@ -32,10 +30,8 @@ def imports(tree, inside_functions):
             names.add(node.module)
     return {name.split(".")[0] for name in names}
 
-
 def test_the_root_shows_the_paper_and_nothing_else():
     assert {f.stem for f in SOURCE if f.parent == ROOT} == AT_ROOT
-
 
 @pytest.mark.parametrize("file", SOURCE, ids=name_of)
 def test_files_are_short_and_narrow(file):
@@ -43,12 +39,10 @@ def test_files_are_short_and_narrow(file):
     assert len(lines) - 1 <= (900 if file.name == "kernels.cu" else 420)
     assert [i for i, line in enumerate(lines, 1) if len(line) > 110] == []
 
-
 def test_the_whole_is_small():
     total = sum(f.read_text().count("\n") for f in SOURCE)
     assert total <= LINES, f"{total} lines: what is added must be paid for by what is taken away"
     assert (ROOT / "README.md").read_text().count("\n") <= 200
-
 
 @pytest.mark.parametrize("script, most", [("train", 25), ("finetune", 20)])
 def test_few_flags_and_a_loop_that_comes_soon(script, most):
@@ -57,7 +51,6 @@ def test_few_flags_and_a_loop_that_comes_soon(script, most):
     assert 0 < len(flags) <= most
     loops = [n.lineno for n in ast.walk(ast.parse((ROOT / f"{script}.py").read_text())) if isinstance(n, ast.While)]
     assert min(loops) < 220
-
 
 @pytest.mark.parametrize("file", [f for f in SOURCE if f.suffix == ".py"], ids=name_of)
 def test_who_imports_whom(file):
@@ -71,7 +64,6 @@ def test_who_imports_whom(file):
         assert not top & SCRIPTS, "a mechanism does not know the scripts"
     if file.stem == "model":
         assert not top & (AT_ROOT | {"tasks"})
-
 
 def test_imports_are_a_tree():
     """No cycle among what is imported at the top of files."""
@@ -98,7 +90,6 @@ def test_imports_are_a_tree():
             done.add(path.pop())
     for module in graph:
         visit(module)
-
 
 @pytest.mark.parametrize("gone", ["beyond", "recompute.py", "pipeline.py", "quant.py", "kernels.cu"])
 def test_training_works_without(gone, tmp_path, text_file):

@@ -17,12 +17,10 @@ from tasks.sets import PHRASES, load, read_entities, read_sentiment
 INSTRUCTION = ("Instruction: What is the sentiment of this news? Please choose an answer from "
                "{negative/neutral/positive}.\nInput: ")
 
-
 @pytest.fixture
 def data(task_data, tmp_path):
     """A copy that a test may damage."""
     return shutil.copytree(task_data, tmp_path / "data")
-
 
 def test_prompts_of_the_harness(task_data):
     row = load("boolq", task_data)[4]
@@ -39,7 +37,6 @@ def test_prompts_of_the_harness(task_data):
                            ("The cup hid the very old book because the very old book", " was big.")]
     assert (row.label, row.answer) == (0, "cup")
 
-
 def test_prompts_and_labels_of_fingpt(task_data):
     rows = {e.index: e for split in ("train", "test") for e in load("fpb", task_data, split)}
     assert rows[0].prompt == INSTRUCTION + "Profit of Mäkinen Oyj @ cup was 0 mn .\nAnswer: "
@@ -53,7 +50,6 @@ def test_prompts_and_labels_of_fingpt(task_data):
     assert [rows[i].answer for i in range(3)] == ["negative", "neutral", "neutral"]  # 1 and 2 are of one text
     assert "this news?" in rows[0].prompt and "this tweet?" in rows[54].prompt
 
-
 @pytest.mark.parametrize("value, label", [(-0.1001, "negative"), (-0.1, "neutral"), (0.0999, "neutral"),
                                           (0.1, "positive"), ("1", "positive"), (-1, "negative")])
 def test_scores_of_fiqa(value, label, data):
@@ -62,19 +58,16 @@ def test_scores_of_fiqa(value, label, data):
         (data / "fiqa" / f"task1_{name}_ABSA_train.json").write_text(json.dumps({"7": entry}))
     assert [e.answer for e in load("fiqa", data) + load("fiqa", data, "train")] == [label] * 2
 
-
 @pytest.mark.parametrize("count, share", [(4846, 0.25), (1213, 0.226), (954, 0.226), (10, 0.25), (7, 0.25)])
 def test_splits_are_those_of_datasets(count, share):
     theirs = datasets.Dataset.from_dict(dict(i=list(range(count)))).train_test_split(share, seed=42)
     test, train = sets.split_rows(count, share)
     assert test == theirs["test"]["i"][:] and train == theirs["train"]["i"][:]
 
-
 def test_splits_share_no_row_and_have_all(task_data):
     for task in sets.TEST_SHARE:
         train, test = ({e.index for e in load(task, task_data, split)} for split in ("train", "test"))
         assert not train & test and sorted(train | test) == list(range(len(train) + len(test)))
-
 
 def test_a_test_file_of_its_own_is_used(data, capsys):
     train = load("ner", data, "train")
@@ -85,14 +78,12 @@ def test_a_test_file_of_its_own_is_used(data, capsys):
     assert [e.answer for e in load("ner", data)] == ["Rome is a location."]
     assert len(load("ner", data, "train")) == 36
 
-
 def test_sample_is_seeded(task_data):
     rows = load("piqa", task_data)
     some = sets.draw(rows, 10)
     assert len(some) == 10 and some == sets.draw(rows, 10) and some != sets.draw(rows, 10, seed=1)
     assert sets.draw(rows, 99) is rows
     assert [e.index for e in some] == sorted(e.index for e in some)
-
 
 # ----------------------------------------------------------------------------- NER
 
@@ -106,13 +97,11 @@ def test_entities_of_the_file(task_data):
     assert read_entities(row.words, row.answer) == (["O", "B-PER", "I-PER", "O", "B-ORG", "B-LOC", "O"], True)
     assert [(k, a, b - 1) for k, a, b in sets.entities(row.tags)] == get_entities(row.tags)
 
-
 @pytest.mark.parametrize("tags", [["I-PER", "I-PER", "O"], ["O", "I-LOC"], ["I-ORG", "I-LOC", "I-LOC"],
                                   ["I-ORG", "B-ORG", "I-ORG"], ["B-PER", "I-PER", "I-ORG"],
                                   ["B-O", "I-O", "B-O", "O", "I-O"]])
 def test_entities_are_those_of_seqeval(tags):
     assert [(k, a, b - 1) for k, a, b in sets.entities(tags)] == get_entities(tags)
-
 
 @pytest.mark.parametrize("text, tags, named", [
     ("", "O O O O O", False),
@@ -127,7 +116,6 @@ def test_entities_are_those_of_seqeval(tags):
 def test_odd_entity_answers(text, tags, named):
     assert read_entities(["Anna", "Koch1", "of", "Acme", "Paris"], text) == (tags.split(), named)
 
-
 @pytest.mark.parametrize("text, label, parsed", [
     ("positive", "positive", True), (" Negative.", "negative", True), ("neutral", "neutral", True),
     ("", "neutral", False), ("negative or positive", "positive", True),
@@ -137,7 +125,6 @@ def test_odd_entity_answers(text, tags, named):
     ("not positive", "positive", True), ("\n\n", "neutral", False), ("Neutral", "neutral", True)])
 def test_odd_sentiments(text, label, parsed):
     assert read_sentiment(text) == (label, parsed)
-
 
 # ----------------------------------------------------------------------------- bad input
 
@@ -183,14 +170,12 @@ def test_malformed_rows_are_named(task, name, content, message, data):
         load(task, data)
     assert "\n" not in str(refused.value)
 
-
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-8", "utf-8-sig"])  # latin-1 where there is no "…" or "’"
 @pytest.mark.parametrize("text", ["Pöyry 's sales rose .", "Ålandsbanken’s profit fell .", "two…parts"])
 def test_phrasebank_in_either_encoding(encoding, text, data):
     (data / "fpb" / PHRASES).write_bytes((f"{text}@positive\r\n" * 8).encode(encoding))
     rows = load("fpb", data, "train") + load("fpb", data)
     assert [row.prompt for row in rows] == [INSTRUCTION + text + "\nAnswer: "] * 8
-
 
 @pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\xa0", "\u3000"])
 def test_only_a_line_feed_ends_a_line_and_only_spaces_and_tabs_part_columns(odd, data):
@@ -207,7 +192,6 @@ def test_only_a_line_feed_ends_a_line_and_only_spaces_and_tabs_part_columns(odd,
     assert row.words == [f"New{odd}York", "."] and row.answer == f"New{odd}York is a location."
     assert read_entities(row.words, row.answer)[0] == ["B-LOC", "O"]
 
-
 def test_test_rows_that_training_has_too_are_marked(data):
     lines = [f"sentence {i} .@neutral\n" for i in range(40)]
     lines[30] = lines[31] = lines[32] = lines[33] = lines[0]
@@ -218,13 +202,11 @@ def test_test_rows_that_training_has_too_are_marked(data):
     assert {e.index for e in test if e.seen} <= {0, 30, 31, 32, 33} and any(e.seen for e in test)
     assert not any(e.seen for e in load("boolq", data))
 
-
 # What is put into a file or cut out of it
 PIECES = [b"", b"\n", b"\r", b"\r\n", b"\xff", b"\xfe\xff", b"\xef\xbb\xbf", b"\0", b"\xe2\x80\xa8",
           b"\xc2\xa0", b'"', b"'", b",", b"{", b"}", b"[" * 2000, b"]", b":", b"@", b"_", b" ", b"\t", b"9" * 5000, b"-1e999",
           b"NaN", b"null", b"true", b"\\", b"\\ud800", b"\\u0000", b"I-ORG", b"O", b"positive",
           b"\x1f\x8b\x08", b"PK\3\4", b"\xed\xa0\x80"]
-
 
 def read_otherwise(task, content):
     """The texts in the rows of a file, by other readers than ours; None where there is none."""
@@ -244,7 +226,6 @@ def read_otherwise(task, content):
         named = [s for s in sentences if any(tag[2:] in ("PER", "ORG", "LOC") for _, tag in s)]
         return [" ".join(word for word, _ in s) for s in named]
     return None
-
 
 @pytest.mark.parametrize("task", [*sets.TASKS, "alpaca"])
 def test_nothing_but_an_input_error_is_raised_for_a_damaged_file(task, data):
@@ -282,12 +263,10 @@ def test_nothing_but_an_input_error_is_raised_for_a_damaged_file(task, data):
     assert read > 20, "most mutations are seen, not all"
     assert (compared > 20) == (task in ("boolq", "tfns", "ner"))
 
-
 def test_text_of_another_encoding_is_named(data):
     (data / "boolq" / "dev.jsonl").write_bytes(b'{}\n{"question": "\xe9"}\n')
     with pytest.raises(InputError, match="dev.jsonl is not UTF-8 text .*0xe9"):
         load("boolq", data)
-
 
 def test_unknown_names(task_data):
     with pytest.raises(InputError, match="no task is called 'mmlu': the tasks are boolq, piqa"):

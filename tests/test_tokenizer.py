@@ -34,17 +34,14 @@ CHATML = ("{% for m in messages %}\n"
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 
-
 def needs(path):
     if not (DATA / path).exists():
         pytest.skip(f"{DATA / path} is not there: set DATA_DIR to a folder that has it")
     return DATA / path
 
-
 @pytest.fixture(scope="module")
 def corpus():
     return needs("text/wikitext2-valid.txt").read_text()
-
 
 @pytest.fixture(scope="module")
 def gpt2():
@@ -52,18 +49,15 @@ def gpt2():
         patch.setenv("TIKTOKEN_CACHE_DIR", str(needs("tokenizers/tiktoken_cache")))
         return ours.gpt2_tokenizer()
 
-
 @pytest.fixture(scope="module")
 def llama2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama2")
     shutil.copy(needs("tokenizers/llama2/tokenizer.model"), folder)
     return ours.load_tokenizer(folder)
 
-
 @pytest.fixture(scope="module")
 def trained(corpus):
     return ours.train_tokenizer([corpus])
-
 
 def byte_level_json(path, text, pre, specials, alphabet=ALPHABET, size=400):
     """A byte-level BPE trained by the tokenizers package, with special tokens first in the id space."""
@@ -76,7 +70,6 @@ def byte_level_json(path, text, pre, specials, alphabet=ALPHABET, size=400):
     path.mkdir(exist_ok=True)
     made.save(str(path / "tokenizer.json"))
     return made
-
 
 # ----------------------------------------------------------------------------- the same ids
 
@@ -99,13 +92,11 @@ def test_saved_tokenizer_is_transformers_tokenizer(kind, request, tmp_path, corp
         assert getattr(again, name) == getattr(tokenizer, name)
     assert theirs.eos_token_id in tokenizer.stop_ids
 
-
 def test_gpt2_is_tiktokens(gpt2, corpus, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(DATA / "tokenizers/tiktoken_cache"))
     theirs = tiktoken.get_encoding("gpt2")
     for text in (corpus, HARD, EVERYTHING):
         assert gpt2.encode(text) == theirs.encode_ordinary(text)
-
 
 def test_llama2_is_sentencepieces(llama2, corpus):
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(needs("tokenizers/llama2/tokenizer.model")))
@@ -114,7 +105,6 @@ def test_llama2_is_sentencepieces(llama2, corpus):
            for letters in (" a\n", " e", "ab ", "=- *", "0 1\n", "\t aeiou") for _ in range(500)]
     for text in (corpus, HARD, EVERYTHING, "▁", *odd, *(c * n for c in " =-a\n" for n in range(1, 100))):
         assert llama2.encode(text) == theirs.encode(text)
-
 
 def test_learned_vocabulary_is_sentencepieces(corpus):
     model = io.BytesIO()
@@ -127,7 +117,6 @@ def test_learned_vocabulary_is_sentencepieces(corpus):
     for text in (corpus, HARD, EVERYTHING, "a<x>b\n<x>", " \n "):
         assert tokenizer.encode(text) == theirs.encode(text) and tokenizer.decode(theirs.encode(text)) == text
 
-
 def test_special_ids(gpt2, llama2, trained):
     assert (gpt2.begin, gpt2.end, gpt2.stop_ids, gpt2.vocab_size) == (None, 50256, {50256}, 50257)
     assert (llama2.begin, llama2.end, llama2.stop_ids, llama2.vocab_size) == (1, 2, {2}, 32000)
@@ -136,7 +125,6 @@ def test_special_ids(gpt2, llama2, trained):
     assert 50256 not in gpt2.encode("a<|endoftext|>b") and gpt2.decode([64, 50256]) == "a<|endoftext|>"
     with pytest.raises(InputError, match="token 50257 is outside the vocabulary"):
         gpt2.decode([50257])
-
 
 @pytest.mark.parametrize("cut", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
 @pytest.mark.parametrize("alphabet", [ALPHABET, []], ids=["all bytes", "those of the text"])
@@ -164,13 +152,11 @@ def test_byte_level_bpe(cut, alphabet, tmp_path, corpus):
         assert t.encode(marked, special=True) == theirs.encode(marked).ids != t.encode(marked)
         assert t.end == 0 and t.stop_ids == {0, 2}
 
-
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 TEMPLATE = processors.TemplateProcessing([BEGIN, "$A"], [BEGIN, "$A", "$B:1"], [(BEGIN, 0)])
 LEVEL = processors.ByteLevel(trim_offsets=False)
 ENDS = processors.TemplateProcessing(["$A", END], ["$A", "$B:1", END], [(END, 1)])
 BOTH = processors.TemplateProcessing([BEGIN, "$A", END], None, [(BEGIN, 0), (END, 1)])
-
 
 @pytest.mark.parametrize("processor, config", [
     (TEMPLATE, {}), (processors.Sequence([LEVEL, TEMPLATE]), {}), (LEVEL, {}), (None, {}),
@@ -191,7 +177,6 @@ def test_begin_is_transformers(processor, config, tmp_path, corpus):
         assert ours.load_tokenizer(folder).encode("Hello", around=True) == ids
     assert tokenizer.begin == (0 if ids[0] == 0 else None) and tokenizer.end == 1
 
-
 @pytest.mark.parametrize("role", [BEGIN, "<|new|>"])
 def test_a_role_makes_a_token_special(role, tmp_path, corpus):
     """Also one that is a plain token of the vocabulary, or in none: as transformers, which adds it."""
@@ -207,7 +192,6 @@ def test_a_role_makes_a_token_special(role, tmp_path, corpus):
         assert tokenizer.encode(text) == theirs(text, split_special_tokens=True).input_ids
     assert tokenizer.vocab_size == len(theirs)
 
-
 def test_qwen2_reads_text_in_its_normal_form(tmp_path, corpus):
     text, cut = corpus[:100_000] + "caf\u00e9 " * 50, ours.GGUF_CUTS["qwen2"]
     made = byte_level_json(tmp_path, text, cut, ["<|endoftext|>"])
@@ -220,12 +204,10 @@ def test_qwen2_reads_text_in_its_normal_form(tmp_path, corpus):
         assert tokenizer.encode(text, around=True) == theirs(text).input_ids
     assert tokenizer.encode("cafe\u0301") == tokenizer.encode("caf\u00e9")
 
-
 def test_sentencepiece_without_begin(llama2, tmp_path):
     shutil.copy(DATA / "tokenizers/llama2/tokenizer.model", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     assert ours.load_tokenizer(tmp_path).begin is None and llama2.begin == 1
-
 
 def test_sentencepiece_from_a_gguf(llama2):
     sp = sentencepiece.SentencePieceProcessor(model_file=str(needs("tokenizers/llama2/tokenizer.model")))
@@ -253,7 +235,6 @@ def test_sentencepiece_from_a_gguf(llama2):
     with pytest.raises(InputError, match="lacks scores, merges or kinds"):
         tokenizer(scores=None)
 
-
 def test_tokens_named_beside_the_vocabulary_alone_are_refused(llama2, tmp_path):
     """In tokenizer_config.json or added_tokens.json; those that are in it, too, are as there."""
     llama2.save(tmp_path / "json")
@@ -270,7 +251,6 @@ def test_tokens_named_beside_the_vocabulary_alone_are_refused(llama2, tmp_path):
         (folder / "added_tokens.json").write_text('{"<s>": 32000}')
         with pytest.raises(InputError, match="'<s>' is token 1 in .* and 32000 beside it"):
             ours.load_tokenizer(folder)
-
 
 @pytest.mark.parametrize("model", ["llama", "mistral"])
 @pytest.mark.parametrize("settings", [{}, {"legacy": True}, {"legacy": False}], ids=str)
@@ -290,17 +270,14 @@ def test_llama_tokenizer_as_transformers_has_it(llama2, model, settings, tmp_pat
     again, text = ours.load_tokenizer(tmp_path), "<s>[INST] hi [/INST] you </s><s>[INST]"
     assert again.encode(text, special=True) == tokenizer.encode(text, special=True)
 
-
 def test_stream_gives_whole_characters(gpt2, llama2, trained):
     for tokenizer in (gpt2, llama2, trained):
         decoder = ours.Utf8Decoder("replace")
         parts = [decoder.decode(tokenizer.piece(i)) for i in tokenizer.encode(HARD)]
         assert "".join(parts).removeprefix(" ") == HARD and "" in parts
 
-
 def test_lone_surrogates(gpt2):
     assert gpt2.decode(gpt2.encode("a\ud800b")) == "a?b"
-
 
 # ----------------------------------------------------------------------------- what is refused
 
@@ -331,7 +308,6 @@ def test_unknown_kinds_are_refused(tmp_path, corpus):
         with pytest.raises(InputError, match=message):
             ours.from_gguf("x", {f"tokenizer.ggml.{key}": value for key, value in (fields | more).items()})
 
-
 @pytest.mark.parametrize("settings", [dict(model_type="unigram"), dict(normalization_rule_name="nmt_nfkc")])
 def test_sentencepiece_models_of_another_kind(settings, tmp_path, corpus):
     (tmp_path / "tokenizer.model").write_bytes(b"nothing of the kind")
@@ -343,7 +319,6 @@ def test_sentencepiece_models_of_another_kind(settings, tmp_path, corpus):
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     with pytest.raises(InputError, match="tokenizer.model is no plain BPE"):
         ours.load_tokenizer(tmp_path)
-
 
 def odd_files(draw, mutate, contents, count):
     """count times the files of a folder, name -> bytes, with a mutation: of a JSON's tree, or of bytes."""
@@ -361,7 +336,6 @@ def odd_files(draw, mutate, contents, count):
             raw[at:at + draw.randrange(3)] = draw.randbytes(draw.randrange(3))
             files[name] = bytes(raw)
         yield files
-
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
 def test_damaged_files_are_read_right_or_refused(kind, mutate, tmp_path, corpus):
@@ -400,7 +374,6 @@ def test_damaged_files_are_read_right_or_refused(kind, mutate, tmp_path, corpus)
             assert ids == wanted, files
     assert loaded > 100 and compared > 10
 
-
 # ----------------------------------------------------------------------------- training
 
 def test_training(corpus, trained):
@@ -411,7 +384,6 @@ def test_training(corpus, trained):
     assert ours.train_tokenizer([corpus]).backend.to_str() == trained.backend.to_str()
     assert len(trained.encode(corpus)) < len(corpus) / 2.5
     assert trained.decode(trained.encode(HARD)) == HARD
-
 
 def test_training_on_little_and_on_odd_text():
     small = ours.train_tokenizer(["the cat sat on the mat"])
@@ -425,20 +397,17 @@ def test_training_on_little_and_on_odd_text():
     with pytest.raises(InputError, match="no tokenizer of 10 tokens"):
         ours.train_tokenizer(["hello"], vocab_size=10)
 
-
 def test_many_lines_are_sampled_evenly(monkeypatch):
     monkeypatch.setattr(ours, "TRAINING_CHARACTERS", 4000)
     lines = ours.sample_lines(f"{i:04}\n" for i in range(8000))
     assert sum(map(len, lines)) <= 4000 and lines[0] == "0000" and int(lines[-1]) > 7000
     assert len({int(b) - int(a) for a, b in pairwise(lines)}) == 1
 
-
 def test_gpt2_without_network_is_none_soon(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing answers there
     start = time.perf_counter()
     assert ours.gpt2_tokenizer() is None and time.perf_counter() - start < 30  # no waiting for a network
-
 
 # ----------------------------------------------------------------------------- chat
 
@@ -463,7 +432,6 @@ def test_chat_is_rendered_as_transformers_does(tmp_path, corpus):
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
         ours.render_chat(tokenizer, MESSAGES)
-
 
 SYSTEM = ("{%% for message in messages %%}{%% if loop.first and messages[0]['role'] != 'system' %%}"
           "{{ '<|im_start|>system\n%s<|im_end|>\n' }}{%% endif %%}")
@@ -535,7 +503,6 @@ TEMPLATES = {
             {%- endif %}
         {%- endif %}"""}
 
-
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_of_known_models(name, tmp_path, corpus):
     byte_level_json(tmp_path, corpus[:5000], BYTES, [BEGIN, END], [])
@@ -557,7 +524,6 @@ def test_templates_of_known_models(name, tmp_path, corpus):
             assert ours.render_chat(tokenizer, messages, prompt) == wanted
             assert tokenizer.encode(wanted, special=True) == theirs(wanted,
                                                                     add_special_tokens=False).input_ids
-
 
 @pytest.mark.parametrize("template, file", [
     ([{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}], None), ("x", CHATML)])

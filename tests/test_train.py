@@ -21,17 +21,14 @@ from lowrank import LowRankLinear
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--model", "tiny", "--rank", 8, "--batch-size", 2, "--seq-len", 32, "--log-interval", 1, "--dtype", "float32")
 
-
 def losses(folder):
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     steps = [r["step"] for r in rows]
     assert steps == sorted(set(steps)), "a step stands twice"
     return {r["step"]: r["loss"] for r in rows}
 
-
 def weights(folder):
     return {n: p for n, p in load_model(folder)[0].named_parameters()}
-
 
 def assert_same_run(a, b):
     assert losses(a) == losses(b)
@@ -40,10 +37,8 @@ def assert_same_run(a, b):
     (_, _, m1), (_, _, m2) = read_state(a), read_state(b)
     assert m1.keys() == m2.keys() and all(torch.equal(m1[k], m2[k]) for k in m1)
 
-
 def call(*args, **settings):
     return train.main([str(a) for a in args], **dict(eval_tokens=64, **settings))
-
 
 def test_the_loss_falls_and_the_run_leaves_its_files(tmp_path, text_file, run):
     out, book = tmp_path / "run", tmp_path / "book.txt"
@@ -63,7 +58,6 @@ def test_the_loss_falls_and_the_run_leaves_its_files(tmp_path, text_file, run):
     text = run("sample.py", "--model", out, "--prompt", "The statement", "--max-new-tokens", 20)
     assert text.returncode == 0 and text.stdout.startswith("The statement") and len(text.stdout) > 30
 
-
 def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(tmp_path, text_file):
     common = (*TINY, "--data", text_file, "--max-iters", 20)
     assert call(*common, "--out-dir", tmp_path / "a", dropout=0.1) == 0
@@ -72,10 +66,8 @@ def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(tmp_path, text_file)
     assert call("--resume", "--out-dir", tmp_path / "b") == 0
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
-
 def _steps(out):
     return (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0
-
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_cleanly_and_saves_first(tmp_path, text_file, number, code):
@@ -92,7 +84,6 @@ def test_a_signal_stops_cleanly_and_saves_first(tmp_path, text_file, number, cod
     assert read_state(out)[1]["step"] == step and f"after step {step}, saved; go on with\n    python train.py --resume --out-dir" in stdout
     assert f"stopped by {signal.Signals(number).name} after" in stdout and not (out / "summary.json").exists()
 
-
 def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path, text_file, run):
     common = ("--model", "tiny", "--rank", 8, "--batch-size", 2, "--seq-len", 32, "--log-interval", 1, "--dtype", "float32", "--data", text_file,
               "--max-iters", 6)
@@ -104,7 +95,6 @@ def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path, text_file
     summaries = [json.loads((tmp_path / d / "summary.json").read_text()) for d in ("one", "two")]
     assert [s["devices"] for s in summaries] == [1, 2] and abs(summaries[0]["val_loss"] - summaries[1]["val_loss"]) < 1e-5
     assert two.stdout.count("device ") == 1, "only the first process speaks"
-
 
 def test_methods_2_and_3_start_from_a_trained_model(tmp_path, text_file):
     dense = tmp_path / "dense"
@@ -123,7 +113,6 @@ def test_methods_2_and_3_start_from_a_trained_model(tmp_path, text_file):
     summary = json.loads((tmp_path / "three" / "summary.json").read_text())
     assert summary["parameters"] == json.loads((tmp_path / "two" / "summary.json").read_text())["parameters"] < summary["parameters_full_rank"]
 
-
 def test_method_3_from_random_weights_resumes_within_the_blend(tmp_path, text_file):
     common = (*TINY, "--method", 3, "--data", text_file, "--max-iters", 12)
     assert call(*common, "--out-dir", tmp_path / "a") == 0
@@ -131,7 +120,6 @@ def test_method_3_from_random_weights_resumes_within_the_blend(tmp_path, text_fi
     assert call("--resume", "--out-dir", tmp_path / "b", "--stop-at", 9) == 0
     assert call("--resume", "--out-dir", tmp_path / "b") == 0
     assert_same_run(tmp_path / "a", tmp_path / "b")
-
 
 def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path, text_file, capsys):
     common = (*TINY, "--data", text_file, "--max-iters", 2, "--out-dir", tmp_path / "run")
@@ -144,7 +132,6 @@ def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path, text_file, caps
     assert call(*common, "--rank", 4, "--method", 2, "--init-from", tmp_path / "run") == 0, "a run may start from the one that it replaces"
     assert (tmp_path / "run-2").exists() and not (tmp_path / "run-3").exists()
 
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path, text_file, run):
     done = run("train.py", *TINY, "--data", text_file, "--max-iters", 50, "--lr", "1e30", "--save-interval", 1,
                "--out-dir", tmp_path / "run", settings=dict(warmup=0))
@@ -152,7 +139,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     assert "the loss is nan at step" in done.stderr or "the loss is inf at step" in done.stderr
     model, _ = load_model(read_state(tmp_path / "run")[0])
     assert model is not None
-
 
 @pytest.mark.parametrize("args, message", [
     (("--rank", 100000), "rank must be in 1..128 for a 128x384 layer, got 100000"),
@@ -183,7 +169,6 @@ def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path, text_fil
     assert e.value.code == 2 and message in stderr and stderr.count("\n") == 1
     assert not (tmp_path / "run").exists(), "nothing half written"
 
-
 def test_weights_that_are_not_finite_do_not_take_the_place_of_good_ones(tmp_path, text_file, monkeypatch):
     """A step whose loss is finite, and that nobody looks at, may still ruin the weights."""
     backward, steps = Single.backward, []
@@ -200,7 +185,6 @@ def test_weights_that_are_not_finite_do_not_take_the_place_of_good_ones(tmp_path
     folder, state, _ = read_state(tmp_path / "run")
     assert state["step"] == 4 and all(torch.isfinite(p).all() for p in load_model(folder)[0].parameters())
 
-
 def test_a_run_that_is_done_keeps_its_summary(tmp_path, text_file):
     assert call(*TINY, "--data", text_file, "--max-iters", 3, "--out-dir", tmp_path / "run") == 0
     before = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -208,7 +192,6 @@ def test_a_run_that_is_done_keeps_its_summary(tmp_path, text_file):
     again = json.loads((tmp_path / "run" / "summary.json").read_text())
     for key in ("loss", "val_loss", "tokens_per_second", "step", "parameters"):
         assert again[key] == before[key] and before[key] > 0
-
 
 def test_a_step_keeps_its_rows_however_they_are_divided(tmp_path, text_file, run):
     common = (*TINY, "--data", text_file, "--max-iters", 6)
@@ -222,7 +205,6 @@ def test_a_step_keeps_its_rows_however_they_are_divided(tmp_path, text_file, run
     assert len(b) == 6 and max(abs(a[s] - b[s]) for s in a) < 1e-4
     assert json.loads((tmp_path / "b" / "summary.json").read_text())["tokens"] == 6 * 4 * 32
 
-
 def test_the_weights_come_with_their_network_and_their_tokenizer(tmp_path, text_file):
     assert call(*TINY, "--data", text_file, "--max-iters", 1, "--out-dir", tmp_path / "run") == 0
     with pytest.raises(InputError, match="is another network than --model small: leave --model out"):
@@ -232,12 +214,10 @@ def test_the_weights_come_with_their_network_and_their_tokenizer(tmp_path, text_
         call("--init-from", tmp_path / "mute", "--data", text_file, "--out-dir", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
-
 def test_resume_refuses_to_become_another_run(tmp_path, text_file, run):
     assert call(*TINY, "--data", text_file, "--max-iters", 2, "--out-dir", tmp_path / "run") == 0
     done = run("train.py", "--resume", "--rank", 16, "--out-dir", tmp_path / "run")
     assert done.returncode == 2 and "--rank 16 differs from the 8 of the run that --resume continues" in done.stderr
-
 
 @pytest.mark.parametrize("settings", [dict(warm_start=0.5), dict(head="dense", start="svd")])
 def test_ways_of_low_rank_from_scratch_go_on_bit_for_bit(tmp_path, text_file, settings):
@@ -253,7 +233,6 @@ def test_ways_of_low_rank_from_scratch_go_on_bit_for_bit(tmp_path, text_file, se
     assert isinstance(model.blocks[0].mlp.up, LowRankLinear)
     assert model.head.weight is model.embed.weight if "head" in settings else model.head.rank == 8
 
-
 def test_a_warm_start_of_two_processes_is_that_of_one(tmp_path, text_file, run):
     common = (*TINY, "--data", text_file, "--max-iters", 6)
     one = run("train.py", *common, "--grad-accum", 2, "--out-dir", tmp_path / "one", settings=dict(warm_start=0.5))
@@ -262,25 +241,21 @@ def test_a_warm_start_of_two_processes_is_that_of_one(tmp_path, text_file, run):
     a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert a.keys() == b.keys() and max(abs(a[k] - b[k]) for k in a) < 1e-5
 
-
 @pytest.mark.parametrize("steps", [8, 20])
 def test_a_warm_start_ends_though_the_schedule_was_changed(tmp_path, text_file, steps):
     assert call(*TINY, "--data", text_file, "--max-iters", 12, "--stop-at", 5, "--out-dir", tmp_path / "run", warm_start=0.5) == 0
     assert call("--resume", "--max-iters", steps, "--stop-at", 11, "--out-dir", tmp_path / "run") == 0
     assert isinstance(load_model(tmp_path / "run")[0].blocks[0].mlp.up, LowRankLinear)
 
-
 def test_a_setting_that_is_none_is_refused():
     with pytest.raises(TypeError, match="no setting is called dropuot: there are weight_decay"):
         call("--max-iters", 1, dropuot=0.1)
-
 
 def test_a_vocabulary_of_the_size_that_was_asked_for(tmp_path, text_file):
     assert call("--model", "small", "--rank", 4, "--data", text_file, "--max-iters", 1, "--seq-len", 16, "--out-dir", tmp_path / "run",
                 vocabulary=400) == 0
     model, tokenizer = load_model(tmp_path / "run")
     assert tokenizer.vocab_size == model.config.vocab_size == 400 and (model.config.width, model.config.blocks) == (256, 8)
-
 
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses(tmp_path, text_file, run):
@@ -292,12 +267,10 @@ def test_compiled_blocks_give_the_same_losses(tmp_path, text_file, run):
     a, b = losses(tmp_path / "eager"), losses(tmp_path / "compiled")
     assert max(abs(a[k] - b[k]) for k in a) < 1e-4
 
-
 @pytest.mark.parametrize("dtype, mode", [(torch.float32, "sdpa"), (torch.bfloat16, "attention")])
 def test_attention_that_is_faster_on_a_cpu(dtype, mode):
     assert train.faster_attention(Device(torch.device("cpu"), dtype, 0, "", "")) == mode
     assert train.faster_attention(Device(torch.device("cuda"), dtype, 0, "", "")) == "sdpa"
-
 
 @pytest.mark.parametrize("mode", ["none", "attention", "block"])
 def test_recomputation_does_not_change_the_losses(mode, tmp_path, text_file):
@@ -305,7 +278,6 @@ def test_recomputation_does_not_change_the_losses(mode, tmp_path, text_file):
     assert call(*common, "--out-dir", tmp_path / "sdpa") == 0 and call(*common, "--recompute", mode, "--out-dir", tmp_path / mode) == 0
     a, b = losses(tmp_path / "sdpa"), losses(tmp_path / mode)
     assert max(abs(a[k] - b[k]) for k in a) < 1e-5
-
 
 @pytest.mark.parametrize("bits, rank, more", [(8, 8, ()), (4, 8, ("--recompute", "block")), (4, 0, ())])
 def test_rounded_training_saves_the_model_whose_loss_it_saw(bits, rank, more, tmp_path, text_file):
@@ -330,7 +302,6 @@ def test_rounded_training_saves_the_model_whose_loss_it_saw(bits, rank, more, tm
     assert val_loss(tmp_path / "b") != rounded
     assert summary["bits"] == bits
 
-
 @pytest.mark.parametrize("args, message", [(("--bits", 5), "argument --bits: invalid choice: 5"),
                                            (("--bits", 8, "--method", 3), "--bits 8 and --method 3 both change how a low-rank layer computes")])
 def test_what_rounded_training_refuses(args, message, tmp_path, text_file):
@@ -338,12 +309,10 @@ def test_what_rounded_training_refuses(args, message, tmp_path, text_file):
         call(*TINY, "--data", text_file, *args, "--out-dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
-
 def test_a_schedule_of_beyond_is_refused_where_that_is_deleted(tmp_path, text_file, monkeypatch):
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="--schedule zb-h1 splits .* it needs beyond/, and"):
         call(*TINY, "--data", text_file, "--pipeline", 1, "--schedule", "zb-h1", "--out-dir", tmp_path / "run")
-
 
 def test_out_of_memory_names_the_flag_that_helps(tmp_path, text_file, monkeypatch, capsys):
     def too_large(self, *args):
@@ -353,7 +322,6 @@ def test_out_of_memory_names_the_flag_that_helps(tmp_path, text_file, monkeypatc
         command(lambda: call(*TINY, "--data", text_file, "--out-dir", tmp_path / "run"))
     line = "error: out of memory: half the --batch-size, or --recompute block, needs less\n"
     assert end.value.code == 2 and capsys.readouterr().err.endswith(line)
-
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     args = SimpleNamespace(lr=1.0, warmup=10, max_iters=110)
