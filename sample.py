@@ -88,7 +88,12 @@ def chat(model, tokenizer, args, generator):
         messages.append(dict(role="user", content=line))
         ids = tokenizer.encode(render_chat(tokenizer, messages), special=True)
         cache.lengths = [min(cache.end, len(os.path.commonprefix([known, ids[:-1]])))]
-        text, tokens = write(model, tokenizer, ids, args, generator, cache)
+        try:
+            text, tokens = write(model, tokenizer, ids, args, generator, cache)
+        except InputError as e:  # too long for the context: the conversation goes on without this message
+            print(f"\nerror: {e}. This message is dropped; a new chat has more room", flush=True)
+            messages.pop()
+            continue
         known = ids + tokens
         messages.append(dict(role="assistant", content=text.strip()))
 
