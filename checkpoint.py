@@ -84,17 +84,14 @@ def save_model(folder, model, tokenizer=None, tensors=None, **more):
     files = write_shards(folder, {name: tensors[name].nbytes for name in sorted(tensors)}, tensors.get)
     if tokenizer is not None:
         tokenizer.save(folder)
-    write_config(folder, model.config, describe_layers(model), sorted({*files.values()}), **more)
+    content = dict(format=FORMAT, architecture=model.config.as_dict(), layers=describe_layers(model),
+                   files=sorted({*files.values()})) | more
+    write_atomic(folder / "config.json", json.dumps(content, indent=1) + "\n")  # last: it makes the model
 
 def replace_model(folder, model, tokenizer):
     """save_model in place of what `folder` is."""
     with replaced(folder) as new:
         save_model(new, model, tokenizer)
-
-def write_config(folder, config, layers, files, **more):
-    """config.json, which makes a folder a model; written last."""
-    content = dict(format=FORMAT, architecture=config.as_dict(), layers=layers, files=files) | more
-    write_atomic(Path(folder) / "config.json", json.dumps(content, indent=1) + "\n")
 
 def decomposed_from(folder):
     """The dense model that decompose.py made a folder from; None of any other model."""

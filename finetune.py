@@ -46,7 +46,7 @@ SETTINGS = dict(
     alpha=32.0,           # B A is multiplied with alpha / r
     dropout=0.1,          # share of A's inputs that is dropped while training
     weight_decay=0.0,     # of A and B
-    grad_clip=1.0,        # the largest norm of the whole gradient
+    grad_clip=1.0,        # the largest norm of the whole gradient; 0: any
     grad_accum=1,         # batches whose gradients are added up for a step
     seq_len=512,          # tokens of a row at most; the middle of a longer prompt is left out
     warmup=100,           # steps until the highest rate, at most a tenth of all
@@ -122,7 +122,8 @@ def finetune(args, given):
         step_rows = pick(data.train, rows, args.seed, step)
         batches, weights = batches_of(step_rows, args, strategy, device)
         loss = strategy.backward(batches, (args.seed, step), weights)
-        strategy.clip(args.grad_clip)
+        if args.grad_clip:
+            strategy.clip(args.grad_clip)
         rate = learning_rate(step, args)
         step_all(optimizers, rate)
         folder.advance(sum(len(r.ids) for r in step_rows), began)
@@ -150,6 +151,8 @@ def finetune(args, given):
 
 def fill_in(args, given):
     """Give what was not given the value that depends on other arguments, and refuse what can't be."""
+    refuse(args.task not in ("sentiment", "alpaca", *sets.TASKS) and not Path(args.task).is_file(),
+           f"--task {args.task} is no file, and none of sentiment, alpaca, {', '.join(sets.TEST_SHARE)}")
     lora = args.method == "lora"
     args.bits = args.bits or (8 if lora else 16)
     args.lr = args.lr or (1e-3 if lora else 1e-4)

@@ -168,8 +168,8 @@ class LoRALinear(Layer):
 def init_factors(A, B, std, start="normal"):
     """Random A (r, in) and B (out, r), in place of a dense W (out, in) of deviation std.
     start: normal      normal numbers of deviation s; r s^4 = std^2 gives B A the variance of W
-           orthogonal  orthonormal rows of A and columns of B, scaled so that |B A|_F = std sqrt(in out)
-    """
+           orthogonal  orthonormal rows of A and columns of B, scaled so that |B A|_F = std sqrt(in out)"""
+    refuse(start not in ("normal", "orthogonal"), f"start must be normal or orthogonal, got {start}")
     out, r, width = *B.shape, A.shape[1]
     for factor in (A, B):
         if start == "orthogonal":
@@ -236,7 +236,14 @@ def replace_linears(model, rank, method=1, embedding_rank=0, start="normal", hea
         if isinstance(module, nn.Linear) and (head or name != "head"):
             linears[name] = module
     for name, dense in tqdm(linears.items(), "decomposing", unit=" layers", disable=None, leave=False):
-        model.set_submodule(name, low_rank_layer(dense, rank, method, start))
+        check_rank(rank, dense.in_features, dense.out_features)
+        if method > 1 and not dense.weight.is_meta:
+            layer = from_factors(dense, *svd_factors(dense.weight, rank))
+        else:
+            with torch.device(dense.weight.device):
+                bias = dense.bias is not None
+                layer = LowRankLinear(dense.in_features, dense.out_features, rank, bias, start)
+        model.set_submodule(name, layer)
     what = f"{len(linears)} linears"
     if embedding_rank:
         with torch.device(model.embed.weight.device):
@@ -250,13 +257,6 @@ def replace_linears(model, rank, method=1, embedding_rank=0, start="normal", hea
 
 def millions(count):
     return f"{count / 1e6:,.1f}M"
-
-def low_rank_layer(dense, rank, method, start):
-    check_rank(rank, dense.in_features, dense.out_features)
-    if method > 1 and not dense.weight.is_meta:
-        return from_factors(dense, *svd_factors(dense.weight, rank))
-    with torch.device(dense.weight.device):
-        return LowRankLinear(dense.in_features, dense.out_features, rank, dense.bias is not None, start)
 
 def from_factors(dense, B, A):
     """The LowRankLinear of B (out, r) and A (r, in) in the place of a dense layer, whose bias it takes."""

@@ -126,8 +126,7 @@ class Layer(nn.Module):
         forward(x: (..., in))               -> (..., out)
         multiplications                     of one token, an int
         dense_weight()                      W (out, in) of the dense layer that computes the same
-        init_weights(std)                   random values in place of a dense layer's of deviation std
-    """
+        init_weights(std)                   random values in place of a dense layer's of deviation std"""
     in_features = None
 
     def with_lora(self, x, A, B, scale):
@@ -170,8 +169,7 @@ def visible(queries, keys, window=0):
 def attend(q, k, v, mask=None, dropout=0.0):
     """softmax(q k^T / sqrt(d)) v, equation 1. q (B, h, T, d); k, v (B, h_kv, S, d) -> (B, h, T, d).
 
-    mask (B, 1, T, S): True where it may look. None: causal if T = S, everything if T = 1.
-    """
+    mask (B, 1, T, S): True where it may look. None: causal if T = S, everything if T = 1."""
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal,
                                           enable_gqa=q.shape[1] != k.shape[1])
@@ -335,16 +333,14 @@ class Cache:
         mask(T, window=0)     of the next T tokens: (1 or B, 1, T, S), or None where all may be seen
         update(layer, k, v)   store k, v of the next T tokens in a layer; returns all keys and values
         advance(T)            after the last layer: T more tokens are in it
-        attend                in place of the model's own attention (None: that one)
-    """
+        attend                in place of the model's own attention (None: that one)"""
     attend = None
 
 class KVCache(Cache):
     """Keys and values of the tokens seen so far (section V.C): each (B, kv_heads, length, d) in every layer.
 
     Rows may have different lengths. A row's next token goes to its own next slot, and a query at position p
-    looks at the slots 0..p: what lies beyond a row's end (padding) is not seen, and is overwritten.
-    """
+    looks at the slots 0..p: what lies beyond a row's end (padding) is not seen, and is overwritten."""
 
     def __init__(self, config, batch, length, device="cpu"):
         self.capacity, self.device = length, device

@@ -188,8 +188,7 @@ class Wires:
     Why no process waits forever: a send returns at once (unless N earlier ones are still under way), and
     messages on a wire have the order of the steps on both of its ends. So a step waits only for the step that
     sends its input, which `simulate` runs through. Each receive is posted a step ahead: data travels while
-    the process computes. Shapes and dtypes are known, so nothing else has to travel.
-    """
+    the process computes. Shapes and dtypes are known, so nothing else has to travel."""
 
     def __init__(self, grid, device, stages):
         self.grid, self.device, self.stages = grid, device, stages
@@ -275,8 +274,7 @@ class Pipeline(Single):
     """The stage of a model that this process computes, with the interface of common/processes.py.
 
     It cuts the model in place. microbatches: of this replica's part of a step, over all its batches; length:
-    of a sequence in tokens, to balance the stages; device: a common.device.Device.
-    """
+    of a sequence in tokens, to balance the stages; device: a common.device.Device."""
 
     def __init__(self, model, stages, kind, microbatches, length, device):
         self.lists, blocks = schedule(kind, stages, microbatches), len(model.blocks)
@@ -306,8 +304,7 @@ class Pipeline(Single):
     def run_blocks(self, stage, tokens, x, seed=()):
         """A stage's blocks: tokens (b, T) or activations x (b, T, C) to activations.
 
-        seed: of a microbatch. Each piece draws its own dropout from it, whichever process computes it.
-        """
+        seed: of a microbatch. Each piece draws its own dropout from it, whichever process computes it."""
         if stage == 0:
             seed_random(*seed, 0)
             x, rope, mask = self.model.begin(tokens)

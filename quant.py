@@ -91,8 +91,7 @@ def pack(q, bits):
         bits    31..28  27..24  23..20  19..16  15..12  11..8   7..4    3..0
         weight    7       5       3       1       6       4       2       0
 
-    (word & 0x000f000f) is weights 0 and 1, four bits further 2 and 3: pairs, as the tensor cores want them.
-    """
+    (word & 0x000f000f) is weights 0 and 1, four bits further 2 and 3: pairs, as tensor cores want them."""
     if bits == 8:
         return F.pad(q, (0, -q.shape[1] % 16))
     pairs = F.pad(q, (0, -q.shape[1] % 32)).short().add_(8).view(torch.int32)  # (out, in / 2)
@@ -190,7 +189,7 @@ def on_gpu(name, x, *args, rows=MATVEC_ROWS, bias=None):
         return None
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     y = getattr(load_kernels(), name)(flat.bfloat16() if x.dtype == torch.float32 else flat, *args)
-    return None if y is None else add_bias(y.view(*x.shape[:-1], -1).to(x.dtype), bias)
+    return None if y is None else add_bias(y.view(*x.shape[:-1], y.shape[1]).to(x.dtype), bias)
 
 def load_kernels():
     """beyond.gpu_kernels.Kernels, or None."""

@@ -53,8 +53,10 @@ def named_folders(words):
     folders = {}
     for word in words:
         name, equals, folder = word.partition("=")
+        if not equals or Path(word).is_dir():
+            name = folder = word
         refuse(name in folders, f"two adapters are called {name}: give each a name of its own")
-        folders[name] = folder if equals else word
+        folders[name] = folder
     return folders
 
 def write(model, tokenizer, ids, args, generator, cache=None):

@@ -38,6 +38,8 @@ from sample import make_pool, named_folders, open_model
 
 WAITING = 256  # requests beside those in the batch; a client that comes then is told to come later
 
+MOST_BYTES = 1 << 20  # of a request's body: more than any context holds
+
 class Refusal(InputError):
     """With a status of HTTP other than 400."""
 
@@ -283,8 +285,13 @@ def make_app(server, api_key=None):
 
     async def read(http, form):
         """A request's fields, without those that are null, as a form."""
+        size = http.headers.get("content-length", "")
+        if not size.isdigit() or int(size) > MOST_BYTES:
+            raise Refusal(413, f"the body must have a Content-Length of at most {MOST_BYTES}, got {size!r}")
         try:
             fields = json.loads(await http.body())
+            if fields.get("max_completion_tokens"):  # the newer name of max_tokens
+                fields.pop("max_tokens", None)
             return form(**{name: value for name, value in fields.items() if value is not None})
         except ValidationError as e:
             first = e.errors()[0]
@@ -336,7 +343,7 @@ def main(argv=None):
         raise InputError(f"serve.py needs FastAPI and uvicorn ({e}): pip install fastapi uvicorn") from None
     folders = named_folders(args.adapter)
     refuse(args.model in folders, f"an adapter and the model are called {args.model}: rename the adapter")
-    refuse(args.host not in ("127.0.0.1", "localhost") and not args.api_key,
+    refuse(args.host != "localhost" and not args.host.startswith("127.") and not args.api_key,
            f"--host {args.host} is open to others: give an --api-key")
     try:
         listener = socket.create_server((args.host, args.port))

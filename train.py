@@ -36,7 +36,7 @@ from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_
 # Rarely changed settings, without a flag: main(argv, dropout=0.1) gives another value. A run remembers them.
 SETTINGS = dict(
     weight_decay=0.1,     # of matrices; vectors have none
-    grad_clip=1.0,        # the largest norm of the whole gradient
+    grad_clip=1.0,        # the largest norm of the whole gradient; 0: any
     warmup=200,           # steps until the highest rate, at most a tenth of all
     dropout=0.0,
     start=None,           # first factors, of lowrank.init_factors (None: orthogonal with muon, else normal)
@@ -140,7 +140,8 @@ def train(args, given):
         x, y = train_batch(tokens.train, args.seq_len, rows, args.seed, step, strategy.replica * count, count)
         batches = list(zip(x.to(place).split(args.batch_size), y.to(place).split(args.batch_size)))  # (B, T)
         loss = strategy.backward(batches, (args.seed, step))
-        strategy.clip(args.grad_clip)
+        if args.grad_clip:
+            strategy.clip(args.grad_clip)
         rate = learning_rate(step, args)
         step_all(optimizers, rate)
         folder.advance(rows * args.seq_len, began)

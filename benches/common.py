@@ -7,13 +7,13 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common.cli import Parser, at_least_0, at_least_1, markdown, positive, refuse, write_atomic
+from common.cli import InputError, Parser, at_least_0, at_least_1, markdown, positive, refuse, write_atomic
 from common.tokenizer import read_json
 
 DATA_DIR = os.environ.get("DATA_DIR", "data")
@@ -88,14 +88,17 @@ class Worker(ProcessPoolExecutor):
         return Worker.function(x)
 
     def ask(self, x):
-        return self.submit(Worker.answer, *self.job, x).result()
+        try:
+            return self.submit(Worker.answer, *self.job, x).result()
+        except BrokenProcessPool:
+            raise InputError("a process of the benchmark was killed: with too little memory, fewer --bits or "
+                             "--models at once") from None
 
 def run_once(script, folder, *flags, **settings):
     """`python SCRIPT FLAGS --out-dir FOLDER`; a stopped run goes on, a finished one is not repeated. Beside
     the folder FOLDER.flags.json says what it was made with: other flags are refused.
 
-    settings: what has no flag, for the script's main(argv, **settings). Returns summary.json.
-    """
+    settings: what has no flag, for the script's main(argv, **settings). Returns summary.json."""
     folder, flags = Path(folder), [str(flag) for flag in flags]
     made_with, wanted = folder.with_name(f"{folder.name}.flags.json"), json.dumps([script, *flags, settings])
     made = made_with.read_text() if made_with.exists() else "unknown flags"
@@ -117,8 +120,7 @@ def table(rows, columns=None):
     """Rows as a Markdown table; None leaves a cell empty, and rank 0 is "full".
 
     columns: title -> a key or a function of a row, or (that, format), or (that, format, unit to divide by).
-    Without them each key of the rows is a title.
-    """
+    Without them each key of the rows is a title."""
     def cell(row, what, form="{}", unit=1):
         value = what(row) if callable(what) else row.get(what)
         if value is None:

@@ -89,7 +89,7 @@ def bench(args):
         elif (limit or 0) > left:
             became = f"not begun: it may take {limit} s, and {left:.0f} s are left"
         else:
-            became = stage(name, limit or left, command.format(hours=(left - 60) / 3600), folder)
+            became = stage(name, limit or left, command.format(hours=max(left - 60, 1) / 3600), folder)
         rows.append(dict(stage=name, seconds=time.time() - began, became=became))
         say(f"{name}: {became}, {rows[-1]['seconds']:.0f} s")
     refuse(dry and any(r["became"].startswith(("failed", "stopped")) for r in rows),

@@ -30,8 +30,7 @@ def generation_cost(model, prompt, new, use_cache):
     """(tokens read, operations by weights, operations of attention) to write `new` tokens after `prompt`.
 
     The paper counts 2 operations for each weight of the model, W^E's included. Attention: q k^T and s v, 2
-    each for every key that a query sees.
-    """
+    each for every key that a query sees."""
     texts = [prompt + new - 1] if use_cache else range(prompt, prompt + new)  # lengths of what is read whole
     tokens, keys = sum(texts), sum(n * (n + 1) // 2 for n in texts)
     c = model.config

@@ -155,9 +155,8 @@ def sensitivities(model, windows):
     def remember(name, layer, of_inputs, of_outputs):
         found[name] += of_outputs[0].square().mean().item()
 
-    for name, m in model.blocks.named_modules(prefix="blocks"):
-        if is_linear(m):
-            m.register_full_backward_hook(functools.partial(remember, name))
+    layers = [(name, m) for name, m in model.blocks.named_modules(prefix="blocks") if is_linear(m)]
+    hooks = [m.register_full_backward_hook(functools.partial(remember, name)) for name, m in layers]
     for tokens in windows:
         tokens = tokens.to(model.norm.weight.device)
         x, rope, mask = model.begin(tokens[:, :-1])  # the last token predicts nothing
@@ -167,4 +166,6 @@ def sensitivities(model, windows):
                 y = block(y, rope, None, mask)
             loss = head_loss(model.head, model.norm(y), tokens[:, 1:]) * (tokens.shape[1] - 1)
         torch.autograd.grad(loss, x)
+    for hook in hooks:
+        hook.remove()
     return found

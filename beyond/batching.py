@@ -29,7 +29,7 @@ from beyond.paged_cache import PagedCache, Sequence
 from common.adapters import read_adapter
 from common.cli import refuse
 from common.generate import check_prompt, sample
-from model import Layer
+from model import Layer, multiplications
 
 @dataclass(eq=False)
 class Request:
@@ -54,6 +54,7 @@ class ManyLoRALinear(Layer):
     def __init__(self, base):
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
+        self.multiplications, self.bias = multiplications(base), None
         self.base = base.requires_grad_(False)
         self.factors = {}  # name -> A (r, in) and (alpha/r) B^T (r, out)
         self.chosen = None
@@ -92,6 +93,7 @@ class Adapters:
             A, B = (f.to(reference.device, reference.dtype) for f in factors)
             self.layers[layer].factors[name] = A, (adapter.scale * B).T.contiguous()
         self.names.add(name)
+        self.selected = None  # it may have been another adapter of this name
 
     def select(self, names):
         """As ManyLoRALinear.select, in all layers."""

@@ -65,7 +65,7 @@ class HugePages:
         self.slab, self.used = b"", 0
 
     def copy(self, tensor):
-        size = -(-tensor.nbytes // 64) * 64 + 64  # the kernels read up to 63 bytes beyond a matrix
+        size = -(-tensor.nbytes // 64) * 64 + 128  # the kernels read up to 112 bytes beyond a matrix
         if self.used + size > len(self.slab):
             private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory has small pages
             self.slab, self.used = mmap.mmap(-1, max(SLAB, size), private), 0

@@ -58,7 +58,8 @@ def is_plain(block):
     if [type(m) for m in (block, block.attention, block.mlp)] != [Block, Attention, FeedForward]:
         return False
     layers = [m for m in block.modules() if is_linear(m)]
-    return all(type(m) in LAYERS and all(map(is_readable, factors(m))) for m in layers)
+    own = any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in layers)
+    return not own and all(type(m) in LAYERS and all(map(is_readable, factors(m))) for m in layers)
 
 def factors(layer):
     """W of a layer, or A and B: each a QuantMatrix or a tensor."""

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -29,6 +30,9 @@ def load():
     source, folder = Path(__file__).parent.with_name("kernels.cu"), cache_dir() / "kernels"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = folder / "lock"  # torch leaves it behind when it is killed, and would wait for it for ever
+        if lock.exists() and time.time() - lock.stat().st_mtime > 300:
+            lock.unlink(missing_ok=True)
         cpp_extension.load("fingpt", [str(source)], build_directory=str(folder), is_python_module=False)
         return Kernels(ctypes.CDLL(str(folder / "fingpt.so")), "cuda")
     except (RuntimeError, OSError, ImportError) as e:

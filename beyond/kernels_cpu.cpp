@@ -4,12 +4,10 @@
 //   - little work for a weight. Where W has integers, x is rounded to integers, too, of 16 bits, with a scale
 //     for each 128 or fewer (better than float16): then 32 products and their sums are one instruction;
 //   - four rows of W side by side, whose sums do not wait for each other, and prefetch (1.6 times as fast);
-//   - what is the same for all rows of W, divisions too, is computed once: short rows, as of B, take as long;
-//   - weights are unpacked once for four rows of x;
+//   - what all rows of W share, divisions too, is computed once, and weights are unpacked for four rows of x;
 //   - everything else where the numbers already are: the conversion of x, s and o, the bias, and for
 //     y = B (A x) both products in one call, with one barrier of the threads between them.
 // A row of y does not depend on the other rows of x, to the last bit: they are tiled, and never added.
-//
 // cpu_kernels.py compiles step_cpu.cpp, which includes this file, and calls it through ctypes.
 #include <algorithm>
 #include <cmath>
@@ -49,7 +47,6 @@ constexpr int LANES = BYTES / 4;
 typedef float floats __attribute__((vector_size(BYTES)));
 typedef int32_t ints __attribute__((vector_size(BYTES)));
 typedef int16_t shorts __attribute__((vector_size(BYTES)));
-typedef int8_t bytes __attribute__((vector_size(BYTES)));
 typedef uint16_t ushorts __attribute__((vector_size(BYTES)));
 
 template <class T> static inline T load(const void* from) { T v; memcpy(&v, from, sizeof(T)); return v; }
@@ -149,7 +146,7 @@ struct Input {
   static float round(const float* v, int16_t* to, int n) {
     uint32_t most = 0;  // floats without a sign are in order as integers; infinity and NaN are the largest
     for (int i = 0; i < n; i++) most = std::max(most, bits_of(v[i]) & 0x7fffffff);
-    float largest = as_float(most), inverse = largest > 0 ? 32767 / largest : 0;
+    float largest = as_float(most), inverse = largest > 1e-30f ? 32767 / largest : 0;
     bool finite = largest - largest == 0;
     for (int i = 0; i < n; i++) to[i] = finite ? (int)rintf(v[i] * inverse) : 0;
     return finite ? largest / 32767 : NAN;

@@ -49,8 +49,7 @@ class Muon(torch.optim.Optimizer):
     """P <- (1 - lr wd) P - lr 0.2 sqrt(max(m, n)) U V^T of the momentum, for every m x n matrix P.
 
     The factor gives a step the root mean square of AdamW's (Liu et al. 2502.16982), so that one learning rate
-    suits both. Matrices of one shape go through the rounds together.
-    """
+    suits both. Matrices of one shape go through the rounds together."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))

@@ -50,6 +50,7 @@ def decompose(layer, moments, ordered):
 
 class Bench(Engine):
     """The engine of a server with --teach. Requests for the same model advance together."""
+    stepped = None  # the model that `single` is a step of
 
     @torch.no_grad()
     def __init__(self, tokenizer, ordered, model, *args):
@@ -97,7 +98,8 @@ class Bench(Engine):
         for request, new in zip(requests, tokens):
             groups[self.model_of(request.adapter)].append((request, new))
         for self.model, group in groups.items():
-            self.single = None  # a step is of one model
+            if self.model is not self.stepped:
+                self.single, self.stepped = None, self.model  # a step is of one model
             super().advance(*zip(*group))
         self.model = whole
 

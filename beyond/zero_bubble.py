@@ -26,18 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from pipeline import balance, input_of, process_of, simulate, utilization
+from pipeline import balance, input_of, process_of
 
 def v_shaped(processes, microbatches):
-    """Each process's steps in zb-v: of two lists the one that ends first."""
-    lists = [ready_first(processes, microbatches, free) for free in (0, 1)]
-    return max(lists, key=lambda steps: utilization(simulate(steps)))
-
-def ready_first(processes, microbatches, free):
-    """At each clock a process takes what is ready: B before F before W, and of these the later stage. It
-    holds at most 2N microbatches of its half-size stages, as much as 1F1B's first process. F of its first
-    stage must leave `free` of these places to its second.
-    """
+    """Each process's steps in zb-v. At each clock a process takes what is ready: B before F before W, and of
+    these the later stage. It holds at most 2N microbatches of its half-size stages, as much as 1F1B's first
+    process; F of its first stage must leave one of these places to its second."""
     N, stages = processes, 2 * processes
     lists, ended = [[] for _ in range(N)], {None}
     todo = {(kind, s): 0 for kind in "BFW" for s in reversed(range(stages))}  # the next microbatch of each
@@ -46,7 +40,7 @@ def ready_first(processes, microbatches, free):
         for p, steps in enumerate(lists):
             held = sum(todo["F", s] - todo["W", s] for s in (p, stages - 1 - p))
             for (kind, s), m in todo.items():
-                room = kind != "F" or held < stages - (free if s < N else 0)
+                room = kind != "F" or held < stages - (s < N)
                 mine = process_of(s, N) == p and m < microbatches
                 if mine and room and input_of(kind, m, s, stages) in ended:
                     steps.append((kind, m, s))

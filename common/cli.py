@@ -40,6 +40,7 @@ def command(main):
     if locale.getpreferredencoding(False).lower() != "utf-8":
         os.environ["PYTHONUTF8"] = "1"  # all text is UTF-8, also where the locale is another
         os.execv(sys.executable, sys.orig_argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # of a character that it lacks the number
     signal.signal(signal.SIGINT, interrupt)
     if world_size() == 1:  # a process that waits for others would not hear it, and torchrun speaks for all
         signal.signal(signal.SIGTERM, interrupt)
@@ -51,10 +52,11 @@ def command(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as e:
-        if not e.filename and e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        space = "free some space, or " if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        if not e.filename and not space:
             raise  # nothing about a place that the user chose
-        line = (f"{e.strerror}: {e.filename or 'while writing'}: free some space, or choose another "
-                "--out-dir or $FINGPT_CACHE")
+        line = (f"{e.strerror}: {e.filename or 'while writing'}: {space}choose another --out-dir or "
+                "$FINGPT_CACHE")
     except (MemoryError, RuntimeError) as e:
         if not re.search("out of memory|allocate", str(e)):
             raise
@@ -72,7 +74,7 @@ def check_folder(path, new=False):
     there = next(p for p in (whole, *whole.parents) if p.exists())
     refuse(not there.is_dir(), f"{path}: {there} is a file: choose another folder")
     refuse(new and whole == Path.cwd(), f"{path} is the current folder: choose a new one")
-    refuse(new and there == whole and any(whole.glob("[!.]*")), f"{path} is not empty: choose a new folder")
+    refuse(new and there == whole and any(whole.iterdir()), f"{path} is not empty: choose a new folder")
 
 def move_aside(folder):
     """Move what is in a folder to the first FOLDER-N that is free, and return that."""
@@ -94,6 +96,7 @@ def alone_in(folder):
     if rank() > 0:
         yield
         return
+    new = not Path(folder).exists()
     Path(folder).mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -108,9 +111,10 @@ def alone_in(folder):
     try:
         yield
     finally:
-        os.close(handle)
         with suppress(OSError):
-            os.rmdir(folder)
+            if new:
+                os.rmdir(folder)  # while it is still ours
+        os.close(handle)
 
 def write_atomic(path, text):
     """A reader finds the old text or the new one, never a part: written beside, synced, renamed."""

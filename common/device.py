@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from common.cli import refuse
 from common.processes import from_torchrun
 
 @dataclass
@@ -35,6 +36,8 @@ def matmul_rate(device, dtype):
 
 def find_device(dtype="auto"):
     """The device of this process. dtype: float32, bfloat16, or auto: the one whose products are faster."""
+    refuse(dtype not in ("auto", "float32", "bfloat16"),
+           f"the dtype must be float32, bfloat16 or auto, got {dtype}")
     keep_freed_memory()
     if torch.cuda.is_available():
         device = torch.device("cuda", from_torchrun("LOCAL_RANK", 0) % torch.cuda.device_count())

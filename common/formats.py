@@ -127,8 +127,7 @@ class Source:
 
         path             where it is
         config, layers   the Config; what config.json says of layers that were swapped (in our folders)
-        shapes, stored   our name of a tensor -> its shape; -> what has .bits, of a number as it is stored
-    """
+        shapes, stored   our name of a tensor -> its shape; -> what has .bits, of a number as it is stored"""
     layers, transposed = {}, ()  # transposed: names of what is stored as (in, out)
 
     def find(self, there, shapes, theirs=str, optional=()):
@@ -218,11 +217,14 @@ def huggingface_config(file):
     scaling = rope.get("rope_type", rope.get("type", "default"))
     require(file, {"rope_scaling": scaling}, {"rope_scaling": list(SCALINGS)})
     require(file, theirs | rope, ROPE_ONLY)
+    original = "original_max_position_embeddings"
+    require(file, {original: rope.get(original)} | theirs, {original: (rope.get(original),)})
+    rope = {original: theirs.get("max_position_embeddings")} | rope
     theirs["sliding_window"] = theirs.get("sliding_window", 4096) if kind == "mistral" else 0
     config = read_settings(file, kind, family.column, theirs, family.defaults, scaling, rope)
     require(file, theirs, family.only | dict(quantization_config=(None,), is_causal=(True,)))
-    refuse("sliding" in str(theirs.get("layer_types")), f"{file}: layer_types has blocks with a window, and "
-           "only in a mistral, in all blocks, one is supported")
+    refuse(kind != "mistral" and "sliding" in str(theirs.get("layer_types")), f"{file}: layer_types has "
+           "blocks with a window, and only in a mistral, in all blocks, one is supported")
     if kind != "smollm3":
         return config
     turns, blocks = theirs.get("no_rope_layers"), range(config.blocks)

@@ -61,8 +61,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, stop=()
     use_cache False: every step reads the whole text again (section III.C.2).
     vocabulary: draw from so many tokens only, where the tokenizer knows fewer than the model has.
     cache: in place of a new one; it may hold prefixes of the prompts.
-    make_step: plain_step or beyond.decoding's, called when the cache has read the prompts.
-    """
+    make_step: plain_step or beyond.decoding's, called when the cache has read the prompts."""
     for prompt in prompts:
         check_prompt(prompt, model.config)
     rows, device = [list(p) for p in prompts], next(model.parameters()).device

@@ -183,4 +183,7 @@ class GGUFSource(Source):
         tokens, rows = self.fields.get("tokenizer.ggml.tokens"), self.config.vocab_size
         refuse(not isinstance(tokens, list) or len(tokens) > rows,
                f"{self.path} has no list of at most {rows:,} tokens, the rows of its embedding")
+        for role in ("bos", "eos"):
+            i = self.fields.get(f"tokenizer.ggml.{role}_token_id", 0)
+            refuse(i not in range(len(tokens)), f"{self.path}: its {role} is {i} of {len(tokens)} tokens")
         return from_gguf(self.path.stem, self.fields)

@@ -159,8 +159,7 @@ def distribute(model, loss_of, device, shard=False):
 
     shard: fully sharded data parallelism, for a model too large for one GPU. A block's parameters are
     gathered right before it computes and let go right after, in both passes; its gradients are averaged and
-    handed out in the same parts. Embedding, head and norms are one more such unit.
-    """
+    handed out in the same parts. Embedding, head and norms are one more such unit."""
     strategy = Single(model, loss_of, device)
     if shard:
         from torch.distributed.fsdp import fully_shard  # two seconds to import

@@ -47,7 +47,8 @@ def begin(args, given, fixed):
     folder, state, moments = None, {}, {}
     # on several machines only some may count the restart: if one does, all go on
     restarted = any_process(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-    if args.resume or restarted and holds_run(args.out_dir):
+    has_state = any((Path(args.out_dir) / name).exists() for name in ("state", "state.previous"))
+    if args.resume or restarted and has_state:
         folder, state, moments = read_state(args.out_dir)
         saved = state["args"]
         for name in fixed:
@@ -67,8 +68,7 @@ class RunFolder:
     """OUT, the lines on the terminal, and the signals that end the run. Only the first process writes.
 
     state: as `begin` gives it; an earlier run in a new run's folder is moved aside. rows: of a step, in all
-    processes; text: a checksum of the data.
-    """
+    processes; text: a checksum of the data."""
 
     def __init__(self, args, state, rows, text, device):
         refuse(state.get("text", text) != text, "the data is not what the run that --resume continues began "
@@ -93,6 +93,8 @@ class RunFolder:
             logged = read_metrics(self.path / "metrics.jsonl")
             self.logged = [row for row in logged if row["step"] <= self.step]
             write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.logged))
+            if self.step < self.last_step:
+                (self.path / "summary.json").unlink(missing_ok=True)  # of an earlier end
         self.signal, self.stopped = None, False  # what this process has caught; whether any process has
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.caught)
@@ -178,7 +180,8 @@ class RunFolder:
         """summary.json: what was logged last, what is given, and what the run took, over all its processes.
         And what to type next; result: for sample.py --model."""
         self.bar.close()
-        memory, seconds = peak_memory(self.device.torch_device), time.perf_counter() - self.started
+        memory = max([peak_memory(self.device.torch_device), *(r["peak_memory_bytes"] for r in self.logged)])
+        seconds = time.perf_counter() - self.started
         summary |= dict(steps=self.step, peak_memory_bytes=int(all_reduce(memory, dist.ReduceOp.MAX)),
                         peak_memory_bytes_total=int(all_reduce(memory)), devices=world_size(),
                         device_hours=world_size() * seconds / 3600, seconds=seconds,

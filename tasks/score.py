@@ -158,8 +158,7 @@ def score_in_batches(model, tokenizer, examples, device, new_tokens=0):
     """Yields, batch by batch, [(example, log p of every choice, written text, tokens cut), ...].
 
     With new_tokens the model also writes so many after the prompt, at most half of its context; the prompt
-    has what is left. Both come from one reading of the prompt.
-    """
+    has what is left. Both come from one reading of the prompt."""
     if not examples:
         return
     context, where = model.config.context, device.torch_device

@@ -219,7 +219,7 @@ def test_resume_refuses_to_become_another_run(tmp_path, text_file, run):
     done = run("train.py", "--resume", "--rank", 16, "--out-dir", tmp_path / "run")
     assert done.returncode == 2 and "--rank 16 differs from the 8 of the run that --resume continues" in done.stderr
 
-@pytest.mark.parametrize("settings", [dict(warm_start=0.5), dict(head="dense", start="svd")])
+@pytest.mark.parametrize("settings", [dict(warm_start=0.5), dict(head="dense", start="normal")])
 def test_ways_of_low_rank_from_scratch_go_on_bit_for_bit(tmp_path, text_file, settings):
     """Stopped right before the warm start ends, and after it."""
     common = (*TINY, "--data", text_file, "--max-iters", 8)
