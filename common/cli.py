@@ -91,7 +91,7 @@ def move_aside(folder):
 @contextmanager
 def alone_in(folder):
     """Inside, no other process comes here with this folder. A lock ends with its process, however that ends.
-    Of torchrun's processes the first one has it. A folder in which nothing was left goes."""
+    Of torchrun's processes the first one has it. A new folder goes if it stays empty."""
     check_folder(folder)
     if rank() > 0:
         yield
