@@ -462,7 +462,7 @@ def test_a_run_goes_on_with_its_own_rows_alone(base, tmp_path):
     assert finetune.main(["--resume", "--out-dir", out]) == 0 and max(losses(tmp_path / "out")) == 4
 
 @pytest.mark.parametrize("args, message", [
-    (["--task", "nonsense"], "--task nonsense: nonsense is not there; there are the tasks sentiment, alpaca, fpb, fiqa, tfns, ner"),
+    (["--task", "nonsense"], "--task nonsense is no file, and none of sentiment, alpaca, fpb, fiqa, tfns, ner"),
     (["--task", "piqa"], "piqa has no training rows here|piqa.* is not there"),
     (["--task", "alpaca"], "alpaca_data.json is not there"),
     (["--targets", "q,wq"], "--targets q,wq: this model has layers called down, gate, head, k, o, q, up, v"),
