@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import InputError, alone_in, move_aside
+from common.cli import InputError, alone_in, check_folder, move_aside
 
 ROOT = Path(__file__).resolve().parent.parent
 HOLDER = """
@@ -42,6 +42,11 @@ def test_a_folder_has_one_user_and_a_dead_process_is_none(holder, tmp_path):
         with pytest.raises(InputError, match=f"process {os.getpid()} uses"), alone_in(tmp_path / "run"):
             pass
     assert os.listdir(tmp_path / "run") == [], "it was there before, and stays"
+
+def test_a_folder_with_a_hidden_file_is_not_empty(tmp_path):
+    (tmp_path / ".git").mkdir()
+    with pytest.raises(InputError, match="is not empty: choose a new folder"):
+        check_folder(tmp_path, new=True)
 
 def test_a_refused_command_leaves_no_folder(tmp_path):
     with pytest.raises(InputError), alone_in(tmp_path / "run"):

@@ -202,6 +202,9 @@ def edited(kind, folder, **changes):
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has blocks with a"),
     ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is .1, 0.; only a 0 or 1 for each block"),
     ("smollm3", {"no_rope_layers": None}, "no_rope_layers is None; only a 0 or 1 for each block"),
+    ("llama", {"original_max_position_embeddings": 64, "rope_scaling": dict(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)},
+     "original_max_position_embeddings is 64; only 32 is supported"),
     ("gpt2", {"n_head": None}, "n_head is None, and no model can have that"),
     ("gpt2", {"activation_function": "relu"},
      "activation_function is 'relu'; only 'gelu_new' or 'gelu_pytorch_tanh'"),

@@ -308,6 +308,7 @@ def test_a_full_queue_sends_clients_away(server, client, monkeypatch):
     ("nonsense", 400, "the body is not a JSON object"),
     ("[" * 100_000, 400, "the body is not a JSON object"),
     ("[1]", 400, "the body is not a JSON object"),
+    (" " * (1 << 21), 413, "the body must have a Content-Length of at most 1048576"),
     (dict(), 400, "prompt: Field required"),
     (dict(prompt=5), 400, "prompt: str: Input should be a valid string, got 5"),
     (dict(prompt=["a"]), 400, "prompt: str: Input should be a valid string, got ['a']"),

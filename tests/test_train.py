@@ -327,3 +327,8 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     args = SimpleNamespace(lr=1.0, warmup=10, max_iters=110)
     rates = [train.learning_rate(s, args) for s in range(111)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and abs(rates[60] - 0.55) < 1e-9 and abs(rates[110] - 0.1) < 1e-9
+
+def test_without_a_largest_norm_nothing_is_clipped(tmp_path, text_file):
+    for name, largest in (("any", 0), ("huge", 1e9)):
+        call(*TINY, "--data", text_file, "--max-iters", 4, "--out-dir", tmp_path / name, grad_clip=largest)
+    assert losses(tmp_path / "any") == losses(tmp_path / "huge")
