@@ -1,14 +1,12 @@
-# fifo.py: torchrun --nproc_per_node 2 examples/fifo.py --model tiny --rank 16 --pipeline 2 --schedule fifo
-#
-# Another schedule: GPipe whose backward passes come in the order of the forward passes.
-#
-# A schedule is a list of steps for each stage; the clock table, the picture and the processes all follow it.
-import sys
+"""Another schedule: GPipe whose backward passes come in the order of the forward passes.
 
-sys.path.insert(0, ".")  # the repository's root, where this is started
+    torchrun --nproc_per_node 2 -m examples.fifo --model tiny --rank 16 --pipeline 2 --schedule fifo
 
-import pipeline  # noqa: E402
-from common.cli import command  # noqa: E402
+A schedule is a list of steps for each stage; the clock table, the picture and the processes all follow it.
+"""
+import pipeline
+import train
+from common.cli import command
 
 known = pipeline.schedule
 
@@ -18,8 +16,6 @@ def schedule(kind, stages, microbatches):
     return [[(step, m, s) for step in "FB" for m in range(microbatches)] for s in range(stages)]
 
 pipeline.schedule, pipeline.SCHEDULES = schedule, (*pipeline.SCHEDULES, "fifo")
-
-import train  # noqa: E402
 
 if __name__ == "__main__":
     command(train.main)

@@ -1,14 +1,13 @@
-# ternary.py: python examples/ternary.py out/train out/ternary
-#
-# Another number format: weights of -1, 0 and 1 times the mean size of their group (BitNet b1.58), as int4.
-#
-# quantize takes the function that chooses the integers; packing, products, kernels and folders follow it.
+"""Another number format: weights of -1, 0 and 1 times the mean size of their group (BitNet b1.58), as int4.
+
+    python -m examples.ternary out/train out/ternary
+
+quantize takes the function that chooses the integers; packing, products, kernels and folders follow it.
+"""
 import sys
 
-sys.path.insert(0, ".")  # the repository's root, where this is started
-
-from checkpoint import load_model, replace_model  # noqa: E402
-from quant import quantize, quantize_rows  # noqa: E402
+from checkpoint import load_model, replace_model
+from quant import quantize, quantize_rows
 
 def ternary(weight, bits, group):
     """weight (out, in) -> q int8 (out, in), s and o float16 (out, in / group)."""

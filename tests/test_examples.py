@@ -1,4 +1,4 @@
-"""The examples, each run by the command in its first line, made short."""
+"""The examples, each run by the command in its opening, made short."""
 import json
 import os
 import shlex
@@ -18,9 +18,8 @@ SHORT = ("--max-iters", "2", "--seq-len", "32", "--log-interval", "1", "--dtype"
 @pytest.fixture
 def example(tmp_path):
     def run_it(name, *more, **replaced):
-        first = (EXAMPLES / name).read_text().split("\n")[0]  # "# name: command"
-        words = [replaced.get(word, word) for word in shlex.split(first.split(": ", 1)[1])]
-        words = [str(EXAMPLES / name) if word.endswith(name) else word for word in words]
+        line = (EXAMPLES / name).read_text().split("\n")[2]
+        words = [replaced.get(word, word) for word in shlex.split(line)]
         words[:1] = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
         done = subprocess.run([*words, *map(str, more)], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)

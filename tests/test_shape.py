@@ -56,7 +56,7 @@ def test_few_flags_and_a_loop_that_comes_soon(script, most):
 def test_who_imports_whom(file):
     tree = ast.parse(file.read_text())
     top, folder = imports(tree, False), file.parent.name if file.parent != ROOT else ""
-    assert ast.get_docstring(tree) or folder == "examples", "no opening"
+    assert ast.get_docstring(tree), "no opening"
     if folder in ("", "common", "tasks"):
         assert "beyond" not in top, "beyond/ is imported where it is chosen, inside a function"
         assert not top & {"benches", "tests", "examples"}
