@@ -3,11 +3,11 @@
     python bench.py memory                 Table III, the paper's figures beside ours; a row for each mode
     python bench.py memory --model llama2-7b --batch 1 --seq 4096 --recompute block
 
-    parameters     every weight
-    gradients      as large as the weights that learn
-    optimizer      AdamW's two moments (and a 32-bit copy of the weights, where they have 16 bits)
-    activations    what autograd keeps of the forward pass until the backward pass: Table IV
-    transient      what exists for a moment beside these: the working set of a block, of the loss
+    parameter      every weight
+    gradient       as large as the weights that learn
+    optimizer      AdamW's two moments and, as the paper counts, a copy of the weights, in 32 bit
+    activation     what autograd keeps of the forward pass until the backward pass: Table IV
+    block, loss    what exists for a moment beside these, the working sets: one, then the other
 
 The first three follow from the shapes. The last two are read off a run on fake tensors, which have a shape, a
 dtype and a storage but no memory: torch's hooks on saved tensors see each tensor that autograd keeps, and a
@@ -27,13 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from benches.common import PAPER, table
-from checkpoint import build
+from benches.train import shapes_of_rank
 from common.device import find_device
 from common.loss import head_loss
-from model import config_for
 from recompute import MODES, use_recompute
 
-KINDS = ("parameter", "gradient", "optimizer", "activation", "transient")
 LENGTH = 4096  # of the paper's tables
 DEFAULTS = dict(model="llama2-7b", batch=1, seq=LENGTH, recompute="all")
 
@@ -118,24 +116,14 @@ def activations(model, batch, length, recompute):
         more, working, _ = measure(lambda x: head_loss(model.head, model.norm(x), tokens), x, outside)
     return kept + more, largest, max(ends, working)
 
-def account(model, batch, length, recompute, optimizer_bytes=4):
-    """Rows {name, kind, bytes} of a training step with weights of 16 bit. recompute: a mode of recompute.py.
+def account(model, batch, length, recompute, optimizer_bytes=12):
+    """The bytes of a training step with weights of 16 bit, a dict. recompute: a mode of recompute.py.
     optimizer_bytes: for each number that learns; two moments of 16 bit take 4."""
     learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = 2 * sum(p.numel() for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
-    kept, block, ends = activations(model, batch, length, recompute)
-    rows = [("parameters", "parameter", stored), ("gradients", "gradient", 2 * learn),
-            ("AdamW", "optimizer", optimizer_bytes * learn), ("kept by autograd", "activation", kept),
-            ("working set of a block", "transient", block), ("working set of the loss", "transient", ends)]
-    return [dict(name=name, kind=kind, bytes=n) for name, kind, n in rows]
-
-def by_kind(rows):
-    """kind -> bytes. What is transient is not there at the same time: the largest counts."""
-    sizes = {kind: [row["bytes"] for row in rows if row["kind"] == kind] for kind in KINDS}
-    return {kind: max(n) if kind == "transient" else sum(n) for kind, n in sizes.items()}
-
-def meta_model(name):
-    return build(config_for(name), {})
+    kept, block, loss = activations(model, batch, length, recompute)
+    return dict(parameter=stored, gradient=2 * learn, optimizer=optimizer_bytes * learn, activation=kept,
+                block=block, loss=loss)
 
 # ----------------------------------------------------------------------------- the paper's tables
 
@@ -145,29 +133,28 @@ KEEPS = {  # mode: what is kept, and the paper's total
     "attention": ("q, k, v: q k^T and the softmax again, by hand", 12.2),
     "block": ("the inputs of blocks", 2.5)}
 
-def rows_of(model, batch, length, mode):
-    """As the paper counts: for the optimizer two moments and a copy of the weights in 32 bit."""
-    return account(model, batch, length, mode, optimizer_bytes=12)
-
 def table_iii():
     """Llama2-7B and 70B: GB of ours, and the paper's in brackets."""
     rows = []
     for line, paper in PAPER["III"].items():
         name, batch = line.split()
-        kinds = by_kind(rows_of(meta_model(name), int(batch), LENGTH, "none"))
-        cells = {kind: f"{kinds[kind] / 1e9:,.1f} ({gb})" for kind, gb in zip(KINDS, paper)}
+        sizes = account(shapes_of_rank(name), int(batch), LENGTH, "none")
+        cells = {what: f"{sizes[what] / 1e9:,.1f} ({gb})" for what, gb in zip(sizes, paper)}
         rows.append(dict(model=name, batch=batch) | cells)
     return table(rows)
 
 def bench(args):
-    device, model, rows = find_device("float32"), meta_model(args.model), []
+    device, model, rows = find_device("float32"), shapes_of_rank(args.model), []
     if args.recompute != "all":
-        return device, rows_of(model, args.batch, args.seq, args.recompute)
+        for what, size in account(model, args.batch, args.seq, args.recompute).items():
+            kind = "transient" if what in ("block", "loss") else what
+            rows.append(dict(name=what, kind=kind, bytes=size))
+        return device, rows
     print("Table III: GB of a training step, 16 bit, 4,096 tokens a sequence (the paper's in brackets: "
           f"parameters rounded up, q k^T counted)\n{table_iii()}\n")
     for mode in MODES:
-        kinds = by_kind(rows_of(model, args.batch, args.seq, mode))
-        rows.append(dict(mode=mode, bytes=kinds["activation"], working_set=kinds["transient"]))
+        sizes = account(model, args.batch, args.seq, mode)
+        rows.append(dict(mode=mode, bytes=sizes["activation"], working_set=max(sizes["block"], sizes["loss"])))
     return device, rows
 
 def report(rows):

@@ -10,11 +10,11 @@ from functools import partial
 import torch
 
 from benches.common import PAPER, table
-from benches.memory import account, by_kind, meta_model
+from benches.memory import account
 from benches.train import shapes_of_rank, training_step
 from checkpoint import random_model
 from common.device import find_device, peak_memory, stored_bytes
-from lowrank import attach_lora, replace_linears
+from lowrank import attach_lora
 from model import count_parameters, flops_per_token
 from quant import quantize
 from recompute import use_recompute
@@ -33,7 +33,7 @@ def table_vi():
     for line, (size, *hours, seconds) in PAPER["VI"].items():
         name, rank = line.split()
         _, full, _, waited = PAPER["VI"][f"{name} 0"]
-        dense, model = shapes_of_rank(name, 0), shapes_of_rank(name, int(rank))
+        dense, model = shapes_of_rank(name), shapes_of_rank(name, int(rank))
         training, answer = (flops_per_token(dense, tokens, learns) / flops_per_token(model, tokens, learns)
                             for tokens, learns in ((256, True), (200, False)))
         add = partial(row, "VI", f"{name} full" if rank == "0" else f"{name} r{rank}")
@@ -43,9 +43,8 @@ def table_vi():
                  add("MB at 8 bit", stored_bytes(model) / 1e6, size),
                  add("training speed", training, [full / h for h in hours], "counted"),
                  add("inference speed", answer, waited / seconds, "counted")]
-    model = meta_model("llama2-7b")
-    replace_linears(model, 512, embedding_rank=512)
-    return [*rows, row("VI", "llama2-7b r512, W^E too", "parameters, M", count_parameters(model) / 1e6, 1320)]
+    parameters = count_parameters(shapes_of_rank("llama2-7b", 512, 512))
+    return [*rows, row("VI", "llama2-7b r512, W^E too", "parameters, M", parameters / 1e6, 1320)]
 
 def finetuning_peak(name, r, bits, device):
     """Peak bytes of a LoRA step on a GPU, batch 1."""
@@ -62,7 +61,7 @@ def table_ix(device):
     rows = []
     for line, (learn, memory, size, _) in PAPER["IX"].items():
         name, r, bits = line.split()
-        r, bits, model = int(r), int(bits), meta_model(name).bfloat16()
+        r, bits, model = int(r), int(bits), shapes_of_rank(name).bfloat16()
         if bits < 16:
             quantize(model, bits)
         stored = stored_bytes(model)
@@ -71,8 +70,8 @@ def table_ix(device):
         if device.torch_device.type == "cuda":
             peak, how = finetuning_peak(name, r, bits, device), "measured"
         else:
-            kinds = by_kind(account(model, 1, FINETUNED, "block"))
-            peak, how = sum(kinds.values()), "counted"
+            *stay, block, loss = account(model, 1, FINETUNED, "block", optimizer_bytes=4).values()
+            peak, how = sum(stay) + max(block, loss), "counted"
         add = partial(row, "IX", f"{name} r{r} {bits} bit")
         rows += [add("trainable parameters, M", learned / 1e6, learn), add("model GB", stored / 1e9, size),
                  add(f"finetuning GB, 1 x {FINETUNED}", peak / 1e9, memory, how)]

@@ -13,13 +13,12 @@ from types import SimpleNamespace
 import torch
 
 from benches.common import interleaved, table
-from benches.memory import meta_model
+from benches.train import shapes_of_rank
 from beyond.batching import Adapters, Engine, Request
 from beyond.paged_cache import bytes_per_token
 from common.cli import refuse
 from common.data import first_tokens
 from common.generate import generate
-from lowrank import replace_linears
 from model import count_parameters
 from sample import make_pool, open_model
 
@@ -40,9 +39,7 @@ def paper_counts():
     """Section III.C.2's example: model, cache, tokens, TFLOP by weights and of attention, the paper's."""
     rows = []
     for rank, name, paper in ((0, "Llama2-7B", "210"), (512, "Llama2-7B, r = 512", "40")):
-        model = meta_model("llama2-7b")
-        if rank:
-            replace_linears(model, rank, embedding_rank=rank)
+        model = shapes_of_rank("llama2-7b", rank, rank)
         for cache in (False, True):
             tokens, weights, attention = generation_cost(model, 100, 100, cache)
             rows.append(dict(model=name, cache=cache, tokens=tokens, weights=weights / 1e12,

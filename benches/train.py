@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from benches.common import Worker, interleaved, table
+from checkpoint import random_model
 from common.device import find_device, matmul_rate, peak_memory
 from common.loss import head_loss
 from common.optimizers import make_optimizers
@@ -61,49 +62,43 @@ def nanogpt_step(folder, device, batch, length):
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.torch_device.type)
     return timed_step(device, lambda x, y, _: model(x, y)[1], model, optimizer, batch, length)
 
-def shapes_of_rank(name, rank, **changes):
+def shapes_of_rank(name, rank=0, embedding_rank=0, **changes):
     """A known model of a rank (0: full), some fields of its configuration changed, without numbers."""
     with torch.device("meta"):
         model = Transformer(config_for(name, **changes))
         if rank:
-            replace_linears(model, rank)
-    return model
-
-def gpt2_of_rank(name, rank, device):
-    torch.manual_seed(0)
-    model = shapes_of_rank(name, rank).to_empty(device=device.torch_device)
-    model.init_weights()
+            replace_linears(model, rank, embedding_rank=embedding_rank)
     return model
 
 def peak_of_two_steps(name, rank, batch, length, dtype):
     """Peak of the process's memory in bytes: resident on a CPU, allocated on a GPU."""
     device = find_device(dtype)
-    step = training_step(gpt2_of_rank(name, rank, device), device, batch, length)
+    model = random_model(name, rank, device=device.torch_device, dtype=torch.float32)
+    step = training_step(model, device, batch, length)
     for _ in range(2):
         step(device.dtype)
     return peak_memory(device.torch_device)
 
 def bench(args):
     """A row for each rank and dtype."""
-    device, size = find_device("float32"), (args.batch_size, args.seq_len)
-    models = {(args.model, rank): gpt2_of_rank(args.model, rank, device) for rank in args.ranks}
-    shapes = {key: shapes_of_rank(*key) for key in models}
-    if args.compile:
-        for model in models.values():
+    device, size, steps = find_device("float32"), (args.batch_size, args.seq_len), {}
+    for rank in args.ranks:
+        model = random_model(args.model, rank, device=device.torch_device, dtype=torch.float32)
+        if args.compile:
             for block in model.blocks:
                 block.compile()
-    steps = {key: training_step(model, device, *size, args.compile) for key, model in models.items()}
+        steps[args.model, rank] = training_step(model, device, *size, args.compile)
     if args.nanogpt:
-        shapes["nanoGPT", 0] = shapes_of_rank("gpt2", 0)  # the same
         steps["nanoGPT", 0] = nanogpt_step(args.nanogpt, device, *size)
     timed = {(*key, d): partial(steps[key], getattr(torch, d)) for key in steps for d in args.dtypes}
     rows, seconds = [], interleaved(timed, args.rounds)
-    del models, steps, timed  # the peaks need the memory
+    del model, steps, timed  # the peaks need the memory
     torch.cuda.empty_cache()
     rates = {d: matmul_rate(device.torch_device, getattr(torch, d)) for d in args.dtypes}
     for (name, rank, d), s in seconds.items():
-        model, speed, peak = shapes[name, rank], args.batch_size * args.seq_len / s, None
+        speed, peak, model = args.batch_size * args.seq_len / s, None, shapes_of_rank("gpt2")
         if name == args.model:
+            model = shapes_of_rank(name, rank)
             with Worker(partial, peak_of_two_steps, name, rank, *size) as worker:
                 peak = worker.ask(d)
         mfu = flops_per_token(model, args.seq_len, training=True) * speed / rates[d]
