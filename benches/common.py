@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from common.cli import InputError, Parser, at_least_0, at_least_1, markdown, positive, refuse, write_atomic
+from common.run import has_state
 from common.tokenizer import read_json
 
 DATA_DIR = os.environ.get("DATA_DIR", "data")
@@ -104,11 +105,10 @@ def run_once(script, folder, *flags, **settings):
     made = made_with.read_text() if made_with.exists() else "unknown flags"
     refuse(folder.exists() and made != wanted, f"{folder} holds a run of {made}, and {wanted} is asked for: "
            "remove it, or choose another --out-dir")
-    summary = read_json(folder / "summary.json")
-    if not summary:
+    if not read_json(folder / "summary.json"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(made_with, wanted)
-        if any((folder / name).exists() for name in ("state", "state.previous")):
+        if has_state(folder):
             flags = ["--resume"]
         main = (f"import sys, {script[:-3]} as m; from common.cli import command; "
                 f"command(lambda: m.main(sys.argv[1:], **{settings!r}))")

@@ -25,7 +25,7 @@ from common.device import find_device, peak_memory, stored_bytes
 from common.generate import generate, plain_step
 from model import CONFIGS, config_for
 
-RANKS = {"gpt2": 192, "gpt2-xl": 384}  # the paper's, of Table VIII, beside full rank
+RANKS = {"gpt2": [0, 192], "gpt2-xl": [0, 384]}  # the paper's, of Table VIII, beside full rank
 PROMPT, UNCACHED = list(range(100)), 4  # new tokens without the cache
 READ, TIMES = 1 << 29, 10  # bytes, more than any CPU's cache holds; read so often in a round
 DEFAULTS = dict(models=["gpt2", "gpt2-xl"], gguf=None, ranks=[], bits=[16, 8, 4], eager=False, batch=1,
@@ -107,12 +107,9 @@ def bench(args):
     else:
         there = installed("transformers")
         for name in args.models:
-            refuse(not args.ranks and name not in RANKS, f"--models {name!r} is not among "
-                   f"{', '.join(RANKS)}: give --ranks too")
             jobs = [("transformers", 0, 16)] if there and config_for(name).kind == "gpt2" else []
-            jobs += itertools.product(engines, args.ranks or (0, RANKS[name]), args.bits)
+            jobs += itertools.product(engines, args.ranks or RANKS.get(name, [0]), args.bits)
             rows += measure(name, jobs, args.batch, [*runs, (False, UNCACHED, 1)])
-    print(f"{device.name}: batch {args.batch}, prompt of {len(PROMPT)} tokens")
     return device, rows
 
 def report(rows):

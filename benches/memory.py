@@ -12,9 +12,7 @@
 The first three follow from the shapes. The last two are read off a run on fake tensors, which have a shape, a
 dtype and a storage but no memory: torch's hooks on saved tensors see each tensor that autograd keeps, and a
 dispatch mode sees each tensor that comes and goes. Blocks of the same shapes keep the same, so one of each
-kind is run, forward and backward: Llama2-70B takes a second.
-
-Each storage is counted once, however many views of it are kept, and parameters never: they are there anyway.
+kind is run, forward and backward: Llama2-70B takes a second. A storage counts once, with all its views.
 """
 import copy
 import weakref
@@ -154,7 +152,8 @@ def bench(args):
           f"parameters rounded up, q k^T counted)\n{table_iii()}\n")
     for mode in MODES:
         sizes = account(model, args.batch, args.seq, mode)
-        rows.append(dict(mode=mode, bytes=sizes["activation"], working_set=max(sizes["block"], sizes["loss"])))
+        working = max(sizes["block"], sizes["loss"])
+        rows.append(dict(mode=mode, bytes=sizes["activation"], working_set=working))
     return device, rows
 
 def report(rows):

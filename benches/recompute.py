@@ -49,7 +49,6 @@ def bench(args):
             kept = step(model, watch)
         rows.append(dict(mode=mode, step_ms=seconds[mode] * 1e3, against=AGAINST[mode], saved_bytes=kept,
                          overhead=seconds[mode] / seconds[AGAINST[mode]] - 1, peak_bytes=watch.peak))
-    print(f"{BLOCKS} blocks of GPT-2, batch {args.batch_size} x {args.seq_len} tokens, {device.name}")
     return device, rows
 
 def report(rows):

@@ -99,7 +99,6 @@ def bench(args):
         rows.append(dict(engine=engine.__name__, adapters=count, sequences=len(prompts),
                          tokens_per_second=len(prompts) * args.new_tokens / s,
                          kv_bytes_reserved=reserved * size, kv_bytes_used=used * size))
-    print(f"{args.model}, {args.new_tokens} new tokens for each prompt, float32, {device.name}")
     return device, rows
 
 def report(rows):

@@ -225,11 +225,10 @@ def eval_batches(tokens, length, rows, limit):
 
 def first_tokens(name, tokenizer, count=None):
     """Ids of the first `count` tokens of a text, or of all; no more of it is read than that needs."""
-    limit = 16 * count if count else None  # characters; no vocabulary here has longer tokens on average
-    text = ""
+    text, limit = "", 16 * (count or 1 << 40)  # characters: no vocabulary here has longer tokens on average
     for document in open_corpus(name, "data").documents():
         text += document
-        if limit and len(text) >= limit:
+        if len(text) >= limit:
             break
     return tokenizer.encode(text[:limit])[:count]
 

@@ -1,9 +1,4 @@
-"""The optimizers of a run, their learning rate, and their state under the names of the parameters.
-
-    optimizers = make_optimizers(model, lr, weight_decay, "adamw")
-    step_all(optimizers, learning_rate(step, args))      # warm-up, then half a cosine
-    moments = moments_of(model, optimizers)              # for a checkpoint; restore_moments puts them back
-"""
+"""The optimizers of a run, their learning rate, and their state under the names of the parameters."""
 import math
 
 import torch

@@ -7,12 +7,6 @@ a training loop and the processes. With N processes and P parameters, 4 bytes ea
     replicas  the whole model                16 P                2 P: gradients, around a ring and back
     sharded   a share of each parameter      16 P / N, a block   3 P: parameters in both passes, gradients
     pipeline  some of the blocks, by hand    16 P / N            activations (pipeline.py)
-
-    strategy = distribute(model, loss_of, device)
-    loss = strategy.backward(batches, seed)    # the gradients of the whole batch's mean loss are in .grad now
-    strategy.clip(1.0)                         # the norm of the whole gradient
-    strategy.evaluate(weighted_batches)        # their mean loss
-    strategy.gather(tensors)                   # whole tensors, in process 0
 """
 import os
 from contextlib import contextmanager
@@ -111,7 +105,7 @@ class Single:
             return self.module(self.loss_of, *batch)
 
     def backward(self, batches, seed, weights=None):
-        """Add the gradients of this process's batches, one after the other; returns their weighted loss.
+        """Add to .grad the gradients of this process's batches, in turn; returns their weighted loss.
         weights: of each batch's mean loss, 1 / len(batches) if not given; over all processes they sum to
         `replicas`. Dropout depends on the seed and on the batch's number, not on which process has it."""
         weights = weights or [1 / len(batches)] * len(batches)

@@ -37,8 +37,8 @@ def start(run, parser, argv, settings, changes):
     with alone_in(args.out_dir), process_group():
         return run(args, given | changes.keys())
 
-def holds_run(folder):
-    return any((Path(folder) / name).exists() for name in ("state", "state.previous", "summary.json"))
+def has_state(folder):
+    return any((Path(folder) / name).exists() for name in ("state", "state.previous"))
 
 def begin(args, given, fixed):
     """(device, state folder, state.json, moments): the last three of the run that it goes on from; None, {}
@@ -47,8 +47,7 @@ def begin(args, given, fixed):
     folder, state, moments = None, {}, {}
     # on several machines only some may count the restart: if one does, all go on
     restarted = any_process(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-    has_state = any((Path(args.out_dir) / name).exists() for name in ("state", "state.previous"))
-    if args.resume or restarted and has_state:
+    if args.resume or restarted and has_state(args.out_dir):
         folder, state, moments = read_state(args.out_dir)
         saved = state["args"]
         for name in fixed:
@@ -73,10 +72,9 @@ class RunFolder:
     def __init__(self, args, state, rows, text, device):
         refuse(state.get("text", text) != text, "the data is not what the run that --resume continues began "
                "with: give that, or another --out-dir")
-        if state.get("rows", rows) != rows:
-            raise InputError(f"a step of the run that --resume continues has {state['rows']} rows, and "
-                             f"{rows} with --batch-size {args.batch_size}, --grad-accum {args.grad_accum} "
-                             f"and world size {world_size()}: change one of them")
+        refuse(state.get("rows", rows) != rows, "a step of the run that --resume continues has "
+               f"{state.get('rows')} rows, and {rows} with --batch-size {args.batch_size}, --grad-accum "
+               f"{args.grad_accum} and world size {world_size()}: change one of them")
         self.args, self.path, self.device = args, Path(args.out_dir), device
         self.constants = dict(rows=rows, text=text)
         self.last_step = min(args.stop_at or args.max_iters, args.max_iters)
@@ -86,7 +84,7 @@ class RunFolder:
         self.bar = tqdm(total=self.last_step, initial=self.step, unit=" steps", dynamic_ncols=True,
                         delay=1e-3, disable=None if is_first() else True)
         if is_first():
-            if not state and holds_run(self.path):
+            if not state and (has_state(self.path) or (self.path / "summary.json").exists()):
                 aside = move_aside(self.path)
                 say(f"{self.path} held an earlier run: moved to {aside} (to go on with it: --resume "
                     f"--out-dir {aside})")
