@@ -165,13 +165,17 @@ def fill(model, tensors, device, dtype, bits=16, group=None):
         import quant
         forms = quant.formats(model, bits, group)
     for name, tensor in tensors(forms):
-        owner = name.rpartition(".")[0]
+        owner, _, leaf = name.rpartition(".")
         layer = model.get_submodule(owner)
         if isinstance(tensor, Packed):  # a QuantMatrix, as the file has it
             model.set_submodule(owner, quant.holding(layer, tensor.to(device)))
             del forms[owner]
         else:
-            place(model, name, tensor, device, dtype)
+            old = getattr(layer, leaf)
+            is_parameter = isinstance(old, nn.Parameter)  # a buffer keeps its dtype
+            kept = dtype if is_parameter else tensor.dtype
+            copy = torch.empty(tensor.shape, dtype=kept, device=device).copy_(tensor)
+            setattr(layer, leaf, nn.Parameter(copy, old.requires_grad) if is_parameter else copy)
             if owner in forms and not any(p.is_meta for p in layer.parameters()):
                 model.set_submodule(owner, quant.quantize_layer(layer, *forms[owner], name=owner))
         del tensor, layer  # before the next one comes
@@ -179,16 +183,6 @@ def fill(model, tensors, device, dtype, bits=16, group=None):
             give_back_memory()  # else the heap fills with holes too small for the next layer
     tie(model)
     return model.eval()
-
-def place(model, name, tensor, device, dtype):
-    """Copy a tensor into a meta model; a floating-point parameter in `dtype`, a buffer as it is."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    old = getattr(module, leaf)
-    is_parameter = isinstance(old, nn.Parameter)
-    dtype = dtype if is_parameter else tensor.dtype
-    copy = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-    setattr(module, leaf, nn.Parameter(copy, old.requires_grad) if is_parameter else copy)
 
 # ------------------------------------------------------------------------------------ python checkpoint.py
 
@@ -267,10 +261,7 @@ def parse(argv):
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run in COMMANDS.items():
         p = commands.add_parser(name, help=run.__doc__)
-        if name == "merge":
-            p.add_argument("adapter", help="a folder in PEFT's format")
-        else:
-            p.add_argument("model", help="a folder, a file, or a known name")
+        p.add_argument("adapter" if name == "merge" else "model", help="a folder; a file or a known name")
         if name != "info":
             p.add_argument("out", help="the new folder")
     p = commands.choices["quantize"]

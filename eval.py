@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from checkpoint import own_tensors
 from common import cli
-from common.adapters import base_id, load_adapter
+from common.adapters import FILES, base_id, load_adapter
 from common.cli import Parser, at_least_1, command, refuse, say, write_atomic
 from common.data import first_tokens
 from common.device import peak_memory
@@ -103,8 +103,6 @@ def summed_up(task, rows):
         if counts.ndim == 3:  # tables of right and given labels
             found |= dict(accuracy=float(score.accuracy(total)), majority=score.majority(counts, metric))
         r |= {key: found} if key == "likeliest" else found
-    if task == "perplexity":
-        r |= dict(tokens=int(total[1]) + len(rows), window=rows[0]["predicted"] + 1)
     if task == "ner":
         r["majority"] = 0.0  # the commonest tag is O: no entity is named
     if "parsed" in rows[0]:
@@ -156,10 +154,7 @@ def claim(folder, settings):
 def print_results(results):
     lines = []
     for task, result in results.items():
-        parts = {task: result}
-        if "unseen" in result:
-            parts[f"{task} unseen"] = result["unseen"]
-        for name, part in parts.items():
+        for name, part in {task: result, f"{task} unseen": result.get("unseen", {})}.items():
             for found in filter(None, (part, part.get("likeliest"))):
                 low, high = found["interval"]
                 majority = f"{found['majority']:.3f}" if "majority" in found else ""
@@ -226,8 +221,7 @@ def evaluate(args):
     if args.adapter:
         adapter = load_adapter(model, args.adapter, settings["base_id"])
         say(adapter)
-        factors = b"".join(t.cpu().numpy().tobytes() for pair in adapter.factors.values() for t in pair)
-        settings["factors"] = hashlib.sha256(factors).hexdigest()[:16]
+        settings["factors"] = hashlib.sha256((adapter.folder / FILES[1]).read_bytes()).hexdigest()[:16]
     if "perplexity" in names:
         length = min(WINDOW, model.config.context)
         items["perplexity"] = text_windows(args.data, tokenizer, args.limit, length)

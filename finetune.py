@@ -169,12 +169,11 @@ def open_base(args, device, saved):
     wanted = (args.base, home, device.dtype, args.bits) if lora else (saved or args.base, home)
     model, tokenizer = load_model(*wanted)
     refuse(tokenizer is None, f"{args.base} has no tokenizer beside its weights: put a tokenizer.json there")
-    layers = adaptable(model)
-    refuse((args.shard or not lora) and any(bits_of(layer) < 16 for layer in layers.values()),
+    refuse((args.shard or not lora) and bits_of(model) < 16,
            f"{'--shard' if lora else args.method} needs parameters, and the weights of {args.base} are "
            "integers: give the model that it was made from, and --bits 16")
     if lora:
-        names = {name.rsplit(".", 1)[-1] for name in layers}
+        names = {name.rsplit(".", 1)[-1] for name in adaptable(model)}
         args.targets = args.targets or ("qkv" if "qkv" in names else "q,k,v")
         targets = args.targets.split(",")
         refuse(not names.issuperset(targets),
@@ -216,8 +215,7 @@ def read_task(task, data_dir):
         made = made_up_headlines(1200, seed=0)
         return made[300:], made[:300]
     path = Path(data_dir) / "alpaca" / "alpaca_data.json" if task == "alpaca" else Path(task)
-    refuse(not path.is_file(), f"--task {task}: {path} is not there; there are the tasks sentiment, alpaca, "
-           f"{', '.join(sets.TEST_SHARE)}, or give a file")
+    refuse(not path.is_file(), f"--task {task}: {path} is not there: put it there, or give a file of rows")
     examples = read_alpaca(path)
     held, learned = sets.split_rows(len(examples), 0.05 if len(examples) >= 20 else 0)
     return [examples[i] for i in learned], [examples[i] for i in held]

@@ -116,8 +116,7 @@ def many(model, tokenizer, args, device):
     refuse(not Path(args.prompts).is_file(), f"--prompts {args.prompts}: there is no such file")
     for row, number in read_jsonl(Path(args.prompts), prompt=str):
         ids, adapter = tokenizer.encode(row["prompt"], around=True), row.get("adapter", default)
-        seed = SEED + number - 1
-        request = Request(ids, args.max_new_tokens, args.temperature, TOP_P, seed, adapter)
+        request = Request(ids, args.max_new_tokens, args.temperature, TOP_P, SEED + number - 1, adapter)
         try:
             refuse(row.keys() - {"prompt", "adapter"}, 'a line is {"prompt": "...", "adapter": "NAME"}, the '
                    "adapter may be left out")
@@ -137,7 +136,7 @@ def open_model(name, bits):
     device = find_device("float32")
     model, tokenizer = load_model(name, device.torch_device, bits=bits)
     refuse(tokenizer is None, f"{name} has no tokenizer beside its weights: put a tokenizer.json there")
-    return model.eval(), tokenizer, device
+    return model, tokenizer, device
 
 def say_rate(tokens, start, device):
     seconds = time.perf_counter() - start

@@ -142,10 +142,10 @@ def adaptable(model):
     swap_layers(model, layers.__setitem__)  # which returns None: every layer stays
     return layers
 
-def bits_of(layer):
-    """Of the weights of a base's layer."""
+def bits_of(model):
+    """Of the weights of a base, the fewest."""
     from quant import matrices
-    return min((m.bits for m in matrices(layer)), default=16)
+    return min((m.bits for m in matrices(model)), default=16)
 
 def load_adapter(model, folder, base_id=None):
     """Put a folder's adapter around the model's layers, in place of any other. Returns the Adapter."""

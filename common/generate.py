@@ -58,7 +58,6 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, stop=()
     """Continue prompts (lists of token ids, of any lengths); yields the new tokens, None where a row ended.
 
     A row ends at a token of `stop`, which is still yielded, or where the context is full.
-    use_cache False: every step reads the whole text again (section III.C.2).
     vocabulary: draw from so many tokens only, where the tokenizer knows fewer than the model has.
     cache: in place of a new one; it may hold prefixes of the prompts.
     make_step: plain_step or beyond.decoding's, called when the cache has read the prompts."""

@@ -37,12 +37,9 @@ class PackedTensor:
 def number(file, letter):
     return struct.unpack("<" + letter, file.read(struct.calcsize(letter)))[0]
 
-def text(file):
-    return file.read(min(number(file, "Q"), 1 << 30)).decode("utf-8", "replace")
-
-def value(file, kind):
+def value(file, kind=STRING):
     if kind == STRING:
-        return text(file)
+        return file.read(min(number(file, "Q"), 1 << 30)).decode("utf-8", "replace")
     if kind == ARRAY:
         inner = number(file, "I")
         return [value(file, inner) for _ in range(number(file, "Q"))]
@@ -56,10 +53,10 @@ def read_gguf(path):
         refuse(file.read(4) != b"GGUF" or number(file, "I") not in (2, 3),
                f"{path} does not begin as a GGUF file of version 2 or 3 does: get the file again")
         count, fields = number(file, "Q"), number(file, "Q")
-        fields = {text(file): value(file, number(file, "I")) for _ in range(fields)}
+        fields = {value(file): value(file, number(file, "I")) for _ in range(fields)}
         alignment = int(fields.get("general.alignment", 32))
         for _ in range(count):
-            name = text(file)
+            name = value(file)
             shape = tuple(number(file, "Q") for _ in range(number(file, "I")))[::-1]
             packing, offset = gguf.GGMLQuantizationType(number(file, "I")), number(file, "Q")
             block, size = gguf.GGML_QUANT_SIZES[packing]  # numbers in a block, bytes they take

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from common.cli import InputError, refuse, write_atomic
+from common.tokenizer import blamed_on
 
 SHARD_BYTES = 4 << 30  # of a file of a model, about
 
@@ -44,15 +45,6 @@ def write_tensors(path, tensors):
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
 
-@contextlib.contextmanager
-def opened(path):
-    """A safetensors file, for reading."""
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{path} is missing, truncated or not a safetensors file ({e})") from None
-
 @dataclass(frozen=True)
 class Stored:
     """A tensor in a safetensors file."""
@@ -62,14 +54,14 @@ class Stored:
     bits: int   # of a number
 
     def read(self):
-        with opened(self.file) as file:
+        with blamed_on(self.file), safe_open(self.file, "pt") as file:
             return file.get_tensor(self.key)
 
 def read_headers(files):
     """name in the file -> Stored, of all tensors of safetensors files."""
     found = {}
     for path in files:
-        with opened(path) as file:
+        with blamed_on(path), safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 (a file, no dict)
                 part = file.get_slice(key)
                 bits = dict(F64=64, F32=32, F16=16, BF16=16).get(part.get_dtype(), 8)
@@ -81,7 +73,7 @@ def read_tensors(path):
 
     The file is mapped anew for each tensor: pages of one long mapping would pile up to the file's size."""
     digest = hashlib.sha256()
-    with opened(path) as file:
+    with blamed_on(path), safe_open(path, "pt") as file:
         wanted = (file.metadata() or {}).get("sha256")
     for name, stored in sorted(read_headers([path]).items()):
         tensor = stored.read()
@@ -168,5 +160,4 @@ def read_state(out_dir):
         for problem in problems:
             print(f"warning: {problem}; going on from {folder} at step {step}", file=sys.stderr)
         return folder, state, optimizer
-    nothing = f"{out_dir} holds no training state: start the run without --resume"
-    raise InputError("; ".join(problems) or nothing)
+    raise InputError("; ".join(problems) or f"{out_dir} holds no training state: start without --resume")

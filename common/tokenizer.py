@@ -125,8 +125,7 @@ GPT2_FILES = {GPT2_URL + "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b7
 
 def gpt2_tokenizer():
     """GPT-2's own, from tiktoken's cache or download; None where neither can be had, within seconds."""
-    default = os.environ.get("DATA_GYM_CACHE_DIR", Path(tempfile.gettempdir(), "data-gym-cache"))
-    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR", default))
+    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR", Path(tempfile.gettempdir(), "data-gym-cache")))
     try:
         if not all((cache / hashlib.sha1(url.encode()).hexdigest()).is_file() for url in GPT2_FILES):
             urllib.request.urlopen(next(iter(GPT2_FILES)), timeout=3).close()  # tiktoken would wait long
@@ -213,21 +212,19 @@ def sample_lines(texts):
 # ----------------------------------------------------------------------------- files of others
 
 @contextlib.contextmanager
-def blamed_on(what):
-    """Whatever goes wrong in a file that others wrote is one line."""
+def blamed_on(what, done="read", remedy="get it again"):
+    """Whatever goes wrong with what others made is one line: these libraries have no class in common."""
     try:
         yield
-    except (InputError, KeyboardInterrupt):
+    except (InputError, KeyboardInterrupt, GeneratorExit, MemoryError):
         raise
     except BaseException as e:  # the library tokenizers has no narrower class for its panics
         why = " ".join(f"{type(e).__name__}: {e}".split())
-        raise InputError(f"{what} can't be read ({why[:200]}): get it again") from None
+        raise InputError(f"{what} can't be {done} ({why[:200]}): {remedy}") from None
 
 def parse_json(text, where):
-    try:
+    with blamed_on(where, "read as JSON", "mend it, or get it again"):
         return json.loads(text)
-    except (ValueError, RecursionError) as e:  # also a number of thousands of digits, a list too deep
-        raise InputError(f"{where}: it is not JSON that can be read ({e})") from None
 
 def read_json(path):
     """The object in a JSON file, {} where there is no file."""
@@ -329,7 +326,5 @@ def render_chat(tokenizer, messages, add_generation_prompt=True):
     # {% generation %} marks what a model writes, for training by transformers: it is made a comment
     template = re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{#\1 \2#}", tokenizer.chat_template)
     given = dict(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None)
-    try:
+    with blamed_on("this conversation", f"written by the chat template of {tokenizer.name}", "change it"):
         return environment.from_string(template).render(**given, **tokenizer.roles)
-    except Exception as e:  # whatever a template does
-        raise InputError(f"the chat template of {tokenizer.name} refuses this conversation: {e}") from None

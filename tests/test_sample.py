@@ -153,7 +153,7 @@ def test_prompts_of_a_file_with_their_adapters(folder, adapters, run, tmp_path):
     assert f"[{sum(len(row['tokens']) for row in rows.values())} tokens in" in done.stderr
 
 @pytest.mark.parametrize("line, message", [
-    (b"not json", "line 2: it is not JSON"),
+    (b"not json", "line 2 can't be read as JSON"),
     (b'{"prompt": "\xff"}', "in.jsonl is not UTF-8 text"),
     (b'{"text": "x"}', "line 2: it needs 'prompt', a str"),
     (b'{"prompt": 5}', "line 2: it needs 'prompt', a str"),

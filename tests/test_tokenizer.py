@@ -297,7 +297,7 @@ def test_unknown_kinds_are_refused(tmp_path, corpus):
     content["model"]["merges"].append(["q", "☃"])
     refused("can't be read .*out of vocabulary", **content)
     (tmp_path / "tokenizer_config.json").write_text('{"model": ')
-    with pytest.raises(InputError, match="not JSON"):
+    with pytest.raises(InputError, match="read as JSON"):
         ours.load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="'somebpe'"):
         ours.from_gguf("x", {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "somebpe"})
@@ -427,7 +427,7 @@ def test_chat_is_rendered_as_transformers_does(tmp_path, corpus):
     assert AutoTokenizer.from_pretrained(tmp_path / "again").chat_template == CHATML
     assert ours.load_tokenizer(tmp_path / "again").chat_template == CHATML
     tokenizer.chat_template = "{{ messages.__class__.__mro__ }}"
-    with pytest.raises(InputError, match="refuses"):  # the sandbox
+    with pytest.raises(InputError, match="SecurityError"):
         ours.render_chat(tokenizer, MESSAGES)
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
@@ -518,7 +518,7 @@ def test_templates_of_known_models(name, tmp_path, corpus):
             try:
                 wanted = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
             except jinja2.TemplateError:
-                with pytest.raises(InputError, match="refuses this conversation"):
+                with pytest.raises(InputError, match="this conversation can't be written"):
                     ours.render_chat(tokenizer, messages, prompt)
                 continue
             assert ours.render_chat(tokenizer, messages, prompt) == wanted

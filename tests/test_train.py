@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     (("--init-from", ""), "--init-from is empty: a folder, a file or a known name"),
     (("--model", "llama2-70b"), "--model llama2-70b needs 276 GB, and there are "),
     (("--out-dir", ""), "the name of the folder to write to is empty"),
-    (("--resume",), "holds no training state: start the run without --resume"),
+    (("--resume",), "holds no training state: start without --resume"),
     (("--init-from", "/nowhere"), "no such folder or file")])
 def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path, text_file, capsys):
     argv = ["--model", "tiny", "--data", str(text_file), "--max-iters", "1", "--out-dir", str(tmp_path / "run"), *map(str, args)]
