@@ -182,8 +182,7 @@ def save_adapter(folder, model, base_name, base_id, learned=None):
                   lora_alpha=one.scale * one.r, lora_dropout=one.dropout.p, bias="none",
                   rank_pattern=ranks, alpha_pattern={module: one.scale * r for module, r in ranks.items()},
                   target_modules=sorted({re.sub(r"^.*\.\d+\.", "", module) for module in modules.values()}),
-                  fan_in_fan_out=family.conv1d, inference_mode=True, init_lora_weights=True,
-                  use_rslora=False, use_dora=False, modules_to_save=None)
+                  fan_in_fan_out=family.conv1d, inference_mode=True)
     write_atomic(folder / "BASE_ID", base_id + "\n")
     write_atomic(folder / FILES[0], json.dumps(config, indent=2) + "\n")
     learned, factors = learned or dict(model.named_parameters()), {}

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from common.cli import InputError, cache_dir, refuse, say
 from common.download import openwebtext
-from common.tokenizer import gpt2_tokenizer, load_tokenizer, parse_json, read_json, train_tokenizer
+from common.tokenizer import blamed_on, gpt2_tokenizer, load_tokenizer, parse_json, read_json, train_tokenizer
 
 DOCUMENT = 8192  # characters: longer texts are cut about here, so that a few books have some for validation
 BATCH = 256      # documents that are encoded together
@@ -130,13 +130,11 @@ class TokenFiles:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        try:
+        with blamed_on(f"the token files in {folder}", remedy="remove it"):
             self.meta = read_json(self.folder / "meta.json")
             dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
             self.train, self.val = (np.memmap(self.folder / f"{s}.bin", dtype, "r",
                                               shape=self.meta[s]["tokens"]) for s in ("train", "val"))
-        except (OSError, KeyError, ValueError) as e:  # also files that are shorter
-            raise InputError(f"{folder} has no readable token files ({e}): remove it") from None
         self.tokenizer = load_tokenizer(self.folder)
 
     def check(self, vocab_size, length):

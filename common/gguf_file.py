@@ -30,8 +30,7 @@ class PackedTensor:
     shape: tuple
     packing: object  # gguf.GGMLQuantizationType
     bits: float      # of a number
-    rows: int        # a vector is one row
-    row: int         # its bytes
+    table: tuple     # rows, of which a vector is one, and bytes of a row
     offset: int      # of the first row
 
 def number(file, letter):
@@ -62,9 +61,9 @@ def read_gguf(path):
             block, size = gguf.GGML_QUANT_SIZES[packing]  # numbers in a block, bytes they take
             refuse(name in tensors or offset != end + -end % alignment or shape[-1] % block,
                    f"{path}: {name} is there twice, or not behind the tensor before, or no whole blocks")
-            rows, row = math.prod(shape[:-1]), shape[-1] // block * size
-            tensors[name] = PackedTensor(shape, packing, 8 * size / block, rows, row, offset)
-            end = offset + rows * row
+            table = math.prod(shape[:-1]), shape[-1] // block * size
+            tensors[name] = PackedTensor(shape, packing, 8 * size / block, table, offset)
+            end = offset + math.prod(table)
         start, length = file.tell() + -file.tell() % alignment, path.stat().st_size
     refuse(start + end > length,
            f"{path} is cut off: its tensors would end at byte {start + end:,}, it has {length:,}")
@@ -73,7 +72,7 @@ def read_gguf(path):
 def read_rows(path, tensor, order):
     """The tensor's rows in this order, in float32."""
     import gguf
-    mapped = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.rows, tensor.row))
+    mapped = np.memmap(path, np.uint8, "r", tensor.offset, tensor.table)
     rows = torch.empty(len(order), tensor.shape[-1])
     with blamed_on(path):  # gguf knows packings that it can't unpack
         for part, out in zip(order.split(ROWS_AT_ONCE), rows.split(ROWS_AT_ONCE)):
@@ -87,7 +86,7 @@ def read_blocks(path, tensor, order):
     the low halves of bytes. Ours begin at -8: o = m + 8 s, which float16 holds where a block has numbers
     of both signs (all but two of smollm2's 3 million blocks), and else to 2^-12 of it."""
     from quant import QuantMatrix, pack
-    mapped = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.rows, tensor.row))
+    mapped = np.memmap(path, np.uint8, "r", tensor.offset, tensor.table)
     blocks = torch.from_numpy(mapped[order.numpy()]).unflatten(1, (tensor.shape[-1] // BLOCK, -1))
     name = tensor.packing.name
     W = QuantMatrix(*tensor.shape, BLOCKS[name], BLOCK)

@@ -216,7 +216,7 @@ def test_bad_token_files_are_refused(text_file, tokenizer, tmp_path):
         files.check(600, 10 ** 6)
     with open(tmp_path / "t" / "train.bin", "r+b") as f:
         f.truncate(1000)
-    with pytest.raises(InputError, match="has no readable token files .*greater than file size.: remove it"):
+    with pytest.raises(InputError, match="the token files in .* can't be read .*greater than file size.: remove it"):
         TokenFiles(tmp_path / "t")
 
 def test_openwebtext_without_its_library_says_what_to_install(tmp_path, tokenizer, monkeypatch):

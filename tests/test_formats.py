@@ -493,7 +493,7 @@ def test_other_packings_are_unpacked_row_by_row(pack, tmp_path):
     packed.tofile(tmp_path / "packed")
     source, name = object.__new__(GGUFSource), "blocks.0.attention.q.weight"
     source.path, source.config = tmp_path / "packed", Config("llama", heads=35, kv_heads=35, width=2100)
-    source.stored = {name: PackedTensor((2100, 512), kind, 0, 2100, 512 // block * size, 0)}
+    source.stored = {name: PackedTensor((2100, 512), kind, 0, (2100, 512 // block * size), 0)}
     whole = torch.from_numpy(gguf.dequantize(packed, kind)).view(35, 30, 2, 512).transpose(1, 2)
     torch.testing.assert_close(source.get(name), whole.reshape(2100, 512), rtol=0, atol=0)
 
