@@ -61,8 +61,8 @@ def fetch_file(address, sha256, path, remedy):
     """Download a file to `path`. sha256: its first digits. remedy: what to do if that fails."""
     with blamed_on(f"{path} is not there and", "downloaded", remedy):
         content = content_of(address)
-    found = hashlib.sha256(content).hexdigest()
-    refuse(not found.startswith(sha256), f"{address} now has the SHA-256 {found[:12]}, not {sha256[:12]}: {remedy}")
+    found = hashlib.sha256(content).hexdigest()[:len(sha256)]
+    refuse(found != sha256, f"{address} now has the SHA-256 {found[:12]}, not {sha256[:12]}: {remedy}")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # other processes may download it, too
     partial.write_bytes(content)
