@@ -208,8 +208,7 @@ def check(args, given):
            "--method 2 starts from the SVD of pretrained weights: say which with --init-from")
     refuse(args.method == 1 and args.init_from and args.rank,
            f"--method 1 starts from random factors, not from {args.init_from}: choose --method 2 or 3")
-    refuse(args.compile and shutil.which("g++") is None,
-           "--compile needs a C++ compiler: install g++, or leave it out")
+    refuse(args.compile and shutil.which("g++") is None, "--compile needs a C++ compiler: install g++")
     refuse(args.method == 3 and not args.rank and not args.resume and not decomposed,
            "--method 3 blends into layers of a rank: give --rank, or --init-from a folder of decompose.py")
     refuse(args.rank and decomposed,
@@ -217,8 +216,7 @@ def check(args, given):
     refuse(args.bits < 16 and args.method == 3,
            f"--bits {args.bits} and --method 3 both change how a low-rank layer computes: leave one out")
     refuse(args.shard and (world_size() == 1 or args.pipeline or args.method == 3 or args.warm_start),
-           "--shard spreads one unchanging model over torchrun's processes: it needs several, and no "
-           "--pipeline, --method 3 or warm_start with it")
+           "--shard needs several processes of torchrun, and no --pipeline, --method 3 or warm_start")
     refuse(not args.pipeline and given & {"microbatches", "schedule"},
            "--microbatches and --schedule are of a pipeline: give --pipeline N")
     whole = args.compile or args.recompute == "block" or importlib.util.find_spec("beyond") is None
@@ -230,8 +228,7 @@ def check(args, given):
 def pretrained_model(args, given, home):
     """The model of --init-from, its layers replaced as --method says, and its tokenizer."""
     model, tokenizer = load_model(args.init_from)
-    refuse(tokenizer is None, f"{args.init_from} has no tokenizer beside its weights, which mean nothing "
-           "with another one: put its tokenizer.json there")
+    refuse(tokenizer is None, f"{args.init_from} has no tokenizer beside it: put its tokenizer.json there")
     named = config_for(args.model) if "model" in given else model.config
     for key in ("kind", "blocks", "heads", "width", "ffn"):
         refuse(getattr(named, key) != getattr(model.config, key), f"--init-from {args.init_from} is another "

@@ -120,7 +120,6 @@ def report(rows):
     if "perplexity" in rows[0]:
         return table(rows, {"method": "method", "kept": ("ratio", "{:.0%}"), "steps of recovery": "steps",
                             "perplexity": ("perplexity", "{:,.1f}")})
-
     return table(rows, {
         "matrices of": lambda r: "random, as GPT-2" if r["model"] == "gpt2" else r["model"],
         "method": "method", "seconds": ("seconds", "{:.1f}"),

@@ -29,8 +29,7 @@ def bench(args):
         model, tokenizer = load_model(MODEL, device.torch_device)
         learns = how in (FEEDBACK, SWEPT)
         if learns:
-            windows = calibration_batches(args.calibration, tokenizer, model.config.context)
-            batches = [window.to(device.torch_device) for window in windows]
+            batches = calibration_batches(args.calibration, tokenizer, model.config.context)
             quantize_calibrated(model, bits, batches, group, sweeps=3 if how == SWEPT else 0)
         elif bits < 16:
             quantize(model, bits, group, rounding=clip_rows if how == CLIPPED else quantize_rows)

@@ -55,8 +55,7 @@ def begin(args, given, fixed):
                    f"--{name.replace('_', '-')} {getattr(args, name)} differs from the {saved.get(name)} of "
                    "the run that --resume continues: leave it out, or give another --out-dir")
         how = {"resume", "stop_at", "out_dir", "shard"}  # a run is continued, not what it is
-        for name in saved.keys() - given - how:
-            setattr(args, name, saved[name])
+        vars(args).update({name: saved[name] for name in saved.keys() - given - how})
     device = find_device(args.dtype)
     args.dtype = str(device.dtype).removeprefix("torch.")  # a resumed run computes as it began
     say(f"device {device.name}" + (f", {world_size()} processes" if world_size() > 1 else ""))

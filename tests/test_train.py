@@ -210,7 +210,7 @@ def test_the_weights_come_with_their_network_and_their_tokenizer(tmp_path, text_
     with pytest.raises(InputError, match="is another network than --model small: leave --model out"):
         call("--model", "small", "--init-from", tmp_path / "run", "--data", text_file, "--out-dir", tmp_path / "other")
     save_model(tmp_path / "mute", load_model(tmp_path / "run")[0])
-    with pytest.raises(InputError, match="mute has no tokenizer beside its weights"):
+    with pytest.raises(InputError, match="mute has no tokenizer beside it: put"):
         call("--init-from", tmp_path / "mute", "--data", text_file, "--out-dir", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
