@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli import Parser, command, write_atomic
+from common.cli import Parser, check_folder, command, write_atomic
 
 FILES = [f for f in sorted(Path(__file__).parent.glob("benches/*.py")) if f.stem != "common"]
 BENCHES = {f.stem: f.read_text().split("\n")[0].strip('"') for f in FILES}  # name -> its first line
@@ -47,6 +47,7 @@ def main(argv=None):
     module = importlib.import_module(f"benches.{name}")
     args = parse(name, module, argv[1:])
     if args.json:
+        check_folder(Path(args.json).parent)
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     device, rows = module.bench(args)
     print(f"{module.report(rows)}\n{device.name}")
