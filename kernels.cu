@@ -596,19 +596,20 @@ template <class F> void with_type(int type, int bits, F call) {
   type == BFLOAT16 ? with_bits<__nv_bfloat16>(bits, call) : with_bits<__half>(bits, call);
 }
 
-// Words that a lane of multiply_16_rows may load so that four lanes stay in one group; 0: not even one, or
-// rows of x that don't begin at 16 bytes.
+// Words that a lane of multiply_16_rows may load so that four lanes stay in one group; 0: none.
 inline int words_for(const Matrix& W, int bits, const void* x) {
   int words = W.width % 8 || (size_t)x % 16 ? 0 : 4;
   while (words && W.group != W.width && W.group % (4 * words * 32 / bits)) words /= 2;
   return words;
 }
-// call(Int<WORDS>(), Int<TILES>())
-template <class F> void with_words(int words, int M, F call) {
-  auto with_tiles = [&](auto w) { M <= 8 ? call(w, Int<1>()) : call(w, Int<2>()); };
-  if (words == 4) with_tiles(Int<4>());
-  else if (words == 2) with_tiles(Int<2>());
-  else with_tiles(Int<1>());
+// call(T(), Int<BITS>(), Int<WORDS>(), Int<TILES>())
+template <class F> void with_words(int type, int bits, int words, int M, F call) {
+  with_type(type, bits, [&](auto t, auto b) {
+    auto with_tiles = [&](auto w) { M <= 8 ? call(t, b, w, Int<1>()) : call(t, b, w, Int<2>()); };
+    if (words == 4) with_tiles(Int<4>());
+    else if (words == 2) with_tiles(Int<2>());
+    else with_tiles(Int<1>());
+  });
 }
 
 extern "C" {
@@ -628,17 +629,15 @@ void run_dequantize(int type, int bits, const void*, int, Matrix W, void* out, c
 }
 
 void run_product(int type, int bits, const void* x, int M, Matrix W, int step, void* y, cudaStream_t stream) {
-  with_type(type, bits, [&](auto t, auto b) {
+  int words = words_for(W, bits, x);
+  with_words(type, bits, words, M, [&](auto t, auto b, auto w, auto tiles) {
     using T = decltype(t);
     constexpr int BITS = b();
-    int words = words_for(W, bits, x);
     auto X = (const T*)x;
     auto Y = (T*)y;
     if (step == NAIVE) launch(product_naive<T, BITS>, dim3(ceil_div(W.rows, 128), M), 128, stream, X, W, Y);
     else if (step == FAST && M <= 16 && words)
-      with_words(words, M, [&](auto w, auto tiles) {
-        launch(matvec<T, BITS, w(), tiles()>, ceil_div(W.rows, 16), 32 * WARPS, stream, X, M, W, Y);
-      });
+      launch(matvec<T, BITS, w(), tiles()>, ceil_div(W.rows, 16), 32 * WARPS, stream, X, M, W, Y);
     else if (step == FAST && M > 16 && words && (W.group == W.width || W.group % STEP == 0))
       launch(matmul<T, BITS>, dim3(ceil_div(W.rows, TILE), ceil_div(M, TILE)), 128, stream, X, M, W, Y);
     else launch(product_warp<T, BITS>, dim3(ceil_div(W.rows, 4), ceil_div(M, 16)), 128, stream, X, M, W, Y);
@@ -655,25 +654,21 @@ int pieces_of(Matrix A, int bits, int words) {
 void run_lowrank(int type, int bits, const void* x, int M, Matrix A, Matrix B, void* shares, void* h,
                  void* counters, void* y, cudaStream_t stream) {
   int words = std::min(words_for(A, bits, x), words_for(B, bits, h)), pieces = pieces_of(A, bits, words);
-  with_type(type, bits, [&](auto t, auto b) {
+  with_words(type, bits, words, M, [&](auto t, auto b, auto w, auto tiles) {
     using T = decltype(t);
-    with_words(words, M, [&](auto w, auto tiles) {
-      int blocks = ceil_div(A.rows, 16) * pieces + ceil_div(B.rows, 16);
-      launch(lowrank<T, b(), w(), tiles()>, blocks, 32 * WARPS, stream, (const T*)x, M, A, B, pieces,
-             (float*)shares, (T*)h, (T*)y, (Counters*)counters);
-    });
+    int blocks = ceil_div(A.rows, 16) * pieces + ceil_div(B.rows, 16);
+    launch(lowrank<T, b(), w(), tiles()>, blocks, 32 * WARPS, stream, (const T*)x, M, A, B, pieces,
+           (float*)shares, (T*)h, (T*)y, (Counters*)counters);
   });
 }
 
 void run_lora(int type, int bits, const void* x, int M, Matrix W, const void* A, const void* B, int r,
               float scale, void* h, void* counters, void* y, cudaStream_t stream) {
-  with_type(type, bits, [&](auto t, auto b) {
+  with_words(type, bits, words_for(W, bits, x), M, [&](auto t, auto b, auto w, auto tiles) {
     using T = decltype(t);
-    with_words(words_for(W, bits, x), M, [&](auto w, auto tiles) {
-      int blocks = ceil_div(W.width, PIECE) + ceil_div(W.rows, 16);
-      launch(lora<T, b(), w(), tiles()>, blocks, 32 * WARPS, stream, (const T*)x, M, W, (const T*)A,
-             (const T*)B, r, scale, (float*)h, (T*)y, (Counters*)counters);
-    });
+    int blocks = ceil_div(W.width, PIECE) + ceil_div(W.rows, 16);
+    launch(lora<T, b(), w(), tiles()>, blocks, 32 * WARPS, stream, (const T*)x, M, W, (const T*)A,
+           (const T*)B, r, scale, (float*)h, (T*)y, (Counters*)counters);
   });
 }
 

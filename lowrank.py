@@ -51,8 +51,7 @@ class LowRankLinear(Layer):
         self.A = nn.Parameter(torch.empty(rank, in_features))
         self.B = nn.Parameter(torch.empty(out_features, rank))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        if not self.A.is_meta:
-            self.init_weights()
+        self.init_weights()
 
     def init_weights(self, std=0.02):
         init_factors(self.A, self.B, std, self.start)
@@ -78,8 +77,7 @@ class LowRankEmbedding(Layer):
         self.rank, self.multiplications = rank, rank * embedding_dim  # looking up a row of A takes none
         self.A = nn.Parameter(torch.empty(num_embeddings, rank))
         self.B = nn.Parameter(torch.empty(embedding_dim, rank))
-        if not self.A.is_meta:
-            self.init_weights()
+        self.init_weights()
 
     def init_weights(self, std=0.02):
         init_factors(self.A.T, self.B, std)
@@ -131,8 +129,7 @@ class LoRALinear(Layer):
         self.A = nn.Parameter(torch.empty(r, self.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
         self.dropout = nn.Dropout(dropout)
-        if not self.A.is_meta:
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as loralib and PEFT
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as loralib and PEFT
 
     def forward(self, x):
         if isinstance(self.base, Layer) and not self.training:
@@ -269,17 +266,18 @@ def from_factors(dense, B, A):
 # ----------------------------------------------------------------------------- method 3
 
 def blend_alpha(step, steps, start=0.9, until=0.5):
-    """The schedule of a: `start` (at 1, A and B would get no gradient), falling along a half cosine to 0 at
-    `until` of all steps, then 0."""
+    """The schedule of a: from `start` (at 1, A and B would get no gradient) along a half cosine to 0 at
+    `until` of all steps."""
     progress = step / max(1, until * steps)
     return 0.0 if progress >= 1 else start * 0.5 * (1 + math.cos(math.pi * progress))
 
 def set_alpha(model, alpha):
-    """Set a of equation 6 in every BlendedLinear of the model; returns how many there are."""
-    layers = [m for m in model.modules() if isinstance(m, BlendedLinear)]
-    for layer in layers:
+    """Set a of equation 6 in every BlendedLinear; at 0 its LowRankLinear takes its place. Returns how many
+    were replaced."""
+    def make(name, layer):
         layer.alpha.fill_(alpha)
-    return len(layers)
+        return layer.lowrank if alpha == 0 else None
+    return len(swap_layers(model, make, wanted=lambda m: isinstance(m, BlendedLinear)))
 
 def blend_with(model, dense_weight):
     """Blend each LowRankLinear with the W of dense_weight(name). Returns the line that says what was done."""
@@ -297,21 +295,14 @@ def blend_with(model, dense_weight):
     now = millions(count_parameters(model))
     return f"blended {len(names)} linears: {now} parameters while W is there, {millions(low)} when alpha is 0"
 
-def finish_blend(model):
-    """Replace each BlendedLinear by its LowRankLinear, when a is 0. Returns how many."""
-    return len(swap_layers(model, lambda name, layer: layer.lowrank, lambda m: isinstance(m, BlendedLinear)))
-
 def attach_lora(model, r=8, alpha=32, targets=("q", "k", "v", "qkv"), dropout=0.0):
     """Freeze the model and put a LoRALinear around each layer whose last name is in `targets`."""
-    names, base = set(), count_parameters(model)
+    base = count_parameters(model)
     model.requires_grad_(False)
 
     def make(name, layer):
-        last = name.rsplit(".", 1)[-1]
-        names.add(last)
-        return LoRALinear(layer, r, alpha, dropout) if last in targets else None
+        return LoRALinear(layer, r, alpha, dropout) if name.rsplit(".", 1)[-1] in targets else None
     wrapped = swap_layers(model, make)
-    refuse(not wrapped, f"no layer is called {', '.join(targets)}: this model has {', '.join(sorted(names))}")
     trainable = count_parameters(model) - base
     return (f"attached {len(wrapped)} adapters: {trainable:,} trainable parameters "
             f"({trainable / base:.2%} of the base's {millions(base)})")

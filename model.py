@@ -104,7 +104,6 @@ class Config:
 CONFIGS = {name: Config(*row) for name, *row in (
     #                kind     vocabulary context blocks heads kv_heads width    ffn   tied
     ("tiny",         "gpt2",    50257,    256,     4,    4,    4,       128,    512),
-    ("small",        "gpt2",    50257,    256,     8,    8,    8,       256,   1024),
     ("gpt2",         "gpt2",    50257,   1024,    12,   12,   12,       768,   3072),
     ("gpt2-medium",  "gpt2",    50257,   1024,    24,   16,   16,      1024,   4096),
     ("gpt2-large",   "gpt2",    50257,   1024,    36,   20,   20,      1280,   5120),
@@ -243,9 +242,7 @@ class Transformer(nn.Module):
         self.norm = config.make_norm()
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)  # W^H
         self.dropout = nn.Dropout(config.dropout)
-        self.tie()
-        if not self.norm.weight.is_meta:
-            self.init_weights()
+        self.init_weights()
 
     def tie(self):
         if self.config.tied and isinstance(self.head, nn.Linear) and isinstance(self.embed, nn.Embedding):
@@ -253,7 +250,7 @@ class Transformer(nn.Module):
 
     def init_weights(self):
         """GPT-2's: deviation 0.02, smaller by sqrt(2N) for the two matrices that add to the residual."""
-        self.tie()  # to_empty, which gives a meta model memory, gives head and embedding a tensor each
+        self.tie()  # again after to_empty, which gives head and embedding a tensor each
         for name, module in self.named_modules():
             adds = {"o", "down"} & set(name.split("."))
             std = 0.02 / (math.sqrt(2 * self.config.blocks) if adds else 1)
@@ -291,7 +288,7 @@ class Transformer(nn.Module):
     def begin(self, tokens, cache=None):
         """The embeddings (B, T, C), and the rope tables and the mask that every block is given."""
         positions, rope, mask = self.layout(tokens, cache)
-        x = self.embed(tokens)
+        x = self.embed(tokens).to(self.norm.weight.dtype)  # of integers it is float32
         if self.positions is not None:
             x = x + self.positions(positions)
         return self.dropout(x), rope, mask
@@ -344,7 +341,7 @@ class KVCache(Cache):
 
     def __init__(self, config, batch, length, device="cpu"):
         self.capacity, self.device = length, device
-        self.lengths = [0] * batch
+        self.lengths, self.rows = [0] * batch, torch.arange(batch, device=device)[:, None]
         self.k = [None] * config.blocks
         self.v = [None] * config.blocks
 
@@ -375,8 +372,7 @@ class KVCache(Cache):
             if self.uniform:
                 store[:, :, self.end:self.end + T] = new
             else:
-                rows = torch.arange(B, device=k.device)[:, None]
-                store[rows, :, self.positions(T)] = new.transpose(1, 2)
+                store[self.rows, :, self.positions(T)] = new.transpose(1, 2)
         return self.k[layer][:, :, :self.end + T], self.v[layer][:, :, :self.end + T]
 
     def advance(self, T):

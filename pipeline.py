@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from common.cli import InputError, Parser, at_least_1, command, refuse
+from common.cli import Parser, at_least_1, command, refuse
 from common.loss import head_loss
 from common.processes import Single, seed_random
 from model import matmul_weights
@@ -47,8 +47,7 @@ TIMEOUT = timedelta(minutes=10)  # the longest that a process may wait: compilin
 def schedule(kind, processes, microbatches):
     """For each of N processes the list of its steps (kind, m, stage), in order. Kinds: F, B, and W where B
     is the gradient of x alone. Process s has stage s, in zb-v also stage 2N - 1 - s."""
-    if kind not in SCHEDULES:
-        raise InputError(f"--schedule must be one of {', '.join(SCHEDULES)}, got {kind}")
+    refuse(kind not in SCHEDULES, f"--schedule must be one of {', '.join(SCHEDULES)}, got {kind}")
     if kind == "zb-v":
         from beyond.zero_bubble import v_shaped
         return v_shaped(processes, microbatches)
@@ -89,9 +88,8 @@ def simulate(lists, forward=1, backward=1, weights=1):
     ends, rows = {None: 0}, []    # when each step ends; the batch is there from the start
     while any(queues):
         ready = [p for p, queue in enumerate(queues) if queue and input_of(*queue[0], stages) in ends]
-        if not ready:
-            raise InputError("the schedule can't run: stages wait for each other at "
-                             f"{[queue[0] for queue in queues if queue]}")
+        refuse(not ready, "the schedule can't run: stages wait for each other at "
+               f"{[queue[0] for queue in queues if queue]}")
         for p in ready:
             step = queues[p].popleft()
             start = max(free[p], ends[input_of(*step, stages)])
@@ -289,9 +287,6 @@ class Pipeline(Single):
             from beyond.zero_bubble import pieces_of_v as divide
         pieces = enumerate(divide(costs(model, length), stages))
         self.pieces = {s: own for s, own in pieces if process_of(s, stages) == grid.stage}
-        with torch.no_grad(), device.autocast():  # activations have the dtype that the embedding gives them
-            tokens = torch.zeros(1, 1, dtype=torch.long, device=device.torch_device)
-            self.dtype = model.begin(tokens)[0].dtype
         dense = isinstance(model.head, nn.Linear) and isinstance(model.embed, nn.Embedding)
         self.tied = self.stages == stages > 1 and dense and model.head.weight is model.embed.weight
         cut(model, chain(*self.pieces.values()))
@@ -329,7 +324,7 @@ class Pipeline(Single):
                 losses.append(head_loss(self.model.head, self.model.norm(h), targets[m]))
             return losses[-1] / (len(tokens) * self.replicas)  # of the mean over the whole batch
 
-        self.wires.begin(steps, (*tokens[0].shape, self.model.config.width), self.dtype)
+        self.wires.begin(steps, (*tokens[0].shape, self.model.config.width), self.model.norm.weight.dtype)
         execute(steps, forward, self.wires)
         return losses
 

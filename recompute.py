@@ -12,18 +12,15 @@ computes the rest a second time in its backward pass.
 
 Every mode gives the gradients of the same function. The random state and autocast's state of the forward
 pass are restored before anything is computed again, so that dropout drops the same elements both times.
-`recomputed` counts what was computed twice.
 
 torch.utils.checkpoint hooks into the tensors that autograd saves. Here a block's parameters are inputs of its
-Function, which returns their gradients: whatever watches the graph (DistributedDataParallel, the pipeline)
-sees an ordinary node.
+Function, which returns their gradients: for DistributedDataParallel and the pipeline it is an ordinary node.
 
     model = use_recompute(Transformer(config), "block")
     loss = head_loss(model.head, model.hidden(tokens), targets)  # in chunks: never all logits at once
     python train.py --recompute block;  python bench.py recompute
 """
 import math
-from collections import Counter
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -39,7 +36,6 @@ from lowrank import LowRankLinear
 from model import Attention, Block, last_product
 
 MODES = ("none", "sdpa", "attention", "block")
-recomputed = Counter()  # what was computed a second time, and how often
 
 def use_recompute(model, mode):
     """Make every block of the model keep what `mode` says; in place, and any earlier mode is undone. RMSNorm
@@ -96,8 +92,7 @@ class State:
 # that is a third of the block's products; of low rank, where only the one with B is left out, a sixteenth.
 
 class RecomputedBlock(torch.autograd.Function):
-    """y = run(x), keeping x alone. parameters: those that run uses and that want a gradient. last: the layer
-    whose product ends run, W^D."""
+    """y = run(x), keeping x alone. parameters: of run, that want a gradient. last: its last layer, W^D."""
 
     @staticmethod
     def forward(ctx, run, last, x, *parameters):
@@ -113,7 +108,6 @@ class RecomputedBlock(torch.autograd.Function):
         x = x.detach().requires_grad_()
         with torch.enable_grad(), ctx.state.restored(), without_product(ctx.last):
             y = ctx.run(x)
-        recomputed["block"] += 1
         return None, None, *torch.autograd.grad(y, (x, *parameters), dy, allow_unused=True)
 
 def recomputed_block(block, x, rope=None, cache=None, mask=None):
@@ -127,8 +121,7 @@ def recomputed_block(block, x, rope=None, cache=None, mask=None):
 
 @contextmanager
 def without_product(layer):
-    """Inside, layer(u) gives zeros, and the backward pass of layer(u) all the same. Only a dense or low-rank
-    layer; others stay as they are."""
+    """Inside, a dense or low-rank layer(u) gives zeros, and the backward pass of layer(u) all the same."""
     if type(layer) not in (nn.Linear, LowRankLinear) or "forward" in layer.__dict__ or layer._forward_hooks:
         yield
         return
@@ -176,8 +169,7 @@ class GradientOfLinear(torch.autograd.Function):
 #
 # Up to 256 tokens both do the same operations in the same order, and so agree bit for bit; beyond, to
 # rounding. Below, of one sequence with T queries and S keys: q is (h, T, d), k and v are (h_kv, S, d), mask
-# (T, S) is True where a query may look (None: causal); `rows` and `keys` are slices: a block of m queries,
-# and the keys that these may see.
+# (T, S) is True where a query may look (None: causal); `rows`, m queries, and `keys` they may see are slices.
 
 QUERIES = 256  # large enough for efficient products, small enough for scores that stay in a CPU's cache
 
@@ -249,7 +241,6 @@ class RecomputedAttention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         scale, rescale = 1 / math.sqrt(q.shape[-1]), 1 / (1 - ctx.dropout)
-        recomputed["attention"] += 1
         with ctx.state.restored() if ctx.dropout else nullcontext():
             for rows, keys in query_blocks(q, k, ctx.mask):
                 p = probabilities(q, k, rows, keys, ctx.mask)
@@ -294,7 +285,6 @@ class RecomputedNorm(torch.autograd.Function):
         n = x.to(wide)
         scale = n.square().mean(-1, keepdim=True).add_(ctx.eps).rsqrt_()  # (..., 1)
         n = n * scale  # (..., C)
-        recomputed["norm"] += 1
         dw = (dy * n).flatten(0, -2).sum(0).to(w.dtype) if ctx.needs_input_grad[1] else None
         g = dy * w.to(wide)
         return (g - n * (g * n).mean(-1, keepdim=True)).mul_(scale).to(x.dtype), dw, None

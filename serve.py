@@ -82,8 +82,7 @@ class Answer:
         self.request.cancelled = True
 
     async def pieces(self, server):
-        """Yield (text, positions of its tokens) until the answer ends. What may be the beginning of a stop
-        text is held back."""
+        """Yield (text, positions of its tokens) until the answer ends. Its end may be `held_back`."""
         request, decoder, text, sent, shown = self.request, Utf8Decoder("replace"), "", 0, 0
         try:
             while not self.finish:

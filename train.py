@@ -30,7 +30,7 @@ from common.loss import head_loss
 from common.optimizers import learning_rate, make_optimizers, moments_of, restore_moments, step_all
 from common.processes import all_reduce, distribute, in_turn, is_first, world_size
 from common.run import RunFolder, begin, start
-from lowrank import LowRankLinear, blend_alpha, blend_with, finish_blend, replace_linears, set_alpha
+from lowrank import LowRankLinear, blend_alpha, blend_with, replace_linears, set_alpha
 from model import CONFIGS, Transformer, config_for, count_parameters, flops_per_token
 
 # Rarely changed settings, without a flag: main(argv, dropout=0.1) gives another value. A run remembers them.
@@ -50,7 +50,6 @@ SETTINGS = dict(
 # What a resumed run may not change: with another value it would be another run.
 FIXED = ("model", "rank", "method", "init_from", "bits", "optimizer", "seq_len", "seed", "dropout", "start",
          "head", "warm_start", "vocabulary", "shape")
-SMALL = ("tiny", "small")  # their vocabulary is as large as the data's tokenizer; others keep their own
 
 def make_parser():
     p = Parser(__doc__)
@@ -104,7 +103,7 @@ def train(args, given):
     elif args.init_from:
         model, tokenizer = pretrained_model(args, given, home)
     corpus = open_corpus(args.data, os.environ.get("DATA_DIR", "data"))
-    pieces = args.vocabulary or (4096 if args.model in SMALL else 8192)
+    pieces = args.vocabulary or (4096 if args.model == "tiny" else 8192)
     tokens = in_turn(prepare, corpus, tokenizer, pieces, args.vocabulary > 0)
     say(f"data {args.data}: {len(tokens.train):,} tokens to train on, {len(tokens.val):,} to validate")
     say(f"tokenizer {tokens.tokenizer.name}")
@@ -128,9 +127,9 @@ def train(args, given):
 
         # Method 3: less of W, more of B A. A warm start: from full rank to factors.
         if args.method == 3:
-            alpha = blend_alpha(step, args.max_iters)
-            if set_alpha(model, alpha) and alpha == 0:
-                say(f"step {step}: alpha is 0, {finish_blend(model)} blended layers are low-rank from now on")
+            replaced = set_alpha(model, blend_alpha(step, args.max_iters))
+            if replaced:
+                say(f"step {step}: alpha is 0, {replaced} blended layers are low-rank from now on")
         if warming and step >= int(args.warm_start * args.max_iters):
             warming, moments = False, moments_of(model, optimizers)
             say(f"step {step}: {replace_linears(model, args.rank, 2, head=args.head == 'lowrank')}")
@@ -244,7 +243,7 @@ def pretrained_model(args, given, home):
 def random_model(args, vocab_size, home):
     """A model with random weights: shapes first, then memory, then values."""
     torch.manual_seed(args.seed)
-    changes = dict(vocab_size=vocab_size) if args.model in SMALL else {}
+    changes = dict(vocab_size=vocab_size) if args.model == "tiny" else {}  # others keep their own
     if args.shape:
         blocks, heads, width = args.shape
         changes |= dict(blocks=blocks, heads=heads, kv_heads=heads, width=width, ffn=4 * width)

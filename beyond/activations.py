@@ -10,12 +10,11 @@ and what is lost is the sum of the other eigenvalues. Plain SVD (H = 1) destroys
 takes a fifth of its parameters away; with H the model stays usable (`python bench.py decompose --quality`).
 
 X must be what the layers before give now that they have changed: so each makes good what it can of their
-errors. Hence one walk through the model (`walk`), which decompose.py and rounding.py share. In each block,
+errors. Hence one walk through the model (`walk`), shared with rounding.py. In each block,
 
     norm1 -> [q k v] -> attention -> [o] -> + -> norm2 -> [gate up] -> silu * -> [down] -> +
 
-the layers in brackets share an input: they are changed, then the text goes on through them. Processes share
-the windows of the text.
+the layers in brackets share an input: they are changed, then the text goes on through them.
 
 What an error in y costs differs from layer to layer: an error d changes the loss of the text by about
 (g d)^2 / 2, g = d loss / d y. So, before ranks are chosen from them, eigenvalues are weighted with the mean
@@ -136,8 +135,7 @@ class Calibrated:
         return {name: all_reduce(costs[name]) * values for name, values in merged(found).items()}
 
     def decompose(self, ranks):
-        """Each layer is decomposed for the inputs it now has; then the text goes on through its factors, in
-        the dtype of the model's files."""
+        """Each layer is decomposed for the inputs it now has, in the dtype of the model's files."""
         def change(layers, H):
             moments, found = Moments(H), {}
             for name in my_share(name for name in layers if ranks[name]):

@@ -156,8 +156,7 @@ class Engine:
         return ended
 
     def join(self):
-        """Read the prompt of the request that waits longest, if there is room for it, and a block more for
-        each running one."""
+        """Read the prompt that waits longest, if it has room, and each running request one block more."""
         request = self.waiting[0]
         text = request.prompt + request.tokens
         needed = self.pool.blocks_for(len(text)) + len(self.running)
@@ -190,8 +189,7 @@ class Engine:
         return self.single(tokens[:, 0], cache)
 
     def leave(self):
-        """Take out what has ended: at a stop token, at max_new_tokens, where the context is full, or when it
-        was cancelled."""
+        """Take out what has ended: at a stop token, at max_new_tokens, with a full context, or cancelled."""
         ended, context = [], self.model.config.context
         for r in [*self.running, *self.waiting]:
             full = len(r.tokens) == r.max_new_tokens or len(r.prompt) + len(r.tokens) > context

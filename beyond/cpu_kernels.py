@@ -96,8 +96,7 @@ def takes(W):
     return W.group == W.in_features or W.group * W.bits % 32 == 0
 
 def product(x, A, B=None, bias=None):
-    """x (..., in) -> x W^T + bias (..., out) for W = A, or B A, without a backward pass. None for small
-    groups, and without a compiler."""
+    """x (..., in) -> x W^T + bias (..., out), W = A or B A. None for small groups or without a compiler."""
     last = B or A
     if load() is None or not takes(A) or not takes(last):
         return None

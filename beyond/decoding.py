@@ -12,7 +12,7 @@ import torch
 
 from beyond.cpu_step import cpu_step
 from common.generate import plain_step
-from model import Cache, KVCache, visible
+from model import KVCache
 
 def decoding_step(model, cache):
     """A step as of common.generate.plain_step, which it is where nothing faster takes the model."""
@@ -23,27 +23,17 @@ def decoding_step(model, cache):
         step = GraphStep(model, cache)
     return step or plain_step(model, cache)
 
-class GraphCache(Cache):
+class GraphCache(KVCache):
     """A KVCache with the next slot of each row in a tensor, for one token of each row."""
+    uniform = False
 
     def __init__(self, cache):
-        self.end = cache.capacity - 1  # so that masks are made for the longest text
-        self.k, self.v = cache.k, cache.v
-        self.slot = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=cache.device)  # (B, 1)
-        self.rows = torch.arange(len(cache.lengths), device=cache.device)[:, None]
-        self.keys = torch.arange(cache.capacity, device=cache.device)
+        self.k, self.v, self.rows, self.device = cache.k, cache.v, cache.rows, cache.device
+        self.slot = torch.zeros_like(cache.rows)  # (B, 1)
+        self.lengths = [cache.capacity - 1]  # so that masks and attention are of all slots
 
     def positions(self, T):
         return self.slot
-
-    def mask(self, T, window=0):
-        return visible(self.slot, self.keys, window)  # (B, 1, 1, S)
-
-    def update(self, layer, k, v):
-        """k, v (B, kv_heads, 1, d) of the next token -> all slots, also those that the mask hides."""
-        for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            store[self.rows, :, self.slot] = new.transpose(1, 2)
-        return self.k[layer], self.v[layer]
 
     def advance(self, T):
         pass

@@ -93,8 +93,7 @@ class PagedCache(KVCache):
             sequence.length += T
 
     def positions(self, T):
-        """Also reserves the blocks of the next T tokens, and notes where they go: a model asks for positions
-        before all else, once a step."""
+        """Also reserves blocks for the next T tokens: a model asks for positions first, once a step."""
         for sequence in self.sequences:
             sequence.table += [self.pool.take() for _ in range(sequence.needs(T))]
         self.table = padded([s.table for s in self.sequences], 0, self.device)  # (B, blocks), then any block

@@ -8,8 +8,7 @@ W H W^T, the largest eigenvalue first (beyond/activations.py), the best product 
     B A X = (u_1 u_1^T + ... + u_r u_r^T) W X       |W X - B A X|^2 = value_(r+1) + value_(r+2) + ...
 
 The directions u_i are orthogonal: what one of them gives does not depend on which others are there. So the
-best of rank r is the first r columns of B and rows of A, and a slider only says how many are read. H is that
-of the whole model's inputs.
+best of rank r is the first r columns of B and rows of A, and a slider only says how many are read.
 
 Each position of the sliders is a model, "rank-50%-8bit", that a request names as it names an adapter.
 """

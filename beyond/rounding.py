@@ -7,11 +7,9 @@ rows of W, and all that rounding needs to know.
     clipping        a smaller range has smaller steps: shrink it as long as the squared error falls
     error feedback  (GPTQ) round one column of W after the other; what was lost is made good, as far as H
                     allows, by the columns still to come
-    sweeps          then go over the columns again, each time to the integer that is best now that all
-                    others are known, and over s and o
+    sweeps          then go over s, o and the integers again, each best now that all others are known
 
-H is gathered along a text (activations.walk): a layer is given what the layers before it, already rounded,
-make of it.
+H is gathered along a text (activations.walk), as the layers before, already rounded, pass it on.
 
     quantize_calibrated(model, 4, batches)              # batches: tokens (B, T) of text like the use
     quantize(model, 4, rounding=clip_rows)              # without a text
@@ -24,13 +22,11 @@ import torch
 
 import quant
 from beyond.activations import walk
-from common.cli import refuse
 from lowrank import LowRankLinear
 from quant import QuantMatrix, decode, encode, nearest, scale_and_offset
 
 def choose_range(w, bits, group):
-    """s and o (..., in / group) of w (..., in), with ranges shrunk as far as that lowers the squared error of
-    a vector."""
+    """s and o (..., in / group) of w (..., in), ranges shrunk as far as a vector's squared error falls."""
     vectors = w.unflatten(-1, (-1, group))
     low, high = vectors.amin(-1), vectors.amax(-1)
     best, best_error = scale_and_offset(low, high, bits), torch.full_like(low, math.inf)
@@ -50,10 +46,7 @@ def clip_rows(weight, bits, group):
 
 def feedback_rows(weight, bits, group, moments, damping=0.03, sweeps=3):
     """quantize_rows with error feedback and sweeps, for inputs of the second moments H (in, in)."""
-    W, mean = weight.detach().float(), moments.diagonal().mean()
-    refuse(not moments.isfinite().all() or not mean.isfinite(), "the second moments of a layer's inputs are "
-           "not finite: round without a calibration text, or is the model damaged?")
-    H = moments.float() / mean.clamp_min(1e-30)
+    W, H = weight.detach().float(), moments.float() / moments.diagonal().mean().clamp_min(1e-30)
     H = H + damping * torch.eye(len(H), device=H.device)  # inputs that the text never showed count a little
     scale, offset = choose_range(W, bits, group)
     q = round_with_feedback(W, scale, offset, bits, group, H)
@@ -62,8 +55,7 @@ def feedback_rows(weight, bits, group, moments, damping=0.03, sweeps=3):
     return q.to(torch.int8), scale, offset
 
 def round_with_feedback(W, scale, offset, bits, group, H, block=128):
-    """Integers (out, in), as float, of W with given s and o. The columns whose inputs are largest come first,
-    when most others can still help."""
+    """Integers (out, in), as float, of W with given s and o. Columns of the largest inputs come first."""
     order = H.diagonal().argsort(descending=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order].double()))
     U = torch.linalg.cholesky(inverse, upper=True).float()
@@ -106,7 +98,8 @@ def fit_scale(q, target, h, scale, offset):
     u, v = (target * q).sum(1), target.sum(1)
     determinant = a * c - b * b
     s, o = (u * c - v * b) / determinant, (a * v - b * u) / determinant
-    good = (determinant > 1e-6 * a * c) & (s >= quant.SMALLEST_HALF) & (s.maximum(o.abs()) < 6e4)
+    holds = (s >= quant.SMALLEST_HALF) & (s.maximum(o.abs()) < quant.LARGEST_HALF)
+    good = holds & (determinant > 1e-6 * a * c)
     return torch.where(good, s, scale.float()).half(), torch.where(good, o, offset.float()).half()
 
 @torch.no_grad()

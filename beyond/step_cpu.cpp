@@ -82,8 +82,7 @@ template <class T> struct Slots {
   }
 };
 
-// Equation 1 for one query: y = softmax(q K^T / sqrt(d)) V over `length` keys. D: d, known to the compiler so
-// that q and y stay in registers; 0: another.
+// Equation 1 for one query over `length` keys. D: d, so that q and y stay in registers; 0: any other d.
 template <int D, class T>
 static void answer(const float* q, Slots<T> keys, Slots<T> values, int length, float* y) {
   static thread_local std::vector<float> memory;

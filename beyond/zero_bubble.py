@@ -76,8 +76,7 @@ class WeightsLater(TorchFunctionMode):
             add()
 
 class GradientOfX(torch.autograd.Function):
-    """x W^T + bias, with x as the only input that autograd sees, so that it makes no gradient of W. weights:
-    W (out, in), and bias (out) or None."""
+    """x W^T + bias, of which autograd sees x alone. weights: W (out, in), and bias (out) or None."""
 
     @staticmethod
     def forward(ctx, x, weights, later):

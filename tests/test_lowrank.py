@@ -17,7 +17,6 @@ from lowrank import (
     balanced,
     blend_alpha,
     eigen,
-    finish_blend,
     gram,
     merge_lora,
     replace_linears,
@@ -173,11 +172,11 @@ def test_method_3_goes_from_the_dense_model_to_a_low_rank_one():
     set_alpha(blended, 0.25)
     layer, x = blended.blocks[0].mlp.up, torch.randn(5, 32)
     assert torch.allclose(layer(x), F.linear(x, 0.25 * layer.weight + 0.75 * layer.lowrank.B @ layer.lowrank.A, layer.bias), atol=1e-6)
-    set_alpha(blended, 0.0)
-    at_zero = blended(TOKENS)
-    assert finish_blend(blended) == 9
+    assert set_alpha(blended, 1e-30) == 0
+    near_zero = blended(TOKENS)
+    assert set_alpha(blended, 0.0) == 9 and set_alpha(blended, 0.0) == 0
     assert not any(isinstance(m, BlendedLinear) for m in blended.modules())
-    assert torch.equal(blended(TOKENS), at_zero)
+    assert torch.allclose(blended(TOKENS), near_zero, atol=1e-6)
 
 def test_alpha_falls_from_near_one_to_zero():
     alphas = [blend_alpha(s, 100) for s in range(101)]
@@ -190,10 +189,6 @@ def test_ranks_out_of_range_are_refused(rank):
         LowRankLinear(32, 96, rank)
     with pytest.raises(InputError, match=f"got {rank}"):
         replace_linears(model_of(GPT2), rank)
-
-def test_targets_that_no_layer_has_are_refused():
-    with pytest.raises(InputError, match="no layer is called nope: this model has down, gate, head, k, o, q, up, v"):
-        attach_lora(model_of(LLAMA), targets=["nope"])
 
 # ----------------------------------------------------------------------------- LoRA
 
