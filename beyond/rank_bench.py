@@ -2,8 +2,8 @@
 
     python serve.py --model smollm2-135m --teach     decomposed at the start, but for a folder of decompose.py
 
-One decomposition serves every rank. With H = X X^T of the inputs X and the eigenvectors u_1, u_2, ... of
-W H W^T, the largest eigenvalue first (beyond/activations.py), the best product of rank r is
+One decomposition serves every rank. With H = X X^T of the inputs X of the whole model, eigenvectors u_i of
+W H W^T and the largest eigenvalue first (beyond/activations.py), the best product of rank r is
 
     B A X = (u_1 u_1^T + ... + u_r u_r^T) W X       |W X - B A X|^2 = value_(r+1) + value_(r+2) + ...
 
