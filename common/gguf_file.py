@@ -16,7 +16,7 @@ import torch
 from common.cli import InputError, refuse
 from common.formats import FAMILIES, LIKE_LLAMA, Source, read_settings, require, shapes_of, their_name
 from common.rope import rope_frequencies
-from common.tokenizer import blamed_on, from_gguf
+from common.tokenizer import Tokenizer, blamed_on, vocabulary
 
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # kinds of values, in struct's letters
 STRING, ARRAY = 8, 9
@@ -174,12 +174,15 @@ class GGUFSource(Source):
                 yield name, self.get(name)
 
     def tokenizer(self):
-        if "tokenizer.ggml.model" not in self.fields:
+        fields = {key.removeprefix("tokenizer.ggml."): value for key, value in self.fields.items()}
+        if "model" not in fields:
             return None
-        tokens, rows = self.fields.get("tokenizer.ggml.tokens"), self.config.vocab_size
+        tokens, rows = fields.get("tokens"), self.config.vocab_size
         refuse(not isinstance(tokens, list) or len(tokens) > rows,
                f"{self.path} has no list of at most {rows:,} tokens, the rows of its embedding")
         for role in ("bos", "eos"):
-            i = self.fields.get(f"tokenizer.ggml.{role}_token_id", 0)
+            i = fields.get(f"{role}_token_id", 0)
             refuse(i not in range(len(tokens)), f"{self.path}: its {role} is {i} of {len(tokens)} tokens")
-        return from_gguf(self.path.stem, self.fields)
+        name, template = self.path.stem, fields.get("tokenizer.chat_template")
+        with blamed_on(f"the tokenizer of {name}"):
+            return Tokenizer(name, *vocabulary(name, fields), template)

@@ -266,12 +266,6 @@ def vocabulary(name, fields):
         backend.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
     return backend, roles
 
-def from_gguf(name, fields):
-    """From a GGUF's metadata: a dict of its fields, "tokenizer.ggml.tokens" and so on."""
-    with blamed_on(f"the tokenizer of {name}"):
-        own = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
-        return Tokenizer(name, *vocabulary(name, own), fields.get("tokenizer.chat_template"))
-
 def load_tokenizer(folder):
     """The tokenizer in a model's folder, as transformers has it: tokenizer.json, or else tokenizer.model."""
     folder = Path(folder)

@@ -39,6 +39,11 @@ def needs(path):
         pytest.skip(f"{DATA / path} is not there: set DATA_DIR to a folder that has it")
     return DATA / path
 
+def from_gguf(fields):
+    """As GGUFSource.tokenizer does."""
+    with ours.blamed_on("the tokenizer of x"):
+        return ours.Tokenizer("x", *ours.vocabulary("x", fields))
+
 @pytest.fixture(scope="module")
 def corpus():
     return needs("text/wikitext2-valid.txt").read_text()
@@ -138,7 +143,7 @@ def test_byte_level_bpe(cut, alphabet, tmp_path, corpus):
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     fields = {"model": "gpt2", "pre": cut, "tokens": tokens, "token_type": [3] * 3 + [1] * (len(tokens) - 3),
               "merges": [" ".join(m) for m in model["merges"]], "eos_token_id": 0}
-    other = ours.from_gguf("x", {f"tokenizer.ggml.{key}": value for key, value in fields.items()})
+    other = from_gguf(fields)
     hard = [HARD.replace("<|endoftext|>", ""), EVERYTHING]
     for sample in (corpus[-300_000:], *hard) if alphabet else (corpus[:300_000],):
         ids = tokenizer.encode(sample)
@@ -218,7 +223,7 @@ def test_sentencepiece_from_a_gguf(llama2):
               "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
 
     def tokenizer(**more):
-        return ours.from_gguf("x", {f"tokenizer.ggml.{key}": value for key, value in (fields | more).items()})
+        return from_gguf(fields | more)
     rebuilt = tokenizer()
     for text in (HARD, EVERYTHING, "", " ", "a"):
         assert rebuilt.encode(text) == llama2.encode(text) and rebuilt.decode(rebuilt.encode(text)) == text
@@ -300,13 +305,13 @@ def test_unknown_kinds_are_refused(tmp_path, corpus):
     with pytest.raises(InputError, match="read as JSON"):
         ours.load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="'somebpe'"):
-        ours.from_gguf("x", {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "somebpe"})
+        from_gguf({"model": "gpt2", "pre": "somebpe"})
     fields = {"model": "gpt2", "tokens": ["a"], "merges": ["a b"]}
     for more, message in (({}, "the tokenizer of x can't be read .*out of vocabulary"),
                           ({"tokens": ["a", "a"]}, "twice"),
                           ({"tokens": [1]}, "can't be read"), ({"token_type": [1, 1]}, "lacks")):
         with pytest.raises(InputError, match=message):
-            ours.from_gguf("x", {f"tokenizer.ggml.{key}": value for key, value in (fields | more).items()})
+            from_gguf(fields | more)
 
 @pytest.mark.parametrize("settings", [dict(model_type="unigram"), dict(normalization_rule_name="nmt_nfkc")])
 def test_sentencepiece_models_of_another_kind(settings, tmp_path, corpus):
