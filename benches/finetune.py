@@ -1,7 +1,6 @@
-"""Finetuning smollm2-135m with LoRA: speed and memory against transformers + peft, and Table VIII's scores.
+"""Finetuning smollm2-135m with LoRA: speed and memory against transformers + peft, in turn.
 
-    python bench.py finetune                 tokens/s and peak memory, in turn
-    python bench.py finetune --quality       weighted F1 before and after (an hour or two on two cores)
+    python bench.py finetune
 
 The same rows, batch, rank and dtype for all; tokens are counted without padding. peft's batches are what its
 users have: rows in random order, padded to the longest, logits of all tokens. Ours are tasks.rows.Batch.
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from benches.common import DATA_DIR, Worker, installed, interleaved, run_once, table
+from benches.common import DATA_DIR, Worker, installed, interleaved, table
 from checkpoint import load_model
 from common.cli import refuse
 from common.device import find_device, peak_memory
@@ -26,11 +25,8 @@ from recompute import use_recompute
 from tasks.rows import Batch, encode, pick
 from tasks.sets import draw
 
-QUALITY = [("fpb", 8, 8), ("fpb", 4, 8), ("fpb", 16, 8), ("fpb", 16, 4), ("fpb", 16, 16), ("fiqa", 8, 8),
-           ("tfns", 8, 8)]  # task, bits, rank
-PAPER = {"fpb": "0.518 -> 0.850", "fiqa": "0.686 -> 0.860", "tfns": "0.809 -> 0.894"}  # Llama2-7B, 8 bit
 DEFAULTS = dict(base="smollm2-135m", bits=[16, 8, 4], rank=8, task="fpb", batch_size=16, batches=6, rounds=3,
-                dtype="auto", quality=False, eval_limit=2000, out_dir="out/quality")
+                dtype="auto")
 
 def our_step(args, bits, rows, device):
     """step(i) trains on the i-th batch of our order; it returns the tokens of its rows."""
@@ -85,23 +81,8 @@ def engine(args, name, bits, folder, rows):
         return tokens, peak_memory(device.torch_device)
     return train
 
-def quality(args):
-    """Table VIII: a run of finetune.py for each line."""
-    rows = []
-    for task, bits, rank in QUALITY:
-        s = run_once("finetune.py", f"{args.out_dir}/{task}-{bits}bit-r{rank}", "--base", args.base,
-                     "--task", task, "--bits", bits, "--rank", rank, "--eval-limit", args.eval_limit)
-        before, after = s["scores_before"][task], s["scores_after"][task]
-        rows.append(after | dict(
-            task=task, bits=bits, rank=rank, f1_before=before["f1"], f1_after=after["f1"],
-            generated_before=before["f1_generated"], generated_after=after["f1_generated"],
-            trainable_parameters=s["trainable_parameters"]))
-    return rows
-
 def bench(args):
     device = find_device(args.dtype)
-    if args.quality:
-        return device, quality(args)
     args.dtype, keys = str(device.dtype)[6:], [("ours", bits) for bits in args.bits]
     if installed("peft"):
         keys.append(("peft", 16))
@@ -123,14 +104,6 @@ def bench(args):
                          tokens_per_second=tokens / seconds[key]) for key, (tokens, peak) in found.items()]
 
 def report(rows):
-    if "f1_after" in rows[0]:
-        return table(rows, {
-            "task": "task", "bits": "bits", "rank": "rank",
-            "learned": ("trainable_parameters", "{:.2f}M", 1e6), "untuned": ("f1_before", "{:.3f}"),
-            "tuned": ("f1_after", "{:.3f}"), "95%": lambda r: "{:.3f} to {:.3f}".format(*r["interval"]),
-            "generated": lambda r: f"{r['generated_before']:.3f} -> {r['generated_after']:.3f}",
-            "commonest": ("majority", "{:.3f}"),
-            "paper": lambda r: PAPER[r["task"]] if r["bits"] == 8 else None})
     peer = [r["tokens_per_second"] for r in rows if r["engine"] == "peft"]
     return table(rows, {
         "engine": "engine", "bits": "bits", "rank": "rank", "dtype": "dtype",

@@ -12,13 +12,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import f1_score
 
 import bench
-from benches import chance, common, decode, http, paper, scaling
+from benches import chance, common, decode, gain, http, paper, scaling
 from checkpoint import save_model
 from common.cli import InputError
+from common.device import find_device
 from common.tokenizer import train_tokenizer
 from model import Config, Transformer
+from tasks import score, sets
+from tasks.rows import made_up_headlines
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -154,6 +158,44 @@ def test_the_papers_tables_have_its_figures_in_brackets_and_a_star_where_nothing
             dict(table="VI", what="gpt2 r96", quantity="MB", value=62, paper=58.5, how="exact")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in paper.report(rows).splitlines()]
     assert ["int8", "1.5 (624)"] in cells and ["gpt2 r48", "3.9* (1.192 / 1.197)", "52.5"] in cells and ["gpt2 r96", "", "62 (58.5)"] in cells
+
+def test_baselines_of_finetuning_are_scored_as_scikit_learn_does(monkeypatch):
+    examples = made_up_headlines(90, seed=1)
+    parts = dict(train=examples[:60], test=examples[60:])
+    monkeypatch.setattr(sets, "load", lambda task, data_dir, part: parts[part])
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([e.prompt + e.answer for e in examples], 400)
+    model = Transformer(Config("llama", vocab_size=tokenizer.vocab_size, context=256, blocks=1, heads=2, kv_heads=1, width=16, ffn=24)).eval()
+    found = {r["method"]: r for r in gain.baselines("fpb", model, tokenizer, find_device("float32"))}
+    labels = [e.label for e in parts["test"]]
+    for r in found.values():
+        given = [int(p) for p in r["predictions"]]
+        assert r["labels"] == "".join(map(str, labels)) and r["f1"] == pytest.approx(f1_score(labels, given, average="weighted"))
+        assert r["macro_f1"] == pytest.approx(f1_score(labels, given, average="macro"))
+    assert found["TF-IDF, linear SVM"]["f1"] > 0.95, "templates give their words away"
+    assert found["untuned"]["f1"] < 0.6 < found["linear probe"]["f1"] and len(set(found["always the commonest label"]["predictions"])) == 1
+    e, each = examples[60], []  # the likeliest label, one prompt at a time
+    for choice in e.choices:
+        given, ending = score.encode_pair(tokenizer, e.prompt, choice)
+        logp = model(torch.tensor([given + ending]))[0].log_softmax(-1)
+        each.append(sum(logp[len(given) - 1 + i, t].item() for i, t in enumerate(ending)))
+    assert int(found["untuned"]["predictions"][0]) == int(np.argmax(each))
+
+def test_the_table_of_gain_compares_with_full_finetuning():
+    examples = made_up_headlines(200, seed=1)
+    right = [e.label for e in examples]
+    wrong = [(label + (i % 4 == 0)) % 3 for i, label in enumerate(right)]
+    common = dict(rank=0, bits=16, random=False, seed=1, learned=10_000_000, seconds=1.0)
+    rows = [gain.row("fpb", "TF-IDF, linear SVM", examples, wrong), gain.row("fpb", "full", examples, right, **common),
+            gain.row("fpb", "lora", examples, right, **common | dict(rank=8, bits=8)),
+            gain.row("fpb", "lora", examples, wrong, **common | dict(rank=8, bits=8, seed=2))]
+    table = gain.report(rows)
+    lines = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ")]
+    cells = [dict(zip([c.strip() for c in lines[0]], [c.strip() for c in line])) for line in lines[1:]]
+    lora = [c for c in cells if c["learns"] == "lora"]
+    assert [c["as full?"] for c in lora] == ["p = 1.000", ""] and lora[0]["learned"] == "10.00M" and lora[0]["r"] == "8"
+    assert cells[0]["as full?"] == "p = 0.000" and cells[1]["as full?"] == "" and cells[1]["weighted F1"] == "1.000"
+    assert cells[0]["95%"].startswith("0.6") and "fpb, 200 test rows" in table
 
 @pytest.mark.parametrize("default, given, value", [
     (["a", "b"], "c,d", ["c", "d"]), ([8, 4], "16", [16]), ([], "0,192", [0, 192]), (3, "5", 5), (2.5, "0.5", 0.5),
