@@ -46,7 +46,7 @@ def row(task, method, examples, predictions, **more):
 def finetuned(args, task, method, rank, bits, is_random, seed, examples):
     """The row of a run. None: it is late."""
     folder = Path(args.out_dir) / f"{task}-{method}-r{rank}-{bits}bit{'-random' if is_random else ''}-{seed}"
-    base, of_rank = Path(args.out_dir) / "random" if is_random else args.base, ["--rank", rank] if rank else []
+    base, low = Path(args.out_dir) / "random" if is_random else args.base, ["--rank", rank] if rank else []
     if time.time() > args.deadline and not (folder / "scores" / "summary.json").exists():
         return None
     if is_random and not base.exists():
@@ -55,7 +55,7 @@ def finetuned(args, task, method, rank, bits, is_random, seed, examples):
         model.init_weights()
         replace_model(base, model, tokenizer)
     s = run_once("finetune.py", folder, "--base", base, "--task", task, "--method", method, "--bits", bits,
-                 *of_rank, "--seed", seed, "--max-iters", args.max_iters, "--eval-limit", 0)
+                 *low, "--seed", seed, "--max-iters", args.max_iters, "--eval-limit", 0)
     model = ["--model", base, "--adapter", folder] if rank else ["--model", folder]
     run_once("eval.py", folder / "scores", "--tasks", task, *model, "--bits", bits)
     written = read_metrics(folder / "scores" / "predictions" / f"{task}.jsonl")
@@ -92,8 +92,8 @@ def baselines(task, model, tokenizer, device):
     linear = StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)
     commonest = statistics.mode(e.label for e in train)
     return [row(task, "always the commonest label", test, [commonest] * len(test)),
-            learned("TF-IDF, linear SVM", train, texts, TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
-                    LinearSVC()),
+            learned("TF-IDF, linear SVM", train, texts,
+                    TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC()),
             row(task, "untuned", test, likelihoods(test).argmax(1)),
             learned("untuned, calibrated", sets.draw(train, FEW), likelihoods, *linear),
             learned("linear probe", sets.draw(train, PROBED), states, *linear)]
@@ -115,7 +115,7 @@ def right(line):
     return np.array([*line["labels"]]) == np.array([*line["predictions"]])
 
 def report(rows):
-    """A table for each task; a row is compared with full finetuning of the same seed, a baseline with seed 1."""
+    """A table for each task; its last column compares with full finetuning of the same seed."""
     full = {(r["task"], r["seed"]): r for r in rows if r["method"] == "full" and not r["random"]}
 
     def as_full(line):
