@@ -3,9 +3,9 @@
     python bench.py scaling --sizes 64x4 --json results/scaling.json
 
 All train on the same novels ($DATA_DIR/text/fiction), as many tokens a parameter of full rank, with the same
-optimizer. Each looks for its rate by factors of 2, at SEARCH tokens a parameter, and for the longest runs
-again at lower ones, by the loss on one novel that nobody trains on; the loss on two others is reported. A
-model that only counts bigrams and trigrams of the same text is the floor of any claim.
+optimizer. Each looks for its rate at the first size, by factors of 2, at SEARCH tokens a parameter, and for
+the longest runs again at lower ones, by the loss on one novel that nobody trains on; the loss on two others
+is reported. A model that only counts bigrams and trigrams of the same text is the floor of any claim.
 
 The interval of a difference to full rank has two parts, added as squares: 1.96 standard errors over PARTS
 pieces of the novels and, with several seeds, that of the mean over these (Student's t).
@@ -106,13 +106,13 @@ def best_rate(loss, rate, up=True):
     return rate
 
 def finish(args, size, name, seed):
-    """The rows of a variant, one for each length that is in time, at the rates that suit the first seed."""
+    """The rows of a variant, one for each length that is in time. Its rates suit the first size and seed."""
     def chosen(ratio, rate):
-        return train(args, size, name, ratio, rate, args.seeds[0])["choose"]
-    rows = []
-    with suppress(TimeoutError):
-        rate = best_rate(partial(chosen, SEARCH), FIRST_RATE)
-        for ratio in RATIOS:
+        return train(args, args.sizes[0], name, ratio, rate, args.seeds[0])["choose"]
+    rows, rate = [], None
+    for ratio in RATIOS:
+        with suppress(TimeoutError):
+            rate = rate or best_rate(partial(chosen, SEARCH), FIRST_RATE)
             if ratio > SEARCH:
                 rate = best_rate(partial(chosen, ratio), rate, up=False)
             rows.append(train(args, size, name, ratio, rate, seed))

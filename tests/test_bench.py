@@ -86,10 +86,11 @@ def test_a_variant_has_the_lengths_that_are_in_time(late, ratios, monkeypatch):
     def train(args, size, name, ratio, rate, seed):
         if ratio == late:
             raise TimeoutError
-        return dict(ratio=ratio, lr=rate, choose=abs(math.log2(rate / 8e-3)))
+        return dict(size=size, ratio=ratio, lr=rate, choose=abs(math.log2(rate / (8e-3 if size == "64x4" else 1))))
     monkeypatch.setattr(scaling, "train", train)
-    rows = scaling.finish(SimpleNamespace(seeds=[1]), "64x4", "full rank", 1)
-    assert [(r["ratio"], r["lr"]) for r in rows] == [(ratio, 8e-3) for ratio in ratios]
+    for size in ("64x4", "96x6"):  # the rates are those of the first
+        rows = scaling.finish(SimpleNamespace(seeds=[1], sizes=["64x4", "96x6"]), size, "full rank", 1)
+        assert [(r["size"], r["ratio"], r["lr"]) for r in rows] == [(size, ratio, 8e-3) for ratio in ratios]
 
 def test_narrow_models_have_as_many_parameters_or_operations():
     for name, count in (("narrow, parameters of n/4", scaling.count_parameters), ("narrow, operations of n/4", scaling.operations)):
