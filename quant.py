@@ -32,7 +32,6 @@ from lowrank import BlendedLinear, LowRankLinear
 from model import Layer, Packed
 
 SMALLEST_HALF = 2.0 ** -24  # a vector of equal numbers has no range; its scale must not be 0
-LARGEST_HALF = 6e4          # nearly
 MATVEC_ROWS = 16            # kernels.cu reads a matrix once for up to 16 rows of x
 MANY_ROWS = 128             # with more, a GPU is faster with a dequantized W
 
@@ -72,6 +71,18 @@ def quantize_rows(weight, bits, group):
     vectors = w.unflatten(-1, (-1, group))
     scale, offset = scale_and_offset(vectors.amin(-1), vectors.amax(-1), bits)  # (out, groups)
     return encode(w, scale, offset, bits), scale, offset
+
+def check_range(weight, bits, group, name):
+    """Refuse what float16 s and o can't hold. They are multiples of 2^-24, which moves a weight by some
+    2^(bits - 2) of these: at most twice the finest that counts in the matrix, half a step or 2^-10 of its
+    largest number."""
+    vectors = weight.detach().float().unflatten(-1, (-1, group))
+    low, high = vectors.amin(-1), vectors.amax(-1)  # ten times as fast as aminmax
+    s, o = scale_and_offset(low, high, bits)
+    finest = max((high - low).max() / (2 ** bits - 1) / 2, torch.maximum(high, -low).max() / 1024)
+    fits = (s + o).isfinite().all() and not 0 < finest < (2 ** (bits - 3) + 2) * SMALLEST_HALF
+    refuse(not fits, f"{name} has weights from {low.min():.3g} to {high.max():.3g}: float16 scales can't "
+           f"hold these at {bits} bits, keep the model at 16 (--bits 16)")
 
 def pack(q, bits):
     """q int8 (out, in) -> rows of bytes, padded to a multiple of 16 so that a GPU can load 16 at a time.
@@ -115,9 +126,7 @@ class QuantMatrix(Packed):
             matrix = cls(*weight.shape, bits, group)
         if weight.is_meta:
             return matrix
-        most = weight.detach().abs().max()
-        refuse(not most < LARGEST_HALF, f"{name} has weights up to {most:.3g}: float16 scales can't hold "
-               "these, keep the model at 16 bits (--bits 16)")
+        check_range(weight, bits, matrix.group, name)
         q, scale, offset = (t.contiguous() for t in rounding(weight, bits, matrix.group))
         matrix.q, matrix.scale, matrix.offset = pack(q, bits), scale, offset
         return matrix

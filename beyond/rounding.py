@@ -22,6 +22,7 @@ import torch
 
 import quant
 from beyond.activations import walk
+from common.cli import refuse
 from lowrank import LowRankLinear
 from quant import QuantMatrix, decode, encode, nearest, scale_and_offset
 
@@ -46,7 +47,10 @@ def clip_rows(weight, bits, group):
 
 def feedback_rows(weight, bits, group, moments, damping=0.03, sweeps=3):
     """quantize_rows with error feedback and sweeps, for inputs of the second moments H (in, in)."""
-    W, H = weight.detach().float(), moments.float() / moments.diagonal().mean().clamp_min(1e-30)
+    W, mean = weight.detach().float(), moments.diagonal().mean()
+    refuse(not moments.isfinite().all() or not mean.isfinite(), "the second moments of a layer's inputs are "
+           "not finite: round without a calibration text, or is the model damaged?")
+    H = moments.float() / mean.clamp_min(1e-30)
     H = H + damping * torch.eye(len(H), device=H.device)  # inputs that the text never showed count a little
     scale, offset = choose_range(W, bits, group)
     q = round_with_feedback(W, scale, offset, bits, group, H)
@@ -98,8 +102,7 @@ def fit_scale(q, target, h, scale, offset):
     u, v = (target * q).sum(1), target.sum(1)
     determinant = a * c - b * b
     s, o = (u * c - v * b) / determinant, (a * v - b * u) / determinant
-    holds = (s >= quant.SMALLEST_HALF) & (s.maximum(o.abs()) < quant.LARGEST_HALF)
-    good = holds & (determinant > 1e-6 * a * c)
+    good = (determinant > 1e-6 * a * c) & (s >= quant.SMALLEST_HALF) & (s.maximum(o.abs()) < 6e4)
     return torch.where(good, s, scale.float()).half(), torch.where(good, o, offset.float()).half()
 
 @torch.no_grad()

@@ -88,16 +88,17 @@ def test_weights_of_any_size_are_rounded_right_or_refused(bits, rounding):
         try:
             m = QuantMatrix.of(w, bits, None, rounding, name)
         except InputError as error:
-            assert str(error).startswith(f"{name} has weights up to ") and "--bits 16" in str(error)
+            assert str(error).startswith(f"{name} has weights from ") and "--bits 16" in str(error)
             refused.append(name)
             continue
         vectors, error = w.unflatten(-1, (-1, m.group)), (m.dense() - w).abs()
         step = (vectors.amax(-1) - vectors.amin(-1)) / (2 ** bits - 1)
         assert error.isfinite().all() and (w.any() or not error.max() > 1e-6)
         if rounding is quantize_rows:
-            bound = step / 2 + vectors.abs().amax(-1) / 1024 + 2 ** (bits - 26)  # float16 has steps of 2^-24
+            bound = step / 2 + vectors.abs().amax(-1) / 1024 + 1e-7
             assert (error.unflatten(-1, (-1, m.group)).amax(-1) <= 3 * bound).all(), name
-    assert refused == ["large", "huge", "offset", "nan", "inf"]
+    always = ["tinier", "dust", "huge", "offset", "nan", "inf"]
+    assert refused == always if bits == 4 else ["tiny", *always]
 
 def test_the_matrix_that_is_refused_is_named(tmp_path):
     model = small("gpt2", rank=32)
@@ -106,8 +107,17 @@ def test_the_matrix_that_is_refused_is_named(tmp_path):
     other = copy.deepcopy(model)
     for make in (lambda: quantize(model, 8), lambda: load_model(tmp_path / "m", bits=8),
                  lambda: quantize_calibrated(other, 8, [torch.randint(0, 211, (1, 64))])):
-        with pytest.raises(InputError, match=r"blocks\.1\.mlp\.up\.B has weights up to .*: float16 scales can't hold these"):
+        with pytest.raises(InputError, match=r"blocks\.1\.mlp\.up\.B has weights from .*: float16 scales can't hold these at 8 bits"):
             make()
+    model = small("gpt2")
+    model.embed.weight.data *= 1e-8
+    with pytest.raises(InputError, match=r"(embed|head)\.weight has weights from"):
+        quantize(model, 8)
+
+@pytest.mark.parametrize("H", [torch.full((64, 64), torch.nan), torch.eye(64) * torch.inf, torch.eye(64) * 1e38])
+def test_moments_that_are_not_finite_are_refused(H):
+    with pytest.raises(InputError, match="the second moments of a layer's inputs are not finite"):
+        feedback_rows(torch.randn(8, 64), 4, 64, H)
 
 @pytest.mark.parametrize("bits, group, message", [
     (3, None, "bits must be 4 or 8, got 3"), (16, None, "got 16"), (8, -1, "groups of -1"),
