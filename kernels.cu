@@ -596,13 +596,14 @@ template <class F> void with_type(int type, int bits, F call) {
   type == BFLOAT16 ? with_bits<__nv_bfloat16>(bits, call) : with_bits<__half>(bits, call);
 }
 
-// Words that a lane of multiply_16_rows may load so that four lanes stay in one group; 0: none.
+// Words that a lane of multiply_16_rows may load so that four lanes stay in one group; 0: none, or x is not
+// where 16 bytes begin.
 inline int words_for(const Matrix& W, int bits, const void* x) {
   int words = W.width % 8 || (size_t)x % 16 ? 0 : 4;
   while (words && W.group != W.width && W.group % (4 * words * 32 / bits)) words /= 2;
   return words;
 }
-// call(T(), Int<BITS>(), Int<WORDS>(), Int<TILES>())
+// call(T(), Int<BITS>(), Int<WORDS>(), Int<TILES>()); 0 words are taken for 1.
 template <class F> void with_words(int type, int bits, int words, int M, F call) {
   with_type(type, bits, [&](auto t, auto b) {
     auto with_tiles = [&](auto w) { M <= 8 ? call(t, b, w, Int<1>()) : call(t, b, w, Int<2>()); };

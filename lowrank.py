@@ -303,6 +303,7 @@ def attach_lora(model, r=8, alpha=32, targets=("q", "k", "v", "qkv"), dropout=0.
     def make(name, layer):
         return LoRALinear(layer, r, alpha, dropout) if name.rsplit(".", 1)[-1] in targets else None
     wrapped = swap_layers(model, make)
+    refuse(not wrapped, f"no layer is called {', '.join(targets)}")
     trainable = count_parameters(model) - base
     return (f"attached {len(wrapped)} adapters: {trainable:,} trainable parameters "
             f"({trainable / base:.2%} of the base's {millions(base)})")

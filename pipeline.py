@@ -324,7 +324,8 @@ class Pipeline(Single):
                 losses.append(head_loss(self.model.head, self.model.norm(h), targets[m]))
             return losses[-1] / (len(tokens) * self.replicas)  # of the mean over the whole batch
 
-        self.wires.begin(steps, (*tokens[0].shape, self.model.config.width), self.model.norm.weight.dtype)
+        dtype = self.model.norm.weight.dtype  # as model.begin casts, and no block changes it
+        self.wires.begin(steps, (*tokens[0].shape, self.model.config.width), dtype)
         execute(steps, forward, self.wires)
         return losses
 

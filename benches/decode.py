@@ -25,7 +25,7 @@ from common.device import find_device, peak_memory, stored_bytes
 from common.generate import generate, plain_step
 from model import CONFIGS, config_for
 
-RANKS = {"gpt2": [0, 192], "gpt2-xl": [0, 384]}  # the paper's, of Table VIII, beside full rank
+RANKS = {"gpt2": [0, 192], "gpt2-xl": [0, 384]}  # full, and the paper's of Table VIII
 PROMPT, UNCACHED = list(range(100)), 4  # new tokens without the cache
 READ, TIMES = 1 << 29, 10  # bytes, more than any CPU's cache holds; read so often in a round
 DEFAULTS = dict(models=["gpt2", "gpt2-xl"], gguf=None, ranks=[], bits=[16, 8, 4], eager=False, batch=1,

@@ -30,7 +30,7 @@ class GraphCache(KVCache):
     def __init__(self, cache):
         self.k, self.v, self.rows, self.device = cache.k, cache.v, cache.rows, cache.device
         self.slot = torch.zeros_like(cache.rows)  # (B, 1)
-        self.lengths = [cache.capacity - 1]  # so that masks and attention are of all slots
+        self.lengths = [cache.capacity - 1] * len(cache.rows)  # so that attention is of all slots
 
     def positions(self, T):
         return self.slot

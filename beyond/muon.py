@@ -3,7 +3,7 @@
 A gradient G = U S V^T has a few large singular values, and AdamW's step, made number by number, follows
 those. Here the step is U V^T: the same directions, all equally long. It matters most to factors. With y = B A
 x, the gradient of A is B^T (dL/dW), so a direction in which B is still small hardly moves A, and as little
-moves B in turn: plain B A learns few of its r directions. An orthogonalized step waits for none.
+moves B in turn: plain B A learns few of its r directions. An orthogonalized step waits for none of them.
 
 U V^T needs no SVD. A polynomial of odd degree acts on the singular values alone, and repeating this one
 (Newton-Schulz) takes each of (0, 1] near 1:

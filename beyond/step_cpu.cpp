@@ -82,7 +82,8 @@ template <class T> struct Slots {
   }
 };
 
-// Equation 1 for one query over `length` keys. D: d, so that q and y stay in registers; 0: any other d.
+// Equation 1, softmax(q K^T / sqrt(d)) V, for one query over `length` keys. D: d, if the compiler is to know
+// it, so that q and y stay in registers; 0: any other.
 template <int D, class T>
 static void answer(const float* q, Slots<T> keys, Slots<T> values, int length, float* y) {
   static thread_local std::vector<float> memory;

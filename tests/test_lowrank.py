@@ -227,6 +227,10 @@ def test_lora_has_the_outputs_and_gradients_of_peft():
     assert torch.allclose(ours.B.grad, theirs.lora_B["default"].weight.grad, rtol=1e-4, atol=1e-3)
     assert ours.base.weight.grad is None
 
+def test_targets_that_no_layer_has_are_refused():
+    with pytest.raises(InputError, match="no layer is called nope"):
+        attach_lora(model_of(LLAMA), targets=["nope"])
+
 def test_lora_counts_of_the_paper():
     for name, targets, wanted in (("llama2-7b", ["q", "v"], 4_194_304), ("llama2-13b", ["q", "k", "v"], 9_830_400)):
         with torch.device("meta"):

@@ -79,7 +79,7 @@ def test_llama2_7b_reaches_the_figures_of_each_mode():
     stored, working = {}, {}
     for mode in MODES:
         kinds = account(shapes_of_rank("llama2-7b"), 1, 4096, mode)
-        stored[mode], working[mode] = kinds["activation"] / 1e9, kinds["block"] / 1e9
+        stored[mode], working[mode] = kinds["activation"] / 1e9, max(kinds["block"], kinds["loss"]) / 1e9
     assert 50 < stored["none"] < 62 and 20 < stored["sdpa"] < 28 and 19 < stored["attention"] <= 21
     assert 1 < stored["block"] <= 1.3 and 0.9 < working["block"] <= 3.6
 
