@@ -49,8 +49,9 @@ def main(argv=None):
     if args.json:
         check_folder(Path(args.json).parent)
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items())
     device, rows = module.bench(args)
-    print(f"{module.report(rows)}\n{device.name}")
+    print(f"{module.report(rows)}\n{device.name}, {flags}")
     if args.json:
         git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
         # another machine has other folders

@@ -171,11 +171,7 @@ def fill(model, tensors, device, dtype, bits=16, group=None):
             model.set_submodule(owner, quant.holding(layer, tensor.to(device)))
             del forms[owner]
         else:
-            old = getattr(layer, leaf)
-            is_parameter = isinstance(old, nn.Parameter)  # a buffer keeps its dtype
-            kept = dtype if is_parameter else tensor.dtype
-            copy = torch.empty(tensor.shape, dtype=kept, device=device).copy_(tensor)
-            setattr(layer, leaf, nn.Parameter(copy, old.requires_grad) if is_parameter else copy)
+            place(layer, leaf, tensor, device, dtype)
             if owner in forms and not any(p.is_meta for p in layer.parameters()):
                 model.set_submodule(owner, quant.quantize_layer(layer, *forms[owner], name=owner))
         del tensor, layer  # before the next one comes
@@ -183,6 +179,14 @@ def fill(model, tensors, device, dtype, bits=16, group=None):
             give_back_memory()  # else the heap fills with holes too small for the next layer
     tie(model)
     return model.eval()
+
+def place(layer, name, tensor, device, dtype):
+    """Copy a tensor into a meta layer; a parameter in `dtype`, a buffer as it is."""
+    old = getattr(layer, name)
+    is_parameter = isinstance(old, nn.Parameter)
+    copy = torch.empty(tensor.shape, dtype=dtype if is_parameter else tensor.dtype, device=device)
+    copy.copy_(tensor)
+    setattr(layer, name, nn.Parameter(copy, old.requires_grad) if is_parameter else copy)
 
 # ------------------------------------------------------------------------------------ python checkpoint.py
 
@@ -261,7 +265,10 @@ def parse(argv):
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run in COMMANDS.items():
         p = commands.add_parser(name, help=run.__doc__)
-        p.add_argument("adapter" if name == "merge" else "model", help="a folder; a file or a known name")
+        if name == "merge":
+            p.add_argument("adapter", help="a folder in PEFT's format")
+        else:
+            p.add_argument("model", help="a folder, a file, or a known name")
         if name != "info":
             p.add_argument("out", help="the new folder")
     p = commands.choices["quantize"]

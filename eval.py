@@ -103,6 +103,8 @@ def summed_up(task, rows):
         if counts.ndim == 3:  # tables of right and given labels
             found |= dict(accuracy=float(score.accuracy(total)), majority=score.majority(counts, metric))
         r |= {key: found} if key == "likeliest" else found
+    if task == "perplexity":
+        r |= dict(tokens=int(total[1]) + len(rows), window=rows[0]["predicted"] + 1)
     if task == "ner":
         r["majority"] = 0.0  # the commonest tag is O: no entity is named
     if "parsed" in rows[0]:
@@ -212,6 +214,7 @@ def evaluate(args):
     names, items = list(dict.fromkeys(args.tasks.split(","))), {}
     for name in names:  # missing or malformed data is told before the model is loaded
         refuse(name not in TASKS, f"no task is called {name!r}: the tasks are {', '.join(TASKS)}")
+        refuse(name == "perplexity" and args.limit == 1, "--limit must be at least 2 tokens, got 1")
         if name != "perplexity":
             items[name] = sets.draw(sets.load(name, args.data_dir), args.limit)
     model, tokenizer, device = open_model(args.model, args.bits)
@@ -220,7 +223,8 @@ def evaluate(args):
     if args.adapter:
         adapter = load_adapter(model, args.adapter, settings["base_id"])
         say(adapter)
-        settings["factors"] = hashlib.sha256((adapter.folder / FILES[1]).read_bytes()).hexdigest()[:16]
+        files = b"".join((adapter.folder / file).read_bytes() for file in FILES)
+        settings["factors"] = hashlib.sha256(files).hexdigest()[:16]
     if "perplexity" in names:
         length = min(WINDOW, model.config.context)
         items["perplexity"] = text_windows(args.data, tokenizer, args.limit, length)

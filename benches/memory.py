@@ -30,6 +30,8 @@ from common.device import find_device
 from common.loss import head_loss
 from recompute import MODES, use_recompute
 
+WORDS = {"optimizer": "AdamW", "activation": "kept by autograd", "block": "working set of a block",
+         "loss": "working set of the loss"}
 LENGTH = 4096  # of the paper's tables
 DEFAULTS = dict(model="llama2-7b", batch=1, seq=LENGTH, recompute="all")
 
@@ -146,7 +148,7 @@ def bench(args):
     if args.recompute != "all":
         for what, size in account(model, args.batch, args.seq, args.recompute).items():
             kind = "transient" if what in ("block", "loss") else what
-            rows.append(dict(name=what, kind=kind, bytes=size))
+            rows.append(dict(name=WORDS.get(what, what), kind=kind, bytes=size))
         return device, rows
     print("Table III: GB of a training step, 16 bit, 4,096 tokens a sequence (the paper's in brackets: "
           f"parameters rounded up, q k^T counted)\n{table_iii()}\n")

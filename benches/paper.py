@@ -70,8 +70,9 @@ def table_ix(device):
         if device.torch_device.type == "cuda":
             peak, how = finetuning_peak(name, r, bits, device), "measured"
         else:
-            *stay, block, loss = account(model, 1, FINETUNED, "block", optimizer_bytes=4).values()
-            peak, how = sum(stay) + max(block, loss), "counted"
+            sizes = account(model, 1, FINETUNED, "block", optimizer_bytes=4)
+            working = max(sizes.pop("block"), sizes.pop("loss"))
+            peak, how = sum(sizes.values()) + working, "counted"
         add = partial(row, "IX", f"{name} r{r} {bits} bit")
         rows += [add("trainable parameters, M", learned / 1e6, learn), add("model GB", stored / 1e9, size),
                  add(f"finetuning GB, 1 x {FINETUNED}", peak / 1e9, memory, how)]

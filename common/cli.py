@@ -58,7 +58,7 @@ def command(main):
         line = (f"{e.strerror}: {e.filename or 'while writing'}: {space}choose another --out-dir or "
                 "$FINGPT_CACHE")
     except (MemoryError, RuntimeError) as e:
-        if not re.search("out of memory|allocate", str(e)):
+        if not isinstance(e, MemoryError) and not re.search("out of memory|allocate", str(e)):
             raise
         line = "out of memory: half the --batch-size, or --recompute block, needs less"
     except KeyboardInterrupt as e:

