@@ -196,12 +196,11 @@ def test_evaluation_and_the_cache_are_left_alone(mode):
     with torch.no_grad():
         expected = model(tokens)
         use_recompute(model, mode)
+        assert not recomputed(model(tokens))
         torch.testing.assert_close(model(tokens), expected)
         cache = KVCache(model.config, 1, 12)
         parts = [model(part, cache) for part in (tokens[:, :5], tokens[:, 5:11], tokens[:, 11:])]
         torch.testing.assert_close(torch.cat(parts, 1), expected)
-    found = recomputed(model(tokens, KVCache(model.config, 1, 12)))  # with a cache, also where gradients flow
-    assert found.keys() <= recomputed(use_recompute(model, "none")(tokens, KVCache(model.config, 1, 12))).keys()
 
 def test_autocast_around_the_backward_pass_too():
     model, tokens, gradients = make_model("gpt2"), torch.randint(128, (2, 33)), {}
