@@ -21,7 +21,7 @@ from model import Attention, Block, FeedForward, is_linear
 from quant import QuantLinear, QuantLowRank
 
 BITS = {torch.bfloat16: 16, torch.float32: 32}  # of weights that are no integers
-TOLERANCE = 0.05  # a step in bfloat16 is some 0.01 off; with another kind of block, several times 0.05
+TOLERANCE = 0.05  # a block in bfloat16 is less than 0.01 off; of another kind, several times 0.05
 LAYERS = {nn.Linear: ["weight"], LowRankLinear: ["A", "B"], QuantLinear: ["W"], QuantLowRank: ["A", "B"]}
 walked = weakref.WeakKeyDictionary()  # model -> whether its blocks are what step_cpu.cpp computes
 
@@ -133,10 +133,10 @@ class CPUStep:
         return self.model.norm(x.to(dtype))[:, -1]
 
     def is_right(self, cache):
-        """Whether a step is what the layers make of it: model.py may have been changed. It is tried at the
-        next slot of each row, which is written again afterwards."""
-        lengths = cache.lengths
-        tokens = torch.zeros(len(lengths), dtype=torch.long)
-        exact = self.model.hidden(tokens[:, None], cache)[:, -1].float()
-        cache.lengths = lengths
-        return ((self.hidden(tokens, cache).float() - exact).norm() < TOLERANCE * exact.norm()).item()
+        """Whether the first block is what its layers make of it: model.py may have been changed. It is tried
+        at the next slot of each row, which is written again afterwards."""
+        self.network.count, tokens = 1, torch.zeros(len(cache.lengths), dtype=torch.long)
+        found = self.hidden(tokens, cache).float()
+        self.network.count, (x, rope, mask) = len(self.blocks), self.model.begin(tokens[:, None], cache)
+        exact = self.model.norm(self.model.blocks[0](x, rope, cache, mask))[:, -1].float()
+        return ((found - exact).norm() < TOLERANCE * exact.norm()).item()
