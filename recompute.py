@@ -169,7 +169,7 @@ class GradientOfLinear(torch.autograd.Function):
 #
 # Up to 256 tokens both do the same operations in the same order, and so agree bit for bit; beyond, to
 # rounding. Below, of one sequence with T queries and S keys: q is (h, T, d), k and v are (h_kv, S, d), mask
-# (T, S) is True where a query may look (None: causal). `rows` and `keys` are slices: m queries, what they see.
+# (T, S) is True where a query may look (None: causal). `rows` and `keys` are slices: m queries, their keys.
 
 QUERIES = 256  # large enough for efficient products, small enough for scores that stay in a CPU's cache
 

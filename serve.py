@@ -82,7 +82,7 @@ class Answer:
         self.request.cancelled = True
 
     async def pieces(self, server):
-        """Yield (text, positions of its tokens) until the answer ends. What may begin a stop text is `held_back`."""
+        """Yield (text, positions of its tokens) until the end. What may begin a stop text is `held_back`."""
         request, decoder, text, sent, shown = self.request, Utf8Decoder("replace"), "", 0, 0
         try:
             while not self.finish:

@@ -120,7 +120,8 @@ def report(rows):
 
     def as_full(line):
         other = full.get((line["task"], line.get("seed", 1)), line)
-        return None if other is line else f"p = {score.mcnemar(right(line), right(other)):.3f}"
+        p = score.mcnemar(right(line), right(other))
+        return None if other is line else f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
     columns = {"learns": "method", "r": lambda r: r.get("rank") or None, "bits": "bits",
                "weights": lambda r: "random" if r.get("random") else None, "seed": "seed",
                "learned": ("learned", "{:.2f}M", 1e6), "weighted F1": ("f1", "{:.3f}"),
