@@ -15,7 +15,7 @@ import torch
 from sklearn.metrics import f1_score
 
 import bench
-from benches import chance, common, decode, gain, http, paper, scaling
+from benches import chance, common, decode, gain, http, paper, scaling, scores
 from checkpoint import save_model
 from common.cli import InputError
 from common.device import find_device
@@ -197,6 +197,32 @@ def test_the_table_of_gain_compares_with_full_finetuning():
     assert [c["as full?"] for c in lora] == ["p = 1.000", ""] and lora[0]["learned"] == "10.00M" and lora[0]["r"] == "8"
     assert cells[0]["as full?"] == "p < 0.001" and cells[1]["as full?"] == "" and cells[1]["weighted F1"] == "1.000"
     assert cells[0]["95%"].startswith("0.6") and "fpb, 200 test rows" in table
+
+def test_adapters_learn_from_the_sets_that_their_names_say(tmp_path, monkeypatch):
+    data, out = tmp_path / "data", tmp_path / "out"
+    for task in (*scores.SENTIMENT, "alpaca"):
+        (data / task).mkdir(parents=True)
+    alpaca = [dict(instruction=f"question {i}", output=f"answer {i}") for i in range(9)]
+    (data / "alpaca" / "alpaca_data.json").write_text(json.dumps(alpaca))
+    monkeypatch.setattr(scores, "DATA_DIR", data)
+    monkeypatch.setattr(sets, "load", lambda task, data_dir, part: made_up_headlines(2, seed=1) if part == "train" else None)
+    for _ in range(2):  # a second time in the same folder
+        flags = scores.adapters(out)
+    assert len(flags) == 9 and flags["ner"] == ["--task", "ner"]
+    for name, there in (("all three", "fiqa fpb tfns"), ("all but fpb", "fiqa tfns"), ("all but tfns", "fiqa fpb")):
+        assert " ".join(sorted(path.name for path in flags[name][-1].iterdir())) == there
+    rows = json.loads(flags["all three, Alpaca"][-1].read_text())
+    assert len(rows) == 12 and sum(row["completion"].startswith("answer") for row in rows) == 6
+
+def test_the_table_of_scores_marks_what_was_learned():
+    def row(bits, adapter, task, unseen=None):
+        return dict(model="m", bits=bits, adapter=adapter, task=task, value=0.5, unseen=unseen, interval=[0.4, 0.62], rows=1200, majority=0.45, seconds=1.0)
+    names = ["", "fpb", "all three", "all but fpb"]
+    text = scores.report([row(8, name, task, 0.25 if task == "fpb" else None) for name in names for task in ("fpb", "ner")])
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert cells[2:] == [["rows", "1,200", "1,200"], ["commonest answer", "0.450", "0.450"], ["8 bit", "0.500 (0.250) ± 0.110", "0.500 ± 0.110"],
+                         ["fpb", "**0.500 (0.250) ± 0.110**", "0.500 ± 0.110"], ["all three", "**0.500 (0.250) ± 0.110**", "0.500 ± 0.110"],
+                         ["all but fpb", "0.500 (0.250) ± 0.110", "0.500 ± 0.110"]]
 
 @pytest.mark.parametrize("default, given, value", [
     (["a", "b"], "c,d", ["c", "d"]), ([8, 4], "16", [16]), ([], "0,192", [0, 192]), (3, "5", 5), (2.5, "0.5", 0.5),
