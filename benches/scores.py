@@ -1,4 +1,4 @@
-"""The paper's seven tasks (Tables VI to VIII): a model at 16, 8 and 4 bit, and what adapters keep and carry over.
+"""The paper's seven tasks (Tables VI to VIII): a model at 16, 8 and 4 bit, and what adapters keep.
 
     python bench.py scores                       a seeded sample of 300 rows of each task
     python bench.py scores --limit 10000         all rows: hours on a CPU; goes on where it was stopped
@@ -20,7 +20,7 @@ from tasks import sets
 from tasks.rows import read_alpaca
 
 DEFAULTS = dict(model="smollm2-135m", bits=[16, 8, 4], limit=300, adapters=False, max_iters=150,
-                out_dir="out/bench_scores", tasks=["boolq", "piqa", "winogrande", "fpb", "fiqa", "tfns", "ner"])
+                tasks=["boolq", "piqa", "winogrande", *sets.TEST_SHARE], out_dir="out/bench_scores")
 
 def adapters(out_dir):
     """name -> the flags of finetune.py that say what it learns from."""
