@@ -228,12 +228,13 @@ def plot(rows, path):
     runs = defaultdict(list)
     for line in compared(rows):
         runs[line["size"], line["variant"]].append(line)
-    sizes = list(dict.fromkeys(size for size, _ in runs))
+    sizes, names = (list(dict.fromkeys(keys)) for keys in zip(*runs))
     figure = Figure(figsize=(6 * len(sizes), 8), layout="constrained")
     axes = dict(zip(sizes, figure.subplots(2, len(sizes), squeeze=False).T))
     for (size, name), own in runs.items():
         above, below = axes[size]
-        style = dict(marker="o", ms=4, ls="-" if own[0]["rank"] else "--", label=name)
+        style = dict(marker="o", ms=4, ls="-" if own[0]["rank"] else "--", label=name,
+                     color=f"C{names.index(name)}")  # the same at all sizes
         above.errorbar(*([line[key] for line in own] for key in ("ratio", "gap", "half")), **style)
         below.plot([r["operations"] * r["tokens"] for r in own], [r["loss"] for r in own], **style)
         above.set(title=size, xscale="log", xlabel="tokens a parameter", ylabel="nats above full rank")
