@@ -46,7 +46,8 @@ def row(task, method, examples, predictions, **more):
 def finetuned(args, task, method, rank, bits, is_random, seed, examples):
     """The row of a run. None: it is late."""
     folder = Path(args.out_dir) / f"{task}-{method}-r{rank}-{bits}bit{'-random' if is_random else ''}-{seed}"
-    base, low = Path(args.out_dir) / "random" if is_random else args.base, ["--rank", rank] if rank else []
+    base = Path(args.out_dir) / "random" if is_random else args.base
+    rank_flag = ["--rank", rank] if rank else []
     if time.time() > args.deadline and not (folder / "scores" / "summary.json").exists():
         return None
     if is_random and not base.exists():
@@ -55,7 +56,7 @@ def finetuned(args, task, method, rank, bits, is_random, seed, examples):
         model.init_weights()
         replace_model(base, model, tokenizer)
     s = run_once("finetune.py", folder, "--base", base, "--task", task, "--method", method, "--bits", bits,
-                 *low, "--seed", seed, "--max-iters", args.max_iters, "--eval-limit", 0)
+                 *rank_flag, "--seed", seed, "--max-iters", args.max_iters, "--eval-limit", 0)
     model = ["--model", base, "--adapter", folder] if rank else ["--model", folder]
     run_once("eval.py", folder / "scores", "--tasks", task, *model, "--bits", bits)
     written = read_metrics(folder / "scores" / "predictions" / f"{task}.jsonl")

@@ -26,12 +26,12 @@ def adapters(out_dir):
     """name -> the flags of finetune.py that say what it learns from."""
     found = {task: ["--task", task] for task in (*SENTIMENT, "ner")}
     for left_out in (None, *SENTIMENT):  # --task sentiment takes the sets that a folder has: one of links
-        folder = Path(out_dir) / f"data-without-{left_out}"
+        name = f"all but {left_out}" if left_out else "all three"
+        folder = Path(out_dir) / f"data-of-{name.replace(' ', '-')}"
         folder.mkdir(parents=True, exist_ok=True)
         for task in SENTIMENT:
             if task != left_out and not (folder / task).exists():
                 (folder / task).symlink_to(Path(DATA_DIR).resolve() / task)
-        name = f"all but {left_out}" if left_out else "all three"
         found[name] = ["--task", "sentiment", "--data-dir", folder]
     own = sum((sets.load(task, DATA_DIR, "train") for task in SENTIMENT), [])
     others = sets.draw(read_alpaca(Path(DATA_DIR) / "alpaca" / "alpaca_data.json"), len(own))
