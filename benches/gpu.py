@@ -90,11 +90,10 @@ def bench(args):
             became = f"not begun: it may take {limit} s, and {left:.0f} s are left"
         else:
             became = stage(name, limit or left, command.format(hours=max(left - 60, 1) / 3600), folder)
-        rows.append(dict(stage=name, seconds=time.time() - began, became=became))
-        say(f"{name}: {became}, {rows[-1]['seconds']:.0f} s")
+        rows.append(dict(stage=name, seconds=round(time.time() - began), became=became))
+        say(f"{name}: {became}, {rows[-1]['seconds']} s")
     refuse(dry and any(r["became"].startswith(("failed", "stopped")) for r in rows),
            f"{device.name}: a stage of the dry run failed, see above")
     return device, rows
 
-def report(rows):
-    return table(rows, {"stage": "stage", "seconds": ("seconds", "{:.0f}"), "became": "became"})
+report = table

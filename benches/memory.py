@@ -30,8 +30,6 @@ from common.device import find_device
 from common.loss import head_loss
 from recompute import MODES, use_recompute
 
-WORDS = {"optimizer": "AdamW", "activation": "kept by autograd", "block": "working set of a block",
-         "loss": "working set of the loss"}
 LENGTH = 4096  # of the paper's tables
 DEFAULTS = dict(model="llama2-7b", batch=1, seq=LENGTH, recompute="all")
 
@@ -148,7 +146,7 @@ def bench(args):
     if args.recompute != "all":
         for what, size in account(model, args.batch, args.seq, args.recompute).items():
             kind = "transient" if what in ("block", "loss") else what
-            rows.append(dict(name=WORDS.get(what, what), kind=kind, bytes=size))
+            rows.append(dict(what=what, kind=kind, bytes=size))
         return device, rows
     print("Table III: GB of a training step, 16 bit, 4,096 tokens a sequence (the paper's in brackets: "
           f"parameters rounded up, q k^T counted)\n{table_iii()}\n")
@@ -160,7 +158,7 @@ def bench(args):
 
 def report(rows):
     if "kind" in rows[0]:
-        return table(rows, {"what": "name", "kind": "kind", "GB": ("bytes", "{:.2f}", 1e9)})
+        return table(rows, {"what": "what", "kind": "kind", "GB": ("bytes", "{:.2f}", 1e9)})
     return table(rows, {
         "--recompute": "mode", "keeps": lambda r: KEEPS[r["mode"]][0], "kept GB": ("bytes", "{:.1f}", 1e9),
         "working set GB": ("working_set", "{:.1f}", 1e9), "paper GB": lambda r: KEEPS[r["mode"]][1]})

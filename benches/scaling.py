@@ -105,7 +105,7 @@ def best_rate(loss, rate, up=True):
         rate *= factor
     return rate
 
-def finish(args, size, name, seed):
+def finish(args, size, seed, name):
     """The rows of a variant, one for each length that is in time. Its rates suit the first size and seed."""
     def chosen(ratio, rate):
         return train(args, args.sizes[0], name, ratio, rate, args.seeds[0])["choose"]
@@ -131,12 +131,9 @@ def bench(args):
     for size in args.sizes:
         for seed in args.seeds:
             first = (size, seed) == (args.sizes[0], args.seeds[0])
-            pool, names = ThreadPoolExecutor(args.jobs), (*DENSE, *SHARES, *(CHANGES if first else ()))
-            jobs = [pool.submit(finish, args, size, name, seed) for name in names]
-            try:
-                rows += sum((job.result() for job in jobs), [])
-            finally:  # after Ctrl-C, which also stops the runs, no other begins
-                pool.shutdown(cancel_futures=True)
+            names = (*DENSE, *SHARES, *(CHANGES if first else ()))
+            with ThreadPoolExecutor(args.jobs) as pool:  # after Ctrl-C, which stops the runs, no other begins
+                rows += sum(pool.map(partial(finish, args, size, seed), names), [])
     if rows:
         plot(rows, Path(args.out_dir) / "scaling.png")
     files = prepare(open_corpus(args.novels, DATA_DIR), None, VOCABULARY, own=True)

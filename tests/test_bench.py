@@ -89,7 +89,7 @@ def test_a_variant_has_the_lengths_that_are_in_time(late, ratios, monkeypatch):
         return dict(size=size, ratio=ratio, lr=rate, choose=abs(math.log2(rate / (8e-3 if size == "64x4" else 1))))
     monkeypatch.setattr(scaling, "train", train)
     for size in ("64x4", "96x6"):  # the rates are those of the first
-        rows = scaling.finish(SimpleNamespace(seeds=[1], sizes=["64x4", "96x6"]), size, "full rank", 1)
+        rows = scaling.finish(SimpleNamespace(seeds=[1], sizes=["64x4", "96x6"]), size, 1, "full rank")
         assert [(r["size"], r["ratio"], r["lr"]) for r in rows] == [(size, ratio, 8e-3) for ratio in ratios]
 
 def test_narrow_models_have_as_many_parameters_or_operations():
@@ -325,7 +325,7 @@ def test_clients_over_http(small, monkeypatch, capsys):
 
 def test_a_models_own_file_is_timed_and_its_head_is_read_once(small):
     answer = decode.writer(small, 1, "ours", 0, 16)
-    sizes = answer((2, True))
+    sizes = answer(2)
     table_of_input = 500 * 64 * 2  # of which a token reads one row
     assert sizes["model_bytes"] - sizes["read_bytes"] == table_of_input and sizes["peak_memory_bytes"] > 0
 
