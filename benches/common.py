@@ -23,11 +23,10 @@ HELP = {  # of the flags whose names do not say it all
     "calibration": "text of the activations: a file, a folder or builtin",
     "compile": "the blocks of our models, with torch.compile", "dry_run": "the smallest sizes, to find slips",
     "eager": "also without the CUDA graph, or without the one call on a CPU",
-    "hours": "after so many no run begins", "lengths": "the shortest and the longest prompt",
     "nanogpt": "also time nanoGPT's 124M, from this checkout of its repository",
     "out_dir": "a stopped run goes on there, a finished one is not repeated", "ranks": "0: full rank",
     "quality": "scores in place of times", "text": "to measure: a file, a folder or builtin",
-    "recompute": "a mode of train.py --recompute, or all", "task": "made-up headlines if it is not at hand",
+    "recompute": "a mode of train.py --recompute, or all", "hours": "after so many no run begins",
 }
 
 def parse(name, module, argv):

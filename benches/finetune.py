@@ -14,7 +14,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benches.common import DATA_DIR, Worker, installed, interleaved, table
 from checkpoint import load_model
-from common.cli import refuse
 from common.device import find_device, peak_memory
 from common.formats import export
 from common.loss import head_loss
@@ -25,8 +24,8 @@ from recompute import use_recompute
 from tasks.rows import Batch, encode, pick
 from tasks.sets import draw
 
-DEFAULTS = dict(base="smollm2-135m", bits=[16, 8, 4], rank=8, task="fpb", batch_size=16, batches=6, rounds=3,
-                dtype="auto")
+BATCHES = 6  # in a round
+DEFAULTS = dict(base="smollm2-135m", bits=[16, 8, 4], rank=8, batch_size=16, rounds=3, dtype="auto")
 
 def our_step(args, bits, rows, device):
     """step(i) trains on the i-th batch of our order; it returns the tokens of its rows."""
@@ -75,7 +74,7 @@ def engine(args, name, bits, folder, rows):
     step = our_step(args, bits, rows, device) if name == "ours" else pefts_step(args, folder, rows, device)
 
     def train(_):
-        tokens = sum(step(i) for i in range(args.batches))
+        tokens = sum(step(i) for i in range(BATCHES))
         if device.torch_device.type == "cuda":
             torch.cuda.synchronize()
         return tokens, peak_memory(device.torch_device)
@@ -87,10 +86,8 @@ def bench(args):
     if installed("peft"):
         keys.append(("peft", 16))
     model, tokenizer = load_model(args.base)
-    there = (Path(DATA_DIR) / args.task).is_dir()
-    drawn = draw(read_task(args.task if there else "made-up", DATA_DIR)[0], args.batches * args.batch_size)
-    refuse(len(drawn) < args.batches * args.batch_size, f"--batches {args.batches} of {args.batch_size} rows "
-           f"are more than the {len(drawn)} there are")
+    task = "fpb" if (Path(DATA_DIR) / "fpb").is_dir() else "made-up"
+    drawn = draw(read_task(task, DATA_DIR)[0], BATCHES * args.batch_size)
     rows, found = [encode(tokenizer, example.prompt, example.answer, 512) for example in drawn], {}
 
     def train(key):

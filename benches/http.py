@@ -16,13 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from benches.common import Worker, installed, interleaved, llama_cpp, table
-from benches.serve import mixed_prompts
+from benches.serve import LONGEST, mixed_prompts
 from checkpoint import locate
 from sample import open_model
 
 TURNS = 2  # requests of each client in a round
-DEFAULTS = dict(gguf="smollm2-135m", bits=[8, 4], clients=[1, 8, 32], lengths=[16, 200], new_tokens=64,
-                rounds=3)
+DEFAULTS = dict(gguf="smollm2-135m", bits=[8, 4], clients=[1, 8, 32], new_tokens=64, rounds=3)
 
 # For a Worker: both start a server and give a function that says where it listens.
 
@@ -57,11 +56,11 @@ def ask(address, new, prompt):
 
 def bench(args):
     file, most = str(locate(args.gguf)), max(args.clients)
-    model, tokenizer, device = open_model(file, 8)
-    prompts = [tokenizer.decode(p) for p in mixed_prompts(model, tokenizer, most * TURNS, args)]
+    _, tokenizer, device = open_model(file, 8)
+    prompts = [tokenizer.decode(ids) for ids in mixed_prompts(tokenizer, most * TURNS)]
     servers = {("ours", bits): Worker(ours, file, bits) for bits in args.bits}
     if installed("xllamacpp"):
-        servers["llama.cpp", "its own"] = Worker(theirs, file, most, args.lengths[1] + args.new_tokens)
+        servers["llama.cpp", "its own"] = Worker(theirs, file, most, LONGEST + args.new_tokens)
     found, rows = {}, []
 
     def load(engine, clients):

@@ -16,14 +16,14 @@ from benches.common import interleaved, table
 from benches.train import shapes_of_rank
 from beyond.batching import Adapters, Engine, Request
 from beyond.paged_cache import bytes_per_token
-from common.cli import refuse
 from common.data import first_tokens
 from common.generate import generate
 from model import count_parameters
 from sample import make_pool, open_model
 
 TARGETS, RANK = ("q", "k", "v", "qkv"), 8  # of the random adapters
-DEFAULTS = dict(model="smollm2-135m", sequences=32, lengths=[16, 200], new_tokens=24, rounds=2)
+SHORTEST, LONGEST = 16, 200  # prompts, in tokens
+DEFAULTS = dict(model="smollm2-135m", sequences=32, new_tokens=24, rounds=2)
 
 def generation_cost(model, prompt, new, use_cache):
     """(tokens read, operations by weights, operations of attention) to write `new` tokens after `prompt`.
@@ -46,13 +46,10 @@ def paper_counts():
                              attention=attention / 1e12, paper="" if cache else paper))
     return rows
 
-def mixed_prompts(model, tokenizer, count, args):
-    """Stretches of the built-in text, of lengths drawn evenly from the range of --lengths."""
-    most = model.config.context - args.new_tokens
-    refuse(len(args.lengths) != 2 or not 1 <= args.lengths[0] <= args.lengths[1] <= most, "--lengths must be "
-           f"the shortest and the longest prompt, as 16,200, at most {most}, got {args.lengths}")
+def mixed_prompts(tokenizer, count):
+    """Stretches of the built-in text, of lengths drawn evenly from SHORTEST to LONGEST."""
     ids, draw = first_tokens("builtin", tokenizer, 100_000), random.Random(0)
-    lengths = [draw.randint(*args.lengths) for _ in range(count)]
+    lengths = [draw.randint(SHORTEST, LONGEST) for _ in range(count)]
     starts = [draw.randrange(len(ids) - n) for n in lengths]
     return [list(ids[start:start + n]) for start, n in zip(starts, lengths)]
 
@@ -83,7 +80,7 @@ def paged(model, adapters, prompts, names, new):
 
 def bench(args):
     model, tokenizer, device = open_model(args.model, 16)
-    prompts = mixed_prompts(model, tokenizer, args.sequences, args)
+    prompts = mixed_prompts(tokenizer, args.sequences)
     cases = [(sequential, 1), *((engine, count) for engine in (contiguous, paged) for count in (0, 1, 16))]
     adapters = Adapters(model)
     for i in range(16):

@@ -498,7 +498,7 @@ def test_a_resumed_run_keeps_its_arguments(base, tmp_path, run):
 
 @pytest.mark.slow
 def test_the_benchmark_runs_every_engine_on_the_same_rows(base, tmp_path, run):
-    done = run("bench.py", "finetune", "--base", base, "--batches", 2, "--rounds", 1, "--batch-size", 4, "--dtype", "float32", "--json",
+    done = run("bench.py", "finetune", "--base", base, "--rounds", 1, "--batch-size", 4, "--dtype", "float32", "--json",
                tmp_path / "rows.json", env=dict(os.environ, DATA_DIR="/nowhere"))
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
