@@ -145,9 +145,7 @@ def open_dense(name):
     return source
 
 def load_model(name, device="cpu", dtype=torch.float32, bits=16, group=None):
-    """(model, tokenizer) of a known name, a folder or a file, in eval mode; the tokenizer may be None.
-
-    bits 8 or 4: quantized while loading, a layer at a time; a quantized folder must have these bits."""
+    """(model, tokenizer) of a known name, a folder or a file, in eval mode; the tokenizer may be None."""
     refuse(bits not in (4, 8, 16), f"--bits must be 4, 8 or 16, got {bits}")
     source = open_model(name)
     stored = min((form["bits"] for form in source.layers.values() if "bits" in form), default=bits)
@@ -265,10 +263,8 @@ def parse(argv):
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run in COMMANDS.items():
         p = commands.add_parser(name, help=run.__doc__)
-        if name == "merge":
-            p.add_argument("adapter", help="a folder in PEFT's format")
-        else:
-            p.add_argument("model", help="a folder, a file, or a known name")
+        what = "adapter" if name == "merge" else "model"
+        p.add_argument(what, help="a folder; of a model also a file or a known name")
         if name != "info":
             p.add_argument("out", help="the new folder")
     p = commands.choices["quantize"]

@@ -12,14 +12,12 @@ another --method as a model; with metrics.jsonl, summary.json, loss.png and the 
 Why it fits: W never changes, so it needs no gradient and no moments and may be integers; A and B are a
 thousandth of it. Why it is fast: nothing is computed of the gradients of W, of logits of the prompt (four of
 seventy tokens are the answer), and little of padding and repeated instructions (tasks/rows.py).
-
-Under torchrun every process has the base and its part of the batch; the gradients of A and B, 1.8 MB, are
-averaged. With --bits 16 --shard the base is spread, too. `finetune` reads straight down, as train.py does.
 """
 import hashlib
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +100,7 @@ def finetune(args, given):
     if lora and state:
         load_adapter(model, state_folder, own_id)
     use_recompute(model, args.recompute).train()
-    data = Data(args, tokenizer, model.config.context)
+    data = Data(args, tokenizer, model.config.context, device.torch_device)
 
     # One process or several, the optimizer, and the folder of the run.
     def loss_of(batch):
@@ -133,7 +131,7 @@ def finetune(args, given):
         if folder.step == 1 or evaluates or folder.stopped or folder.due(args.log_interval):
             row = dict(loss=all_reduce(loss) / strategy.replicas, lr=rate)
             if evaluates:
-                row["val_loss"] = strategy.evaluate(held_out_batches(data, args, device))
+                row["val_loss"] = strategy.evaluate(data.held_out)
             folder.log(**row)
         if folder.stopped or folder.due(args.save_interval):
             save(folder, model, tokenizer, optimizers, strategy, own_id, before)
@@ -144,9 +142,8 @@ def finetune(args, given):
     # The scores after, summary.json, and what to type next.
     after = scores_of("after", strategy, tokenizer, data.test)
     result = f"{args.base} --bits {args.bits} --adapter {folder.path}" if lora else folder.path
-    folder.finish(result, base=args.base, base_id=own_id, bits=args.bits, rank=args.rank, method=args.method,
-                  f1_before=mean_f1(before), f1_after=mean_f1(after), scores_before=before,
-                  scores_after=after, trainable_parameters=trainable)
+    folder.finish(result, base_id=own_id, f1_before=mean_f1(before), f1_after=mean_f1(after),
+                  scores_before=before, scores_after=after, trainable_parameters=trainable)
     return 0
 
 def fill_in(args, given):
@@ -221,10 +218,11 @@ def read_task(task, data_dir):
     return [examples[i] for i in learned], [examples[i] for i in held]
 
 class Data:
-    """Rows to learn from, test examples by task, and the same held-out rows for every look at their loss."""
+    """Rows to learn from, test examples by task, and for every look at the held-out loss the same batches,
+    each with the number of its answers' tokens."""
 
-    def __init__(self, args, tokenizer, context):
-        self.train, self.test, held, digest = [], {}, [], hashlib.sha256()
+    def __init__(self, args, tokenizer, context, device="cpu"):
+        self.train, self.test, self.held_out, held, digest = [], {}, [], [], hashlib.sha256()
         tasks, context = [args.task], min(context, args.seq_len)
         if args.task == "sentiment":
             tasks = [t for t in SENTIMENT if (Path(args.data_dir) / t).is_dir()] or [MADE_UP]
@@ -239,31 +237,24 @@ class Data:
             if args.eval_limit and labelled:
                 self.test[task] = sets.draw(out, args.eval_limit)
         drawn = sets.draw(held, args.eval_rows)
-        self.held_out = [encode(tokenizer, e.prompt, e.answer, context, task) for task, e in drawn]
+        rows = [encode(tokenizer, e.prompt, e.answer, context, task) for task, e in drawn]
+        rows.sort(key=lambda r: (r.group, len(r.ids)))
+        for i in range(0, len(rows), args.batch_size):
+            batch = Batch(rows[i:i + args.batch_size], device=device)
+            self.held_out.append(((batch,), batch.answers))
         self.text = digest.hexdigest()  # of all rows: a resumed run must find them again
         tokens, prompts, answers = np.sum([(len(r.ids), *np.sign(r.lost)) for r in self.train], 0)
         say(f"data {', '.join(tasks)}: {len(self.train):,} rows to learn from, {len(held):,} held out, "
             f"{tokens / len(self.train):.0f} tokens a row; to fit {context} tokens {prompts:,} prompts lose "
             f"their middle, {answers:,} answers their end")
 
-def held_out_batches(data, args, device):
-    """The held-out rows in batches, and how many tokens of answers are in each."""
-    rows = sorted(data.held_out, key=lambda r: (r.group, len(r.ids)))
-    for i in range(0, len(rows), args.batch_size):
-        batch = Batch(rows[i:i + args.batch_size], device=device.torch_device)
-        yield (batch,), batch.answers
-
 def save(folder, model, tokenizer, optimizers, strategy, own_id, before):
     """Replace OUT/state: the adapter or the model, the moments, and what the run needs to go on."""
     args, tensors = folder.args, own_tensors(model)
+    write = partial(save_model, model=model, tokenizer=tokenizer)
     if args.method == "lora":
         tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-    def write(new, tensors):
-        if args.method == "lora":
-            save_adapter(new, model, args.base, own_id, learned=tensors)
-        else:
-            save_model(new, model, tokenizer, tensors)
+        write = partial(save_adapter, model=model, base_name=args.base, base_id=own_id)
     folder.save(strategy, tensors, moments_of(model, optimizers), write,
                 f"{args.method} on {args.base}, {args.bits} bit, {Path(args.task).name}", before=before)
 
@@ -275,7 +266,7 @@ def scores_of(when, strategy, tokenizer, test):
         r = strategy.module(evaluation.score_task, model, tokenizer, strategy.device, task, examples)
         best = r.get("likeliest", r)  # NER is generated alone
         found[task] = dict(f1=best["f1"], interval=best["interval"], rows=len(examples),
-                           f1_generated=r["f1"], answered=r["parsed"], majority=r["majority"])
+                           majority=r["majority"])
         low, high = best["interval"]
         say(f"{when}: {task} weighted F1 {best['f1']:.3f} (95% {low:.3f} to {high:.3f}), generated "
             f"{r['f1']:.3f}, always the commonest label {r['majority']:.3f}, {len(examples)} rows")

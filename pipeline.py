@@ -355,14 +355,13 @@ class Pipeline(Single):
 
     @torch.no_grad()
     def clip(self, largest):
-        """Scale all gradients so that their norm over all stages is at most `largest`; returns the norm."""
+        """Scale all gradients so that their norm over all stages is at most `largest`."""
         second = self.model.embed.weight if self.tied and self.grid.last else None  # the first counts it
         gradients = [p.grad for p in self.own_parameters() if p.grad is not None and p is not second]
         square = nn.utils.get_total_norm(gradients).to(self.device.torch_device) ** 2
         if self.grid.stages > 1:
             dist.all_reduce(square, group=self.grid.pipe)
         nn.utils.clip_grads_with_norm_(self.own_parameters(), largest, square.sqrt())
-        return square.sqrt()
 
     def gather(self, tensors):
         """The tensors (name -> tensor) of all stages in process 0, on the CPU; {} elsewhere."""

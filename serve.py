@@ -14,9 +14,8 @@ The `openai` client works as it is. What a request asks for and can't have is re
 One thread computes. Before each step the engine (beyond/batching.py) is handed the new requests, so that
 those of different times and adapters share every product; after it, their handlers send the new text. Models
 compute in float32 here, so that an answer does not depend on the others in the batch (batching.py says how
-exactly). A client that leaves cancels its request. After SIGTERM the server finishes what it has begun.
-
-Needs `pip install fastapi uvicorn`. It listens on this machine alone: another --host needs an --api-key.
+exactly). A client that leaves cancels its request. After SIGTERM the server finishes what it has begun. It
+listens on this machine alone: another --host needs an --api-key.
 """
 import asyncio
 import contextlib
@@ -54,7 +53,7 @@ def forms():
     """Requests for completions, chats and measurements as models of pydantic. What is not here is refused."""
     from pydantic import AliasChoices, Field, constr, create_model
     strict, text = dict(extra="forbid", strict=True), constr(min_length=1)
-    most = AliasChoices("max_completion_tokens", "max_tokens")
+    most = AliasChoices("max_completion_tokens", "max_tokens")  # the newer name and the older
     both = dict(model=(str, ""), user=(str, ""), n=(int, Field(1, ge=1, le=1)),
                 max_tokens=(int, Field(256, ge=1, validation_alias=most)),
                 temperature=(float, Field(1.0, ge=0, le=2)),
@@ -289,8 +288,6 @@ def make_app(server, api_key=None):
             raise Refusal(413, f"the body must have a Content-Length of at most {MOST_BYTES}, got {size!r}")
         try:
             fields = json.loads(await http.body())
-            if fields.get("max_completion_tokens"):  # the newer name of max_tokens
-                fields.pop("max_tokens", None)
             return form(**{name: value for name, value in fields.items() if value is not None})
         except ValidationError as e:
             first = e.errors()[0]

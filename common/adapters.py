@@ -168,10 +168,8 @@ def take_off(model):
     """Leave the bare base."""
     swap_layers(model, lambda name, layer: layer.base, wanted=lambda m: isinstance(m, LoRALinear))
 
-def save_adapter(folder, model, base_name, base_id, learned=None):
-    """Write the model's LoRALinear layers.
-
-    learned: name -> value of the factors, where the model holds parts of them."""
+def save_adapter(folder, model, base_name, base_id, tensors=None):
+    """Write the model's LoRALinear layers. tensors: name -> whole factor, where the model holds parts."""
     folder, family = Path(folder), FAMILIES[model.config.kind]
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -185,10 +183,10 @@ def save_adapter(folder, model, base_name, base_id, learned=None):
                   fan_in_fan_out=family.conv1d, inference_mode=True)
     write_atomic(folder / "BASE_ID", base_id + "\n")
     write_atomic(folder / FILES[0], json.dumps(config, indent=2) + "\n")
-    learned, factors = learned or dict(model.named_parameters()), {}
+    tensors, factors = tensors or dict(model.named_parameters()), {}
     for name, module in modules.items():
         for letter in "AB":
-            value = learned[f"{name}.{letter}"].detach().float().cpu()
+            value = tensors[f"{name}.{letter}"].detach().float().cpu()
             factors[f"base_model.model.{module}.lora_{letter}.weight"] = value
     write_tensors(folder / FILES[1], factors)
 

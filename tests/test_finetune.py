@@ -431,7 +431,7 @@ def test_cut_rows_are_counted(base, tmp_path, capsys):
     rows = [dict(instruction="Say it", input=f"{i}" * 3, output="word " * (40 if i < 6 else 3)) for i in range(12)]
     rows += [dict(instruction="Say " * 60, output=f"{i}") for i in range(3)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    args = SimpleNamespace(task=str(tmp_path / "rows.json"), data_dir="", seq_len=48, eval_limit=0, eval_rows=8)
+    args = SimpleNamespace(task=str(tmp_path / "rows.json"), data_dir="", seq_len=48, eval_limit=0, eval_rows=8, batch_size=4)
     data = finetune.Data(args, tokenizer, 128)
     prompts, answers = (sum(r.lost[i] > 0 for r in data.train) for i in (0, 1))
     assert prompts >= 3 and answers == 6 and max(len(r.ids) for r in data.train) == 48
