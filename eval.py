@@ -26,14 +26,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import own_tensors
 from common import cli
 from common.adapters import FILES, base_id, load_adapter
 from common.cli import Parser, at_least_1, command, refuse, say, write_atomic
 from common.data import first_tokens
 from common.device import peak_memory
 from common.loss import head_loss
-from common.processes import rank, world_size
+from common.processes import is_first, world_size
 from common.run import read_metrics
 from model import count_parameters
 from sample import open_model
@@ -103,8 +102,6 @@ def summed_up(task, rows):
         if counts.ndim == 3:  # tables of right and given labels
             found |= dict(accuracy=float(score.accuracy(total)), majority=score.majority(counts, metric))
         r |= {key: found} if key == "likeliest" else found
-    if task == "perplexity":
-        r |= dict(tokens=int(total[1]) + len(rows), window=rows[0]["predicted"] + 1)
     if task == "ner":
         r["majority"] = 0.0  # the commonest tag is O: no entity is named
     if "parsed" in rows[0]:
@@ -119,8 +116,8 @@ def score_task(model, tokenizer, device, task, examples, file=None):
     todo = [e for e in examples if name_of(e) not in done]
     if file:  # anew, without a line that a kill cut short
         write_atomic(file, "".join(json.dumps(row) + "\n" for row in done.values()))
-    hidden = None if rank() == 0 else True  # None: where there is no terminal
-    with tqdm(total=len(todo), desc=task, unit=" rows", disable=hidden, leave=False) as bar:
+    disable = None if is_first() else True  # None: where there is no terminal
+    with tqdm(total=len(todo), desc=task, unit=" rows", disable=disable, leave=False) as bar:
         start = time.perf_counter()
         for batch in measured_rows(model, tokenizer, device, task, todo):
             seconds = round((time.perf_counter() - start) / len(batch), 6)
@@ -214,7 +211,6 @@ def evaluate(args):
     names, items = list(dict.fromkeys(args.tasks.split(","))), {}
     for name in names:  # missing or malformed data is told before the model is loaded
         refuse(name not in TASKS, f"no task is called {name!r}: the tasks are {', '.join(TASKS)}")
-        refuse(name == "perplexity" and args.limit == 1, "--limit must be at least 2 tokens, got 1")
         if name != "perplexity":
             items[name] = sets.draw(sets.load(name, args.data_dir), args.limit)
     model, tokenizer, device = open_model(args.model, args.bits)
@@ -234,11 +230,8 @@ def evaluate(args):
         file = folder / "predictions" / f"{name}.jsonl"
         results[name] = score_task(model, tokenizer, device, name, items[name], file)
     print_results(results)
-    # quantized integers as they are, everything else in 16 bit
-    size = sum(t.numel() * min(2, t.element_size()) for t in own_tensors(model).values())
-    memory = peak_memory(device.torch_device)
-    summary = dict(**results, **settings, parameters=count_parameters(model), size_bytes=size,
-                   peak_memory_bytes=memory, device=device.name, arguments=vars(args))
+    summary = dict(**results, **settings, parameters=count_parameters(model), device=device.name,
+                   peak_memory_bytes=peak_memory(device.torch_device), arguments=vars(args))
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return 0
 

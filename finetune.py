@@ -148,7 +148,7 @@ def finetune(args, given):
 
 def fill_in(args, given):
     """Give what was not given the value that depends on other arguments, and refuse what can't be."""
-    refuse(args.task not in ("sentiment", "alpaca", *sets.TASKS) and not Path(args.task).is_file(),
+    refuse(args.task not in ("sentiment", "alpaca", *sets.TEST_SHARE) and not Path(args.task).is_file(),
            f"--task {args.task} is no file, and none of sentiment, alpaca, {', '.join(sets.TEST_SHARE)}")
     lora = args.method == "lora"
     args.bits = args.bits or (8 if lora else 16)

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from benches.common import table
-from beyond.gpu_kernels import WARP, load
+from beyond.gpu_kernels import load
 from common.cli import refuse
 from common.device import find_device
 from quant import MATVEC_ROWS, QuantMatrix, unpack
@@ -124,8 +124,6 @@ class Measurement:
             if M >= MATVEC_ROWS:
                 product("torch, dequantized first", call=lambda x, W: x @ k.dequantize(W, x.dtype).T)
                 back("torch, dequantized first", call=lambda g, W: g @ k.dequantize(W, g.dtype))
-            if M == 1:
-                product("ours, a warp a row", call=partial(k.product, step=WARP))
             if peer:
                 product("torch int4pack", things=packed,
                         call=lambda x, W: torch._weight_int4pack_mm(x, W[0], 64, W[1]))

@@ -121,20 +121,16 @@ def score_batch(model, batch, cache):
     scores, tails = [[0.0] * len(item.texts) for item in batch], []
     for row, item in enumerate(batch):
         for choice, text in enumerate(item.texts):
-            tails.append((row, choice, text, item.starts[choice]))
-
-    def length(tail):
-        row, _, text, _ = tail
-        return len(text) - 1 - len(batch[row].trunk)
-    for group in in_batches(tails, length, HEAD_ROWS[cache.device.type], most=256):
-        W = length(group[0])
-        own = copies(model, cache, [row for row, *_ in group], W)
+            tails.append((len(text) - 1 - len(item.trunk), row, choice, text, item.starts[choice]))
+    for group in in_batches(tails, lambda tail: tail[0], HEAD_ROWS[cache.device.type], most=256):
+        W = group[0][0]  # the longest tail's length
+        own = copies(model, cache, [row for _, row, *_ in group], W)
         # all end in the last of W slots: a shorter one begins in its trunk, none is padded beyond the context
-        own.lengths = firsts = [max(len(text) - 1 - W, 0) for _, _, text, _ in group]
-        tokens = [text[first:-1] for (_, _, text, _), first in zip(group, firsts)]
+        own.lengths = firsts = [max(len(text) - 1 - W, 0) for *_, text, _ in group]
+        tokens = [text[first:-1] for (*_, text, _), first in zip(group, firsts)]
         h = model.hidden(padded(tokens, 0, cache.device), own)  # (N, W, C)
         logp = model.head(h).float().log_softmax(-1)            # (N, W, V)
-        for (row, choice, text, start), first, own_logp in zip(group, firsts, logp):
+        for (_, row, choice, text, start), first, own_logp in zip(group, firsts, logp):
             wanted = torch.tensor(text[start:], device=cache.device)[:, None]
             found = own_logp[start - 1 - first:len(text) - 1 - first].gather(1, wanted)
             scores[row][choice] = found.double().sum().item()

