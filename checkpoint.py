@@ -77,8 +77,7 @@ def own_tensors(model):
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 def save_model(folder, model, tokenizer=None, tensors=None, **more):
-    """Write a model folder, new or about to be renamed, of the model's own tensors or of those given.
-    more: for config.json."""
+    """Write a model folder, of the model's own tensors or of those given. more: for config.json."""
     folder, tensors = Path(folder), tensors or own_tensors(model)
     folder.mkdir(parents=True, exist_ok=True)
     files = write_shards(folder, {name: tensors[name].nbytes for name in sorted(tensors)}, tensors.get)

@@ -266,8 +266,6 @@ def execute(steps, forward, wires):
             held.pop((m, stage)).run()
     wires.finish()
 
-# ----------------------------------------------------------------------------- a model's stage
-
 class Pipeline(Single):
     """The stage of a model that this process computes, with the interface of common/processes.py.
 

@@ -112,8 +112,6 @@ def walk(model, windows, change, doing):
                 streams[n] = x + getattr(part, last)(inputs[n]), rope, mask
     return [x for x, _, _ in streams]
 
-# ----------------------------------------------------------------------------- decompose.py --calibration
-
 class Calibrated:
     """Decompose a model, its files of these dtypes, for the inputs that a text's windows [(1, T)] give."""
 

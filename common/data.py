@@ -123,8 +123,6 @@ def open_text(path, newline=None):
         raise InputError(f"{path} is not UTF-8 text ({e}): get the whole file, unpack it, or convert it, as "
                          "with iconv -f latin1 -t utf-8") from None
 
-# ----------------------------------------------------------------------------- token files
-
 class TokenFiles:
     """A folder of token files: .train, .val are memory-mapped ids, .tokenizer made them. meta: meta.json."""
 

@@ -21,7 +21,6 @@ import torch
 import torch.nn as nn
 
 from common.cli import check_folder, refuse, write_atomic
-from common.rope import yarn_attention
 from common.storage import read_headers, replaced, write_shards
 from common.tokenizer import blamed_on, load_tokenizer, read_json
 from model import Config, Transformer, dense_weight
@@ -187,7 +186,9 @@ def read_settings(file, kind, column_name, theirs, defaults, scaling, rope):
     settings = dict.fromkeys(keys) | dict(kind=kind, kv_heads=found.get("heads")) | defaults
     settings["rope_scaling"] = scaling.replace("default", "linear")
     if scaling == "yarn":
-        settings |= dict(rope_low=1.0, rope_high=32.0, rope_attention=yarn_attention(rope.get("factor")))
+        factor = rope.get("factor")
+        longer = 1 + 0.1 * math.log(factor) if isinstance(factor, (int, float)) and factor > 1 else 1.0
+        settings |= dict(rope_low=1.0, rope_high=32.0, rope_attention=longer)
     settings |= found
     if settings["ffn"] is None and type(settings["width"]) is int:
         settings["ffn"] = 4 * settings["width"]

@@ -14,17 +14,15 @@ def make_optimizers(model, lr, weight_decay, kind="adamw"):
     matrices = [p for p in own if p.dim() > 1 and p not in by_muon]
     vectors = [p for p in own if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-    optimizers = []
-    if matrices or vectors:  # the fused kernel reads and writes each number once
-        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True))
+    # the fused kernel reads and writes each number once
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
     if orthogonal:
         from beyond.muon import Muon
         optimizers.append(Muon(orthogonal, lr, weight_decay))
     return optimizers
 
 def learning_rate(step, args):
-    """Linear warm-up to args.lr over args.warmup steps (at most a tenth of all), then half a cosine down to a
-    tenth of it."""
+    """Linear warm-up in args.warmup steps, at most a tenth of all; half a cosine from args.lr to a tenth."""
     warmup = min(args.warmup, args.max_iters // 10)
     if step < warmup:
         return args.lr * (step + 1) / warmup

@@ -24,10 +24,6 @@ def check_rope(c):
            "dynamic, or llama3 or yarn with rope_original above 0, its factor above 0, low below high: got "
            f"{c.rope_scaling}, {c.rope_original}, {c.rope_factor}, {c.rope_low}, {c.rope_high}")
 
-def yarn_attention(factor):
-    """How long yarn makes cos and sin, where nothing else is said."""
-    return 0.1 * math.log(factor) + 1 if isinstance(factor, (int, float)) and factor > 1 else 1.0
-
 def rope_frequencies(config, device=None, length=0):
     """By how much a token turns each pair: (d/2,), float32. length: of the text, for dynamic scaling."""
     c, d, base = config, config.head_size, config.rope_base

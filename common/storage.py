@@ -83,9 +83,7 @@ def read_tensors(path):
     refuse(wanted not in (None, digest.hexdigest()), f"{path} was altered after it was written: get it again")
 
 def write_shards(folder, sizes, tensor_of):
-    """Write a model's tensors, tensor_of(name), a file of about SHARD_BYTES at a time.
-
-    sizes: name -> bytes, in order. Returns name -> the file's name."""
+    """Write tensors, tensor_of(name), SHARD_BYTES a file. sizes: name -> bytes. Returns name -> file."""
     shards, before, files = {}, 0, {}
     for name, size in sizes.items():
         shards.setdefault(before // SHARD_BYTES, []).append(name)
@@ -125,9 +123,7 @@ def replaced(folder, keep=False):
 # ----------------------------------------------------------------------------------- the state of a run
 
 def replace_state(out_dir, write, optimizer_tensors, state):
-    """Replace OUT/state, keep the one before, and link its files into OUT.
-
-    write(folder) writes the model, or an adapter. state: what state.json says, with "step" and "args"."""
+    """Replace OUT/state, keep the one before, link its files into OUT. write(folder): model or adapter."""
     out = Path(out_dir)
     with replaced(out / "state", keep=True) as new:
         write(new)
@@ -137,10 +133,7 @@ def replace_state(out_dir, write, optimizer_tensors, state):
         if file.name not in ("optimizer.safetensors", "state.json"):
             partial = out / (file.name + ".partial")
             partial.unlink(missing_ok=True)
-            try:
-                os.link(file, partial)
-            except OSError:  # a file system without hard links
-                shutil.copy(file, partial)
+            os.link(file, partial)
             os.replace(partial, out / file.name)
 
 def read_state(out_dir):

@@ -304,8 +304,6 @@ def load_tokenizer(folder):
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         return Tokenizer(name, backend, roles, template)
 
-# ----------------------------------------------------------------------------- chat
-
 def render_chat(tokenizer, messages, add_generation_prompt=True):
     """The text of a conversation, [{"role": "user", "content": "..."}, ...], by the model's own template.
 
