@@ -49,13 +49,13 @@ def read_answer(task, example, scores, text):
     if task in CHOICES:
         return dict(label=example.label, prediction=int(np.argmax(scores)), scores=scores)
     if task == "ner":
-        tags, parsed = sets.read_entities(example.words, text)
+        tags = sets.read_entities(example.words, text)
         right, named = set(sets.entities(example.tags)), set(sets.entities(tags))
         return dict(label=example.tags, tags=tags, counts=[len(right & named), len(right), len(named)],
-                    parsed=parsed, answer=text)
-    label, parsed = sets.read_sentiment(text)  # as FinGPT reads it
-    return dict(label=example.label, prediction=sets.SENTIMENTS.index(label), parsed=parsed, answer=text,
-                likeliest=int(np.argmax(scores)), scores=scores)
+                    answer=text)
+    written = sets.SENTIMENTS.index(sets.read_sentiment(text))  # as FinGPT reads it
+    return dict(label=example.label, prediction=written, likeliest=int(np.argmax(scores)), scores=scores,
+                answer=text)
 
 def text_windows(path, tokenizer, limit, length):
     """The windows of a text's first `limit` tokens (None: of all), as examples whose words are tokens."""
@@ -104,8 +104,6 @@ def summed_up(task, rows):
         r |= {key: found} if key == "likeliest" else found
     if task == "ner":
         r["majority"] = 0.0  # the commonest tag is O: no entity is named
-    if "parsed" in rows[0]:
-        r["parsed"] = float(np.mean([r["parsed"] for r in rows]))
     return r
 
 def score_task(model, tokenizer, device, task, examples, file=None):
@@ -163,8 +161,7 @@ def print_results(results):
     print(cli.markdown(["task", "score", "value", "95% interval", "majority", "rows", "s", "cut"], lines))
 
 def compare(one, other):
-    """A table of two runs over the rows that both have. p, the probability of such a difference by chance, is
-    McNemar's exact test where rows are right or wrong, else from the bootstrap."""
+    """A table of two runs over the rows that both have. p: the probability of such a difference by chance."""
     lines = []
     for task in TASKS:
         first, second = (read_rows(f"{folder}/predictions/{task}.jsonl") for folder in (one, other))
@@ -173,12 +170,8 @@ def compare(one, other):
             continue
         theirs = counted(task, [second[name] for name in shared])
         for key, (title, a, metric) in counted(task, [first[name] for name in shared]).items():
-            b, tables = theirs[key][1], a.ndim == 3  # of right and given labels
-            if tables:
-                title, metric = title.replace("weighted F1", "accuracy"), score.accuracy
+            b = theirs[key][1]
             low, high, p = score.paired_bootstrap(a, b, metric)
-            if tables:
-                p = score.mcnemar(metric(a), metric(b))
             A, B = metric(a.sum(0)), metric(b.sum(0))
             lines.append([task, title, len(shared), f"{A:.3f}", f"{B:.3f}", f"{B - A:+.3f}",
                           f"{low:+.3f} to {high:+.3f}", f"{p:.3f}" if p >= 0.001 else "< 0.001"])
@@ -186,7 +179,7 @@ def compare(one, other):
     print(f"A = {one}\nB = {other}")
     print(cli.markdown(["task", "score", "rows", "A", "B", "B - A", "95% interval", "p"], lines))
 
-def parse(argv):
+def main(argv=None):
     p = Parser(__doc__)
     p.add_argument("--model", default="out/train", help="folder, file or known name")
     p.add_argument("--adapter", metavar="DIR", help="an adapter of finetune.py or PEFT")
@@ -197,10 +190,7 @@ def parse(argv):
     p.add_argument("--limit", type=at_least_1, help="rows of each task, a seeded sample; tokens of the text")
     p.add_argument("--out-dir", default="out/eval", help="where predictions and summary.json go")
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="put two such folders side by side")
-    return p.parse_args(argv)
-
-def main(argv=None):
-    args = parse(argv)
+    args = p.parse_args(argv)
     if args.compare:
         return compare(*args.compare)
     refuse(world_size() > 1, f"eval.py is one process, got {world_size()}: leave torchrun out")

@@ -76,8 +76,6 @@ def bench(args):
                          requests=len(answers), first_p50=statistics.median(firsts),
                          first_p95=firsts[int(0.95 * len(firsts))],
                          tokens_per_second=sum(n for _, n in answers) / args.rounds / s))
-    for server in servers.values():
-        server.shutdown()
     return device, rows
 
 def report(rows):

@@ -4,8 +4,8 @@
     python bench.py kernels --dry-run                       small matrices on a CPU, kernels.cu emulated
 
 As in decoding, every call has other weights, together more than the L2 holds, and all are replayed from one
-CUDA graph. What a call computes is first compared with float64. GB/s counts weights, scales and offsets (and
-what dequantize writes). The first rows are floors: a copy, reading, an empty launch.
+CUDA graph. What a call computes is first compared with float64. GB/s counts weights, scales and offsets. The
+first rows are floors: a copy, reading, an empty launch.
 """
 import json
 import statistics
@@ -103,8 +103,8 @@ class Measurement:
         print(json.dumps(row), flush=True)
 
     def products(self, dense, form):
-        """x W^T, g W, W x + s B (A x) and dequantize, of matrices as large as the dense ones; and
-        what cuBLAS takes for these, with the first form."""
+        """x W^T, g W and W x + s B (A x), of matrices as large as the dense ones; and what cuBLAS takes for
+        these, with the first form."""
         k, (out, width) = self.kernels, dense[0].shape
         Ws = self.matrices(out, width, form)
         add = partial(self.add, shape=(out, width), form=form, things=Ws)
@@ -131,8 +131,6 @@ class Measurement:
                 lora = partial(add, "lora", x=x, wanted=x.double() @ (W + 4 * B.double() @ A.double()).T)
                 lora("ours", call=lambda x, W: k.lora(x, W, A, B, 4.0))
                 lora("ours, 4 launches", call=lambda x, W: k.product(x, W) + 4 * (x @ A.T @ B.T))
-        add("dequantize", "ours", x=dense[0], call=lambda x, W: k.dequantize(W, x.dtype), wanted=W,
-            more=bytes_of(dense[0]))
 
     def factors(self, out, width, rank, form):
         """B (A x) in one launch and in two."""

@@ -25,25 +25,21 @@ TARGETS, RANK = ("q", "k", "v", "qkv"), 8  # of the random adapters
 SHORTEST, LONGEST = 16, 200  # prompts, in tokens
 DEFAULTS = dict(model="smollm2-135m", sequences=32, new_tokens=24, rounds=2)
 
-def generation_cost(model, prompt, new, use_cache):
-    """(tokens read, operations by weights, operations of attention) to write `new` tokens after `prompt`.
+def paper_counts():
+    """Section III.C.2's example, 100 new tokens after 100: tokens read, TFLOP by weights and of attention.
 
     The paper counts 2 operations for each weight of the model, W^E's included. Attention: q k^T and s v, 2
     each for every key that a query sees."""
-    texts = [prompt + new - 1] if use_cache else range(prompt, prompt + new)  # lengths of what is read whole
-    tokens, keys = sum(texts), sum(n * (n + 1) // 2 for n in texts)
-    c = model.config
-    return tokens, 2 * count_parameters(model) * tokens, 4 * keys * c.heads * c.head_size * c.blocks
-
-def paper_counts():
-    """Section III.C.2's example: model, cache, tokens, TFLOP by weights and of attention, the paper's."""
     rows = []
     for rank, name, paper in ((0, "Llama2-7B", "210"), (512, "Llama2-7B, r = 512", "40")):
         model = shapes_of_rank("llama2-7b", rank, rank)
+        a_key = 4 * model.config.heads * model.config.head_size * model.config.blocks
         for cache in (False, True):
-            tokens, weights, attention = generation_cost(model, 100, 100, cache)
-            rows.append(dict(model=name, cache=cache, tokens=tokens, weights=weights / 1e12,
-                             attention=attention / 1e12, paper="" if cache else paper))
+            texts = [199] if cache else range(100, 200)  # lengths of what is read whole
+            tokens, keys = sum(texts), sum(n * (n + 1) // 2 for n in texts)
+            rows.append(dict(model=name, cache=cache, paper="" if cache else paper, tokens=tokens,
+                             weights=2 * count_parameters(model) * tokens / 1e12,
+                             attention=a_key * keys / 1e12))
     return rows
 
 def mixed_prompts(tokenizer, count):

@@ -14,6 +14,7 @@ Gradients flow back through them: what is learned is what whole rows teach.
 import json
 import re
 from dataclasses import dataclass
+from os.path import commonprefix  # of any sequences
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from common.data import parse_json
 from common.generate import padded
 from common.loss import IGNORED
 from tasks import sets
-from tasks.score import common_prefix, copies, encode_pair, read_prefix, shorten
+from tasks.score import copies, encode_pair, read_prefix, shorten
 
 POOL = 16  # batches among which rows are sorted by length
 
@@ -65,7 +66,7 @@ class Batch:
     def __init__(self, rows, share=True, device="cpu"):
         prefix = []
         if share and len(rows) > 1:  # the prompt's last token predicts: it stays with its row
-            prefix = common_prefix([row.ids[:row.start - 1] for row in rows])
+            prefix = commonprefix([row.ids[:row.start - 1] for row in rows])
         P = len(prefix)
         self.prefix = torch.tensor([prefix], dtype=torch.int64, device=device)
         self.tokens = padded([row.ids[P:-1] for row in rows], 0, device)

@@ -17,8 +17,8 @@ Trunks of similar length make a batch, and so do tails. The head is applied to t
 goes on from the trunk's keys and values.
 """
 import math
-import os
 from dataclasses import dataclass
+from os.path import commonprefix  # of any sequences
 
 import numpy as np
 import torch
@@ -46,10 +46,6 @@ def shorten(prompt, room):
     if len(prompt) <= room:
         return prompt
     return prompt[:room - room // 2] + prompt[len(prompt) - room // 2:]
-
-def common_prefix(lists):
-    """The first elements that all lists share."""
-    return lists[0][:len(os.path.commonprefix(lists))]  # works on any sequences
 
 def read_prefix(model, tokens):
     """tokens (1, P) -> a KVCache that has them; P may be 0."""
@@ -95,7 +91,7 @@ def make_item(example, tokenizer, context, room=None):
         texts.append(text)
         starts.append(max(len(text) - len(ending), 1))  # from 1: an ending may fill the context
         cut = max(cut, len(given) + len(ending) - len(text))
-    trunk = common_prefix([text[:start - 1] for text, start in zip(texts, starts)])
+    trunk = commonprefix([text[:start - 1] for text, start in zip(texts, starts)])
     return Item(example, texts, starts, trunk, cut)
 
 def in_batches(items, length, budget, most):
@@ -159,7 +155,7 @@ def score_in_batches(model, tokenizer, examples, device, new_tokens=0):
     new_tokens = min(new_tokens, context // 2)
     room = context - new_tokens if new_tokens else None
     items = [make_item(e, tokenizer, context, room) for e in examples]
-    shared = torch.tensor([common_prefix([item.trunk for item in items])], dtype=torch.long, device=where)
+    shared = torch.tensor([commonprefix([item.trunk for item in items])], dtype=torch.long, device=where)
     with device.autocast():
         prefix = read_prefix(model, shared)
     most = 64 if new_tokens else 256
