@@ -112,18 +112,14 @@ def score_task(model, tokenizer, device, task, examples, file=None):
     With `file` every row is written there as soon as it is known, and what is there is not measured again."""
     done = read_rows(file) if file else {}
     todo = [e for e in examples if name_of(e) not in done]
-    if file:  # anew, without a line that a kill cut short
-        write_atomic(file, "".join(json.dumps(row) + "\n" for row in done.values()))
-    disable = None if is_first() else True  # None: where there is no terminal
-    with tqdm(total=len(todo), desc=task, unit=" rows", disable=disable, leave=False) as bar:
+    with tqdm(total=len(todo), desc=task, leave=False, disable=None if is_first() else True) as bar:
         start = time.perf_counter()
         for batch in measured_rows(model, tokenizer, device, task, todo):
             seconds = round((time.perf_counter() - start) / len(batch), 6)
             rows = [dict(answer, row=name_of(e), index=e.index, seconds=seconds) for e, answer in batch]
             done |= {row["row"]: row for row in rows}
             if file:
-                with open(file, "a") as f:
-                    f.writelines(json.dumps(row) + "\n" for row in rows)
+                write_atomic(file, "".join(json.dumps(row) + "\n" for row in done.values()))
             bar.update(len(batch))
             start = time.perf_counter()
     result = summed_up(task, [done[name_of(e)] for e in examples])

@@ -1,7 +1,6 @@
 """Tokens a second when generating at batch 1 (section IV.C): ranks and bits.
 
     python bench.py decode
-    python bench.py decode --models gpt2 --new-tokens 50
     python bench.py decode --models llama2-7b --ranks 0 --bits 4 --eager
     python bench.py decode --gguf smollm2-135m          a real model, beside llama.cpp on the same file
 

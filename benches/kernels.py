@@ -73,7 +73,7 @@ class Measurement:
         self.rows, self.copy = [], None
         a, b, one = (self.random(1, n) for n in (2 * l2_bytes, 2 * l2_bytes, 1))
         add = partial(self.add, engine="torch", shape=(), form=(16, 0))
-        add("copy", x=a, call=lambda x, to: to.copy_(x), things=[b] * 3, wanted=a, more=a.nbytes)
+        add("copy", x=a, call=lambda x, pair: pair[1].copy_(pair[0]), things=[(a, b)] * 3, wanted=a)
         integers = a.view(torch.int64)
         add("read", x=a, call=lambda x, W: W.sum(), things=[integers] * 3, wanted=integers.sum())
         add("empty launch", x=one, call=lambda x, W: W.mul_(1), things=[one] * 100, wanted=one)
@@ -88,15 +88,14 @@ class Measurement:
     def matrices(self, out, width, form):
         return self.enough(lambda: QuantMatrix.of(self.random(out, width), *form))
 
-    def add(self, kernel, engine, shape, form, x, call, things, wanted, more=0):
-        """Compare call(x, things[0]) with what is wanted, then time call over all things. more: other bytes
-        that are read or written."""
+    def add(self, kernel, engine, shape, form, x, call, things, wanted):
+        """Compare call(x, things[0]) with what is wanted, then time call over all things."""
         row = dict(kernel=kernel, engine=engine, shape="x".join(map(str, shape)), bits=form[0], group=form[1],
                    rows=len(x))
         error = ((call(x, things[0]).double() - wanted).norm() / wanted.double().norm()).item()
         refuse(not error < WRONG, f"{row}: off by {error:.3g} of the result: not timed")
         s = self.seconds([partial(call, x, thing) for thing in things])
-        speed = (bytes_of(things[0]) + more) / s
+        speed = bytes_of(things[0]) / s
         self.copy = self.copy or speed  # bytes a second; the first row is that of the copy
         row |= dict(us=s * 1e6, gb_s=speed / 1e9, share_of_copy=speed / self.copy, error=error)
         self.rows.append(row)

@@ -118,8 +118,7 @@ def bench(args):
     return find_device("float32"), measure()
 
 def report(rows):
-    def torchs(r):
-        return f"{r['torch_utilization']:.3f}" if r["torch_utilization"] else "none"
     return table(rows, {
         "schedule": "schedule", "stages": "stages", "microbatches": "microbatches",
-        "utilization": ("utilization", "{:.3f}"), "clock table": ("theory", "{:.3f}"), "torch": torchs})
+        "utilization": ("utilization", "{:.3f}"), "clock table": ("theory", "{:.3f}"),
+        "torch": lambda r: f"{r['torch_utilization']:.3f}" if r["torch_utilization"] else "none"})
