@@ -32,6 +32,7 @@ from lowrank import BlendedLinear, LowRankEmbedding, LowRankLinear, merge_lora, 
 from model import CONFIGS, Layer, Packed, Transformer, config_for, count_parameters
 
 FORMAT = "fingpt-hpc"
+MOST_LOST = 0.05  # of what an adapter adds, when its sums with the base are rounded
 KINDS = {"lowrank": LowRankLinear, "blended": BlendedLinear, "lowrank embedding": LowRankEmbedding}
 
 def describe_layers(model):
@@ -181,8 +182,8 @@ def place(layer, name, tensor, device, dtype):
     """Copy a tensor into a meta layer; a parameter in `dtype`, a buffer as it is."""
     old = getattr(layer, name)
     is_parameter = isinstance(old, nn.Parameter)
-    copy = torch.empty(tensor.shape, dtype=dtype if is_parameter else tensor.dtype, device=device)
-    copy.copy_(tensor)
+    dtype = dtype if is_parameter else tensor.dtype
+    copy = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     setattr(layer, name, nn.Parameter(copy, old.requires_grad) if is_parameter else copy)
 
 # ------------------------------------------------------------------------------------ python checkpoint.py
@@ -215,8 +216,6 @@ def quantize(args):
     replace_model(args.out, model.bfloat16(), tokenizer)
     print(f"{args.out}: {count_parameters(model) / 1e6:,.1f}M parameters at {args.bits} bit, "
           f"{stored_bytes(model) / 1e6:,.1f} MB")
-
-MOST_LOST = 0.05  # of what an adapter adds, when its sums with the base are rounded
 
 def merge(args):
     """Write an adapter's base with the adapter multiplied into it."""

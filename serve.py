@@ -36,7 +36,6 @@ from common.tokenizer import Utf8Decoder, render_chat, valid
 from sample import make_pool, named_folders, open_model
 
 WAITING = 256  # requests beside those in the batch; a client that comes then is told to come later
-
 MOST_BYTES = 1 << 20  # of a request's body: more than any context holds
 
 class Refusal(InputError):

@@ -197,8 +197,6 @@ def encode_corpus(corpus, tokenizer, folder):
         meta["largest"] = max(meta["largest"], int(tokens.max()))
     return meta
 
-# ----------------------------------------------------------------------------- batches
-
 def windows(tokens, starts, length):
     """`length` tokens from each start, and the same one token later: two (rows, length) int64 tensors."""
     rows = torch.from_numpy(np.stack([tokens[s:s + length + 1] for s in starts]).astype(np.int64))

@@ -40,6 +40,9 @@ STOPS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>")
 ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id",  # with GGUF's names of their ids
          "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of tokens, as GGUF numbers them
+LLAMA_FIELDS = dict(bos_token_id=1, eos_token_id=2, unknown_token_id=0, add_bos_token=True,
+                    add_space_prefix=True)  # of a GGUF's "llama" that does not say
+TRAINING_CHARACTERS = 4_000_000  # of a text, from which a tokenizer is trained, at most
 # Byte-level vocabularies spell these bytes as they are, and the others with characters from U+0100 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
@@ -176,8 +179,6 @@ def read_sentencepiece(name, model):
                 eos_token_id=sp.eos_id(), unknown_token_id=sp.unk_id(), padding_token_id=sp.pad_id(),
                 add_space_prefix=sp.normalize("a") == "▁a")
 
-TRAINING_CHARACTERS = 4_000_000
-
 def train_tokenizer(texts, vocab_size=4096, coverage=0.9995):
     """A SentencePiece BPE learned from texts, with fewer pieces where they have too few different words.
 
@@ -232,9 +233,6 @@ def read_json(path):
     content = parse_json(path.read_bytes(), path) if path.is_file() else {}
     refuse(not isinstance(content, dict), f"{path} holds no JSON object: get the file again")
     return content
-
-LLAMA_FIELDS = dict(bos_token_id=1, eos_token_id=2, unknown_token_id=0, add_bos_token=True,
-                    add_space_prefix=True)  # of a GGUF's "llama" that does not say
 
 def vocabulary(name, fields):
     """(backend, roles) of a GGUF's fields "tokens", "scores", "merges" and so on."""
