@@ -62,8 +62,8 @@ def bytes_of(thing):
     return sum(map(bytes_of, thing.parts() if isinstance(thing, QuantMatrix) else thing))
 
 def exact(W):
-    """W in float64, not by kernels.cu."""
-    return (W if isinstance(W, torch.Tensor) else W.rows(torch.arange(W.out_features))).double()
+    """A QuantMatrix in float64, not by kernels.cu."""
+    return W.rows(torch.arange(W.out_features)).double()
 
 class Measurement:
     """Collects rows; seconds(calls) times a list of calls."""
@@ -85,9 +85,6 @@ class Measurement:
         """So many different things that the L2 can't hold them."""
         return [make() for _ in range(2 + self.l2_bytes // bytes_of(make()))]
 
-    def matrices(self, out, width, form):
-        return self.enough(lambda: QuantMatrix.of(self.random(out, width), *form))
-
     def add(self, kernel, engine, shape, form, x, call, things, wanted):
         """Compare call(x, things[0]) with what is wanted, then time call over all things."""
         row = dict(kernel=kernel, engine=engine, shape="x".join(map(str, shape)), bits=form[0], group=form[1],
@@ -105,7 +102,7 @@ class Measurement:
         """x W^T, g W and W x + s B (A x), of matrices as large as the dense ones; and what cuBLAS takes for
         these, with the first form."""
         k, (out, width) = self.kernels, dense[0].shape
-        Ws = self.matrices(out, width, form)
+        Ws = self.enough(lambda: QuantMatrix.of(self.random(out, width), *form))
         add = partial(self.add, shape=(out, width), form=form, things=Ws)
         A, B, W = self.random(8, width), self.random(out, 8), exact(Ws[0])
         peer = form == (4, 64) and width % 128 == 0 and dense[0].is_cuda
@@ -118,8 +115,8 @@ class Measurement:
             back("ours", call=k.matmul_back)
             if form == FORMS[0]:
                 cublas = dict(engine="torch", form=(16, 0), things=dense)
-                product(**cublas, call=lambda x, W: x @ W.T, wanted=x.double() @ exact(dense[0]).T)
-                back(**cublas, call=lambda g, W: g @ W, wanted=g.double() @ exact(dense[0]))
+                product(**cublas, call=lambda x, W: x @ W.T, wanted=x.double() @ dense[0].double().T)
+                back(**cublas, call=lambda g, W: g @ W, wanted=g.double() @ dense[0].double())
             if M >= MATVEC_ROWS:
                 product("torch, dequantized first", call=lambda x, W: x @ k.dequantize(W, x.dtype).T)
                 back("torch, dequantized first", call=lambda g, W: g @ k.dequantize(W, g.dtype))
@@ -133,7 +130,8 @@ class Measurement:
 
     def factors(self, out, width, rank, form):
         """B (A x) in one launch and in two."""
-        k, pairs = self.kernels, list(zip(self.matrices(rank, width, form), self.matrices(out, rank, form)))
+        k, shapes = self.kernels, ((rank, width), (out, rank))
+        pairs = self.enough(lambda: [QuantMatrix.of(self.random(*shape), *form) for shape in shapes])
         A, B = map(exact, pairs[0])
         for M in (1, 8, MATVEC_ROWS):
             x = self.random(M, width)
