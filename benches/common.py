@@ -48,16 +48,16 @@ def list_of(kind):
     return lambda text: [kind(word) for word in text.split(",")]
 
 def interleaved(steps, rounds):
-    """Median seconds of each named step, all of them run in turn `rounds` times after a warm-up."""
-    times = {name: [] for name in steps}
+    """(median seconds, last result) of each named step, all run in turn `rounds` times after a warm-up."""
+    times, results = {name: [] for name in steps}, {}
     for _ in tqdm(range(rounds + 1), desc="rounds", disable=None, leave=False):
         for name, step in steps.items():
             start = time.perf_counter()
-            step()
+            results[name] = step()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t[1:]) for name, t in times.items()}
+    return {name: (statistics.median(t[1:]), results[name]) for name, t in times.items()}
 
 def installed(package):
     there = importlib.util.find_spec(package) is not None

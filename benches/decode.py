@@ -68,26 +68,23 @@ def writer(name, batch, engine, rank, bits):
 
 def measure(name, jobs, args):
     """Rows for all jobs (engine, rank, bits) of one model."""
-    workers, sizes, rows = {job: Worker(writer, name, args.batch, *job) for job in jobs}, {}, []
+    workers, rows = {job: Worker(writer, name, args.batch, *job) for job in jobs}, []
     memory = torch.ones(READ, dtype=torch.int8, device=find_device("bfloat16").torch_device)
-
-    def write(job, count):
-        sizes[job] = workers[job].ask(count)
 
     def read():
         for _ in range(TIMES):
             memory.amax().item()
     new, batch = args.new_tokens, args.batch
-    steps = {(job, count): partial(write, job, count) for job in jobs for count in (1, 2, new)}
-    seconds = interleaved(steps | dict(read=read), args.rounds)
+    steps = {(job, count): partial(workers[job].ask, count) for job in jobs for count in (1, 2, new)}
+    found = interleaved(steps | dict(read=read), args.rounds)
     for job in jobs:
-        prompt, two, whole = (seconds[job, count] for count in (1, 2, new))
-        rate, bandwidth = (new - 2) / (whole - two), TIMES * READ / seconds["read"]
+        (prompt, _), (two, _), (whole, sizes) = (found[job, count] for count in (1, 2, new))
+        rate, bandwidth = (new - 2) / (whole - two), TIMES * READ / found["read"][0]
         rows.append(dict(model=Path(name).name, batch=batch, engine=job[0], rank=job[1], bits=job[2],
                          cache=True, new_tokens=new, rounds=args.rounds, prompt_seconds=prompt,
                          tokens_per_second=batch * rate, with_prompt=batch * new / whole,
-                         share_of_read=sizes[job]["read_bytes"] * rate / bandwidth,
-                         read_bandwidth=bandwidth, **sizes[job]))
+                         share_of_read=sizes["read_bytes"] * rate / bandwidth,
+                         read_bandwidth=bandwidth, **sizes))
     for worker in workers.values():
         worker.shutdown()
     return rows

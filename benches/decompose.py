@@ -57,23 +57,21 @@ def compare(matrices, H, method):
     """Seconds of ours and of the loop, in turn, and the largest error over the optimum."""
     plain = method == "plain"
     C = torch.eye(len(H), dtype=torch.float64, device=H.device) if plain else Moments(H).C
-    targets, found = [(W.double() @ C).float() for W in matrices], {}
+    targets, worst = [(W.double() @ C).float() for W in matrices], 0.0
 
     def run_ours():
         if plain:
-            found["factors"] = [svd_factors(W, rank_of(W)) for W in matrices]
-        else:
-            moments = Moments(H)
-            found["factors"] = [moments.factors(W, rank_of(W))[0] for W in matrices]
+            return [svd_factors(W, rank_of(W)) for W in matrices]
+        moments = Moments(H)
+        return [moments.factors(W, rank_of(W))[0] for W in matrices]
 
     def run_loop():
-        found["spectra"] = [torch.linalg.svd(M, full_matrices=False)[1] for M in targets]
-
-    seconds, worst = interleaved({"ours": run_ours, "loop": run_loop}, 1), 0.0
-    for W, (B, A), S in zip(matrices, found["factors"], found["spectra"]):
+        return [torch.linalg.svd(M, full_matrices=False)[1] for M in targets]
+    (ours, factors), (loop, spectra) = interleaved({"ours": run_ours, "loop": run_loop}, 1).values()
+    for W, (B, A), S in zip(matrices, factors, spectra):
         error = ((W.double() - B.double() @ A.double()) @ C).norm() / S[rank_of(W):].double().norm()
         worst = max(worst, error.item())
-    return seconds["ours"], seconds["loop"], worst
+    return ours, loop, worst
 
 def speed(models, device):
     rows = []

@@ -88,17 +88,14 @@ def bench(args):
     model, tokenizer = load_model(args.base)
     task = "fpb" if (Path(DATA_DIR) / "fpb").is_dir() else "made-up"
     drawn = draw(read_task(task, DATA_DIR)[0], BATCHES * args.batch_size)
-    rows, found = [encode(tokenizer, example.prompt, example.answer, 512) for example in drawn], {}
-
-    def train(key):
-        found[key] = workers[key].ask(None)
+    rows = [encode(tokenizer, example.prompt, example.answer, 512) for example in drawn]
     with tempfile.TemporaryDirectory() as folder:
         export(model, tokenizer, Path(folder) / "hf")
         workers = {key: Worker(engine, args, *key, Path(folder) / "hf", rows) for key in keys}
-        seconds = interleaved({key: partial(train, key) for key in keys}, args.rounds)
+        found = interleaved({key: partial(workers[key].ask, None) for key in keys}, args.rounds)
     return device, [dict(engine=key[0], base=args.base, bits=key[1], rank=args.rank, dtype=args.dtype,
                          batch=args.batch_size, tokens=tokens, peak_memory_bytes=peak,
-                         tokens_per_second=tokens / seconds[key]) for key, (tokens, peak) in found.items()]
+                         tokens_per_second=tokens / s) for key, (s, (tokens, peak)) in found.items()]
 
 def report(rows):
     peer = [r["tokens_per_second"] for r in rows if r["engine"] == "peft"]

@@ -69,7 +69,7 @@ def bench(args):
             answers = list(threads.map(one, prompts[:clients * TURNS]))
         found.setdefault((engine, clients), []).extend(answers)
     steps = {(engine, n): partial(load, engine, n) for n in args.clients for engine in servers}
-    for (engine, clients), s in interleaved(steps, args.rounds).items():
+    for (engine, clients), (s, _) in interleaved(steps, args.rounds).items():
         answers = found[engine, clients][clients * TURNS:]  # without the warm-up's
         firsts = sorted(first for first, _ in answers)
         rows.append(dict(engine=engine[0], bits=engine[1], file=args.gguf, clients=clients,

@@ -43,7 +43,7 @@ def bench(args):
         model.zero_grad()
         return kept
     rows, steps = [], {mode: partial(step, model) for mode, model in models.items()}
-    seconds = interleaved(steps, args.rounds)
+    seconds = {mode: s for mode, (s, _) in interleaved(steps, args.rounds).items()}
     for mode, model in models.items():
         with Watch() as watch:
             kept = step(model, watch)

@@ -85,10 +85,10 @@ def bench(args):
 
     def run(engine, count):
         names = [f"adapter {i % count}" if count else None for i in range(len(prompts))]
-        found[engine, count] = engine(model, adapters, prompts, names, args.new_tokens)
-    found, rows, size = {}, [], bytes_per_token(model.config)
-    for (engine, count), s in interleaved({case: partial(run, *case) for case in cases}, args.rounds).items():
-        reserved, used = found[engine, count]
+        return engine(model, adapters, prompts, names, args.new_tokens)
+    rows, size = [], bytes_per_token(model.config)
+    found = interleaved({case: partial(run, *case) for case in cases}, args.rounds)
+    for (engine, count), (s, (reserved, used)) in found.items():
         rows.append(dict(engine=engine.__name__, adapters=count, sequences=len(prompts),
                          tokens_per_second=len(prompts) * args.new_tokens / s,
                          kv_bytes_reserved=reserved * size, kv_bytes_used=used * size))

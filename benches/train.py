@@ -91,11 +91,11 @@ def bench(args):
     if args.nanogpt:
         steps["nanoGPT", 0] = nanogpt_step(args.nanogpt, device, *size)
     timed = {(*key, d): partial(steps[key], getattr(torch, d)) for key in steps for d in args.dtypes}
-    rows, seconds = [], interleaved(timed, args.rounds)
+    rows, found = [], interleaved(timed, args.rounds)
     del model, steps, timed  # the peaks need the memory
     torch.cuda.empty_cache()
     rates = {d: matmul_rate(device.torch_device, getattr(torch, d)) for d in args.dtypes}
-    for (name, rank, d), s in seconds.items():
+    for (name, rank, d), (s, _) in found.items():
         speed, peak, model = args.batch_size * args.seq_len / s, None, shapes_of_rank("gpt2")
         if name == args.model:
             model = shapes_of_rank(name, rank)
