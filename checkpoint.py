@@ -254,13 +254,12 @@ def info(args):
     total = count_parameters(build(source.config, source.layers))
     print(f"{total / 1e6:,.1f}M parameters, {size / 1e6:,.1f} MB, {8 * size / total:.1f} bits a parameter")
 
-COMMANDS = dict(info=info, export=export_command, merge=merge, quantize=quantize)
-
 def parse(argv):
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run in COMMANDS.items():
+    for name, run in dict(info=info, export=export_command, merge=merge, quantize=quantize).items():
         p = commands.add_parser(name, help=run.__doc__)
+        p.set_defaults(run=run)
         what = "adapter" if name == "merge" else "model"
         p.add_argument(what, help="a folder; of a model also a file or a known name")
         if name != "info":
@@ -282,7 +281,7 @@ def main(argv=None):
     args = parse(argv)
     if args.command != "info":
         check_folder(args.out, new=True)  # before anything slow
-    COMMANDS[args.command](args)
+    args.run(args)
     return 0
 
 if __name__ == "__main__":

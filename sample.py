@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -80,24 +81,19 @@ def chat(model, tokenizer, args, generator):
     refuse(not tokenizer.chat_template, f"{args.model} has no chat template: use --prompt")
     cache = KVCache(model.config, 1, model.config.context, model.norm.weight.device)
     messages, known = [], []
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            line = ""
-        if not line:
-            return
-        messages.append(dict(role="user", content=line))
-        ids = tokenizer.encode(render_chat(tokenizer, messages), special=True)
-        cache.lengths = [min(cache.end, len(os.path.commonprefix([known, ids[:-1]])))]
-        try:
-            text, tokens = write(model, tokenizer, ids, args, generator, cache)
-        except InputError as e:  # too long for the context: the conversation goes on without this message
-            print(f"\nerror: {e}. This message is dropped; a new chat has more room", flush=True)
-            messages.pop()
-            continue
-        known = ids + tokens
-        messages.append(dict(role="assistant", content=text.strip()))
+    with suppress(EOFError):  # the end of input
+        for line in iter(lambda: input("> ").strip(), ""):
+            messages.append(dict(role="user", content=line))
+            ids = tokenizer.encode(render_chat(tokenizer, messages), special=True)
+            cache.lengths = [min(cache.end, len(os.path.commonprefix([known, ids[:-1]])))]
+            try:
+                text, tokens = write(model, tokenizer, ids, args, generator, cache)
+            except InputError as e:  # too long for the context: the conversation goes on without this message
+                print(f"\nerror: {e}. This message is dropped; a new chat has more room", flush=True)
+                messages.pop()
+                continue
+            known = ids + tokens
+            messages.append(dict(role="assistant", content=text.strip()))
 
 def make_pool(model):
     """As many blocks as KV_MEMORY holds."""

@@ -60,9 +60,7 @@ def load():
 class HugePages:
     """Memory in pages of 2 MiB: with small ones the CPU spends a tenth of the time looking addresses up. A
     matrix is smaller than such a page, so many share a slab, which is freed with the last of them."""
-
-    def __init__(self):
-        self.slab, self.used = b"", 0
+    slab, used = b"", 0
 
     def copy(self, tensor):
         size = -(-tensor.nbytes // 64) * 64 + 128  # the kernels read up to 112 bytes beyond a matrix

@@ -75,6 +75,8 @@ GPT2_ALIASES = dict(n_positions="max_position_embeddings", n_layer="num_hidden_l
 GPT2_ONLY = dict(activation_function=("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
                  scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
                  add_cross_attention=(False,))
+TYPES = {field.name: field.type for field in fields(Config)}  # of our settings
+LARGEST = dict.fromkeys(TYPES, 1 << 26) | dict(blocks=1 << 12, rope_base=1e12)
 # What a model does not read: constants in old files, the head of a classifier.
 NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "score.weight")
 
@@ -164,9 +166,6 @@ def shapes_of(config):
     """name -> shape of every parameter of the dense network."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}
-
-TYPES = {field.name: field.type for field in fields(Config)}
-LARGEST = dict.fromkeys(TYPES, 1 << 26) | dict(blocks=1 << 12, rope_base=1e12)
 
 def make_config(file, settings, keys=None):
     """Config(**settings), each of the type that its field has. keys: our names -> theirs, for the error."""
