@@ -123,8 +123,6 @@ def account(model, batch, length, recompute, optimizer_bytes=12):
     return dict(parameter=stored, gradient=2 * learn, optimizer=optimizer_bytes * learn, activation=kept,
                 block=block, loss=loss)
 
-# ----------------------------------------------------------------------------- the paper's tables
-
 KEEPS = {  # mode: what is kept, and the paper's total
     "none": ("everything, the probabilities s too", 81),
     "sdpa": ("all but s: torch's fused attention", ""),
