@@ -254,7 +254,7 @@ def info(args):
     total = count_parameters(build(source.config, source.layers))
     print(f"{total / 1e6:,.1f}M parameters, {size / 1e6:,.1f} MB, {8 * size / total:.1f} bits a parameter")
 
-def parse(argv):
+def main(argv=None):
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run in dict(info=info, export=export_command, merge=merge, quantize=quantize).items():
@@ -275,10 +275,7 @@ def parse(argv):
                          "shapes, to measure sizes and speeds")
     p.add_argument("--rank", type=at_least_0, default=0, metavar="R", help="with --random-init: of every "
                    "linear layer; 0 is full rank")
-    return parser.parse_args(argv)
-
-def main(argv=None):
-    args = parse(argv)
+    args = parser.parse_args(argv)
     if args.command != "info":
         check_folder(args.out, new=True)  # before anything slow
     args.run(args)

@@ -32,23 +32,6 @@ TOP_P = 0.95         # draw from the likeliest tokens that have this probability
 SEED = 1             # of the draws; line n of --prompts has SEED + n - 1
 KV_MEMORY = 1 << 30  # bytes for the keys and values of many texts
 
-def parse(argv):
-    p = Parser(__doc__)
-    p.add_argument("--model", default="out/train", help="folder, file or known name (default: %(default)s)")
-    p.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR",
-                   help="of finetune.py or PEFT; several with names for --prompts (default: the bare base)")
-    p.add_argument("--bits", type=int, default=16, help="8 or 4: quantize (default: %(default)s)")
-    given = p.add_mutually_exclusive_group()
-    given.add_argument("--prompt", default="\n", help="the text to continue (default: a new line)")
-    given.add_argument("--prompts", metavar="FILE.jsonl", help="many texts, one a line (default: --prompt)")
-    given.add_argument("--chat", action="store_true", help="talk with an instruction-tuned model")
-    p.add_argument("--max-new-tokens", type=at_least_1, default=200, help="at most (default: %(default)s)")
-    p.add_argument("--temperature", type=not_negative, default=0.8, help="0: greedy (default: %(default)s)")
-    args = p.parse_args(argv)
-    refuse(len(args.adapter) > 1 and not args.prompts, f"{len(args.adapter)} adapters, and nothing says "
-           "which one to use: give one, or --prompts with a name in each line")
-    return args
-
 def named_folders(words):
     """name -> folder of each NAME=DIR; the name of a DIR alone is the folder."""
     folders = {}
@@ -140,7 +123,20 @@ def say_rate(tokens, start, device):
           file=sys.stderr)
 
 def main(argv=None):
-    args = parse(argv)
+    p = Parser(__doc__)
+    p.add_argument("--model", default="out/train", help="folder, file or known name (default: %(default)s)")
+    p.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR",
+                   help="of finetune.py or PEFT; several with names for --prompts (default: the bare base)")
+    p.add_argument("--bits", type=int, default=16, help="8 or 4: quantize (default: %(default)s)")
+    given = p.add_mutually_exclusive_group()
+    given.add_argument("--prompt", default="\n", help="the text to continue (default: a new line)")
+    given.add_argument("--prompts", metavar="FILE.jsonl", help="many texts, one a line (default: --prompt)")
+    given.add_argument("--chat", action="store_true", help="talk with an instruction-tuned model")
+    p.add_argument("--max-new-tokens", type=at_least_1, default=200, help="at most (default: %(default)s)")
+    p.add_argument("--temperature", type=not_negative, default=0.8, help="0: greedy (default: %(default)s)")
+    args = p.parse_args(argv)
+    refuse(len(args.adapter) > 1 and not args.prompts, f"{len(args.adapter)} adapters, and nothing says "
+           "which one to use: give one, or --prompts with a name in each line")
     model, tokenizer, device = open_model(args.model, args.bits)
     if args.prompts:
         return many(model, tokenizer, args, device)
