@@ -333,7 +333,12 @@ class Pipeline(Single):
         inputs, targets = (torch.cat(parts) for parts in zip(*batches))
         M = self.microbatches
         losses = self.compute(self.steps, inputs.chunk(M), targets.chunk(M), seed)
-        self.sum_gradients()
+        if self.tied and (self.grid.first or self.grid.last):  # the two copies of the matrix
+            dist.all_reduce(self.model.embed.weight.grad, group=self.grid.ends)
+        if self.replicas > 1:
+            gradients = [p.grad for p in self.own_parameters() if p.grad is not None]
+            for work in [dist.all_reduce(g, group=self.grid.data, async_op=True) for g in gradients]:
+                work.wait()
         return torch.stack(losses).detach().mean() if losses else inputs.new_zeros((), dtype=torch.float32)
 
     @torch.no_grad()
@@ -341,15 +346,6 @@ class Pipeline(Single):
         """Of one batch, in the last stage; None elsewhere, so that the next batch can follow."""
         losses = self.compute([("F", 0, stage) for stage in self.pieces], [x], [y])
         return losses[0] if losses else None
-
-    def sum_gradients(self):
-        """Over the two copies of a tied matrix, then over the replicas."""
-        if self.tied and (self.grid.first or self.grid.last):
-            dist.all_reduce(self.model.embed.weight.grad, group=self.grid.ends)
-        if self.replicas > 1:
-            gradients = [p.grad for p in self.own_parameters() if p.grad is not None]
-            for work in [dist.all_reduce(g, group=self.grid.data, async_op=True) for g in gradients]:
-                work.wait()
 
     @torch.no_grad()
     def clip(self, largest):
