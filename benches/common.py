@@ -25,8 +25,8 @@ HELP = {  # of the flags whose names do not say it all
     "eager": "also without the CUDA graph, or without the one call on a CPU",
     "nanogpt": "also time nanoGPT's 124M, from this checkout of its repository",
     "out_dir": "a stopped run goes on there, a finished one is not repeated", "ranks": "0: full rank",
-    "quality": "scores in place of times", "text": "to measure: a file, a folder or builtin",
     "recompute": "a mode of train.py --recompute, or all", "hours": "after so many no run begins",
+    "recovery": "the text to recover on", "text": "to measure: a file, a folder or builtin",
 }
 
 def parse(name, module, argv):

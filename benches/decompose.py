@@ -1,30 +1,24 @@
-"""Decomposition (section IV.B): time and error against a loop of torch.linalg.svd, and perplexity.
+"""Decomposition (section IV.B): time and error against a loop of torch.linalg.svd.
 
     python bench.py decompose        all matrices of smollm2-135m and random ones of GPT-2's shapes (--models)
-    python bench.py decompose --quality --text wikitext2-valid.txt --calibration fiction/
-                                     perplexity after 80, 60 and 40%, and after recovery by methods 2 and 3
 
-All at a third of the ranks. The loop takes W, or W C where inputs count (H = C C^T their second moments), and
-is given C; ours has to compute it. Gathering H is not timed. error_over_optimum is the largest over all
-matrices, of the Frobenius norm of (W - B A) C over that of the best possible, in float64.
+At a third of the ranks. The loop takes W, or W C where inputs count (H = C C^T their second moments), and is
+given C; ours has to compute it. Gathering H is not timed. error_over_optimum is the largest over all
+matrices, of the Frobenius norm of (W - B A) C over that of the best possible, in float64. What a model loses
+is measured by bench.py compress.
 """
-from pathlib import Path
-
 import torch
 
-from benches.common import interleaved, run_once, table
+from benches.common import interleaved, table
 from beyond.activations import Moments, walk
 from checkpoint import load_model
-from common.cli import refuse
 from common.data import calibration_batches
 from common.device import find_device
 from lowrank import svd_factors
 from model import config_for
 
-STEPS, RECOVERED = 200, 0.6  # of 2 x 256 tokens; the share from which recovery is measured
 REAL = "smollm2-135m"
-DEFAULTS = dict(models=[REAL, "gpt2"], quality=False, text=None, calibration=None,
-                out_dir="out/bench_decompose")
+DEFAULTS = dict(models=[REAL, "gpt2"])
 
 @torch.no_grad()
 def smollm2(device):
@@ -73,51 +67,20 @@ def compare(matrices, H, method):
         worst = max(worst, error.item())
     return ours, loop, worst
 
-def speed(models, device):
-    rows = []
-    for model in models:
-        groups = smollm2(device) if model == REAL else random_matrices(model, device)
+def bench(args):
+    device, rows = find_device("float32"), []
+    torch.set_float32_matmul_precision("highest")
+    for model in args.models:
+        where = device.torch_device
+        groups = smollm2(where) if model == REAL else random_matrices(model, where)
         for method in ("plain", "activations"):
             seconds, loop, errors = zip(*(compare(matrices, H, method) for matrices, H in groups))
             rows.append(dict(model=model, method=method, seconds=sum(seconds), seconds_loop=sum(loop),
                              matrices=sum(len(matrices) for matrices, _ in groups),
                              speedup=sum(loop) / sum(seconds), error_over_optimum=max(errors)))
-    return rows
-
-def quality(args):
-    """Perplexity of smollm2-135m decomposed, and after recovery. A stopped run goes on in --out-dir."""
-    refuse(not args.text or not args.calibration, "--quality needs --text (perplexity is measured on it) and "
-           "--calibration (for the activations and for recovery)")
-    work, rows = Path(args.out_dir), []
-
-    def add(method, ratio, steps, model):
-        s = run_once("eval.py", work / f"perplexity-{Path(model).name}", "--model", model,
-                     "--tasks", "perplexity", "--data", args.text, "--limit", 16384)
-        rows.append(dict(method=method, ratio=ratio, steps=steps, perplexity=s["perplexity"]["perplexity"]))
-
-    add("dense", 1.0, 0, REAL)
-    for ratio in (0.8, RECOVERED, 0.4):
-        for method, text in (("plain", []), ("activations", ["--calibration", args.calibration])):
-            folder = work / f"{method}-{ratio}"
-            run_once("decompose.py", folder, "--model", REAL, "--ratio", ratio, *text)
-            add(method, ratio, 0, folder)
-    for method in (2, 3):
-        out = work / f"method-{method}"
-        run_once("train.py", out, "--method", method, "--init-from", work / f"activations-{RECOVERED}",
-                 "--data", args.calibration, "--max-iters", STEPS, "--batch-size", 2, "--seq-len", 256,
-                 "--lr", 3e-4, "--dtype", "float32")
-        add(f"activations, method {method}", RECOVERED, STEPS, out)
-    return rows
-
-def bench(args):
-    device = find_device("float32")
-    torch.set_float32_matmul_precision("highest")
-    return device, quality(args) if args.quality else speed(args.models, device.torch_device)
+    return device, rows
 
 def report(rows):
-    if "perplexity" in rows[0]:
-        return table(rows, {"method": "method", "kept": ("ratio", "{:.0%}"), "steps of recovery": "steps",
-                            "perplexity": ("perplexity", "{:,.1f}")})
     return table(rows, {
         "matrices of": lambda r: "random, as GPT-2" if r["model"] == "gpt2" else r["model"],
         "method": "method", "seconds": ("seconds", "{:.1f}"),

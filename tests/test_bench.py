@@ -15,7 +15,7 @@ import torch
 from sklearn.metrics import f1_score
 
 import bench
-from benches import chance, common, decode, gain, http, paper, scaling, scores
+from benches import chance, common, compress, decode, gain, http, paper, scaling, scores
 from checkpoint import save_model
 from common.cli import InputError
 from common.device import find_device
@@ -223,6 +223,68 @@ def test_the_table_of_scores_marks_what_was_learned():
     assert cells[2:] == [["rows", "1,200", "1,200"], ["commonest answer", "0.450", "0.450"], ["8 bit", "0.500 (0.250) ± 0.110", "0.500 ± 0.110"],
                          ["fpb", "**0.500 (0.250) ± 0.110**", "0.500 ± 0.110"], ["all three", "**0.500 (0.250) ± 0.110**", "0.500 ± 0.110"],
                          ["all but fpb", "0.500 (0.250) ± 0.110", "0.500 ± 0.110"]]
+
+def peer_and_inputs():
+    torch.manual_seed(0)
+    model = Transformer(Config("llama", vocab_size=300, context=64, blocks=2, heads=4, kv_heads=2, width=32, ffn=48)).eval()
+    for p in model.requires_grad_(False).parameters():
+        p.mul_(3)  # so that the blocks count
+    return model, list(torch.randint(300, (4, 64)).split(1))
+
+@pytest.mark.parametrize("method", [compress.svd_llm, compress.modegpt])
+def test_a_peer_loses_nothing_where_it_keeps_all_and_more_the_less_it_keeps(method):
+    lost = []
+    for ratio in (1.0, 0.75, 0.5):
+        model, windows = peer_and_inputs()
+        before = model(torch.cat(windows))
+        with torch.no_grad():
+            method(model, windows, 2 * ratio if method is compress.svd_llm and ratio == 1 else ratio)
+        lost.append(((model(torch.cat(windows)) - before).norm() / before.norm()).item())
+    assert lost[0] < 2e-6 and 0.1 < lost[1] < lost[2]
+
+def test_a_peers_factor_is_that_of_least_squares():
+    torch.manual_seed(0)
+    W, A, X = torch.randn(7, 12), torch.randn(4, 12).double(), torch.randn(12, 50).double()
+    exact = torch.linalg.lstsq((A @ X).T, (W.double() @ X).T).solution.T
+    assert torch.allclose(compress.fitted(W, A, X @ X.T), exact)
+
+def test_modegpt_keeps_the_hidden_units_and_heads_that_its_paper_says():
+    model, windows = peer_and_inputs()
+    with torch.no_grad():
+        compress.modegpt(model, windows, 0.5)
+    for block in model.blocks:
+        attention, d = block.attention, 8
+        for layer, heads in ((attention.q, 4), (attention.k, 2)):
+            kept = layer.weight.abs().sum(1).view(heads, 2, d // 2) > 0  # both halves of a rotated pair
+            assert (kept[:, 0] == kept[:, 1]).all() and (kept[:, 0].sum(1) == 2).all()
+        kept = [layer.weight.abs().sum(1).view(heads, -1) > 0 for layer, heads in ((attention.q, 4), (attention.k, 2))]
+        assert (kept[0].view(2, 2, d) == kept[1][:, None]).all(), "the query heads of a key keep the same"
+        assert (attention.v.weight.abs().sum(1).view(2, d) > 0).sum(1).tolist() == [4, 4]
+        assert (block.mlp.down.weight.abs().sum(0) > 0).sum() == 24
+
+def test_a_model_is_made_smaller_recovered_and_rounded_in_all_ways(small, task_data, text_file, tmp_path, monkeypatch, capsys):
+    def in_this_process(script, folder, *flags):
+        main = importlib.import_module(script[:-3]).main
+        assert not main([str(flag) for flag in (*flags, "--out-dir", folder)])
+    monkeypatch.setattr(compress, "run_once", in_this_process)
+    monkeypatch.setattr(compress, "DATA_DIR", task_data)
+    monkeypatch.setattr(compress, "RATIOS", (0.6,))
+    monkeypatch.setattr(compress, "TOKENS", 600)
+    monkeypatch.setattr(compress, "WINDOW", 256)
+    flags = ["compress", "--model", str(small), "--texts", str(text_file), "--calibration", str(text_file), "--recovery", str(text_file),
+             "--steps", "2", "--limit", "4", "--out-dir", str(tmp_path / "out"), "--json", str(tmp_path / "rows.json")]
+    bench.main([*flags, "--hours", "1e-9"])
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == [], "it is late from the start"
+    bench.main(flags)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(r["method"], r["bits"]) for r in rows] == [(method, bits) for method, all_bits in compress.BITS.items() for bits in all_bits]
+    assert all(math.isfinite(r["scores"]["topics.txt"]) for r in rows) and {r["ratio"] for r in rows} == {1.0, 0.6}
+    assert [r["method"] for r in rows if set(compress.TASKS) < set(r["scores"])] == ["dense", "recovered"]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line[0] for line in table[-7:]] == list(compress.BITS) and table[-6][1] == "60%" and table[-6][2].count("/") == 2
+    monkeypatch.setattr(compress, "run_once", None)  # all is done
+    bench.main(flags)
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
 
 @pytest.mark.parametrize("default, given, value", [
     (["a", "b"], "c,d", ["c", "d"]), ([8, 4], "16", [16]), ([], "0,192", [0, 192]), (3, "5", 5), (2.5, "0.5", 0.5),
