@@ -4,8 +4,8 @@
     python bench.py kernels --dry-run                       small matrices on a CPU, kernels.cu emulated
 
 As in decoding, every call has other weights, together more than the L2 holds, and all are replayed from one
-CUDA graph. What a call computes is first compared with float64. GB/s counts weights, scales and offsets. The
-first rows are floors: a copy, reading, an empty launch.
+CUDA graph. What a call computes is first compared with float64. GB/s counts weights, scales and offsets (and
+what dequantize writes). The first rows are floors: a copy, reading, an empty launch.
 """
 import json
 import statistics
@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from benches.common import table
-from beyond.gpu_kernels import load
+from beyond.gpu_kernels import WARP, load
 from common.cli import refuse
 from common.device import find_device
 from quant import MATVEC_ROWS, QuantMatrix, unpack
@@ -62,8 +62,8 @@ def bytes_of(thing):
     return sum(map(bytes_of, thing.parts() if isinstance(thing, QuantMatrix) else thing))
 
 def exact(W):
-    """A QuantMatrix in float64, not by kernels.cu."""
-    return W.rows(torch.arange(W.out_features)).double()
+    """W in float64, not by kernels.cu."""
+    return (W if isinstance(W, torch.Tensor) else W.rows(torch.arange(W.out_features))).double()
 
 class Measurement:
     """Collects rows; seconds(calls) times a list of calls."""
@@ -73,7 +73,7 @@ class Measurement:
         self.rows, self.copy = [], None
         a, b, one = (self.random(1, n) for n in (2 * l2_bytes, 2 * l2_bytes, 1))
         add = partial(self.add, engine="torch", shape=(), form=(16, 0))
-        add("copy", x=a, call=lambda x, pair: pair[1].copy_(pair[0]), things=[(a, b)] * 3, wanted=a)
+        add("copy", x=a, call=lambda x, to: to.copy_(x), things=[b] * 3, wanted=a, more=a.nbytes)
         integers = a.view(torch.int64)
         add("read", x=a, call=lambda x, W: W.sum(), things=[integers] * 3, wanted=integers.sum())
         add("empty launch", x=one, call=lambda x, W: W.mul_(1), things=[one] * 100, wanted=one)
@@ -85,24 +85,28 @@ class Measurement:
         """So many different things that the L2 can't hold them."""
         return [make() for _ in range(2 + self.l2_bytes // bytes_of(make()))]
 
-    def add(self, kernel, engine, shape, form, x, call, things, wanted):
-        """Compare call(x, things[0]) with what is wanted, then time call over all things."""
+    def matrices(self, out, width, form):
+        return self.enough(lambda: QuantMatrix.of(self.random(out, width), *form))
+
+    def add(self, kernel, engine, shape, form, x, call, things, wanted, more=0):
+        """Compare call(x, things[0]) with what is wanted, then time call over all things. more: other bytes
+        that are read or written."""
         row = dict(kernel=kernel, engine=engine, shape="x".join(map(str, shape)), bits=form[0], group=form[1],
                    rows=len(x))
         error = ((call(x, things[0]).double() - wanted).norm() / wanted.double().norm()).item()
         refuse(not error < WRONG, f"{row}: off by {error:.3g} of the result: not timed")
         s = self.seconds([partial(call, x, thing) for thing in things])
-        speed = bytes_of(things[0]) / s
+        speed = (bytes_of(things[0]) + more) / s
         self.copy = self.copy or speed  # bytes a second; the first row is that of the copy
         row |= dict(us=s * 1e6, gb_s=speed / 1e9, share_of_copy=speed / self.copy, error=error)
         self.rows.append(row)
         print(json.dumps(row), flush=True)
 
     def products(self, dense, form):
-        """x W^T, g W and W x + s B (A x), of matrices as large as the dense ones; and what cuBLAS takes for
-        these, with the first form."""
+        """x W^T, g W, W x + s B (A x) and dequantize, of matrices as large as the dense ones; and
+        what cuBLAS takes for these, with the first form."""
         k, (out, width) = self.kernels, dense[0].shape
-        Ws = self.enough(lambda: QuantMatrix.of(self.random(out, width), *form))
+        Ws = self.matrices(out, width, form)
         add = partial(self.add, shape=(out, width), form=form, things=Ws)
         A, B, W = self.random(8, width), self.random(out, 8), exact(Ws[0])
         peer = form == (4, 64) and width % 128 == 0 and dense[0].is_cuda
@@ -115,11 +119,13 @@ class Measurement:
             back("ours", call=k.matmul_back)
             if form == FORMS[0]:
                 cublas = dict(engine="torch", form=(16, 0), things=dense)
-                product(**cublas, call=lambda x, W: x @ W.T, wanted=x.double() @ dense[0].double().T)
-                back(**cublas, call=lambda g, W: g @ W, wanted=g.double() @ dense[0].double())
+                product(**cublas, call=lambda x, W: x @ W.T, wanted=x.double() @ exact(dense[0]).T)
+                back(**cublas, call=lambda g, W: g @ W, wanted=g.double() @ exact(dense[0]))
             if M >= MATVEC_ROWS:
                 product("torch, dequantized first", call=lambda x, W: x @ k.dequantize(W, x.dtype).T)
                 back("torch, dequantized first", call=lambda g, W: g @ k.dequantize(W, g.dtype))
+            if M == 1:
+                product("ours, a warp a row", call=partial(k.product, step=WARP))
             if peer:
                 product("torch int4pack", things=packed,
                         call=lambda x, W: torch._weight_int4pack_mm(x, W[0], 64, W[1]))
@@ -127,11 +133,12 @@ class Measurement:
                 lora = partial(add, "lora", x=x, wanted=x.double() @ (W + 4 * B.double() @ A.double()).T)
                 lora("ours", call=lambda x, W: k.lora(x, W, A, B, 4.0))
                 lora("ours, 4 launches", call=lambda x, W: k.product(x, W) + 4 * (x @ A.T @ B.T))
+        add("dequantize", "ours", x=dense[0], call=lambda x, W: k.dequantize(W, x.dtype), wanted=W,
+            more=bytes_of(dense[0]))
 
     def factors(self, out, width, rank, form):
         """B (A x) in one launch and in two."""
-        k, shapes = self.kernels, ((rank, width), (out, rank))
-        pairs = self.enough(lambda: [QuantMatrix.of(self.random(*shape), *form) for shape in shapes])
+        k, pairs = self.kernels, list(zip(self.matrices(rank, width, form), self.matrices(out, rank, form)))
         A, B = map(exact, pairs[0])
         for M in (1, 8, MATVEC_ROWS):
             x = self.random(M, width)
