@@ -49,13 +49,13 @@ def read_answer(task, example, scores, text):
     if task in CHOICES:
         return dict(label=example.label, prediction=int(np.argmax(scores)), scores=scores)
     if task == "ner":
-        tags = sets.read_entities(example.words, text)
+        tags, parsed = sets.read_entities(example.words, text)
         right, named = set(sets.entities(example.tags)), set(sets.entities(tags))
         return dict(label=example.tags, tags=tags, counts=[len(right & named), len(right), len(named)],
-                    answer=text)
-    written = sets.SENTIMENTS.index(sets.read_sentiment(text))  # as FinGPT reads it
-    return dict(label=example.label, prediction=written, likeliest=int(np.argmax(scores)), scores=scores,
-                answer=text)
+                    parsed=parsed, answer=text)
+    label, parsed = sets.read_sentiment(text)  # as FinGPT reads it
+    return dict(label=example.label, prediction=sets.SENTIMENTS.index(label), parsed=parsed, answer=text,
+                likeliest=int(np.argmax(scores)), scores=scores)
 
 def text_windows(path, tokenizer, limit, length):
     """The windows of a text's first `limit` tokens (None: of all), as examples whose words are tokens."""
@@ -104,6 +104,8 @@ def summed_up(task, rows):
         r |= {key: found} if key == "likeliest" else found
     if task == "ner":
         r["majority"] = 0.0  # the commonest tag is O: no entity is named
+    if "parsed" in rows[0]:
+        r["parsed"] = float(np.mean([r["parsed"] for r in rows]))
     return r
 
 def score_task(model, tokenizer, device, task, examples, file=None):

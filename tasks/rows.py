@@ -83,11 +83,12 @@ class Batch:
 ALPACA = '{"instruction": ..., "input": ..., "output": ...}'  # a row; its input may be missing
 
 def read_alpaca(path):
-    """Examples of a JSON file in Alpaca's form: a list of rows, or a row a line.
+    """Examples of a JSON file in Alpaca's form: a list of rows, {"data": a list of rows}, or a row a line.
     Rows with a blank instruction or output, and all but one of equal rows, are left out and counted."""
     text = sets.read_text(path)
     lines = re.match(r"\s*\{.*\}\s*\n\s*\{", text)
     rows = [row for row, _ in sets.read_jsonl(path)] if lines else parse_json(text, path)
+    rows = rows.get("data", rows) if isinstance(rows, dict) else rows
     rows = rows if isinstance(rows, list) else [rows]
     kept = {}
     for n, row in enumerate(rows):

@@ -165,30 +165,30 @@ def entities(tags):
     return found
 
 def read_sentiment(text):
-    """The label in a generated answer, by FinGPT's rule: positive goes before negative, only spellings such
-    as `positive` and `Positive` count, and what has none is neutral."""
+    """(label, whether one was there) of a generated answer, by FinGPT's rule: positive goes before negative,
+    and only spellings such as `positive` and `Positive` count."""
     for label in ("positive", "negative", "neutral"):
         if label in text or label.capitalize() in text:
-            return label
-    return "neutral"
+            return label, True
+    return "neutral", False
 
 def read_entities(words, text):
-    """The tags of words by a generated `X is a person, Y is an organization.`
+    """(tags, whether an entity was named) of a generated `X is a person, Y is an organization.`
 
     FinGPT's rule: an entity, in small letters, takes its first occurrence that is still free. One of an
     unknown type gets the type O, which counts as an entity that is wrong."""
-    words, tags = [w.lower() for w in words], ["O"] * len(words)
+    words, tags, named = [w.lower() for w in words], ["O"] * len(words), False
     types = {name.split()[1]: kind for kind, name in ENTITIES.items()}
     for part in text.lower().strip(".").split(","):
         match = re.match(r"^(.*[^ \t].*) is an? (.*)$", part)
         if match:
-            entity, kind = words_of(match[1]), types.get(match[2].strip(), "O")
+            named, entity, kind = True, words_of(match[1]), types.get(match[2].strip(), "O")
             n = len(entity)
             for i in range(len(words) - n + 1):
                 if words[i:i + n] == entity and tags[i:i + n] == ["O"] * n:
                     tags[i:i + n] = ["B-" + kind] + ["I-" + kind] * (n - 1)
                     break
-    return tags
+    return tags, named
 
 TASKS = {f.__name__: f for f in (boolq, piqa, winogrande, fpb, fiqa, tfns, ner)}
 

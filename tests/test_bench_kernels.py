@@ -15,8 +15,7 @@ def test_rows_of_every_kernel(monkeypatch, capsys):
         pytest.skip("no g++ to compile kernels.cu with")
     monkeypatch.setattr(kernels, "ROWS", (1, 17))
     rows = kernels.bench(Namespace(dry_run=True))[1]
-    assert {r["kernel"] for r in rows} == {"copy", "read", "empty launch", "matvec", "matmul", "back",
-                                           "lowrank", "lora"}
+    assert {r["kernel"] for r in rows} == {"copy", "read", "empty launch", "matvec", "matmul", "back", "lowrank", "lora", "dequantize"}
     assert {(r["bits"], r["group"]) for r in rows} == {(16, 0), *kernels.FORMS}
     one = next(r for r in rows if (r["kernel"], r["bits"], r["group"], r["rows"]) == ("matvec", 4, 64, 1))
     assert one["gb_s"] == pytest.approx(48 * (128 / 2 + 2 * 4) / one["us"] / 1e3), "scales and offsets count"

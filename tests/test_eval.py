@@ -91,9 +91,10 @@ def test_scores_are_those_of_the_predictions_written(finished, task_data):
         assert summary[task]["majority"] == max(ones, 1 - ones)
     for task in ("fpb", "fiqa", "tfns"):
         rows = predictions(out, task)
-        labels = [r["label"] for r in rows]
-        given = [sets.SENTIMENTS.index(sets.read_sentiment(r["answer"])) for r in rows]
+        labels, read = [r["label"] for r in rows], [sets.read_sentiment(r["answer"]) for r in rows]
+        given = [sets.SENTIMENTS.index(label) for label, _ in read]
         assert summary[task]["f1"] == pytest.approx(f1_score(labels, given, average="weighted", zero_division=0))
+        assert summary[task]["parsed"] == np.mean([parsed for _, parsed in read])
         assert summary[task]["likeliest"]["f1"] == pytest.approx(f1_score(labels, [np.argmax(r["scores"]) for r in rows], average="weighted", zero_division=0))
     rows = predictions(out, "ner")
     assert summary["ner"]["f1"] == seqeval_f1([r["label"] for r in rows], [r["tags"] for r in rows])
@@ -108,6 +109,7 @@ def test_entity_f1_of_right_and_wrong_answers_is_that_of_seqeval(task_data, monk
     rows = [answer for _, answer in pairs]
     found = evaluation.score_task(None, None, None, "ner", examples)
     assert found["f1"] == pytest.approx(seqeval_f1([r["label"] for r in rows], [r["tags"] for r in rows])) and 0.3 < found["f1"] < 0.8
+    assert found["parsed"] == 0.75
 
 def test_a_killed_run_goes_on(finished, model_folder, task_data, text_file, tmp_path):
     """Half of the lines are there, the last one cut short; one of them is about another row. The rest is measured, the result is the same."""

@@ -365,7 +365,7 @@ def test_alpaca_rows_of_a_file(base, tmp_path):
     ('{"instruction": "a", "output": "b"}\n{"instruction": ', "rows.json, line 2 can't be read as JSON"),
     ('{"instruction": "a", "output": "b"}{"instruction": "c", "output": "d"}', "can't be read as JSON .*Extra data"),
     ('[{"conversations": [{"from": "human", "value": "a"}]}]', r'row 0 is ."conversations": .*: it should be ."instruction"'),
-    ('[{"messages": [{"role": "user", "content": "a"}]}]', r'row 0 is ."messages": .*: it should be ."instruction"'),
+    ('{"data": [{"messages": [{"role": "user", "content": "a"}]}]}', r'row 0 is ."messages": .*: it should be ."instruction"'),
     ('{"rows": []}', "row 0 is .*rows.*: it should be"),
     ('[{"instruction": "a", "output": 3}]', "row 0 is .*3.*: it should be .*, each a text"),
     ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "rows.json, row 1 is .*: it should be"),
@@ -385,7 +385,8 @@ PAIR = ("Instruction: a\u2028b\nAnswer: ", "c")
     ('[{"instruction": "a\u2028b", "output": "c"}]', [PAIR]),
     ('{"instruction": "a\u2028b", "output": "c", "input": null}\r\n\n' * 2, [PAIR]),
     ('{\n "instruction": "a\u2028b",\n "output": "c"\n}\n', [PAIR]),
-    ('\n[\n{"instruction": "a\u2028b", "output": "c", "input": " "}]\n', [PAIR]),
+    ('{"data": [{"instruction": "a\u2028b", "output": "c", "input": " "}]}', [PAIR]),
+    ('\n{\n"data": [\n{"instruction": "a\u2028b", "output": "c"}]}\n', [PAIR]),
     ('[{"prompt": "Q: a\\n", "completion": "A: b"}]', [("Q: a\n", "A: b")]),
 ])
 def test_forms_of_rows_that_are_read(text, pairs, tmp_path):

@@ -94,7 +94,7 @@ def test_entities_of_the_file(task_data):
                           "Input: Ms Anna Koch1 of Acme Paris .\nAnswer: ")
     assert row.answer == "Anna Koch1 is a person, Acme is an organization, Paris is a location."
     assert row.tags == ["O", "I-PER", "I-PER", "O", "I-ORG", "I-LOC", "O"]
-    assert read_entities(row.words, row.answer) == ["O", "B-PER", "I-PER", "O", "B-ORG", "B-LOC", "O"]
+    assert read_entities(row.words, row.answer) == (["O", "B-PER", "I-PER", "O", "B-ORG", "B-LOC", "O"], True)
     assert [(k, a, b - 1) for k, a, b in sets.entities(row.tags)] == get_entities(row.tags)
 
 @pytest.mark.parametrize("tags", [["I-PER", "I-PER", "O"], ["O", "I-LOC"], ["I-ORG", "I-LOC", "I-LOC"],
@@ -103,28 +103,28 @@ def test_entities_of_the_file(task_data):
 def test_entities_are_those_of_seqeval(tags):
     assert [(k, a, b - 1) for k, a, b in sets.entities(tags)] == get_entities(tags)
 
-@pytest.mark.parametrize("text, tags", [
-    ("", "O O O O O"),
-    ("Koch is a person.", "O O O O O"),  # not as a word of its own
-    ("anna KOCH1 is a person, acme is an organization", "B-PER I-PER O B-ORG O"),
-    ("Acme is a company.", "O O O B-O O"),  # an unknown type is an entity that is wrong
-    ("Acme is a person, Acme is an organization.", "O O O B-PER O"),  # its place is taken
-    ("Paris is a location, Paris is a location", "O O O O B-LOC"),
-    ("Acme ist eine Firma; is a person", "O O O O O"),
-    (" is a person", "O O O O O"),
-    ("Acme is an organization\nInstruction: more, Paris is a location", "O O O O B-LOC")])
-def test_odd_entity_answers(text, tags):
-    assert read_entities(["Anna", "Koch1", "of", "Acme", "Paris"], text) == tags.split()
+@pytest.mark.parametrize("text, tags, named", [
+    ("", "O O O O O", False),
+    ("Koch is a person.", "O O O O O", True),  # not as a word of its own
+    ("anna KOCH1 is a person, acme is an organization", "B-PER I-PER O B-ORG O", True),
+    ("Acme is a company.", "O O O B-O O", True),  # an unknown type is an entity that is wrong
+    ("Acme is a person, Acme is an organization.", "O O O B-PER O", True),  # its place is taken
+    ("Paris is a location, Paris is a location", "O O O O B-LOC", True),
+    ("Acme ist eine Firma; is a person", "O O O O O", True),
+    (" is a person", "O O O O O", False),
+    ("Acme is an organization\nInstruction: more, Paris is a location", "O O O O B-LOC", True)])
+def test_odd_entity_answers(text, tags, named):
+    assert read_entities(["Anna", "Koch1", "of", "Acme", "Paris"], text) == (tags.split(), named)
 
-@pytest.mark.parametrize("text, label", [
-    ("positive", "positive"), (" Negative.", "negative"), ("neutral", "neutral"),
-    ("", "neutral"), ("negative or positive", "positive"),
-    ("neutral, rather negative", "negative"), ("POSITIVE", "neutral"),
-    ("nEGATIVE", "neutral"), ("positiv", "neutral"),
-    ("积极", "neutral"), ("The sentiment is Positive", "positive"),
-    ("not positive", "positive"), ("\n\n", "neutral"), ("Neutral", "neutral")])
-def test_odd_sentiments(text, label):
-    assert read_sentiment(text) == label
+@pytest.mark.parametrize("text, label, parsed", [
+    ("positive", "positive", True), (" Negative.", "negative", True), ("neutral", "neutral", True),
+    ("", "neutral", False), ("negative or positive", "positive", True),
+    ("neutral, rather negative", "negative", True), ("POSITIVE", "neutral", False),
+    ("nEGATIVE", "neutral", False), ("positiv", "neutral", False),
+    ("积极", "neutral", False), ("The sentiment is Positive", "positive", True),
+    ("not positive", "positive", True), ("\n\n", "neutral", False), ("Neutral", "neutral", True)])
+def test_odd_sentiments(text, label, parsed):
+    assert read_sentiment(text) == (label, parsed)
 
 # ----------------------------------------------------------------------------- bad input
 
@@ -190,7 +190,7 @@ def test_only_a_line_feed_ends_a_line_and_only_spaces_and_tabs_part_columns(odd,
     (data / "ner" / "FIN5.txt").write_text(f"New{odd}York\tNNP  - I-LOC\n. . - O\n", encoding="utf-8")
     row = load("ner", data)[0]
     assert row.words == [f"New{odd}York", "."] and row.answer == f"New{odd}York is a location."
-    assert read_entities(row.words, row.answer) == ["B-LOC", "O"]
+    assert read_entities(row.words, row.answer)[0] == ["B-LOC", "O"]
 
 def test_test_rows_that_training_has_too_are_marked(data):
     lines = [f"sentence {i} .@neutral\n" for i in range(40)]
