@@ -52,7 +52,7 @@ def forms():
     """Requests for completions, chats and measurements as models of pydantic. What is not here is refused."""
     from pydantic import AliasChoices, Field, constr, create_model
     strict, text = dict(extra="forbid", strict=True), constr(min_length=1)
-    most = AliasChoices("max_completion_tokens", "max_tokens")  # the newer name and the older
+    most = AliasChoices("max_completion_tokens", "max_tokens")
     both = dict(model=(str, ""), user=(str, ""), n=(int, Field(1, ge=1, le=1)),
                 max_tokens=(int, Field(256, ge=1, validation_alias=most)),
                 temperature=(float, Field(1.0, ge=0, le=2)),
@@ -287,6 +287,8 @@ def make_app(server, api_key=None):
             raise Refusal(413, f"the body must have a Content-Length of at most {MOST_BYTES}, got {size!r}")
         try:
             fields = json.loads(await http.body())
+            if fields.get("max_completion_tokens"):  # the newer name of max_tokens
+                fields.pop("max_tokens", None)
             return form(**{name: value for name, value in fields.items() if value is not None})
         except ValidationError as e:
             first = e.errors()[0]

@@ -123,7 +123,9 @@ def replaced(folder, keep=False):
 # ----------------------------------------------------------------------------------- the state of a run
 
 def replace_state(out_dir, write, optimizer_tensors, state):
-    """Replace OUT/state, keep the one before, link its files into OUT. write(folder): model or adapter."""
+    """Replace OUT/state, keep the one before, and link its files into OUT.
+
+    write(folder) writes the model, or an adapter. state: what state.json says, with "step" and "args"."""
     out = Path(out_dir)
     with replaced(out / "state", keep=True) as new:
         write(new)
@@ -133,7 +135,10 @@ def replace_state(out_dir, write, optimizer_tensors, state):
         if file.name not in ("optimizer.safetensors", "state.json"):
             partial = out / (file.name + ".partial")
             partial.unlink(missing_ok=True)
-            os.link(file, partial)
+            try:
+                os.link(file, partial)
+            except OSError:  # a file system without hard links
+                shutil.copy(file, partial)
             os.replace(partial, out / file.name)
 
 def read_state(out_dir):
