@@ -32,10 +32,10 @@ from lowrank import from_factors
 from tasks import sets
 
 RATIOS, TOKENS, TASKS = (0.9, 0.8, 0.6), 8192, ("piqa", "winogrande", "boolq")
-BITS = {"dense": (16, 8, 4), "plain": (16, 8, 4), "activations": (16, 8, 4), "SVD-LLM": (16,), "MoDeGPT": (16,),
-        "recovered": (16, 8, 4), "recovered at 4 bit": (4,)}  # method: at which it is measured
-DEFAULTS = dict(model="smollm2-135m", texts=["builtin"], calibration="builtin", recovery="builtin", steps=2000,
-                limit=200, hours=24.0, out_dir="out/compress")
+BITS = {"dense": (16, 8, 4), "plain": (16, 8, 4), "activations": (16, 8, 4), "SVD-LLM": (16,),
+        "MoDeGPT": (16,), "recovered": (16, 8, 4), "recovered at 4 bit": (4,)}  # method: those measured
+DEFAULTS = dict(model="smollm2-135m", texts=["builtin"], calibration="builtin", recovery="builtin",
+                steps=2000, limit=200, hours=24.0, out_dir="out/compress")
 
 def fitted(W, A, H):
     """B (out, r) whose B A X is nearest to W X: W H A^T (A H A^T)^-1."""
