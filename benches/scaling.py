@@ -230,8 +230,8 @@ def plot(rows, path):
     axes = dict(zip(sizes, figure.subplots(2, len(sizes), squeeze=False).T))
     for (size, name), own in runs.items():
         above, below = axes[size]
-        style = dict(marker="o", ms=4, ls="-" if own[0]["rank"] else "--", label=name,
-                     color=f"C{names.index(name)}")  # the same at all sizes
+        look = dict(marker="o", ls="-") if own[0]["rank"] else dict(marker="s", ls="--")
+        style = dict(look, ms=5, label=name, color=f"C{names.index(name)}")  # a color at all sizes
         above.errorbar(*([line[key] for line in own] for key in ("ratio", "gap", "half")), **style)
         below.plot([r["operations"] * r["tokens"] for r in own], [r["loss"] for r in own], **style)
         above.set(title=size, xscale="log", xlabel="tokens a parameter", ylabel="nats above full rank")
