@@ -148,6 +148,6 @@ def report(rows):
     for r in rows:
         line = lines.setdefault((r["method"], r["ratio"]), {"": r["method"], "kept": f"{r['ratio']:.0%}"})
         for name, value in r["scores"].items():
-            text = f"{value:.3f}" if name in TASKS else f"{value:,.4g}"
+            text = f"{value:.3f}" if name in TASKS else f"{value:,.{0 if value > 100 else 1}f}"
             line[name] = f"{line[name]} / {text}" if name in line else text
     return table(lines.values())
