@@ -385,7 +385,7 @@ def test_clients_over_http(small, monkeypatch, capsys):
 
 def test_a_models_own_file_is_timed_and_its_head_is_read_once(small):
     answer = decode.writer(small, 1, "ours", 0, 16)
-    sizes = answer(2)
+    sizes = answer((2, True))
     table_of_input = 500 * 64 * 2  # of which a token reads one row
     assert sizes["model_bytes"] - sizes["read_bytes"] == table_of_input and sizes["peak_memory_bytes"] > 0
 
