@@ -114,6 +114,8 @@ def score_task(model, tokenizer, device, task, examples, file=None):
     With `file` every row is written there as soon as it is known, and what is there is not measured again."""
     done = read_rows(file) if file else {}
     todo = [e for e in examples if name_of(e) not in done]
+    if file:  # anew, without a line that a kill cut short
+        write_atomic(file, "".join(json.dumps(row) + "\n" for row in done.values()))
     with tqdm(total=len(todo), desc=task, leave=False, disable=None if is_first() else True) as bar:
         start = time.perf_counter()
         for batch in measured_rows(model, tokenizer, device, task, todo):
@@ -121,7 +123,8 @@ def score_task(model, tokenizer, device, task, examples, file=None):
             rows = [dict(answer, row=name_of(e), index=e.index, seconds=seconds) for e, answer in batch]
             done |= {row["row"]: row for row in rows}
             if file:
-                write_atomic(file, "".join(json.dumps(row) + "\n" for row in done.values()))
+                with open(file, "a") as f:
+                    f.writelines(json.dumps(row) + "\n" for row in rows)
             bar.update(len(batch))
             start = time.perf_counter()
     result = summed_up(task, [done[name_of(e)] for e in examples])
@@ -159,7 +162,8 @@ def print_results(results):
     print(cli.markdown(["task", "score", "value", "95% interval", "majority", "rows", "s", "cut"], lines))
 
 def compare(one, other):
-    """A table of two runs over the rows that both have. p: the probability of such a difference by chance."""
+    """A table of two runs over the rows that both have. p, the probability of such a difference by chance, is
+    McNemar's exact test where rows are right or wrong, else from the bootstrap."""
     lines = []
     for task in TASKS:
         first, second = (read_rows(f"{folder}/predictions/{task}.jsonl") for folder in (one, other))
@@ -168,8 +172,12 @@ def compare(one, other):
             continue
         theirs = counted(task, [second[name] for name in shared])
         for key, (title, a, metric) in counted(task, [first[name] for name in shared]).items():
-            b = theirs[key][1]
+            b, tables = theirs[key][1], a.ndim == 3  # of right and given labels
+            if tables:
+                title, metric = title.replace("weighted F1", "accuracy"), score.accuracy
             low, high, p = score.paired_bootstrap(a, b, metric)
+            if tables:
+                p = score.mcnemar(metric(a), metric(b))
             A, B = metric(a.sum(0)), metric(b.sum(0))
             lines.append([task, title, len(shared), f"{A:.3f}", f"{B:.3f}", f"{B - A:+.3f}",
                           f"{low:+.3f} to {high:+.3f}", f"{p:.3f}" if p >= 0.001 else "< 0.001"])
@@ -199,6 +207,7 @@ def evaluate(args):
     names, items = list(dict.fromkeys(args.tasks.split(","))), {}
     for name in names:  # missing or malformed data is told before the model is loaded
         refuse(name not in TASKS, f"no task is called {name!r}: the tasks are {', '.join(TASKS)}")
+        refuse(name == "perplexity" and args.limit == 1, "--limit must be at least 2 tokens, got 1")
         if name != "perplexity":
             items[name] = sets.draw(sets.load(name, args.data_dir), args.limit)
     model, tokenizer, device = open_model(args.model, args.bits)

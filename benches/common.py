@@ -27,6 +27,7 @@ HELP = {  # of the flags whose names do not say it all
     "out_dir": "a stopped run goes on there, a finished one is not repeated", "ranks": "0: full rank",
     "recompute": "a mode of train.py --recompute, or all", "hours": "after so many no run begins",
     "recovery": "the text to recover on", "text": "to measure: a file, a folder or builtin",
+    "steps": "of recovery", "texts": "to measure", "limit": "rows of each task",
 }
 
 def parse(name, module, argv):

@@ -11,8 +11,8 @@ them two peers, made from their papers, without the training that may follow:
     MoDeGPT   2408.09632: parts of heads and hidden units, equal shares for all blocks: rows of W^Q and W^K by
               their norms under H, W^O W^V by its SVD, hidden units by ridge leverage scores
 
-H = X X^T is of --calibration, perplexity of the first TOKENS tokens of each of --texts. A stopped run goes on
-in --out-dir.
+H = X X^T is of --calibration, perplexity of the first TOKENS tokens of each of --texts. 4 bits are groups of
+64 (the dense model's, too, though its file has 4 bits already). A stopped run goes on in --out-dir.
 """
 import json
 import time
@@ -23,8 +23,8 @@ import torch
 
 from benches.common import DATA_DIR, run_once, table
 from beyond.activations import Moments, walk
-from checkpoint import load_model, replace_model
-from common.cli import write_atomic
+from checkpoint import load_model, open_model, replace_model
+from common.cli import refuse, write_atomic
 from common.data import calibration_batches
 from common.device import find_device
 from eval import WINDOW, score_task, text_windows
@@ -36,6 +36,7 @@ BITS = {"dense": (16, 8, 4), "plain": (16, 8, 4), "activations": (16, 8, 4), "SV
         "MoDeGPT": (16,), "recovered": (16, 8, 4), "recovered at 4 bit": (4,)}  # method: those measured
 DEFAULTS = dict(model="smollm2-135m", texts=["builtin"], calibration="builtin", recovery="builtin",
                 steps=2000, limit=200, hours=24.0, out_dir="out/compress")
+SAME = ("model", "texts", "calibration", "recovery", "steps", "limit")  # in one --out-dir
 
 def fitted(W, A, H):
     """B (out, r) whose B A X is nearest to W X: W H A^T (A H A^T)^-1."""
@@ -89,11 +90,12 @@ def modegpt(model, windows, ratio):
         down.weight.copy_(fitted(down.weight, A, H) @ A)
 
     def change(layers, H):
-        part, moments = model.get_submodule(next(iter(layers)).rsplit(".", 1)[0]), Moments(H)
-        if len(layers) == 3:
+        part, last = next(iter(layers)).rsplit(".", 1)
+        part, moments = model.get_submodule(part), Moments(H)
+        if last == "q":
             queries_and_keys(part.q, part.k, moments.C)
             values_and_output(part.v, part.o, moments.C)
-        elif len(layers) == 1 and hasattr(part, "down"):
+        elif last == "down":
             hidden_units(part.down, moments.H)
         return {}
     walk(model, windows, change, "MoDeGPT")
@@ -124,9 +126,10 @@ def measured(args, method, ratio, device):
         make(args, method, ratio, folder)
         source = folder / "int4" if method == "recovered at 4 bit" else folder
     for bits in BITS[method]:
-        (model, tokenizer), scores = load_model(source, device.torch_device, bits=bits), {}
+        group, scores = 64 if bits == 4 and method == "dense" else None, {}
+        model, tokenizer = load_model(source, device.torch_device, bits=bits, group=group)
         for text in args.texts:
-            windows = text_windows(text, tokenizer, TOKENS, WINDOW)
+            windows = text_windows(text, tokenizer, TOKENS, min(WINDOW, model.config.context))
             value = score_task(model, tokenizer, device, "perplexity", windows)["perplexity"]
             scores[Path(text).name] = value
         for task in TASKS if bits == 16 and method in ("dense", "recovered") else ():
@@ -139,14 +142,23 @@ def measured(args, method, ratio, device):
 def bench(args):
     args.deadline, device = time.time() + 3600 * args.hours, find_device("float32")
     Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    file, wanted = Path(args.out_dir) / "flags.json", json.dumps({name: getattr(args, name) for name in SAME})
+    made = file.read_text() if file.exists() else wanted
+    refuse(made != wanted, f"{args.out_dir} holds runs of {made}, and {wanted} is asked for: remove it, or "
+           "choose another --out-dir")
+    refuse(open_model(args.model).config.kind != "llama", f"--model {args.model}: it must be of Llama's kind")
+    refuse(len({Path(text).name for text in args.texts}) < len(args.texts), "--texts need different names")
+    write_atomic(file, wanted)
     cases = [("dense", 1.0), *product([*BITS][1:], RATIOS)]
     return device, sum((measured(args, *case, device) for case in cases), [])
 
 def report(rows):
-    """A line for each model; perplexity at 16 / 8 / 4 bit, accuracy at 16."""
+    """A line for each model, perplexity at its bits in this order, accuracy at the first."""
     lines = {}
     for r in rows:
-        line = lines.setdefault((r["method"], r["ratio"]), {"": r["method"], "kept": f"{r['ratio']:.0%}"})
+        bits = " / ".join(map(str, BITS[r["method"]]))
+        line = lines.setdefault((r["method"], r["ratio"]),
+                                {"": r["method"], "kept": f"{r['ratio']:.0%}", "bits": bits})
         for name, value in r["scores"].items():
             text = f"{value:.3f}" if name in TASKS else f"{value:,.{0 if value > 100 else 1}f}"
             line[name] = f"{line[name]} / {text}" if name in line else text

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benches.common import DATA_DIR, Worker, installed, interleaved, table
 from checkpoint import load_model
+from common.cli import refuse
 from common.device import find_device, peak_memory
 from common.formats import export
 from common.loss import head_loss
@@ -88,6 +89,8 @@ def bench(args):
     model, tokenizer = load_model(args.base)
     task = "fpb" if (Path(DATA_DIR) / "fpb").is_dir() else "made-up"
     drawn = draw(read_task(task, DATA_DIR)[0], BATCHES * args.batch_size)
+    refuse(len(drawn) < BATCHES * args.batch_size, f"{BATCHES} batches of --batch-size {args.batch_size} are "
+           f"more than the {len(drawn)} rows of {task}")
     rows = [encode(tokenizer, example.prompt, example.answer, 512) for example in drawn]
     with tempfile.TemporaryDirectory() as folder:
         export(model, tokenizer, Path(folder) / "hf")

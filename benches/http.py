@@ -56,8 +56,9 @@ def ask(address, new, prompt):
 
 def bench(args):
     file, most = str(locate(args.gguf)), max(args.clients)
-    _, tokenizer, device = open_model(file, 8)
-    prompts = [tokenizer.decode(ids) for ids in mixed_prompts(tokenizer, most * TURNS)]
+    model, tokenizer, device = open_model(file, 8)
+    prompts = mixed_prompts(model, tokenizer, most * TURNS, args.new_tokens)
+    prompts = [tokenizer.decode(ids) for ids in prompts]
     servers = {("ours", bits): Worker(ours, file, bits) for bits in args.bits}
     if installed("xllamacpp"):
         servers["llama.cpp", "its own"] = Worker(theirs, file, most, LONGEST + args.new_tokens)

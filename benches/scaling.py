@@ -198,7 +198,7 @@ def report(rows):
     """A table for each size, the fit of N_eff, and what counting gives."""
     lines, texts = compared(rows), []
     for size in dict.fromkeys(line["size"] for line in lines):
-        mine, own, points = [line for line in lines if line["size"] == size], {}, []
+        mine, own, points = [line for line in lines if line["size"] == size], {}, {}
         full = next(line for line in mine if line["variant"] == "full rank")
         for line in mine:
             cells = own.setdefault(line["variant"], {
@@ -211,11 +211,12 @@ def report(rows):
             if line["ratio"] == RATIOS[-1]:
                 cells |= {"as a dense model of": f"{like:.2f}x" if like else "", "seeds": line["seeds"]}
                 if like and line["variant"] in SHARES:
-                    points.append((SHARES[line["variant"]], like))
+                    points[line["variant"]] = SHARES[line["variant"]], like
         texts.append(table(own.values()))
         if len(points) > 1:
-            x, y = np.log(np.array(points)).T  # least squares of y = gamma x
-            texts.append(f"N_eff = N (r/n)^{x @ y / (x @ x):.2f} at {RATIOS[-1]} tokens a parameter")
+            x, y = np.log(np.array([*points.values()])).T  # least squares of y = gamma x
+            texts.append(f"N_eff = N (r/n)^{x @ y / (x @ x):.2f} at {RATIOS[-1]} tokens a parameter, from "
+                         f"{' and '.join(points)}")
     counted = "; ".join(f"{r['variant']}: {r['loss']:.3f}" for r in rows if not r["size"])
     return "\n\n".join([*texts, f"{counted} (all {rows[-1]['tokens']:,} tokens of the training text)"])
 

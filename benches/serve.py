@@ -16,6 +16,7 @@ from benches.common import interleaved, table
 from benches.train import shapes_of_rank
 from beyond.batching import Adapters, Engine, Request
 from beyond.paged_cache import bytes_per_token
+from common.cli import refuse
 from common.data import first_tokens
 from common.generate import generate
 from model import count_parameters
@@ -42,8 +43,10 @@ def paper_counts():
                              attention=a_key * keys / 1e12))
     return rows
 
-def mixed_prompts(tokenizer, count):
+def mixed_prompts(model, tokenizer, count, new):
     """Stretches of the built-in text, of lengths drawn evenly from SHORTEST to LONGEST."""
+    most = model.config.context - LONGEST
+    refuse(new > most, f"--new-tokens {new} after a prompt of {LONGEST}: at most {most} fit the context")
     ids, draw = first_tokens("builtin", tokenizer, 100_000), random.Random(0)
     lengths = [draw.randint(SHORTEST, LONGEST) for _ in range(count)]
     starts = [draw.randrange(len(ids) - n) for n in lengths]
@@ -76,7 +79,7 @@ def paged(model, adapters, prompts, names, new):
 
 def bench(args):
     model, tokenizer, device = open_model(args.model, 16)
-    prompts = mixed_prompts(tokenizer, args.sequences)
+    prompts = mixed_prompts(model, tokenizer, args.sequences, args.new_tokens)
     cases = [(sequential, 1), *((engine, count) for engine in (contiguous, paged) for count in (0, 1, 16))]
     adapters = Adapters(model)
     for i in range(16):

@@ -7,7 +7,7 @@ text are their second moments H = X X^T (in, in). ||W X - B A X||^2 is smallest 
     out > in    C^T W^T W C,  H = C C^T        B = W C V_r,  A = V_r^T C^-1
 
 and what is lost is the sum of the other eigenvalues. Plain SVD (H = 1) destroys a pretrained model when it
-takes a fifth of its parameters away; with H the model stays usable (`python bench.py decompose --quality`).
+takes a fifth of its parameters away; with H the model stays usable (`python bench.py compress`).
 
 X must be what the layers before give now that they have changed: so each makes good what it can of their
 errors. Hence one walk through the model (`walk`), shared with rounding.py. In each block,

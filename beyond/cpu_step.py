@@ -8,6 +8,7 @@ step_cpu.cpp walks through them for each token. It computes model.Block, in floa
     logits = step(tokens, cache)
 """
 import ctypes
+import weakref
 
 import torch
 import torch.nn as nn
@@ -22,6 +23,7 @@ from quant import QuantLinear, QuantLowRank
 BITS = {torch.bfloat16: 16, torch.float32: 32}  # of weights that are no integers
 TOLERANCE = 0.05  # a block in bfloat16 is less than 0.01 off; of another kind, several times 0.05
 LAYERS = {nn.Linear: ["weight"], LowRankLinear: ["A", "B"], QuantLinear: ["W"], QuantLowRank: ["A", "B"]}
+walked = weakref.WeakKeyDictionary()  # model -> whether its blocks are what step_cpu.cpp computes
 
 # As in step_cpu.cpp.
 MATRIX = ctypes.POINTER(Matrix)
@@ -41,10 +43,11 @@ def cpu_step(model, cache):
     if other or stored not in BITS or load() is None:
         return None
     step = CPUStep(model, cache)
-    if step.is_right(cache):
-        return step
-    say("step_cpu.cpp computes another kind of block than this model's: steps go layer by layer")
-    return None
+    if model not in walked:
+        walked[model] = step.is_right(cache)
+        if not walked[model]:
+            say("step_cpu.cpp computes another kind of block than this model's: steps go layer by layer")
+    return step if walked[model] else None
 
 def keys_and_values(cache):
     """Of all layers, each (blocks of slots, kv_heads, slots, d): in a KVCache, a row is such a block."""

@@ -88,7 +88,8 @@ class GradientOfX(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, = ctx.saved_tensors
-        ctx.later.append(partial(add_gradients, g, x, *ctx.weights))
+        if any(w is not None and w.requires_grad for w in ctx.weights):
+            ctx.later.append(partial(add_gradients, g, x, *ctx.weights))
         return (g @ ctx.weights[0].to(g.dtype)).to(ctx.dtype), None, None
 
 def add_gradients(g, x, W, bias=None):

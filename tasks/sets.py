@@ -111,13 +111,14 @@ def fpb(folder):
 
 def fiqa(folder):
     """A row for each company that a text is about."""
+    needed = "it needs a sentence, and a sentiment_score in -1..1"
     for kind, name in (("news", "headline"), ("tweet", "post")):
         path = folder / f"task1_{name}_ABSA_train.json"
         for key, entry in read_json(path).items():
-            with blamed_on(f"{path}, entry {key!r}"):  # float of a text: True is no number
+            with blamed_on(f"{path}, entry {key!r}", remedy=needed):  # float of a text: True is no number
                 text, scores = entry["sentence"], [float(str(i["sentiment_score"])) for i in entry["info"]]
             good = isinstance(text, str) and scores and all(-1 <= score <= 1 for score in scores)
-            check(good, f"{path}, entry {key!r}", "it needs a sentence, and a sentiment_score in -1..1")
+            check(good, f"{path}, entry {key!r}", needed)
             for score in scores:
                 yield sentiment_row("fiqa", text, SENTIMENTS[(score >= -0.1) + (score >= 0.1)], kind)
 

@@ -270,7 +270,6 @@ def test_a_model_is_made_smaller_recovered_and_rounded_in_all_ways(small, task_d
     monkeypatch.setattr(compress, "DATA_DIR", task_data)
     monkeypatch.setattr(compress, "RATIOS", (0.6,))
     monkeypatch.setattr(compress, "TOKENS", 600)
-    monkeypatch.setattr(compress, "WINDOW", 256)
     flags = ["compress", "--model", str(small), "--texts", str(text_file), "--calibration", str(text_file), "--recovery", str(text_file),
              "--steps", "2", "--limit", "4", "--out-dir", str(tmp_path / "out"), "--json", str(tmp_path / "rows.json")]
     bench.main([*flags, "--hours", "1e-9"])
@@ -281,10 +280,19 @@ def test_a_model_is_made_smaller_recovered_and_rounded_in_all_ways(small, task_d
     assert all(math.isfinite(r["scores"]["topics.txt"]) for r in rows) and {r["ratio"] for r in rows} == {1.0, 0.6}
     assert [r["method"] for r in rows if set(compress.TASKS) < set(r["scores"])] == ["dense", "recovered"]
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [line[0] for line in table[-7:]] == list(compress.BITS) and table[-6][1] == "60%" and table[-6][2].count("/") == 2
+    assert [line[0] for line in table[-7:]] == list(compress.BITS) and table[-6][1:3] == ["60%", "16 / 8 / 4"] and table[-6][3].count("/") == 2
     monkeypatch.setattr(compress, "run_once", None)  # all is done
+    with pytest.raises(InputError, match="holds runs of .* is asked for: remove it"):
+        bench.main([*flags, "--limit", "5"])
     bench.main(flags)
     assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
+
+def test_what_compress_cannot_compare_is_refused(tmp_path):
+    save_model(tmp_path / "gpt2", Transformer(Config("gpt2", vocab_size=50, context=16, blocks=1, heads=2, kv_heads=2, width=8, ffn=32)))
+    save_model(tmp_path / "llama", Transformer(Config("llama", vocab_size=50, context=16, blocks=1, heads=2, kv_heads=2, width=8, ffn=32)))
+    for name, message in (("gpt2", "must be of Llama's kind"), ("llama", "need different names")):
+        with pytest.raises(InputError, match=message):
+            bench.main(["compress", "--out-dir", str(tmp_path / "out"), "--model", str(tmp_path / name), "--texts", "a/x.txt,b/x.txt"])
 
 @pytest.mark.parametrize("default, given, value", [
     (["a", "b"], "c,d", ["c", "d"]), ([8, 4], "16", [16]), ([], "0,192", [0, 192]), (3, "5", 5), (2.5, "0.5", 0.5),

@@ -208,7 +208,7 @@ def test_compare_needs_two_runs(tmp_path):
 
 @pytest.mark.parametrize("args, message", [
     (["--tasks", "nonsense"], "no task is called 'nonsense': the tasks are boolq, piqa, .*perplexity"),
-    (["--limit", "1"], "has 1 tokens: perplexity needs at least 2"),
+    (["--limit", "1"], "--limit must be at least 2 tokens, got 1"),
     (["--limit", "0", "--tasks", "piqa"], "argument --limit: must be a whole number, at least 1, got 0"),
     (["--tasks", "piqa,"], "no task is called ''"),
     (["--dtype", "int8"], "unrecognized arguments: --dtype int8"),
