@@ -65,7 +65,7 @@ def chat(model, tokenizer, args, generator):
     cache = KVCache(model.config, 1, model.config.context, model.norm.weight.device)
     messages, known = [], []
     with suppress(EOFError):  # the end of input
-        for line in iter(lambda: input("> ").strip(), ""):
+        while line := input("> ").strip():
             messages.append(dict(role="user", content=line))
             ids = tokenizer.encode(render_chat(tokenizer, messages), special=True)
             cache.lengths = [min(cache.end, len(os.path.commonprefix([known, ids[:-1]])))]

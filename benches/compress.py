@@ -100,16 +100,18 @@ def modegpt(model, windows, ratio):
         return {}
     walk(model, windows, change, "MoDeGPT")
 
+PEERS = {"SVD-LLM": svd_llm, "MoDeGPT": modegpt}
+
 def make(args, method, ratio, folder):
     """Make a smaller model in a folder."""
     if method in ("plain", "activations"):
         text = ["--calibration", args.calibration] if method == "activations" else []
         run_once("decompose.py", folder, "--model", args.model, "--ratio", ratio, *text)
-    elif method in ("SVD-LLM", "MoDeGPT"):
+    elif method in PEERS:
         model, tokenizer = load_model(args.model, find_device("float32").torch_device)
         windows = calibration_batches(args.calibration, tokenizer, model.config.context)
         with torch.no_grad():
-            (svd_llm if method == "SVD-LLM" else modegpt)(model, windows, ratio)
+            PEERS[method](model, windows, ratio)
         replace_model(folder, model, tokenizer)
     else:
         run_once("train.py", folder, "--init-from", folder.with_name(f"activations-{ratio}"), "--method", 2,
@@ -120,18 +122,19 @@ def measured(args, method, ratio, device):
     """The rows of a method at a ratio, measured now or found where they were written before."""
     folder = Path(args.out_dir) / f"{method}-{ratio}".replace(" ", "-")
     file, rows, source = folder.with_name(f"{folder.name}.rows.json"), [], args.model
-    if file.exists() or time.time() > args.deadline:
-        return json.loads(file.read_text()) if file.exists() else []
+    if file.exists():
+        return json.loads(file.read_text())
+    if time.time() > args.deadline:
+        return []
     if method != "dense":
         make(args, method, ratio, folder)
         source = folder / "int4" if method == "recovered at 4 bit" else folder
     for bits in BITS[method]:
-        group, scores = 64 if bits == 4 and method == "dense" else None, {}
-        model, tokenizer = load_model(source, device.torch_device, bits=bits, group=group)
+        group = 64 if method == "dense" and bits == 4 else None  # not the file's own blocks
+        (model, tokenizer), scores = load_model(source, device.torch_device, bits=bits, group=group), {}
         for text in args.texts:
-            windows = text_windows(text, tokenizer, TOKENS, min(WINDOW, model.config.context))
-            value = score_task(model, tokenizer, device, "perplexity", windows)["perplexity"]
-            scores[Path(text).name] = value
+            parts = text_windows(text, tokenizer, TOKENS, min(WINDOW, model.config.context))
+            scores[Path(text).name] = score_task(model, tokenizer, device, "perplexity", parts)["perplexity"]
         for task in TASKS if bits == 16 and method in ("dense", "recovered") else ():
             examples = sets.draw(sets.load(task, DATA_DIR), args.limit)
             scores[task] = score_task(model, tokenizer, device, task, examples)["accuracy"]

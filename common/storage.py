@@ -83,7 +83,7 @@ def read_tensors(path):
     refuse(wanted not in (None, digest.hexdigest()), f"{path} was altered after it was written: get it again")
 
 def write_shards(folder, sizes, tensor_of):
-    """Write tensors, tensor_of(name), SHARD_BYTES a file. sizes: name -> bytes. Returns name -> file."""
+    """Write the tensors tensor_of(name). sizes: name -> bytes, in order. Returns name -> its file's name."""
     shards, before, files = {}, 0, {}
     for name, size in sizes.items():
         shards.setdefault(before // SHARD_BYTES, []).append(name)

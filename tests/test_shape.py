@@ -13,7 +13,7 @@ AT_ROOT = {"model", "lowrank", "quant", "kernels", "recompute", "pipeline", "tra
            "serve", "checkpoint", "bench"}
 FOLDERS = ("", "common", "tasks", "beyond", "benches", "examples")
 SOURCE = [f for folder in FOLDERS for f in sorted((ROOT / folder).glob("*")) if f.suffix in (".py", ".cu", ".cpp")]
-LINES = 11_497
+LINES = 11_500
 SCRIPTS = {"train", "finetune", "decompose", "eval", "sample", "serve", "bench"}
 
 def name_of(file):
