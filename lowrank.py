@@ -228,10 +228,9 @@ def replace_linears(model, rank, method=1, embedding_rank=0, start="normal", hea
     """Replace every linear layer, and with `head` also W^H, by one of `rank`; with embedding_rank W^E, by
     random factors. method 1: random factors (`init_factors`); 2: the truncated SVD of the weight; 3: the
     same, blended with that weight. Returns the line that says what was done."""
-    before, linears = count_parameters(model), {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (head or name != "head"):
-            linears[name] = module
+    before = count_parameters(model)
+    linears = {name: m for name, m in model.named_modules()
+               if isinstance(m, nn.Linear) and (head or name != "head")}
     for name, dense in tqdm(linears.items(), "decomposing", unit=" layers", disable=None, leave=False):
         check_rank(rank, dense.in_features, dense.out_features)
         if method > 1 and not dense.weight.is_meta:
@@ -248,9 +247,7 @@ def replace_linears(model, rank, method=1, embedding_rank=0, start="normal", hea
         what += " and the embedding"
     after = count_parameters(model)
     line = f"replaced {what}: {millions(before)} -> {millions(after)} parameters ({before / after:.2f}x)"
-    if method == 3:
-        line += "; " + blend_with(model, lambda name: linears[name].weight)
-    return line
+    return line if method != 3 else f"{line}; {blend_with(model, lambda name: linears[name].weight)}"
 
 def millions(count):
     return f"{count / 1e6:,.1f}M"

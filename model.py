@@ -157,7 +157,7 @@ def dense_weight(layer):
 
 def last_product(layer, x, dtype):
     """h and W of the product that ends any layer, or None: see Layer.last_product."""
-    return layer.last_product(x, dtype) if isinstance(layer, Layer) else (x, layer.weight)
+    return layer.last_product(x, dtype) if hasattr(layer, "last_product") else (x, layer.weight)
 
 def visible(queries, keys, window=0):
     """Whether a query sees a key: positions (T,) or (B, T) and (S,) or (B, S) -> (1 or B, 1, T, S)."""

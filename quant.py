@@ -25,11 +25,10 @@ from types import MethodType
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call
 
 from common.cli import InputError, refuse
 from lowrank import BlendedLinear, LowRankLinear
-from model import Layer, Packed
+from model import Layer, Packed, last_product
 
 SMALLEST_HALF = 2.0 ** -24  # a vector of equal numbers has no range; its scale must not be 0
 MATVEC_ROWS = 16            # kernels.cu reads a matrix once for up to 16 rows of x
@@ -53,7 +52,7 @@ def scale_and_offset(low, high, bits):
 
 def nearest(w, scale, offset, bits):
     """The integers nearest to (w - o) / s, still as floats. s and o in float32, broadcast to w's shape."""
-    return ((w - offset) / scale).round_().clamp_(-2 ** (bits - 1), 2 ** (bits - 1) - 1)
+    return (w - offset).div_(scale).round_().clamp_(-2 ** (bits - 1), 2 ** (bits - 1) - 1)
 
 def encode(w, scale, offset, bits):
     """`nearest` with a scale for each group, as int8: w (..., in), s and o (..., in / group) -> (..., in)."""
@@ -328,22 +327,27 @@ def quantize(model, bits, group=None, rounding=quantize_rows):
 def fake_quantize(w, bits, group):
     """Section IV: w as it will be after quantization; the gradient passes straight through to w."""
     rounded = decode(*quantize_rows(w, bits, check_format(bits, group, w.shape[-1]))).to(w.dtype)
-    return rounded + (w - w.detach())  # 0, with the gradient of w
+    return (w - w.detach()).add_(rounded)  # 0, with the gradient of w
+
+def rounded(layer):
+    """The layer as it will be after quantization; gradients pass through to its own parameters."""
+    twin = copy.copy(layer)
+    del twin.forward, twin.last_product  # its class's own again
+    twin._parameters = {name: fake_quantize(p, *layer.rounded_to) if p is not None and p.dim() == 2 else p
+                        for name, p in layer._parameters.items()}
+    return twin
 
 def rounded_forward(layer, x):
-    """layer(x) as if its matrices were quantized to layer.rounded_to."""
-    plain = copy.copy(layer)
-    del plain.forward  # else functional_call would come back here: a copy has its class's own
-    matrices = {name: p for name, p in layer.named_parameters() if p.dim() == 2}
-    rounded = {name: fake_quantize(p, *layer.rounded_to) for name, p in matrices.items()}
-    return functional_call(plain, rounded, (x,))
+    if isinstance(layer, nn.Embedding):  # the rows of these tokens alone
+        return fake_quantize(F.embedding(x, layer.weight), *layer.rounded_to)
+    return rounded(layer)(x)
 
 def attach_fake_quantization(model, bits, group=None):
-    """Every layer that quantize() would take computes with rounded matrices; the parameters stay. Training
-    sees the loss of the model that quantize(model, bits, group) will make. Returns how many layers."""
+    """Every layer that quantize() would take computes with rounded matrices: training sees the loss of the
+    model that quantize(model, bits, group) will make. Returns how many layers."""
     forms = formats(model, bits, group)
     for name, form in forms.items():
         layer = model.get_submodule(name)
-        layer.rounded_to = form
-        layer.forward = MethodType(rounded_forward, layer)
+        layer.rounded_to, layer.forward = form, MethodType(rounded_forward, layer)
+        layer.last_product = MethodType(lambda own, x, dtype: last_product(rounded(own), x, dtype), layer)
     return len(forms)

@@ -36,10 +36,9 @@ def bench(args):
         seconds = time.perf_counter() - start
         windows = text_windows(args.text, tokenizer, TOKENS, WINDOW)
         value = score_task(model, tokenizer, device, "perplexity", windows)["perplexity"]
-        first = rows[0]["perplexity"] if rows else value
         rows.append(dict(model=MODEL, bits=bits, group=group, rounding=how, perplexity=value,
                          calibration=Path(args.calibration).name if learns else None,
-                         over_16_bit=value / first - 1, seconds=seconds, model_bytes=stored_bytes(model)))
+                         seconds=seconds, model_bytes=stored_bytes(model)))
     return device, rows
 
 def report(rows):
@@ -47,5 +46,5 @@ def report(rows):
     return table(rows, {
         "bits": "bits", "a scale for": lambda r: scales[r["group"]], "rounding": "rounding",
         "calibration": "calibration", "perplexity": ("perplexity", "{:.2f}"),
-        "over 16 bit": (lambda r: None if r["bits"] == 16 else r["over_16_bit"], "{:+.2%}"),
+        "over 16 bit": (lambda r: r["perplexity"] / rows[0]["perplexity"] - 1, "{:+.2%}"),
         "s": ("seconds", "{:.0f}"), "MB": ("model_bytes", "{:.0f}", 1e6)})

@@ -90,9 +90,8 @@ def head_loss(head, x, targets, chunk=512):
         h, targets = h[counts], targets[counts]
     if not len(h):
         return (x * 0.0).sum().float()
-    if head.bias is None and "forward" not in head.__dict__:  # where it has one: fake quantization
-        product = last_product(head, h, compute_dtype(h))
-        if product is not None:
-            return MatrixLoss.apply(*product, targets, chunk, torch.is_grad_enabled())
+    product = last_product(head, h, compute_dtype(h)) if head.bias is None else None
+    if product is not None:
+        return MatrixLoss.apply(*product, targets, chunk, torch.is_grad_enabled())
     parts = zip(h.split(chunk), targets.split(chunk))
     return sum(checkpoint(loss_sum, head, *part, use_reentrant=False) for part in parts) / len(h)

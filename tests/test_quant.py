@@ -12,6 +12,7 @@ from checkpoint import load_model, save_model
 from common.cli import InputError
 from common.device import stored_bytes
 from common.generate import generate
+from common.loss import head_loss
 from lowrank import LoRALinear, LowRankLinear, attach_lora, replace_linears
 from model import Config, Transformer, config_for, count_parameters, dense_weight, matmul_weights
 from quant import (
@@ -375,6 +376,23 @@ def test_quantization_aware_training(bits, rank):
     quantize(rounded, bits)
     with torch.no_grad():
         assert abs(loss(rounded) - trained) < 1e-5
+
+@pytest.mark.parametrize("rank", [0, 32])
+def test_head_loss_of_a_rounded_head(rank):
+    """common/loss.py takes the loss of rounded W^H, and its gradient, as autograd does from rounded logits."""
+    model, tokens = small("gpt2", rank, tied=not rank), torch.randint(0, 211, (2, 30))
+    attach_fake_quantization(model, 4)
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    h = model.hidden(tokens[:, :-1])
+    logits = model.head(h)
+    assert not torch.allclose(logits, nn.functional.linear(h, dense_weight(model.head)), atol=1e-3)
+    slow = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    fast = head_loss(model.head, model.hidden(tokens[:, :-1]), tokens[:, 1:], chunk=7)
+    assert abs(slow - fast) < 1e-6
+    for one, other in zip(gradients(slow), gradients(fast)):
+        torch.testing.assert_close(one, other)
 
 def test_straight_through_gradient():
     w = torch.randn(8, 64, requires_grad=True)
