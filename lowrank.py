@@ -253,10 +253,10 @@ def millions(count):
     return f"{count / 1e6:,.1f}M"
 
 def from_factors(dense, B, A):
-    """The LowRankLinear of B (out, r) and A (r, in) in the place of a dense layer, whose bias it takes."""
+    """The LowRankLinear of B (out, r) and A (r, in) in the place of another layer, whose bias it takes."""
     with torch.device("meta"):
         layer = LowRankLinear(dense.in_features, dense.out_features, len(A), bias=False)
-    layer.A, layer.B = nn.Parameter(A.to(dense.weight)), nn.Parameter(B.to(dense.weight))
+    layer.A, layer.B = (nn.Parameter(factor.to(next(dense.parameters()))) for factor in (A, B))
     layer.bias = dense.bias
     return layer
 

@@ -112,16 +112,14 @@ def bench(args):
         rows.append(finetuned(args, *run, sets.load(run[0], DATA_DIR)))
     return device, [line for line in rows if line]
 
-def right(line):
-    return np.array([*line["labels"]]) == np.array([*line["predictions"]])
-
 def report(rows):
     """A table for each task; its last column compares with full finetuning of the same seed."""
     full = {(r["task"], r["seed"]): r for r in rows if r["method"] == "full" and not r["random"]}
 
     def as_full(line):
         other = full.get((line["task"], line.get("seed", 1)), line)
-        p = score.mcnemar(right(line), right(other))
+        hits = [np.array([*r["labels"]]) == np.array([*r["predictions"]]) for r in (line, other)]
+        p = score.mcnemar(*hits)
         return None if other is line else f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
     columns = {"learns": "method", "r": lambda r: r.get("rank") or None, "bits": "bits",
                "weights": lambda r: "random" if r.get("random") else None, "seed": "seed",

@@ -34,8 +34,7 @@ def orthogonalize(G, rounds=5):
     a, b, c = ROUNDS
     X = G.float()
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
-    S = X @ X.mT  # (..., r, r)
-    Q = None      # what multiplies X at the end
+    S, Q = X @ X.mT, None  # (..., r, r); what multiplies X at the end
     for i in range(rounds):
         P = b * S + c * (S @ S)
         P.diagonal(dim1=-2, dim2=-1).add_(a)

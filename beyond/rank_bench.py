@@ -18,7 +18,6 @@ import math
 from collections import defaultdict
 
 import torch
-from torch import nn
 
 from beyond.activations import Moments, walk
 from beyond.batching import Engine, ManyLoRALinear
@@ -26,7 +25,7 @@ from checkpoint import own_tensors
 from common.cli import refuse
 from common.data import calibration_batches
 from common.loss import head_loss
-from lowrank import LowRankLinear, swap_layers
+from lowrank import LowRankLinear, from_factors, swap_layers
 from model import count_parameters, dense_weight, is_linear, multiplications
 from quant import quantize
 
@@ -84,10 +83,7 @@ class Bench(Engine):
             r = max(1, share * len(values) // 100)
             if r <= len(A):  # else factors would be no smaller
                 layer = self.whole.get_submodule(layer_name)
-                with torch.device("meta"):
-                    new = LowRankLinear(layer.in_features, layer.out_features, r, bias=False)
-                new.B, new.A, new.bias = nn.Parameter(B[:, :r]), nn.Parameter(A[:r]), layer.bias
-                model.set_submodule(layer_name, new)
+                model.set_submodule(layer_name, from_factors(layer, B[:, :r], A[:r]))
         if bits < 16:
             quantize(model, bits)
         return model
