@@ -194,13 +194,10 @@ def batches_of(step_rows, args, strategy, device):
     """This process's batches of a step's rows, and the share that each has of the answers' tokens."""
     share_prefix = args.recompute != "block" and not args.shard  # these pass every block once a batch
     answers = sum(len(r.ids) - r.start for r in step_rows)
-    batches, weights = [], []
-    for i in range(strategy.replica * args.grad_accum, (strategy.replica + 1) * args.grad_accum):
-        mine = step_rows[i * args.batch_size:(i + 1) * args.batch_size]
-        batch = Batch(mine, share_prefix, device.torch_device)
-        batches.append((batch,))
-        weights.append(batch.answers / answers * strategy.replicas)
-    return batches, weights
+    first, n = strategy.replica * args.grad_accum, args.batch_size
+    mine = [step_rows[i * n:(i + 1) * n] for i in range(first, first + args.grad_accum)]
+    batches = [Batch(rows, share_prefix, device.torch_device) for rows in mine]
+    return [(b,) for b in batches], [b.answers / answers * strategy.replicas for b in batches]
 
 def read_task(task, data_dir):
     """(examples to learn from, held-out examples) of one task."""

@@ -54,7 +54,7 @@ def load():
         return None
     matrix = ctypes.POINTER(Matrix)
     kernels.product.argtypes = [POINTER, INT, matrix, matrix, INT, POINTER, POINTER]
-    kernels.step.argtypes = [POINTER, POINTER]
+    kernels.step.argtypes = [POINTER, POINTER, POINTER]
     return kernels
 
 class HugePages:

@@ -33,14 +33,14 @@ BlockStruct = struct("Block", norm1=NormStruct, norm2=NormStruct, inputs=LayerSt
                      gate=LayerStruct, up=LayerStruct, down=LayerStruct, K=POINTER, V=POINTER)
 NetworkStruct = struct("Network", blocks=POINTER, lengths=POINTER, table=POINTER, cos=POINTER, sin=POINTER,
                        count=INT, rows=INT, width=INT, heads=INT, kv_heads=INT, d=INT, ffn=INT, size=INT,
-                       in_table=INT, float_cache=INT, eps=ctypes.c_float)
+                       in_table=INT, float_cache=INT, eps=ctypes.c_float, norm=NormStruct, head=LayerStruct)
 
 def cpu_step(model, cache):
     """A CPUStep for a cache that has read the prompts. None where something is in the way: layers that are
     none of LAYERS, another kind of block, no compiler."""
     c, stored = model.config, keys_and_values(cache)[0][0].dtype
     other = c.window or c.no_rope or c.architecture.qk_norm or not all(map(is_plain, model.blocks))
-    if other or stored not in BITS or load() is None:
+    if other or not is_taken(model.head) or stored not in BITS or load() is None:
         return None
     step = CPUStep(model, cache)
     if model not in walked:
@@ -57,9 +57,12 @@ def is_plain(block):
     """Whether the block has model.py's parts, with layers that can be read."""
     if [type(m) for m in (block, block.attention, block.mlp)] != [Block, Attention, FeedForward]:
         return False
-    layers = [m for m in block.modules() if is_linear(m)]
-    own = any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in layers)
-    return not own and all(type(m) in LAYERS and all(map(is_readable, factors(m))) for m in layers)
+    return all(is_taken(m) for m in block.modules() if is_linear(m))
+
+def is_taken(layer):
+    """Whether it is one of LAYERS, computes as they do, and can be read."""
+    own = "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks
+    return not own and type(layer) in LAYERS and all(map(is_readable, factors(layer)))
 
 def factors(layer):
     """W of a layer, or A and B: each a QuantMatrix or a tensor."""
@@ -81,7 +84,8 @@ class CPUStep:
         self.network = NetworkStruct(
             blocks=ctypes.addressof(self.blocks), count=c.blocks, width=c.width, heads=c.heads,
             kv_heads=c.kv_heads, d=c.head_size, ffn=c.ffn, size=keys[0].shape[2],
-            float_cache=keys[0].dtype is torch.float32, eps=c.norm_eps)
+            float_cache=keys[0].dtype is torch.float32, eps=c.norm_eps, norm=self.norm(model.norm),
+            head=self.layer(model.head))
 
     def block(self, block, k, v):
         a, m = block.attention, block.mlp
@@ -114,29 +118,29 @@ class CPUStep:
         return self.kept[-1].data_ptr()
 
     def __call__(self, tokens, cache):
-        logits = self.model.head(self.hidden(tokens, cache))
+        logits = self.logits(tokens, cache)
         cache.advance(1)
         return logits
 
-    def hidden(self, tokens, cache):
-        """tokens (B,) -> what the head reads, (B, C)."""
+    def logits(self, tokens, cache):
         x, rope, _ = self.model.begin(tokens[:, None], cache)  # (B, 1, C)
-        dtype, x, slots = x.dtype, x.float().contiguous(), (INT * len(tokens))(*cache.lengths)
-        table = cache.table if isinstance(cache, PagedCache) else torch.arange(len(tokens))[:, None]
-        table = table.int().contiguous()
+        x, slots = x.float().contiguous(), (INT * len(tokens))(*cache.lengths)
+        table = (cache.table if isinstance(cache, PagedCache) else cache.rows).int().contiguous()
         self.network.rows, self.network.in_table = table.shape
         self.network.lengths, self.network.table = ctypes.addressof(slots), table.data_ptr()
         if rope is not None:
             cos, sin = (t.expand(len(tokens), 1, -1).contiguous() for t in rope)  # (B, 1, d / 2)
             self.network.cos, self.network.sin = cos.data_ptr(), sin.data_ptr()
-        load().step(ctypes.addressof(self.network), x.data_ptr())
-        return self.model.norm(x.to(dtype))[:, -1]
+        logits = torch.empty(len(tokens), self.model.head.out_features)
+        load().step(ctypes.addressof(self.network), x.data_ptr(), logits.data_ptr())
+        return logits
 
     def is_right(self, cache):
-        """Whether the first block is what its layers make of it: model.py may have been changed. It is tried
-        at the next slot of each row, which is written again afterwards."""
+        """Whether the first block, the norm and the head give what their layers make of it: model.py may have
+        been changed. It is tried at the next slot of each row, which is written again afterwards."""
         self.network.count, tokens = 1, torch.zeros(len(cache.lengths), dtype=torch.long)
-        found = self.hidden(tokens, cache).float()
+        found = self.logits(tokens, cache)
         self.network.count, (x, rope, mask) = len(self.blocks), self.model.begin(tokens[:, None], cache)
-        exact = self.model.norm(self.model.blocks[0](x, rope, cache, mask))[:, -1].float()
+        x = self.model.norm(self.model.blocks[0](x, rope, cache, mask))
+        exact = self.model.head(x)[:, -1].float()
         return ((found - exact).norm() < TOLERANCE * exact.norm()).item()

@@ -32,6 +32,8 @@ struct Network {
   const float *cos, *sin; // (rows, d / 2): RoPE, or null
   int count, rows, width, heads, kv_heads, d, ffn, size, in_table, float_cache;
   float eps;
+  Norm norm;
+  Layer head;
 };
 
 static inline float exponential(float x) {  // 2^n times a polynomial, of whole vectors at a time
@@ -135,8 +137,8 @@ static void attend(const Network& net, const Block& block, Rows q, Rows k, Rows 
   }
 }
 
-// x (rows, width): from the embedding to what the last norm reads.
-extern "C" void step(const Network* network, float* x) {
+// x (rows, width): of the embedding. logits (rows, vocabulary).
+extern "C" void step(const Network* network, float* x, float* logits) {
   const Network& net = *network;
   const size_t rows = net.rows, q_size = net.heads * net.d, kv_size = net.kv_heads * net.d;
   const size_t all = q_size + 2 * kv_size;
@@ -169,4 +171,6 @@ extern "C" void step(const Network* network, float* x) {
     times(block->down, up, a.data());
     add(a);
   }
+  normalize(net, net.norm, x, a.data());
+  times(net.head, a, logits);
 }

@@ -40,12 +40,8 @@ def step_all(optimizers, rate):
 def moments_of(model, optimizers):
     """The optimizers' state: "name of the parameter#name of the value" -> tensor."""
     names = {p: name for name, p in model.named_parameters()}
-    moments = {}
-    for optimizer in optimizers:
-        for p, values in optimizer.state.items():
-            for key, value in values.items():
-                moments[f"{names[p]}#{key}"] = value
-    return moments
+    return {f"{names[p]}#{key}": value for optimizer in optimizers
+            for p, values in optimizer.state.items() for key, value in values.items()}
 
 def restore_moments(model, optimizers, moments):
     """Put back what moments_of gave, as whole tensors."""

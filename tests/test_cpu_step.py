@@ -31,7 +31,7 @@ def some_model(kind, rank=False, bits=8):
     if rank:
         replace_linears(model, 64 if gpt2 or bits == 16 else 24, method=2)
     if bits < 16:
-        swap_layers(model.blocks, lambda name, layer: quantize_layer(layer, bits, 64 if gpt2 else 0))
+        swap_layers(model, lambda name, layer: quantize_layer(layer, bits, 64 if gpt2 else 0))
     return model.eval()
 
 def dense(model):
