@@ -2,7 +2,7 @@
 
 A block of gpt2-xl with r = 384 reads 10 MB of weights in 0.35 ms on two cores, and calling its layers from
 Python takes almost as long. So the addresses of all weights and of the cache are written down once, and
-step_cpu.cpp walks through them for each token. It computes model.Block, in float32.
+step_cpu.cpp walks through them for each token. It computes blocks, norm and head of model.py, in float32.
 
     step = cpu_step(model, cache)      # as common.generate.plain_step
     logits = step(tokens, cache)
@@ -36,8 +36,8 @@ NetworkStruct = struct("Network", blocks=POINTER, lengths=POINTER, table=POINTER
                        in_table=INT, float_cache=INT, eps=ctypes.c_float, norm=NormStruct, head=LayerStruct)
 
 def cpu_step(model, cache):
-    """A CPUStep for a cache that has read the prompts. None where something is in the way: layers that are
-    none of LAYERS, another kind of block, no compiler."""
+    """A CPUStep for a cache that has read the prompts. None where something is in the way: a layer or a head
+    that is none of LAYERS, another kind of block, no compiler."""
     c, stored = model.config, keys_and_values(cache)[0][0].dtype
     other = c.window or c.no_rope or c.architecture.qk_norm or not all(map(is_plain, model.blocks))
     if other or not is_taken(model.head) or stored not in BITS or load() is None:

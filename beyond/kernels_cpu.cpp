@@ -138,16 +138,16 @@ struct Input {
       memcpy(v, from + c * N, sizeof(float) * std::min(N, width - c * N));
       scale[c] = round(v, numbers, N);
       for (int i = 0; i < N; i++) rounded[c * N + i] = scale[c] * numbers[i];
-      for (int i = 1; i < N && BITS == 8; i += 4) std::swap(numbers[i], numbers[i + 1]);
+      for (int i = 1; i < N && BITS == 8; i += 4) std::swap(numbers[i], numbers[i + 1]);  // 0, 2, 1, 3
       int words[LANES * X];  // a float each, or two integers
       memcpy(words, numbers, sizeof words);
       ints* to = &x[c * X];
       for (int i = 0; i < X; i++)
         for (int lane = 0; lane < LANES; lane++) to[i][lane] = words[(i / S * LANES + lane) * S + i % S];
       for (int i = 0; i < 2 && BITS == 4 && BYTEWISE; i++) {
-        shorts a = (shorts)to[i], b = (shorts)to[i + 2];  // 0, 1 and 4, 5 -> low bytes of 0, 4, 1, 5, high
-        to[i] = (ints)(a & 255 | b << 8);
-        to[i + 2] = (ints)((a + 128) >> 8 & 255 | (b + 128) & (int16_t)0xff00);
+        shorts a = (shorts)to[i], b = (shorts)to[i + 2];  // of a lane 0, 1 and 4, 5; then 2, 3 and 6, 7
+        to[i] = (ints)(a & 255 | b << 8);                 // the low bytes of 0, 4, 1, 5
+        to[i + 2] = (ints)((a + 128) >> 8 & 255 | (b + 128) & (int16_t)0xff00);  // and the high ones
       }
     }
     for (int g = 0; g < width / group && BITS <= 8; g++) {
@@ -223,7 +223,7 @@ static void multiply(const Matrix& W, const Plan& plan, int n, const Input* in,
             ints d = {};
             for (int i = 0; i < X; i++)
               if (P == X) d = dot(d, w[i], x[m][c * X + i]);
-            if (P < X) d = dot_bytes(w, x[m] + c * X);
+            if (P < X) d = dot_bytes(w, x[m] + c * X);  // int4, BYTEWISE: two vectors of W, four of x
             floats both = GROUPS ? of_lane * in[m].scale[c] : floats{} + in[m].scale[c];
             sum[r][m] += __builtin_convertvector(d, floats) * both;
           }
