@@ -130,8 +130,7 @@ def decompose(args, source, device):
         method = Calibrated(model, windows, dtypes)
     fill(model, source.tensors, device, torch.float32).requires_grad_(False)
     for name, p in model.named_parameters():
-        refuse(not p.isfinite().all(),
-               f"{source.path}: {name} has numbers that are not finite: get it again")
+        refuse(not p.isfinite().all(), f"{source.path}: {name} has numbers that are not finite: get it again")
     ranks = ranks or choose_ranks(method.losses(), shapes, args.ratio)
     method.decompose(ranks)
     if is_first():

@@ -67,9 +67,8 @@ def make_parser():
         help="what learns: A and B, every weight, those of the last block, or the head's")
     add("--targets", help="layers with an adapter, by their last names (default: q,k,v, of GPT-2 qkv)")
     add = p.add_argument_group("data").add_argument
-    add("--task", default="sentiment",
-        help=f"sentiment (those of {', '.join(SENTIMENT)} that are at hand), {', '.join(sets.TEST_SHARE)}, "
-             "alpaca, or a JSON file in Alpaca's form")
+    add("--task", default="sentiment", help=f"sentiment (those of {', '.join(SENTIMENT)} that are at hand), "
+        f"{', '.join(sets.TEST_SHARE)}, alpaca, or a JSON file in Alpaca's form")
     add("--data-dir", default=os.environ.get("DATA_DIR", "data"), help="where the sets are, or $DATA_DIR")
     add("--batch-size", type=at_least_1, default=16, help="rows a step in each process")
     add = p.add_argument_group("optimization").add_argument

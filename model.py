@@ -39,8 +39,7 @@ LLAMA = Architecture(nn.RMSNorm, True, inputs=QKV, gate=True, biases=())
 ARCHITECTURES = {
     "gpt2": Architecture(nn.LayerNorm, False, inputs=("qkv",), gate=False, biases=("qkv", "o", "up", "down")),
     "llama": LLAMA, "mistral": LLAMA, "smollm3": LLAMA,
-    "qwen2": replace(LLAMA, biases=QKV), "qwen3": replace(LLAMA, qk_norm=True),
-}
+    "qwen2": replace(LLAMA, biases=QKV), "qwen3": replace(LLAMA, qk_norm=True)}
 
 @dataclass(frozen=True)
 class Config:

@@ -54,11 +54,10 @@ def forms():
     strict, text = dict(extra="forbid", strict=True), constr(min_length=1)
     most = AliasChoices("max_completion_tokens", "max_tokens")
     both = dict(model=(str, ""), user=(str, ""), n=(int, Field(1, ge=1, le=1)),
-                max_tokens=(int, Field(256, ge=1, validation_alias=most)),
-                temperature=(float, Field(1.0, ge=0, le=2)),
-                top_p=(float, Field(1.0, gt=0, le=1)), stop=(text | list[text], []), stream=(bool, False),
+                temperature=(float, Field(1.0, ge=0, le=2)), top_p=(float, Field(1.0, gt=0, le=1)),
+                max_tokens=(int, Field(256, ge=1, validation_alias=most)), stop=(text | list[text], []),
                 seed=(int, Field(default_factory=lambda: random.getrandbits(31), ge=0, lt=1 << 62)),
-                stream_options=(dict, {}), __config__=strict)
+                stream=(bool, False), stream_options=(dict, {}), __config__=strict)
     message = create_model("Message", role=(str, ...), content=(str, ...), __config__=strict)
     completion = create_model("Completion", prompt=(str | list[int], ...),
                               logprobs=(int, Field(None, ge=0, le=20)), **both)

@@ -116,11 +116,11 @@ def run_once(script, folder, *flags, **settings):
         refuse(done.returncode, f"{script} ended with {done.returncode}: its own lines above say why")
     return read_json(folder / "summary.json")
 
-def table(rows, columns=None):
+def table(rows, columns=None, first=""):
     """Rows as a Markdown table; None leaves a cell empty, and rank 0 is "full".
 
-    columns: title -> a key or a function of a row, or (that, format), or (that, format, unit to divide by).
-    Without them each key of the rows is a title."""
+    columns: title -> a key or a function of a row, or (that, format), or (that, format, unit to divide by);
+    before them stand those of `first`, whose titles are their keys. Without either each key is a title."""
     def cell(row, what, form="{}", unit=1):
         value = what(row) if callable(what) else row.get(what)
         if value is None:
@@ -130,8 +130,8 @@ def table(rows, columns=None):
         if isinstance(value, bool):
             value = "yes" if value else "no"
         return form.format(value if unit == 1 else value / unit)
-    columns = columns or {key: key for row in rows for key in row}
-    lines = []
+    keys = first.split() if columns else sum(map(list, rows), [])
+    columns, lines = {key: key for key in keys} | (columns or {}), []
     for row in rows:
         lines.append([cell(row, *c) if isinstance(c, tuple) else cell(row, c) for c in columns.values()])
     return markdown(list(columns), lines, left=0)

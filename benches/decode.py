@@ -114,12 +114,9 @@ def report(rows):
     def over(r):
         rate = base.get((r["model"], r["cache"]))
         return f"{r['tokens_per_second'] / rate:.1f}x" if rate else ""
-    columns = {
-        "model": "model", "rank": "rank", "bits": "bits", "engine": "engine", "cache": "cache",
+    return table(rows, {
         "new": "new_tokens", "prompt s": ("prompt_seconds", "{:.2f}"),
         "tokens/s": ("tokens_per_second", "{:.1f}"), f"over {peer}": over,
-        "with prompt": ("with_prompt", "{:.1f}"),
-        "model GB": ("model_bytes", "{:.2f}", 1e9), "peak GB": ("peak_memory_bytes", "{:.2f}", 1e9)}
-    if "share_of_read" in rows[0]:
-        columns["of read"] = ("share_of_read", "{:.0%}")
-    return table(rows, columns)
+        "with prompt": ("with_prompt", "{:.1f}"), "model GB": ("model_bytes", "{:.2f}", 1e9),
+        "peak GB": ("peak_memory_bytes", "{:.2f}", 1e9), "of read": ("share_of_read", "{:.0%}")},
+        first="model rank bits engine cache")

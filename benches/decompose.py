@@ -79,6 +79,5 @@ def bench(args):
 def report(rows):
     return table(rows, {
         "matrices of": lambda r: "random, as GPT-2" if r["model"] == "gpt2" else r["model"],
-        "method": "method", "seconds": ("seconds", "{:.1f}"),
-        "loop of svd": ("seconds_loop", "{:.1f}"), "speedup": ("speedup", "{:.1f}x"),
-        "error over optimum": ("error_over_optimum", "{:.5f}")})
+        "method": "method", "seconds": ("seconds", "{:.1f}"), "loop of svd": ("seconds_loop", "{:.1f}"),
+        "speedup": ("speedup", "{:.1f}x"), "error over optimum": ("error_over_optimum", "{:.5f}")})

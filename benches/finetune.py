@@ -102,8 +102,7 @@ def bench(args):
 
 def report(rows):
     peer = [r["tokens_per_second"] for r in rows if r["engine"] == "peft"]
-    return table(rows, {
-        "engine": "engine", "bits": "bits", "rank": "rank", "dtype": "dtype",
+    return table(rows, first="engine bits rank dtype", columns={
         "tokens/s": ("tokens_per_second", "{:.0f}"),
         "over peft": lambda r: f"{r['tokens_per_second'] / peer[0]:.2f}x" if peer else None,
         "peak GB": ("peak_memory_bytes", "{:.2f}", 1e9)})

@@ -80,7 +80,6 @@ def bench(args):
     return device, rows
 
 def report(rows):
-    return table(rows, {
-        "engine": "engine", "file": "file", "bits": "bits", "clients": "clients", "requests": "requests",
+    return table(rows, first="engine file bits clients requests", columns={
         "tokens/s": ("tokens_per_second", "{:.0f}"), "first token s, median": ("first_p50", "{:.2f}"),
         "p95": ("first_p95", "{:.2f}")})

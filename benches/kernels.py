@@ -172,7 +172,5 @@ def bench(args):
     return device, m.rows
 
 def report(rows):
-    return table(rows, {
-        "kernel": "kernel", "engine": "engine", "shape": "shape", "bits": "bits", "group": "group",
-        "rows": "rows", "us": ("us", "{:.1f}"), "GB/s": ("gb_s", "{:.0f}"),
-        "of copy": ("share_of_copy", "{:.0%}")})
+    return table(rows, first="kernel engine shape bits group rows", columns={
+        "us": ("us", "{:.1f}"), "GB/s": ("gb_s", "{:.0f}"), "of copy": ("share_of_copy", "{:.0%}")})

@@ -142,10 +142,9 @@ def table_iii():
 def bench(args):
     device, model, rows = find_device("float32"), shapes_of_rank(args.model), []
     if args.recompute != "all":
-        for what, size in account(model, args.batch, args.seq, args.recompute).items():
-            kind = "transient" if what in ("block", "loss") else what
-            rows.append(dict(what=what, kind=kind, bytes=size))
-        return device, rows
+        sizes = account(model, args.batch, args.seq, args.recompute)
+        return device, [dict(what=what, kind="transient" if what in ("block", "loss") else what, bytes=size)
+                        for what, size in sizes.items()]
     print("Table III: GB of a training step, 16 bit, 4,096 tokens a sequence (the paper's in brackets: "
           f"parameters rounded up, q k^T counted)\n{table_iii()}\n")
     for mode in MODES:

@@ -118,7 +118,6 @@ def bench(args):
     return find_device("float32"), measure()
 
 def report(rows):
-    return table(rows, {
-        "schedule": "schedule", "stages": "stages", "microbatches": "microbatches",
+    return table(rows, first="schedule stages microbatches", columns={
         "utilization": ("utilization", "{:.3f}"), "clock table": ("theory", "{:.3f}"),
         "torch": lambda r: f"{r['torch_utilization']:.3f}" if r["torch_utilization"] else "none"})

@@ -52,7 +52,6 @@ def bench(args):
     return device, rows
 
 def report(rows):
-    return table(rows, {
-        "mode": "mode", "step ms": ("step_ms", "{:.0f}"), "over": "against",
-        "overhead": ("overhead", "{:+.1%}"), "kept MB": ("saved_bytes", "{:.0f}", 1e6),
-        "peak MB": ("peak_bytes", "{:.0f}", 1e6)})
+    return table(rows, first="mode", columns={
+        "step ms": ("step_ms", "{:.0f}"), "over": "against", "overhead": ("overhead", "{:+.1%}"),
+        "kept MB": ("saved_bytes", "{:.0f}", 1e6), "peak MB": ("peak_bytes", "{:.0f}", 1e6)})

@@ -99,8 +99,7 @@ def bench(args):
 
 def report(rows):
     base = next(r["tokens_per_second"] for r in rows if r["engine"] == "sequential")
-    engines = table(rows, {
-        "engine": "engine", "adapters": "adapters", "sequences": "sequences",
+    engines = table(rows, first="engine adapters sequences", columns={
         "tokens/s": ("tokens_per_second", "{:.0f}"),
         "over sequential": ("tokens_per_second", "{:.2f}x", base),
         "KV reserved MB": ("kv_bytes_reserved", "{:.1f}", 1e6), "used MB": ("kv_bytes_used", "{:.1f}", 1e6),

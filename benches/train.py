@@ -113,9 +113,9 @@ def report(rows):
     def over(peer, r):
         base = speed.get((peer, 0, r["dtype"]))
         return f"{r['tokens_per_second'] / base:.2f}x" if base else None
-    return table(sorted(rows, key=lambda r: (r["dtype"], r["model"] != "nanoGPT")), {
-        "model": "model", "rank": "rank", "dtype": "dtype", "parameters": ("parameters", "{:.1f}M", 1e6),
-        "tokens/s": ("tokens_per_second", "{:.0f}"), "over full rank": partial(over, False),
-        "over nanoGPT": partial(over, True), "mfu": ("mfu", "{:.0%}"),
-        "peak GB": ("peak_memory_bytes", "{:.1f}", 1e9),
+    rows = sorted(rows, key=lambda r: (r["dtype"], r["model"] != "nanoGPT"))
+    return table(rows, first="model rank dtype", columns={
+        "parameters": ("parameters", "{:.1f}M", 1e6), "tokens/s": ("tokens_per_second", "{:.0f}"),
+        "over full rank": partial(over, False), "over nanoGPT": partial(over, True),
+        "mfu": ("mfu", "{:.0%}"), "peak GB": ("peak_memory_bytes", "{:.1f}", 1e9),
         "paper": lambda r: PAPER.get((r["model"], r["rank"]))})

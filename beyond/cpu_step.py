@@ -32,8 +32,9 @@ LayerStruct = struct("Layer", A=MATRIX, B=MATRIX, bias=POINTER, bits=INT)
 BlockStruct = struct("Block", norm1=NormStruct, norm2=NormStruct, inputs=LayerStruct * 3, o=LayerStruct,
                      gate=LayerStruct, up=LayerStruct, down=LayerStruct, K=POINTER, V=POINTER)
 NetworkStruct = struct("Network", blocks=POINTER, lengths=POINTER, table=POINTER, cos=POINTER, sin=POINTER,
-                       count=INT, rows=INT, width=INT, heads=INT, kv_heads=INT, d=INT, ffn=INT, size=INT,
-                       in_table=INT, float_cache=INT, eps=ctypes.c_float, norm=NormStruct, head=LayerStruct)
+                       count=INT, rows=INT, width=INT, heads=INT, kv_heads=INT, d=INT, ffn=INT, rank=INT,
+                       size=INT, in_table=INT, float_cache=INT, eps=ctypes.c_float, norm=NormStruct,
+                       head=LayerStruct)
 
 def cpu_step(model, cache):
     """A CPUStep for a cache that has read the prompts. None where something is in the way: a layer or a head
@@ -78,14 +79,14 @@ class CPUStep:
     """Logits (B, vocabulary) of what follows tokens (B,), which go to the cache."""
 
     def __init__(self, model, cache):
-        c, self.model, self.kept = model.config, model, []
+        c, self.model, self.kept, self.rank = model.config, model, [], 0
         keys, values = keys_and_values(cache)
         self.blocks = (BlockStruct * c.blocks)(*map(self.block, model.blocks, keys, values))
         self.network = NetworkStruct(
             blocks=ctypes.addressof(self.blocks), count=c.blocks, width=c.width, heads=c.heads,
             kv_heads=c.kv_heads, d=c.head_size, ffn=c.ffn, size=keys[0].shape[2],
             float_cache=keys[0].dtype is torch.float32, eps=c.norm_eps, norm=self.norm(model.norm),
-            head=self.layer(model.head))
+            head=self.layer(model.head), rank=self.rank)
 
     def block(self, block, k, v):
         a, m = block.attention, block.mlp
@@ -101,6 +102,7 @@ class CPUStep:
     def layer(self, layer):
         Ws = factors(layer)
         pointers = [ctypes.pointer(self.matrix(W)) for W in Ws] + [None] * (2 - len(Ws))
+        self.rank = max(self.rank, len(Ws) // 2 * pointers[0].contents.rows)  # of one W: 0
         bits = BITS[Ws[0].dtype] if isinstance(Ws[0], torch.Tensor) else Ws[0].bits
         return LayerStruct(*pointers, self.address(layer.bias), bits)
 

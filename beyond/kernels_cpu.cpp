@@ -7,7 +7,8 @@
 //   - four rows of W side by side, whose sums do not wait for each other, and prefetch (1.6 times as fast);
 //   - what all rows of W share, divisions too, is computed once, and weights are unpacked for four rows of x;
 //   - everything else where the numbers already are: the conversion of x, s and o, the bias, and for
-//     y = B (A x) both products in one call, with one barrier of the threads between them.
+//     y = B (A x) both products in one call, with one barrier of the threads after each;
+//   - nothing waits for memory that can be asked for before: W, and the y that another thread has read.
 // A row of y does not depend on the other rows of x, to the last bit: they are tiled, and never added.
 // cpu_kernels.py compiles step_cpu.cpp, which includes this file, and calls it through ctypes.
 #include <algorithm>
@@ -171,7 +172,8 @@ struct Input {
   static float round(const float* v, float* to, int n) { return memcpy(to, v, n * sizeof *v), 1; }
 };
 
-constexpr int ROWS = 4, AHEAD = 4096;  // rows of W side by side; bytes between a read and its prefetch
+// Rows of W side by side; bytes between a read and its prefetch; rows of x that each thread reads for itself.
+constexpr int ROWS = 4, AHEAD = 6144, FEW = 4;
 
 // What all rows of W have in common. Its divisions would take as long as a short row.
 struct Plan {
@@ -182,9 +184,9 @@ struct Plan {
 
 // y[m rows + r] = row n + r of W times row m of x, and the bias. GROUPS: W has several scales in a row.
 // Where the last chunk ends beyond the row x is 0; cpu_kernels.py keeps reads inside its memory.
-template <int BITS, bool GROUPS, int M>
-static void multiply(const Matrix& W, const Plan& plan, int n, const Input* in,
-                     const float* bias, float* y) {
+template <int BITS, bool GROUPS, int M> __attribute__((always_inline))
+static inline void multiply(const Matrix& W, const Plan& plan, int n, const Input* in, const float* bias,
+                            float* y) {
   using F = Format<BITS, GROUPS>;
   constexpr int P = F::vectors * F::of_vector, X = F::vectors * F::of_x;
   const uint8_t* q[ROWS];
@@ -201,9 +203,12 @@ static void multiply(const Matrix& W, const Plan& plan, int n, const Input* in,
   for (int m = 0; m < M; m++) x[m] = in[m].x.data();
 
   for (int begin = 0, group_begin = 0; begin < plan.chunks; begin += plan.span, group_begin += LANES) {
-    if (GROUPS)
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; r++) s[r] = from_half(scale[r] + group_begin);
+    for (int r = 0; r < ROWS && GROUPS; r++) {
+      s[r] = from_half(scale[r] + group_begin);
+      floats o = from_half(offset[r] + group_begin) - (BITS == 4 ? 8.0f : 0.0f) * s[r];
+      for (int m = 0; m < M; m++) sum[r][m] += o * load<floats>(&in[m].sums[group_begin]);
+    }
     floats lane = first_lane;
     for (int c = begin; c < std::min(begin + plan.span, plan.chunks); c++, lane += LANES) {
       ints group = __builtin_convertvector(lane * plan.groups_in_lane, ints);
@@ -234,67 +239,67 @@ static void multiply(const Matrix& W, const Plan& plan, int n, const Input* in,
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
     for (int m = 0; m < M; m++) {
-      if (BITS <= 8 && !GROUPS) sum[r][m] *= (float)scale[r][0];
-      for (int g = 0; g < plan.groups && BITS <= 8; g += LANES) {
-        floats o = from_half(offset[r] + g) - (BITS == 4 ? 8.0f : 0.0f) * from_half(scale[r] + g);
-        sum[r][m] += o * load<floats>(&in[m].sums[g]);
-      }
       float total = add_up(sum[r][m]);
+      if (BITS <= 8 && !GROUPS) {
+        float s = scale[r][0], o = (float)offset[r][0] - (BITS == 4 ? 8 : 0) * s;
+        total = total * s + o * in[m].sums[0];
+      }
       if (n + r < W.rows) y[(size_t)m * W.rows + r] = total + (bias ? bias[n + r] : 0);
     }
 }
 
-// x (M, width) as W wants it.
-template <int BITS, bool GROUPS>
-static void read(std::vector<Input>& in, const float* x, int M, const Matrix* W) {
-  in.resize(M);
-#pragma omp parallel for if (M > 4)
-  for (int m = 0; m < M; m++) in[m].read<BITS, GROUPS>(x + (size_t)m * W->width, W->width, W->group);
-}
+// What the threads of a product share: many rows of x (a few are read faster than waited for), and A x.
+struct Shared { std::vector<Input> in; std::vector<float> h; };
 
 // This thread's share of y (M, rows) = x W^T + bias: tiles of four rows of W by four of x, or by one.
 template <int BITS, bool GROUPS>
-static void share(const Matrix& W, const std::vector<Input>& in, const float* bias, float* y) {
+static void share(const float* x, int M, const Matrix& W, const float* bias, float* y, Shared& shared) {
   constexpr int BLOCK = 64;  // rows of x that stay in the cache for all rows of W
+  static thread_local std::vector<Input> own(FEW);
+  auto& in = M > FEW ? shared.in : own;
   long thread = omp_get_thread_num(), threads = omp_get_num_threads(), tiles = (W.rows + 3) / 4;
+  for (int m = M > FEW ? thread : 0; m < M; m += M > FEW ? threads : 1)
+    in[m].read<BITS, GROUPS>(x + (size_t)m * W.width, W.width, W.group);
+  if (M > FEW) {
+#pragma omp barrier
+  }
   int first = tiles * thread / threads * 4, end = tiles * (thread + 1) / threads * 4;
   int last = std::min(end, W.rows);
   const int in_lane = Format<BITS, GROUPS>::in_lane, weights = Format<BITS, GROUPS>::weights;
   const int chunks = (W.width + weights - 1) / weights, tile = ROWS * W.row_bytes;
   const Plan plan{W.width / W.group, chunks, (AHEAD / tile + 1) * tile, GROUPS ? W.group / in_lane : chunks,
                   (float)in_lane / W.group};
-  for (int block = 0, M = in.size(); block < M; block += BLOCK)
+  for (int block = 0; block < M; block += BLOCK)
     for (int n = first; n < last; n += 4)
       for (int m = block, count; m < std::min(block + BLOCK, M); m += count) {
         float* to = y + (size_t)m * W.rows + n;
+        __builtin_prefetch(to + 64, 1);  // to be written
         count = M - m < 4 ? 1 : 4;
-        (count == 4 ? multiply<BITS, GROUPS, 4> : multiply<BITS, GROUPS, 1>)(W, plan, n, &in[m], bias, to);
+        if (count == 4) multiply<BITS, GROUPS, 4>(W, plan, n, &in[m], bias, to);
+        else multiply<BITS, GROUPS, 1>(W, plan, n, &in[m], bias, to);
       }
 }
 
 template <int BITS>
-static void run(const float* x, int M, const Matrix* A, const Matrix* B, const float* bias, float* y) {
-  static thread_local std::vector<Input> in, middle;
-  static thread_local std::vector<float> h;
-  auto grouped = [](const Matrix* W) { return W->group < W->width; };
-  (grouped(A) ? read<BITS, true> : read<BITS, false>)(in, x, M, A);
-  if (B) h.resize((size_t)M * A->rows);
-  auto& inputs = in;  // the vectors of the thread that calls, for all threads
-  float* hidden = h.data();
-#pragma omp parallel
-  {
-    (grouped(A) ? share<BITS, true> : share<BITS, false>)(*A, inputs, B ? nullptr : bias, B ? hidden : y);
-    if (B) {
+static void product(const float* x, int M, const Matrix& W, const float* bias, float* y, Shared& shared) {
+  (W.group < W.width ? share<BITS, true> : share<BITS, false>)(x, M, W, bias, y, shared);
 #pragma omp barrier
-      // every thread for itself: that is quicker than waiting for one that does it
-      (grouped(B) ? read<BITS, true> : read<BITS, false>)(middle, hidden, M, B);
-      (grouped(B) ? share<BITS, true> : share<BITS, false>)(*B, middle, bias, y);
-    }
-  }
 }
 
-// y (M, rows) = x W^T + bias, W = A, or B A if B is not null; bias may be null.
+// y (M, rows) = x W^T + bias, W = A, or B A if B is not null; bias may be null. All threads call it.
+static void product(const float* x, int M, const Matrix* A, const Matrix* B, int bits, const float* bias,
+                    float* y, Shared& shared) {
+  auto times = bits == 4 ? product<4> : bits == 8 ? product<8> : bits == 16 ? product<16> : product<32>;
+  float* h = shared.h.data();
+  if (B) times(x, M, *A, nullptr, h, shared);
+  B ? times(h, M, *B, bias, y, shared) : times(x, M, *A, bias, y, shared);
+}
+
 extern "C" void product(const float* x, int M, const Matrix* A, const Matrix* B, int bits, const float* bias,
                         float* y) {
-  (bits == 4 ? run<4> : bits == 8 ? run<8> : bits == 16 ? run<16> : run<32>)(x, M, A, B, bias, y);
+  static thread_local Shared memory;
+  Shared& shared = memory;  // of the thread that calls
+  shared.in.resize(M > FEW ? M : 0), shared.h.resize(B ? (size_t)M * A->rows : 0);
+#pragma omp parallel
+  product(x, M, A, B, bits, bias, y, shared);
 }

@@ -92,12 +92,10 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "gpt2": Family("GPT2LMHeadModel", "gpt2", "transformer.", dict(tied=True), GPT2_ONLY, conv1d=True),
-    "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM"),
+    "llama": Family("LlamaForCausalLM"), "mistral": Family("MistralForCausalLM"),
     "smollm3": Family("SmolLM3ForCausalLM", defaults=LIKE_LLAMA | dict(tied=True, rope_base=2e6)),
     "qwen2": Family("Qwen2ForCausalLM", gguf_neighbours=False),
-    "qwen3": Family("Qwen3ForCausalLM", gguf_neighbours=False),
-}
+    "qwen3": Family("Qwen3ForCausalLM", gguf_neighbours=False)}
 
 def column(table, name):
     """A column of a table: ours -> theirs."""

@@ -105,9 +105,8 @@ def read_blocks(path, tensor, order):
 
 # Settings that change the network, and the values with which they don't.
 GGUF_ONLY = {"rope.scaling.type": ("linear", "none", "yarn"), "rope.scaling.attn_factor": (1.0,),
-             "attention.sliding_window": (0,), "attention.clamp_kqv": (0.0,),
-             "attention.causal": (True,), "logit_scale": (0.0, 1.0), "expert_count": (0,),
-             "split.count": (0, 1)}
+             "attention.sliding_window": (0,), "attention.clamp_kqv": (0.0,), "attention.causal": (True,),
+             "logit_scale": (0.0, 1.0), "expert_count": (0,), "split.count": (0, 1)}
 # RoPE's numbers at Hugging Face -> after "rope.scaling."
 ROPE = dict(factor="factor", original_max_position_embeddings="original_context_length",
             beta_slow="yarn_beta_slow", beta_fast="yarn_beta_fast")

@@ -188,11 +188,10 @@ def train_tokenizer(texts, vocab_size=4096, coverage=0.9995):
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            hard_vocab_limit=False, character_coverage=coverage, byte_fallback=True,
+            hard_vocab_limit=False, character_coverage=coverage, byte_fallback=True, split_digits=True,
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, split_digits=True, user_defined_symbols=["\n"],
-            max_sentence_length=1 << 24, num_threads=1, unk_id=0, eos_id=1, eos_piece=STOPS[0], bos_id=-1,
-            pad_id=-1, minloglevel=2)
+            allow_whitespace_only_pieces=True, user_defined_symbols=["\n"], max_sentence_length=1 << 24,
+            num_threads=1, unk_id=0, eos_id=1, eos_piece=STOPS[0], bos_id=-1, pad_id=-1, minloglevel=2)
     except RuntimeError:
         refuse(coverage < 0.98, f"no tokenizer of {vocab_size} tokens fits {len(lines)} lines: add text")
         return train_tokenizer(lines, vocab_size, coverage - 0.005)

@@ -117,8 +117,7 @@ COMPANIES = "Nordvik, Halden Oyj, Castra Foods, Lumera, Teval Steel, Ostrava Ban
 TEMPLATES = {
     "positive": ("{c} 's profit rose to EUR {b} mn from EUR {a} mn .", "{c} won an order of EUR {b} mn ."),
     "neutral": ("{c} will publish its report at {a} a.m.", "{c} has {b} employees in {a} countries ."),
-    "negative": ("{c} 's profit fell to EUR {a} mn from EUR {b} mn .", "{c} lost an order of EUR {b} mn ."),
-}
+    "negative": ("{c} 's profit fell to EUR {a} mn from EUR {b} mn .", "{c} lost an order of EUR {b} mn .")}
 
 def made_up_headlines(count, seed):
     """Examples made of templates and numbers, to try everything without a download."""

@@ -1,4 +1,5 @@
 """beyond/cpu_step.py: a step in one call against the dense model in float64, and where it is not taken."""
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -16,8 +17,9 @@ from quant import quantize_layer
 
 @pytest.fixture(autouse=True)
 def needs_a_compiler():
-    if cpu_kernels.load() is None:
+    if shutil.which("g++") is None:
         pytest.skip("no g++ to compile kernels_cpu.cpp with")
+    assert cpu_kernels.load(), "g++ could not build kernels_cpu.cpp: the line above says why"
 
 def some_model(kind, rank=False, bits=8):
     """Quantized, with weights, norms and biases that all matter."""
@@ -51,18 +53,19 @@ def dense(model):
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("rank", [False, True])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("count", [3, 6])
 @torch.inference_mode()
-def test_a_step_is_the_dense_model_in_float64(kind, rank, bits, dtype, tolerance):
-    """Three rows of different lengths."""
+def test_a_step_is_the_dense_model_in_float64(kind, rank, bits, dtype, tolerance, count):
+    """Rows of different lengths: three, or more than each thread reads for itself."""
     model = some_model(kind, rank, bits)
     oracle = dense(model)
-    rows, cache = [[1, 2, 3], list(range(50)), [9]], KVCache(model.config, 3, 60)
+    rows, cache = [[1, 2, 3], list(range(50)), *[[9]] * (count - 2)], KVCache(model.config, count, 60)
     model = model.to(dtype)
     model.hidden(torch.tensor([r + [0] * (50 - len(r)) for r in rows]), cache)
     cache.lengths = [len(r) for r in rows]
     step = cpu_step(model, cache)
     for i in range(5):
-        new = torch.tensor([i, 7 * i, 100 + i])
+        new = torch.tensor([i, 7 * i, *range(100 + i, 98 + i + count)])
         logits = step(new, cache)
         rows = [r + [t] for r, t in zip(rows, new.tolist())]
         for row, y in zip(rows, logits):
