@@ -101,8 +101,8 @@ def unpack(packed, bits, width):
     """The inverse of pack: -> int8 (out, width)."""
     if bits == 8:
         return packed[:, :width]
-    words = packed.view(torch.int32)
-    pairs = torch.stack([(words >> 4 * i) & 0x000f000f for i in range(4)], -1)  # (out, words, 4)
+    shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=packed.device)
+    pairs = packed.view(torch.int32)[..., None] >> shifts & 0x000f000f  # (out, words, 4)
     return pairs.flatten(1).view(torch.int16)[:, :width].to(torch.int8).sub_(8)
 
 class QuantMatrix(Packed):
