@@ -102,7 +102,7 @@ class CPUStep:
     def layer(self, layer):
         Ws = factors(layer)
         pointers = [ctypes.pointer(self.matrix(W)) for W in Ws] + [None] * (2 - len(Ws))
-        self.rank = max(self.rank, len(Ws) // 2 * pointers[0].contents.rows)  # of one W: 0
+        self.rank = max(self.rank, pointers[0].contents.rows if pointers[1] else 0)  # the largest
         bits = BITS[Ws[0].dtype] if isinstance(Ws[0], torch.Tensor) else Ws[0].bits
         return LayerStruct(*pointers, self.address(layer.bias), bits)
 

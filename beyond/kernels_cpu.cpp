@@ -248,7 +248,7 @@ static inline void multiply(const Matrix& W, const Plan& plan, int n, const Inpu
     }
 }
 
-// What the threads of a product share: many rows of x (a few are read faster than waited for), and A x.
+// What the threads of a product share: x, if it has many rows, which they read together; and A x.
 struct Shared { std::vector<Input> in; std::vector<float> h; };
 
 // This thread's share of y (M, rows) = x W^T + bias: tiles of four rows of W by four of x, or by one.
@@ -256,15 +256,15 @@ template <int BITS, bool GROUPS>
 static void share(const float* x, int M, const Matrix& W, const float* bias, float* y, Shared& shared) {
   constexpr int BLOCK = 64;  // rows of x that stay in the cache for all rows of W
   static thread_local std::vector<Input> own(FEW);
-  auto& in = M > FEW ? shared.in : own;
+  const bool few = M <= FEW;  // rows, which each thread reads for itself: that is quicker than to wait
+  auto& in = few ? own : shared.in;
   long thread = omp_get_thread_num(), threads = omp_get_num_threads(), tiles = (W.rows + 3) / 4;
-  for (int m = M > FEW ? thread : 0; m < M; m += M > FEW ? threads : 1)
+  for (int m = few ? 0 : thread; m < M; m += few ? 1 : threads)
     in[m].read<BITS, GROUPS>(x + (size_t)m * W.width, W.width, W.group);
-  if (M > FEW) {
+  if (!few) {
 #pragma omp barrier
   }
-  int first = tiles * thread / threads * 4, end = tiles * (thread + 1) / threads * 4;
-  int last = std::min(end, W.rows);
+  int first = tiles * thread / threads * 4, last = std::min<int>(tiles * (thread + 1) / threads * 4, W.rows);
   const int in_lane = Format<BITS, GROUPS>::in_lane, weights = Format<BITS, GROUPS>::weights;
   const int chunks = (W.width + weights - 1) / weights, tile = ROWS * W.row_bytes;
   const Plan plan{W.width / W.group, chunks, (AHEAD / tile + 1) * tile, GROUPS ? W.group / in_lane : chunks,
@@ -290,9 +290,9 @@ static void product(const float* x, int M, const Matrix& W, const float* bias, f
 static void product(const float* x, int M, const Matrix* A, const Matrix* B, int bits, const float* bias,
                     float* y, Shared& shared) {
   auto times = bits == 4 ? product<4> : bits == 8 ? product<8> : bits == 16 ? product<16> : product<32>;
-  float* h = shared.h.data();
-  if (B) times(x, M, *A, nullptr, h, shared);
-  B ? times(h, M, *B, bias, y, shared) : times(x, M, *A, bias, y, shared);
+  if (!B) return times(x, M, *A, bias, y, shared);
+  times(x, M, *A, nullptr, shared.h.data(), shared);
+  times(shared.h.data(), M, *B, bias, y, shared);
 }
 
 extern "C" void product(const float* x, int M, const Matrix* A, const Matrix* B, int bits, const float* bias,

@@ -1,4 +1,4 @@
-// A whole step of decoding on a CPU: one token of each row through all blocks (Fig. 2, equations 1 to 3).
+// A whole step of decoding on a CPU: a token of each row through the model (Fig. 2, equations 1 to 3).
 //
 // Beside the products only attention takes time: q and y of a head stay in registers, and slots of the cache
 // that are neighbours are walked along. cpu_step.py writes down where everything is and calls `step`.
@@ -111,7 +111,7 @@ static void answer(const float* q, Slots<T> keys, Slots<T> values, int length, f
 #pragma omp simd reduction(+ : total)
   for (int j = 0; j < length; j++) total += p[j] = exponential(p[j] - most);
   for (int c = 0; c < d; c++) sum[c] = 0;
-  keys.head++;  // of the next head
+  keys.head++;  // while values are read, the next head's keys come to the cache
   values.each(length, keys, [&](int j, const T* value) {
     for (int c = 0; c < d; c++) sum[c] += p[j] * to_float(value[c]);
   });

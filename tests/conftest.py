@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,14 @@ def private_caches(tmp_path_factory):
     """Tests neither find nor leave anything in the user's caches, and never wait for a network."""
     os.environ["FINGPT_CACHE"] = os.environ.get("FINGPT_TEST_CACHE") or str(tmp_path_factory.mktemp("cache"))
     os.environ["TIKTOKEN_CACHE_DIR"] = str(tmp_path_factory.mktemp("no-tiktoken"))
+
+@pytest.fixture(scope="session")
+def compiler():
+    """Skips where there is no g++ that knows OpenMP and _Float16, as Apple's and those before 12 do not. What such a g++
+    can't build is a mistake of kernels_cpu.cpp, and fails."""
+    source, flags = "#include <omp.h>\n_Float16 half;", ["-fopenmp", "-x", "c++", "-fsyntax-only", "-"]
+    if not shutil.which("g++") or subprocess.run(["g++", *flags], input=source.encode(), capture_output=True).returncode:
+        pytest.skip("no g++ of version 12 or later, with OpenMP, to compile kernels_cpu.cpp with")
 
 @pytest.fixture
 def run():

@@ -1,5 +1,4 @@
 """beyond/cpu_step.py: a step in one call against the dense model in float64, and where it is not taken."""
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -16,9 +15,7 @@ from model import Config, KVCache, Layer, Transformer, dense_weight
 from quant import quantize_layer
 
 @pytest.fixture(autouse=True)
-def needs_a_compiler():
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to compile kernels_cpu.cpp with")
+def built(compiler):
     assert cpu_kernels.load(), "g++ could not build kernels_cpu.cpp: the line above says why"
 
 def some_model(kind, rank=False, bits=8):
